@@ -8,16 +8,16 @@ is really there (counts, colours, spatial relations), and every object carries i
 from __future__ import annotations
 
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
+from probekit import paths
 from probekit.shapes import SHAPES, outline
 
 SIZE = (320, 240)
@@ -77,13 +77,7 @@ def draw(scene: Scene, scale: int = 2) -> Image.Image:
     """Render a scene as an RGB image of :data:`SIZE`, drawn `scale` times larger and reduced."""
     width, height = SIZE[0] * scale, SIZE[1] * scale
     image = _landscape(scene, width, height)
-    shadow = Image.new("L", (width, height), 0)
-    for thing in scene.things:
-        for polygon in outline(thing.category):
-            ImageDraw.Draw(shadow).polygon(_place(polygon, thing, scale), fill=70)
-    shadow = shadow.resize(SIZE).filter(ImageFilter.GaussianBlur(3)).resize(shadow.size)
-    shadow = ImageChops.offset(shadow, 2 * scale, 4 * scale)
-    image.paste((70, 70, 100), mask=shadow)
+    image.paste((70, 70, 100), mask=_shadow(scene).resize(image.size, Image.Resampling.NEAREST))
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
         base = np.array(COLOURS[thing.colour])
@@ -94,11 +88,21 @@ def draw(scene: Scene, scale: int = 2) -> Image.Image:
     return image.reduce(scale)
 
 
+def _shadow(scene: Scene) -> Image.Image:
+    """The things' shadow, soft and a little below them, as a mask of :data:`SIZE`."""
+    mask = Image.new("L", SIZE, 0)
+    pen = ImageDraw.Draw(mask)
+    for thing in scene.things:
+        for polygon in outline(thing.category):
+            pen.polygon(_place(polygon, thing), fill=70)
+    return ImageChops.offset(mask.filter(ImageFilter.GaussianBlur(3)), 2, 4)
+
+
 def _landscape(scene: Scene, width: int, height: int) -> Image.Image:
     top, low, far, near = (np.array(c) for c in LANDSCAPES[scene.landscape])
     ramp = np.linspace(0, 1, height)[:, None, None]
-    sky = (top + (low - top) * ramp).astype(np.uint8)
-    image = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).copy())
+    sky = Image.fromarray((top + (low - top) * ramp).astype(np.uint8))
+    image = sky.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     x = np.linspace(0, width, 40)
     for colour, level, phase in ((far, scene.horizon, 5.0), (near, scene.horizon + 0.12, 2.0)):
@@ -108,7 +112,7 @@ def _landscape(scene: Scene, width: int, height: int) -> Image.Image:
 
 
 def _place(polygon: np.ndarray, thing: Thing, scale: float = 1) -> list[tuple[float, float]]:
-    return [tuple(p) for p in (polygon * thing.side + (thing.x, thing.y)) * scale]
+    return [*map(tuple, ((polygon * thing.side + (thing.x, thing.y)) * scale).tolist())]
 
 
 # --------------------------------------------------------------------------------------------------------- captions
@@ -194,7 +198,7 @@ def _write_one(folder: Path, seed: int, number: int) -> tuple[Scene, list[str]]:
     return scene, captions(scene, rng)
 
 
-def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes", workers: int = 2) -> Path:
+def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes") -> Path:
     """Draw `n` scenes into `folder` in COCO's layout; a folder that already holds exactly these is left alone.
 
     Parameters
@@ -202,14 +206,13 @@ def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes
     folder : path that receives ``<split>/*.jpg`` and ``annotations/{captions,instances}_<split>.json``
     n, seed : number of scenes, and the seed; scene i depends on (seed, i) alone
     split : name of the split
-    workers : drawing processes
 
     Returns
     -------
     Path
         `folder`
     """
-    folder = Path(folder)
+    folder = paths.resolve(folder)
     pictures, notes = folder / split, folder / "annotations"
     about = {"description": "probekit drawn scenes", "seed": seed, "n": n, "drawing": 1}
     done = notes / f"instances_{split}.json"  # written last
@@ -218,9 +221,8 @@ def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes
     pictures.mkdir(parents=True, exist_ok=True)
     notes.mkdir(parents=True, exist_ok=True)
     make = partial(_write_one, pictures, seed)
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        made = pool.map(make, range(n), chunksize=32)
-        drawn = list(tqdm(made, total=n, desc="drawing scenes", unit="scene"))
+    with ThreadPoolExecutor(2) as pool:  # Pillow lets go of the interpreter while it draws and encodes
+        drawn = list(tqdm(pool.map(make, range(n)), total=n, desc="drawing scenes", unit="scene"))
     images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": SIZE[0], "height": SIZE[1]} for i in range(n)]
     told = [{"image_id": i, "caption": c} for i, (_, said) in enumerate(drawn) for c in said]
     found = [{"image_id": i, **a} for i, (scene, _) in enumerate(drawn) for a in annotate(scene)]

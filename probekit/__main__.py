@@ -1,0 +1,52 @@
+"""``python -m probekit``: run the notebooks, or look at the machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 where a notebook failed, 2 where the input is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m probekit", description="What each layer of a VLM knows.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the notebooks with papermill")
+    run.add_argument("--params", required=True, type=Path, help="YAML file, e.g. notebooks/params/demo.yaml")
+    run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a parameter")
+    run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
+    commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
+    options = parser.parse_args(arguments)
+    return _doctor() if options.command == "doctor" else _run(options)
+
+
+def _doctor() -> int:
+    from probekit.doctor import report
+
+    print("\n".join(report()))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from papermill import PapermillExecutionError
+
+    from probekit import paths
+    from probekit.run import run
+
+    try:
+        folder = run(options.params, options.overrides, options.start)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
+    except PapermillExecutionError as error:
+        newest = max((paths.DATA / "runs").iterdir())
+        partial = sorted(newest.glob("*.ipynb"))[-1]
+        print(f"\nA cell failed:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n\nThe notebook as far as it came: "
+              f"{partial}", file=sys.stderr)
+        return 1
+    print(f"executed notebooks: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""MS COCO in its official folder layout, as tables; drawn scenes come in the same layout.
+
+    <folder>/<split>/*.jpg
+    <folder>/annotations/captions_<split>.json
+    <folder>/annotations/instances_<split>.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from pycocotools.coco import COCO
+from tqdm.auto import tqdm
+
+LAYOUT = "expected <split>/*.jpg with annotations/captions_<split>.json and annotations/instances_<split>.json"
+
+
+@dataclass(frozen=True)
+class Coco:
+    """Tables of a COCO folder.
+
+    Attributes
+    ----------
+    images : DataFrame, indexed by `image_id`: `coco_split`, `file` (path), `width`, `height` in pixels
+    captions : DataFrame: `image_id`, `caption`
+    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`
+    categories : names in the order of their COCO ids
+    """
+
+    images: pd.DataFrame
+    captions: pd.DataFrame
+    instances: pd.DataFrame
+    categories: tuple[str, ...]
+
+
+def splits_of(folder: Path) -> list[str]:
+    """Names of the splits that `folder` holds captions for."""
+    return sorted(p.stem.removeprefix("captions_") for p in (folder / "annotations").glob("captions_*.json"))
+
+
+def _annotations(path: Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {LAYOUT}")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return COCO(str(path)).dataset
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{path} is not a readable COCO annotation file ({error}): download it again") from error
+
+
+def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
+    """Read annotations of one or several splits; images are looked at later, and only those that are used.
+
+    Parameters
+    ----------
+    folder : the COCO folder
+    splits : names such as ``["train2017", "val2017"]``; None takes all that have captions
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A missing folder or annotation file, a broken JSON file, an image id that two splits share.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"COCO folder {folder} does not exist: {LAYOUT}")
+    splits = list(splits or splits_of(folder))
+    if not splits:
+        raise FileNotFoundError(f"no captions_<split>.json in {folder / 'annotations'}: {LAYOUT}")
+    tables = [_read_split(folder, split) for split in splits]
+    images, captions, instances = (pd.concat([t[i] for t in tables], ignore_index=True) for i in range(3))
+    twice = images.image_id[images.image_id.duplicated()]
+    if len(twice):
+        raise ValueError(f"image id {twice.iloc[0]} is in more than one of the splits {splits}: name disjoint splits")
+    return Coco(images.set_index("image_id"), captions, instances, tables[0][3])
+
+
+def _read_split(folder: Path, split: str) -> tuple:
+    told = _annotations(folder / "annotations" / f"captions_{split}.json")
+    found = _annotations(folder / "annotations" / f"instances_{split}.json")
+    kinds = {c["id"]: c["name"] for c in sorted(found["categories"], key=lambda c: c["id"])}
+    images = pd.DataFrame([
+        (i["id"], split, str(folder / split / Path(i["file_name"]).name), i["width"], i["height"])
+        for i in told["images"]
+    ], columns=["image_id", "coco_split", "file", "width", "height"])
+    captions = pd.DataFrame(
+        [(a["image_id"], a["caption"]) for a in told["annotations"]], columns=["image_id", "caption"]
+    )
+    instances = pd.DataFrame([
+        (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0))
+        for a in found["annotations"]
+    ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd"])
+    return images, captions, instances, tuple(kinds.values())
+
+
+def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:
+    """Decode an image fully and turn it into RGB (greyscale, CMYK, palette and RGBA included).
+
+    Parameters
+    ----------
+    longest_side : pixels; a larger image is reduced to it, its shape kept
+
+    Raises
+    ------
+    OSError
+        The file is absent, empty, truncated or not an image; the message names it.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if longest_side:
+                image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{file} cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def unreadable(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
+    """Decode every image once and list those that fail.
+
+    Returns
+    -------
+    DataFrame
+        `image_id`, `file`, `reason`; empty where all is well.
+    """
+
+    def reason(file: str) -> str | None:
+        try:
+            load_rgb(file)
+        except OSError as error:
+            return str(error).removeprefix(f"{file} ")
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        tried = tqdm(pool.map(reason, images.file), total=len(images), desc="checking images", unit="image")
+        reasons = list(tried)
+    table = pd.DataFrame({"image_id": images.index, "file": images.file.to_numpy(), "reason": reasons})
+    return table.dropna(subset="reason").reset_index(drop=True)

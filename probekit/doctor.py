@@ -1,0 +1,75 @@
+"""What this machine has, and how to mend what it lacks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from probekit import paths
+
+
+def _packages(*names: str) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def _python() -> tuple[bool, str, str]:
+    return sys.version_info >= (3, 10), sys.version.split()[0], "install Python 3.10 or newer"
+
+
+def _torch() -> tuple[bool, str, str]:
+    mend = "torch and torchvision must be a matching pair: pip install -U torch torchvision"
+    try:
+        import torchvision.ops  # noqa: F401 (fails where the pair does not match)
+
+        return True, _packages("torch", "torchvision", "transformers", "timm"), mend
+    except (ImportError, RuntimeError) as error:
+        return False, str(error).splitlines()[0], mend
+
+
+def _device() -> tuple[bool, str, str]:
+    from probekit.models import best_device, best_dtype
+
+    device = best_device()
+    return device != "cpu", f"{device} in {best_dtype(device)}", "CPU only: fine for the demo; large models want a GPU"
+
+
+def _coco() -> tuple[bool, str, str]:
+    from probekit.coco import LAYOUT, splits_of
+
+    folders = sorted(p for p in (paths.DATA / "coco").glob("*") if (p / "annotations").is_dir())
+    holds = {p: splits_of(p) for p in [paths.DATA / "coco", *folders]}
+    found = [f"{paths.relative(p)} ({', '.join(splits)})" for p, splits in holds.items() if splits]
+    return bool(found), "; ".join(found) or "none", f"put COCO into data/coco ({LAYOUT}), or use the drawn scenes"
+
+
+def _cache() -> tuple[bool, str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    free = shutil.disk_usage(paths.ROOT).free / 1e9
+    return free > 10, f"{HF_HUB_CACHE}, {free:.0f} GB free here", "make room, or set HF_HOME to a larger disk"
+
+
+def _chrome() -> tuple[bool, str, str]:
+    found = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser", "chrome"))), None)
+    return bool(found), found or "none", "optional, for PNG files: install Chrome or Chromium"
+
+
+def _widgets() -> tuple[bool, str, str]:
+    try:
+        return True, _packages("jupyterlab", "ipywidgets", "papermill", "plotly"), ""
+    except PackageNotFoundError as error:
+        return False, f"{error} is missing", "pip install -e ."
+
+
+CHECKS = {"Python": _python, "torch": _torch, "device": _device, "COCO": _coco, "model cache": _cache,
+          "Chrome": _chrome, "widgets": _widgets}
+
+
+def report() -> list[str]:
+    """One line a check: whether it is fine, what was found, and the mend where it is not."""
+    lines = []
+    for name, check in CHECKS.items():
+        fine, found, mend = check()
+        lines.append(f"{'ok  ' if fine else 'note'}  {name:<12} {found}{'' if fine else f'  ▸ {mend}'}")
+    return lines

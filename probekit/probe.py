@@ -1,0 +1,196 @@
+"""From activations to tables: one light probe a layer, its scores with intervals, its losses, its test predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from probekit import linear, logreg, metrics, paths
+from probekit.results import Results
+from probekit.store import Store
+
+PROBES = ("logreg", "linear")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Settings of the probes.
+
+    Attributes
+    ----------
+    probes : "logreg" (converged, standardised features, strength chosen on validation) and "linear" (the study's)
+    seeds : starting points of both, and dropout and batch order of "linear"
+    strengths : values of C that "logreg" chooses from, for each layer the one with the lowest validation log loss
+    training : setting of "linear"
+    resamples : bootstrap samples for the intervals
+    memory_gb : bound on the features that "linear" holds at a time; its layers are trained in groups that fit
+    """
+
+    probes: tuple[str, ...] = PROBES
+    seeds: tuple[int, ...] = (0,)
+    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    training: linear.Training = linear.Training()
+    resamples: int = 1000
+    memory_gb: float = 4.0
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task of a run: where its rows are in the store, and its labels."""
+
+    name: str
+    kind: str
+    classes: list[str]
+    rows: np.ndarray  # (n,) of the store
+    image_n: np.ndarray
+    y_nc: torch.Tensor
+    mask_nc: torch.Tensor
+    split: dict[str, torch.Tensor]  # row numbers within the task
+
+    @classmethod
+    def of(cls, examples: pd.DataFrame, name: str) -> TaskData:
+        about = examples.attrs["tasks"][name]
+        rows = np.flatnonzero((examples.task == name).to_numpy())
+        table = examples.iloc[rows]
+        split = {s: torch.from_numpy(np.flatnonzero((table.split == s).to_numpy())) for s in SPLITS}
+        empty = [s for s, numbers in split.items() if not len(numbers)]
+        if empty:
+            raise ValueError(f"task {name} has no examples in {', '.join(empty)}: take more images in 01_build_data")
+        y, mask = (torch.tensor(np.array(table[column].tolist()), dtype=torch.float32) for column in ("labels", "mask"))
+        return cls(name, about["kind"], list(about["classes"]), rows, table.image_id.to_numpy(), y, mask, split)
+
+    def score(self, p_lnc: np.ndarray, split: str, layers: Sequence[str], resamples: int) -> pd.DataFrame:
+        at = self.split[split].numpy()
+        scored = metrics.table(p_lnc, self.y_nc[at].numpy(), self.mask_nc[at].numpy(), self.image_n[at], self.classes,
+                               list(layers), self.kind == "binary", resamples)
+        return scored.assign(split=split)
+
+
+# -------------------------------------------------------------------------------------------------------- the probes
+
+
+def standardised(x_nd: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    """Features with mean 0 and standard deviation 1 over the training rows; a constant one becomes 0."""
+    part = x_nd[train]
+    scale = part.std(0, correction=0)
+    return torch.where(scale > 0, (x_nd - part.mean(0)) / scale, 0)
+
+
+def _masked_log_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    each = torch.nn.functional.softplus(logits) - y * logits
+    return (each * mask).sum((0, -1)) / mask.sum().clamp(min=1)
+
+
+def fit_logreg(x_nd: torch.Tensor, task: TaskData, settings: Probing, seed: int, name: str) -> tuple[np.ndarray, float]:
+    """Probabilities (n, c) of all rows, and the strength C that validation chose.
+
+    Raises
+    ------
+    ArithmeticError
+        A problem that did not converge; the message names layer and class.
+    """
+    train, validation = task.split["train"], task.split["validation"]
+    x = standardised(x_nd, train)
+    strengths, c = settings.strengths, len(task.classes)
+    repeated = [t[train].repeat(1, len(strengths)) for t in (task.y_nc, task.mask_nc)]
+    c_p = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(c)
+    solution = logreg.solve(x[train], *repeated, c_p, seed)
+    if not bool(solution.converged_p.all()):
+        worst = int(solution.gradient_p.argmax())
+        raise ArithmeticError(f"logreg did not converge for {name}, class {task.classes[worst % c]!r}, C="
+                              f"{strengths[worst // c]:g}: gradient norm {float(solution.gradient_p[worst]):.1e}; "
+                              "leave out the largest strengths")
+    logits_nsc = solution.logits(x).reshape(len(x), len(strengths), c)
+    loss_s = _masked_log_loss(logits_nsc[validation], task.y_nc[validation, None], task.mask_nc[validation, None])
+    best = int(loss_s.argmin())
+    return logits_nsc[:, best].sigmoid().numpy(), strengths[best]
+
+
+def _logreg_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, list[dict]]:
+    """(seeds, l, n, c) probabilities, and the chosen strengths."""
+    out, chosen = [], []
+    for layer in store.layers:
+        x = torch.from_numpy(store[layer, pooling][task.rows])
+        fits = [fit_logreg(x, task, settings, seed, f"{layer}, {task.name}") for seed in settings.seeds]
+        out.append([p for p, _ in fits])
+        chosen += [{"layer": layer, "seed": s, "metric": "strength", "class": "", "value": c, "split": "validation"}
+                   for s, (_, c) in zip(settings.seeds, fits, strict=True)]
+    return np.array(out).swapaxes(0, 1), chosen
+
+
+def _linear_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, pd.DataFrame]:
+    """(seeds, l, n, c) probabilities, and the losses by layer, seed and epoch; layers in groups that fit the memory."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = len(task.rows) * store.meta["width"] * 4 / 1e9
+    group = max(1, int(settings.memory_gb / size))
+    y, mask = task.y_nc.to(device), task.mask_nc.to(device)
+    out, losses = [], []
+    for at in range(0, len(store.layers), group):
+        layers = store.layers[at : at + group]
+        x = torch.from_numpy(np.stack([store[layer, pooling][task.rows] for layer in layers])).to(device)
+        fit = linear.fit(x, y, mask, task.split["train"], task.split["validation"], task.kind, settings.seeds,
+                         settings.training)
+        out.append(fit.probabilities(x).cpu().numpy().swapaxes(0, 1))
+        shape = fit.losses.shape
+        place = np.indices(shape).reshape(4, -1)
+        losses.append(pd.DataFrame({
+            "layer": np.array(layers)[place[0]], "seed": np.array(settings.seeds)[place[1]], "epoch": place[2] + 1,
+            "split": np.array(["train", "validation"])[place[3]], "loss": fit.losses.numpy().ravel(),
+        }))
+    return np.concatenate(out, 1), pd.concat(losses)
+
+
+# ------------------------------------------------------------------------------------------------------------ a store
+
+
+def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path) -> Results:
+    """Probe every layer, pooling and task of a store; what `folder` already holds for these settings is read back.
+
+    Parameters
+    ----------
+    examples : the table that the store was extracted from
+    folder : where the tables go, into a folder of the store's name
+    """
+    unknown = [name for name in settings.probes if name not in PROBES]
+    if unknown:
+        raise ValueError(f"unknown probes {unknown}: take names out of {', '.join(PROBES)}")
+    if len(examples) != store.meta["n"]:
+        raise ValueError(f"{len(examples):,} examples but {store.meta['n']:,} rows in {store.folder}: run 02_extract")
+    labels = [list(examples[column]) for column in ("task", "split", "labels", "mask")]
+    key = paths.fingerprint(settings, paths.relative(store.folder), labels)
+    own = folder / store.folder.parent.name
+    if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
+        return Results.read(own)
+    done = Results.join(list(_probe_parts(store, examples, settings)))
+    done.write(own)
+    paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings),
+                                          "store": paths.relative(store.folder)})
+    return done
+
+
+def _probe_parts(store: Store, examples: pd.DataFrame, settings: Probing) -> Iterator[Results]:
+    model, control = store.meta["model"], "untrained" if store.meta["untrained"] else "none"
+    work = list(product(examples.attrs["tasks"], store.poolings, settings.probes))
+    for name, pooling, kind in tqdm(work, desc=f"probing {store.folder.parent.name}", unit="probe"):
+        task = TaskData.of(examples, name)
+        losses, chosen = pd.DataFrame(), []
+        if kind == "logreg":
+            p_slnc, chosen = _logreg_all(store, pooling, task, settings)
+        else:
+            p_slnc, losses = _linear_all(store, pooling, task, settings)
+        scored = [pd.DataFrame(chosen)] if chosen else []
+        for seed, p_lnc in zip(settings.seeds, p_slnc, strict=True):
+            scored += [task.score(p_lnc[:, task.split[split].numpy()], split, store.layers, settings.resamples)
+                       .assign(seed=seed) for split in ("validation", "test")]
+        labels = {"model": model, "stage": "lm", "pooling": pooling, "task": name, "probe": kind, "control": control}
+        test = p_slnc[0][:, task.split["test"].numpy()].astype(np.float16)
+        yield Results(pd.concat(scored, ignore_index=True).assign(**labels), losses.assign(**labels),
+                     {"|".join((model, control, pooling, name, kind)): test})
