@@ -90,8 +90,8 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
     names = ["no", "yes"] if binary else classes
     rows = []
     for (metric, k), values in point.items():
-        lo, hi = (np.full(len(layers), np.nan) if metric in COUNTS[:4] else bound
-                  for bound in np.nanpercentile(spread[metric, k], [2.5, 97.5], axis=0))
+        bare = metric in COUNTS[:4] or np.isnan(values).all()  # counts, and classes that were never asked for
+        lo, hi = (np.nan, np.nan) if bare else np.nanpercentile(spread[metric, k], [2.5, 97.5], axis=0)
         rows.append(pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
                                   "value": values, "lo": lo, "hi": hi}))
     return pd.concat(rows, ignore_index=True).assign(n=int(mask_nc.sum()))

@@ -91,14 +91,15 @@ class Vlm:
             A prompt that is longer than the model's positions, or an example without image tokens.
         """
         texts = [self.wrap(prompt) for prompt in prompts]
-        inputs = self.processor(images=list(images), text=texts, padding=True, padding_side="right",
-                                return_tensors="pt")
+        inputs = self.processor(
+            images=list(images), text=texts, padding=True, padding_side="right", return_tensors="pt"
+        )
         lengths = inputs["attention_mask"].sum(1)
         longest = int(lengths.argmax())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and lengths[longest] > limit:
-            raise ValueError(f"{int(lengths[longest]):,} tokens are more than the {limit:,} positions of {self.name}, in "
-                             f"the prompt {prompts[longest][:80]!r}: shorten it or lower longest_side")
+            raise ValueError(f"{int(lengths[longest]):,} tokens are more than the {limit:,} positions of {self.name}, "
+                             f"in the prompt {prompts[longest][:80]!r}: shorten it or lower longest_side")
         seen = (inputs["input_ids"] == self.model.config.image_token_id).sum(1)
         if not bool((seen > 0).all()):
             raise ValueError(f"{self.name} got no image token for the prompt {prompts[int(seen.argmin())][:80]!r}: "

@@ -32,7 +32,8 @@ def style(figure: go.Figure, title: str, height: int = 430) -> go.Figure:
     figure.update_layout(
         template="plotly_white", height=height, title={"text": title, "x": 0.01, "xanchor": "left", "y": 0.97},
         font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": INK}, hovermode="closest",
-        margin={"l": 64, "r": 24, "t": 92, "b": 56}, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        margin={"l": 64, "r": 24, "t": 92, "b": 56},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hoverlabel={"bgcolor": "white", "font_size": 13},
     )
     figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=GREY, ticks="outside", tickcolor=GREY)
@@ -125,7 +126,8 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
         grid = part.pivot_table(index="metric", columns="layer", values="value").loc[metrics[::-1]]
         figure.add_heatmap(
             z=grid.to_numpy(), x=layer_number(grid.columns.to_series()), y=[WORDS[m] for m in grid.index],
-            row=i, col=1, zmin=0, zmax=1, colorscale=SCORES, texttemplate="%{z:.2f}" if grid.shape[1] <= 14 else None, xgap=2, ygap=2,
+            row=i, col=1, zmin=0, zmax=1, colorscale=SCORES, xgap=2, ygap=2,
+            texttemplate="%{z:.2f}" if grid.shape[1] <= 14 else None,
             showscale=i == 1, colorbar={"title": "score", "thickness": 14},
             hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>",
         )
@@ -156,7 +158,8 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
             for split, dash in (("train", "solid"), ("validation", "dash")):
                 figure.add_scatter(
                     x=mean[split].index, y=mean[split], name=split, row=i, col=j, legendgroup=split,
-                    mode="lines+markers", showlegend=i == j == 1, line={"dash": dash, "color": colours[model], "width": 2.5},
+                    mode="lines+markers", showlegend=i == j == 1,
+                    line={"dash": dash, "color": colours[model], "width": 2.5},
                     hovertemplate=f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model} {layer}</extra>",
                 )
     style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}", 160 + 230 * len(models))
@@ -173,8 +176,8 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
         metric, parts = ("accuracy", "positive") if binary else ("f1_macro", "macro")
         figures[f"{task}_{metric}"] = (
             layer_curves(table, task, metric, probe, published, 0.5 if binary else None),
-            f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals over "
-            "test images, dashed lines the same architecture with random weights.")
+            f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals "
+            "over test images, dashed lines the same architecture with random weights.")
         figures[f"{task}_scores"] = (
             score_heatmap(table, task, [f"{name}_{parts}" for name in ("precision", "recall", "f1")], probe),
             "Each cell is one layer's probe on the test images; darker is better.")
@@ -192,7 +195,8 @@ CONFIG = {"displaylogo": False, "responsive": True}
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><script src="plotly.min.js"></script>
 <style>
-body{{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;color:#2b2d42;max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}}
+body{{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;color:#2b2d42;
+max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}}
 h1{{font-size:1.7rem;margin-bottom:.3rem}}.lead{{color:#5c677d;margin-top:0}}
 figure{{margin:2.6rem 0;border-top:1px solid #e9ecf1;padding-top:1rem}}
 figcaption{{color:#5c677d;font-size:.93rem;max-width:62rem}}table{{border-collapse:collapse;font-size:.9rem}}

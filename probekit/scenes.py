@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from pycocotools import mask as rle
 from tqdm.auto import tqdm
 
 from probekit import paths
@@ -179,14 +180,12 @@ def annotate(scene: Scene) -> list[dict]:
         polygons = [np.array(_place(p, thing)) for p in outline(thing.category)]
         points = np.concatenate(polygons)
         (x0, y0), (x1, y1) = points.min(0), points.max(0)
-        mask = Image.new("1", SIZE)
-        for polygon in polygons:
-            ImageDraw.Draw(mask).polygon([tuple(p) for p in polygon], fill=1)
+        flat = [p.round(2).ravel().tolist() for p in polygons]
+        mask = rle.merge(rle.frPyObjects(flat, SIZE[1], SIZE[0]))
         found.append({
             "category_id": list(SHAPES).index(thing.category) + 1, "attributes": {"colour": thing.colour},
-            "segmentation": [p.round(2).ravel().tolist() for p in polygons],
+            "segmentation": flat, "area": float(rle.area(mask)), "iscrowd": 0,
             "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-            "area": float(np.asarray(mask).sum()), "iscrowd": 0,
         })
     return found
 

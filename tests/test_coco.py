@@ -1,0 +1,90 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import REAL_COCO, needs_real_coco
+from PIL import Image
+
+from probekit import coco
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+
+
+def jpeg(mode="RGB"):
+    buffer = io.BytesIO()
+    Image.fromarray(PICTURE).convert(mode).save(buffer, "JPEG" if mode != "RGBA" else "PNG")
+    return buffer.getvalue()
+
+
+FILES = {"rgb": jpeg(), "grey": jpeg("L"), "cmyk": jpeg("CMYK"), "rgba": jpeg("RGBA"), "empty": b"",
+         "truncated": jpeg()[:400], "text": b"not an image", "absent": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name, content in FILES.items():
+        if content is not None:
+            (tmp_path / "some" / f"{name}.jpg").write_bytes(content)
+    images = [{"id": i, "file_name": f"{n}.jpg", "width": 60, "height": 40} for i, n in enumerate(FILES)]
+    told = [{"id": i, "image_id": i, "caption": f"picture {i}."} for i in range(len(FILES))]
+    found = [{"id": 0, "image_id": 0, "category_id": 9, "bbox": [1, 2, 3, 4], "area": 12}]
+    for kind, rows in (("captions", told), ("instances", found)):
+        content = {"images": images, "annotations": rows}
+        content |= {"categories": [{"id": 9, "name": "cup"}]} if kind == "instances" else {}
+        (tmp_path / "annotations" / f"{kind}_some.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_bad_images_are_named_and_odd_ones_become_rgb(folder):
+    data = coco.read(folder)
+    bad = coco.unreadable(data.images)
+    assert {f.rpartition("/")[2] for f in bad.file} == {f"{n}.jpg" for n in ("empty", "truncated", "text", "absent")}
+    assert (bad.reason.str.len() > 10).all()
+    for name in ("rgb", "grey", "cmyk", "rgba"):
+        image = coco.load_rgb(folder / "some" / f"{name}.jpg")
+        assert image.mode == "RGB" and image.size == (60, 40)
+        assert np.asarray(image).std() > 20
+
+
+def test_longest_side_bounds_large_images_and_leaves_small_ones(folder):
+    assert coco.load_rgb(folder / "some" / "rgb.jpg", longest_side=30).size == (30, 20)
+    assert coco.load_rgb(folder / "some" / "rgb.jpg", longest_side=300).size == (60, 40)
+
+
+def test_reading_is_silent(folder, capsys):
+    coco.read(folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_missing_or_broken_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        coco.read(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="captions_other"):
+        coco.read(folder, ["other"])
+    (folder / "annotations" / "instances_some.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match="instances_some"):
+        coco.read(folder)
+    (folder / "annotations" / "instances_some.json").unlink()
+    with pytest.raises(FileNotFoundError, match="instances_some"):
+        coco.read(folder)
+
+
+def test_splits_that_share_an_image_are_refused(folder):
+    for kind in ("captions", "instances"):
+        shutil.copy(folder / "annotations" / f"{kind}_some.json", folder / "annotations" / f"{kind}_twin.json")
+    assert coco.splits_of(folder) == ["some", "twin"]
+    with pytest.raises(ValueError, match="more than one"):
+        coco.read(folder)
+
+
+@needs_real_coco
+def test_real_photographs():
+    data = coco.read(REAL_COCO)
+    assert len(data.images) == 300 and len(data.categories) == 80
+    assert data.captions.groupby("image_id").size().min() >= 5
+    assert data.instances.image_id.isin(data.images.index).all()
+    assert len(coco.unreadable(data.images)) == 0

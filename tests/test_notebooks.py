@@ -1,0 +1,92 @@
+"""The notebooks through their real entry point, at a small size."""
+
+import os
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import DEMO_MODELS, REAL_COCO, REPOSITORY, needs_real_coco
+
+SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A project folder of its own: the notebooks and demo models of this one, its own data and figures."""
+    root = tmp_path_factory.mktemp("home")
+    (root / "data").mkdir()
+    (root / "notebooks").symlink_to(REPOSITORY / "notebooks")
+    (root / "data" / "models").symlink_to(REPOSITORY / "data" / "models")
+    return root
+
+
+def call(home, *arguments, cwd=None, **parameters):
+    given = [f"{k}={v}" for k, v in (SMALL | parameters).items()]
+    params = REPOSITORY / "notebooks" / "params" / "demo.yaml"
+    command = [sys.executable, "-m", "probekit", "run", "--params", str(params), *arguments]
+    command += [word for text in given for word in ("-p", text)]
+    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd or home, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(home):
+    done = call(home, run="small")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+def test_all_notebooks_run_and_leave_their_artefacts(demo):
+    table = pd.read_csv(demo / "figures" / "small" / "metrics.csv")
+    assert set(table.model) == set(DEMO_MODELS)
+    assert set(table.task) == {"caption", "category", "category_list"}
+    assert set(table.control) == {"none", "untrained"} and set(table.probe) == {"logreg", "linear"}
+    for _, rows in table.groupby(["model", "control"]):
+        assert rows.layer.nunique() == 9
+    page = (demo / "figures" / "small" / "index.html").read_text()
+    assert page.count("<figure") == 9
+    executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
+    assert [p.stem[:2] for p in executed] == ["01", "02", "03", "04", "05"]
+    for path in executed:
+        assert path.stat().st_size < 3e6
+        assert nbformat.read(path, 4).metadata.papermill["exception"] is None
+
+
+def test_a_second_run_reuses_what_is_there_from_any_folder(demo, tmp_path):
+    shards = sorted(demo.glob("data/activations/*/*/shard-*"))
+    before = {p: p.stat().st_mtime_ns for p in shards}
+    assert len(before) == 9
+    done = call(demo, cwd=tmp_path, run="small")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/shard-*"))} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_starts_in_the_middle(demo):
+    done = call(demo, "--from", "04", run="small", probe="linear")
+    assert done.returncode == 0, done.stderr[-3000:]
+    newest = max((demo / "data" / "runs").iterdir())
+    assert [p.stem[:2] for p in sorted(newest.glob("*.ipynb"))] == ["04", "05"]
+    assert "linear probes" in (demo / "figures" / "small" / "index.html").read_text()
+
+
+def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
+    done = call(home, run="broken", dataset="data/coco/nowhere")
+    assert done.returncode == 1
+    assert "coco.read" in done.stderr and "does not exist" in done.stderr
+    path = done.stderr.strip().rpartition(": ")[2]
+    assert path.endswith("01_build_data.ipynb") and nbformat.read(path, 4).cells
+
+
+@needs_real_coco
+def test_real_photographs_go_the_whole_way(home):
+    done = call(home, run="photos", dataset=REAL_COCO, train=200, validation=50, test=50, models="[tiny-qwen2-vl]",
+                untrained="[]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(home / "figures" / "photos" / "metrics.csv")
+    test = table[(table.split == "test") & (table.metric == "accuracy") & (table["class"].isna())]
+    assert test.groupby(["task", "probe"]).layer.nunique().eq(9).all() and test.value.between(0, 1).all()
+    assert set(table[table.task == "category"]["class"].dropna()) >= {"person", "dog", "car"}
+    assert (home / "figures" / "photos" / "index.html").read_text().count("<figure") == 9

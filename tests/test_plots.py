@@ -1,0 +1,78 @@
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit import plots, results
+
+TASKS = {"caption": {"kind": "binary", "classes": ["match"], "question": "Right?"},
+         "category": {"kind": "multilabel", "classes": ["cup", "car"], "question": "Which?"}}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    rows, losses = [], []
+    parts = {"binary": "positive", "multilabel": "macro"}
+    for task, about in TASKS.items():
+        metrics = ["accuracy", "f1_macro", "f1_micro"]
+        metrics += [f"{m}_{parts[about['kind']]}" for m in ("precision", "recall", "f1")]
+        for model, control, depth in (("small", "none", 4), ("large", "none", 7), ("small", "untrained", 4)):
+            for k in range(depth):
+                key = {"model": model, "stage": "lm", "layer": f"lm.{k:02d}", "pooling": "mean", "task": task,
+                       "control": control, "seed": 0}
+                value = 0.5 + 0.1 * (control == "none") * min(k, 3)
+                rows += [key | {"probe": p, "split": "test", "metric": m, "class": "", "value": value, "n": 80,
+                                "lo": value - 0.05, "hi": value + 0.05}
+                         for m in dict.fromkeys(metrics) for p in ("logreg", "linear")]
+                losses += [key | {"probe": "linear", "epoch": e, "split": s, "loss": 1 / e}
+                           for e in (1, 2, 3) for s in ("train", "validation")]
+    return pd.DataFrame(rows), pd.DataFrame(losses)
+
+
+def test_curves_show_every_layer_of_every_model(tables):
+    figure = plots.layer_curves(tables[0], "caption", "accuracy", chance=0.5)
+    lines = {t.name: t for t in figure.data if t.mode == "lines+markers"}
+    assert set(lines) == {"small", "large", "small untrained"}
+    assert list(lines["large"].x) == list(range(7))
+    np.testing.assert_allclose(lines["small"].y, [0.5, 0.6, 0.7, 0.8])
+    assert lines["small untrained"].line.dash == "dash"
+    assert lines["small"].line.color == lines["small untrained"].line.color
+    assert lines["small"].line.color != lines["large"].line.color
+    assert "lm.03" in lines["small"].customdata[0][5]
+    bands = [t for t in figure.data if t.fill == "toself"]
+    assert len(bands) == 3 and max(bands[0].y) == pytest.approx(0.85)
+
+
+def test_published_numbers_can_be_overlaid(tables):
+    figure = plots.layer_curves(tables[0], "caption", "accuracy", published=True)
+    lines = {t.name: t for t in figure.data}
+    assert len(lines["Qwen2-VL-2B, published accuracy"].x) == 29
+    assert len(lines["FastVLM-0.5B, published accuracy"].x) == 25
+    assert not any("Gemma" in (name or "") for name in lines)
+    assert any("published micro-F1" in t.name
+               for t in plots.layer_curves(tables[0], "category", "f1_macro", published=True).data if t.name)
+
+
+def test_heatmap_and_losses(tables):
+    heat = plots.score_heatmap(tables[0], "category", ["precision_macro", "recall_macro", "f1_macro"])
+    assert [t.z.shape for t in heat.data] == [(3, 4), (3, 7)]
+    loss = plots.loss_curves(tables[1], tables[0], "caption", "accuracy")
+    assert len(loss.data) == 8  # two models, best and worst layer, training and validation
+    titles = [a.text for a in loss.layout.annotations]
+    assert "small, best layer lm.03" in titles and "large, worst layer lm.00" in titles
+
+
+def test_the_page_needs_no_network(tables, tmp_path):
+    figures = plots.study_figures(*tables, TASKS)
+    assert len(figures) == 6
+    best = results.summary(tables[0], TASKS)
+    page = plots.write_page(figures, tmp_path, "A <title>", "lead", best)
+    text = page.read_text()
+    assert "A &lt;title&gt;" in text
+    assert (tmp_path / "plotly.min.js").stat().st_size > 1e6
+    for name in figures:
+        assert f'id="{name}"' in text and (tmp_path / f"{name}.html").exists()
+    own = re.sub(r"<script type=\"text/javascript\">.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"""(src|href)=["']https?:""", own)
+    assert not re.search(r"""(src|href)=["']https?:""", (tmp_path / f"{name}.html").read_text())

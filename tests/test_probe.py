@@ -1,0 +1,104 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit import results, store
+from probekit.linear import Training
+from probekit.probe import Probing, probe
+
+LAYERS = ["lm.00", "lm.01", "lm.02", "lm.03"]
+D = 16
+QUICK = Probing(resamples=50, training=Training(epochs=15, lr=1e-2))
+
+
+def planted(folder, layer="lm.02", images=400, seed=0):
+    """Activations in which one layer alone carries the label, with the examples they belong to."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, 2 * images)
+    signal = np.outer(2 * y - 1, rng.normal(size=D)) * 0.5
+    states = {f"{name}/mean": (rng.normal(size=(2 * images, D)) + (name == layer) * signal).astype(np.float32)
+              for name in LAYERS}
+    own = folder / "activations" / "planted" / "0"
+    store.write_shard(own, 0, states, 0)
+    meta = {"shard_starts": [0], "layers": LAYERS, "settings": {"poolings": ["mean"]}, "n": 2 * images, "width": D,
+            "model": "planted", "untrained": False}
+    store.paths.write_json(own / "meta.json", meta)
+    sizes = [images // 2, images // 4, images // 4]
+    split = np.repeat(rng.permutation(np.repeat(["train", "validation", "test"], sizes)), 2)
+    table = pd.DataFrame({"image_id": np.repeat(np.arange(images), 2), "split": split, "task": "caption",
+                          "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
+    table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
+    return store.Store(own), table
+
+
+def accuracy(found, name):
+    return results.select(found.metrics, name, "accuracy").set_index("layer").value
+
+
+@pytest.mark.parametrize("name", ["logreg", "linear"])
+def test_a_planted_signal_is_found_at_its_layer(tmp_path, name):
+    activations, table = planted(tmp_path)
+    scores = accuracy(probe(activations, table, QUICK, tmp_path / "out"), name)
+    assert scores.idxmax() == "lm.02" and scores["lm.02"] > 0.9
+    assert (scores.drop("lm.02") < 0.6).all()
+    best = results.summary(probe(activations, table, QUICK, tmp_path / "out").metrics, table.attrs["tasks"], name)
+    assert "best at lm.02" in results.describe(best)[0]
+
+
+def test_shuffled_labels_score_at_chance(tmp_path):
+    activations, table = planted(tmp_path)
+    attrs = table.attrs
+    table = table.assign(labels=list(table.labels.sample(frac=1, random_state=0)))
+    table.attrs = attrs
+    for name in ("logreg", "linear"):
+        assert (accuracy(probe(activations, table, QUICK, tmp_path / "out"), name) - 0.5).abs().max() < 0.12
+
+
+def test_test_labels_do_not_reach_the_probe(tmp_path):
+    activations, table = planted(tmp_path)
+    attrs = table.attrs
+    pairs = zip(table.labels, table.split, strict=True)
+    flipped = table.assign(labels=[[1 - y[0]] if split == "test" else y for y, split in pairs])
+    flipped.attrs = attrs
+    one, two = (probe(activations, t, QUICK, tmp_path / str(k)) for k, t in enumerate((table, flipped)))
+    assert one.predictions.keys() == two.predictions.keys()
+    for key, p_lnc in one.predictions.items():
+        assert np.array_equal(p_lnc, two.predictions[key])
+    assert accuracy(one, "logreg")["lm.02"] == pytest.approx(1 - accuracy(two, "logreg")["lm.02"])
+
+
+def test_results_are_read_back_and_changed_settings_are_not(tmp_path, monkeypatch):
+    activations, table = planted(tmp_path, images=60)
+    first = probe(activations, table, QUICK, tmp_path / "out")
+    monkeypatch.setattr("probekit.logreg.solve", lambda *a, **k: pytest.fail("computed again"))
+    again = probe(activations, table, QUICK, tmp_path / "out")
+    pd.testing.assert_frame_equal(first.metrics, again.metrics)
+    pd.testing.assert_frame_equal(first.losses, again.losses)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        probe(activations, table, replace(QUICK, strengths=(0.1,)), tmp_path / "out")
+
+
+def test_layers_in_small_groups_give_the_same_answer(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    wide, narrow = (probe(activations, table, replace(QUICK, memory_gb=gb), tmp_path / str(gb)) for gb in (4.0, 1e-9))
+    pd.testing.assert_frame_equal(wide.metrics, narrow.metrics, rtol=1e-4)
+
+
+def test_every_seed_has_its_rows(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    found = probe(activations, table, replace(QUICK, seeds=(0, 3)), tmp_path / "out").metrics
+    assert set(found[found.metric == "accuracy"].groupby(["probe", "layer", "split"]).seed.agg(tuple)) == {(0, 3)}
+
+
+def test_what_does_not_fit_together_is_named(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    with pytest.raises(ValueError, match=r"unknown probes .'forest'"):
+        probe(activations, table, replace(QUICK, probes=("forest",)), tmp_path)
+    with pytest.raises(ValueError, match="run 02_extract"):
+        probe(activations, table.head(50), QUICK, tmp_path)
+    no_test = table.assign(split="train")
+    no_test.attrs = table.attrs
+    with pytest.raises(ValueError, match="no examples in validation, test"):
+        probe(activations, no_test, QUICK, tmp_path)

@@ -1,0 +1,102 @@
+"""The project itself: environments, notebooks, documentation, command line."""
+
+import ast
+import re
+import sys
+
+import nbformat
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from probekit import doctor, run
+from probekit.__main__ import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+CONDA = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
+
+
+def test_pip_and_conda_users_get_the_same_packages():
+    pip = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"])
+    listed = yaml.safe_load((REPOSITORY / "environment.yml").read_text())["dependencies"]
+    conda = set()
+    for line in listed:
+        if (isinstance(line, str) and not line.startswith(("python", "pip"))) or str(line).startswith("pytorch"):
+            name, bound = re.match(r"([\w-]+)(.*)", line).groups()
+            conda.add(CONDA.get(name, name) + bound)
+    assert pip == conda
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"ray", "export", "dev"} <= set(extras)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean_and_short(path):
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    code = [c for c in book.cells if c.cell_type == "code"]
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
+    for cell in code:
+        assert not cell.outputs and cell.execution_count is None
+        if "parameters" not in cell.metadata.get("tags", []):
+            assert len(cell.source.splitlines()) <= 12
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(tree))
+
+
+def test_every_parameter_says_its_type_and_what_it_means():
+    for path in NOTEBOOKS:
+        book = nbformat.read(path, as_version=4)
+        cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+        for line in cell.source.splitlines():
+            assert re.fullmatch(r"\w+ = .+  # type: (str|int|float|bool|list)  .{10,}", line), line
+        assert list(run.declared(path)) == [line.split(" = ")[0] for line in cell.source.splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks" / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_parameter_files_name_declared_parameters_alone(path):
+    defaults = {k: v for book in NOTEBOOKS for k, v in run.declared(book).items()}
+    assert run.checked(run.read_parameters(path, []), defaults)
+
+
+def test_a_wrong_parameter_is_refused_by_name(capsys):
+    params = str(REPOSITORY / "notebooks" / "params" / "demo.yaml")
+    for text, told in (("trian=5", "'trian'"), ("max_bad=1e-2", "write 1.0e-3"), ("png=maybe", "true or false"),
+                       ("train", "train=VALUE"), ("train=[", "not YAML")):
+        assert main(["run", "--params", params, "-p", text]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["run", "--params", "nowhere.yaml"]) == 2
+    assert "notebooks/params/demo.yaml" in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_everything(capsys):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    for name in ("Python", "torch", "device", "COCO", "model cache", "Chrome", "widgets"):
+        assert name in told
+
+
+def test_the_doctor_names_the_mend(monkeypatch):
+    monkeypatch.setitem(doctor.CHECKS, "Chrome", lambda: (False, "none", "install Chrome or Chromium"))
+    assert any("▸ install Chrome or Chromium" in line for line in doctor.report())
+
+
+def test_the_package_is_thin():
+    for path in (REPOSITORY / "probekit").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 350, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    text = (REPOSITORY / "README.md").read_text()
+    for path in sorted((REPOSITORY / "probekit").glob("*.py")) + NOTEBOOKS:
+        if not path.name.startswith("__init__"):
+            assert path.stem in text, f"README.md does not name {path.name}"
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (REPOSITORY / name).exists(), name

@@ -1,0 +1,122 @@
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REAL_COCO, needs_real_coco
+
+from probekit import coco, tasks
+
+
+def arrays(table):
+    return np.array(table.labels.tolist()), np.array(table["mask"].tolist())
+
+
+def test_clean_caption():
+    assert tasks.clean_caption("  A dog ,\n a cat..  ") == "A dog, a cat"
+    assert tasks.clean_caption("Two cups.") == "Two cups"
+    assert tasks.clean_caption("Is it,, really?") == "Is it, really?"
+    assert tasks.clean_caption("No. 5 bus") == "No. 5 bus"
+
+
+def test_splits_share_no_image_and_images_stay_together(examples):
+    assert (examples.groupby("image_id").split.nunique() == 1).all()
+    assert examples.groupby("split").image_id.nunique().to_dict() == {"train": 36, "validation": 12, "test": 12}
+    runs = examples.image_id.ne(examples.image_id.shift()).sum()
+    assert runs == examples.image_id.nunique()
+
+
+def test_captions_are_right_and_wrong_as_said(examples, scene_folder):
+    data = coco.read(scene_folder)
+    own = data.captions.groupby("image_id").caption.agg(lambda c: {tasks.clean_caption(t) for t in c})
+    rows = examples[examples.task == "caption"]
+    for row in rows.itertuples():
+        caption = row.prompt.removeprefix("This image contains: ").removesuffix(".\nIs this right?")
+        assert (caption in own[row.image_id]) == bool(row.labels[0])
+    y, mask = arrays(rows)
+    assert y.mean() == 0.5 and mask.all()
+
+
+def test_a_caption_alone_says_nothing(examples):
+    rows = examples[examples.task == "caption"]
+    share = rows.assign(y=[y[0] for y in rows.labels]).groupby(["split", "prompt"]).y.mean()
+    assert (share == 0.5).all()
+
+
+def test_categories_follow_the_instances(examples, scene_folder):
+    data = coco.read(scene_folder)
+    classes = examples.attrs["tasks"]["category"]["classes"]
+    there = set(zip(data.instances.image_id, data.instances.category, strict=True))
+    for task in ("category", "category_list"):
+        rows = examples[examples.task == task]
+        y, mask = arrays(rows)
+        truth = [[(i, c) in there for c in classes] for i in rows.image_id]
+        assert np.array_equal(y, truth)
+        assert (mask.sum(1) == 3).all()
+        assert set((y * mask).sum(1)) == {1, 2}
+
+
+def test_the_list_names_every_category_in_changing_order(examples):
+    classes = set(examples.attrs["tasks"]["category_list"]["classes"])
+    prompts = examples[examples.task == "category_list"].prompt
+    lists = prompts.str.removeprefix(tasks.CATEGORY_PROMPT + " ").str.split(", ")
+    assert all(set(names) == classes for names in lists)
+    assert prompts.nunique() > 0.9 * len(prompts)
+
+
+def test_the_asked_categories_do_not_give_their_labels_away():
+    rng = np.random.default_rng(0)
+    often = np.geomspace(0.5, 0.02, 20)  # as uneven as COCO: the first category is in every second image
+    labels = (rng.random((3000, 20)) < often).astype(int)
+    labels = labels[labels.any(1)]
+    mask = tasks.balanced_mask(labels, rng)
+    yes, asked = (labels * mask).sum(0), mask.sum(0)
+    name_alone = np.maximum(yes, asked - yes).sum() / asked.sum()
+    assert name_alone < 0.53
+    assert yes.sum() / asked.sum() == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_same_settings_make_the_same_table(scene_folder, tmp_path):
+    build = tasks.Build(str(scene_folder), train=20, validation=5, test=5)
+    one, two = (tasks.build_examples(build, tmp_path / name) for name in "ab")
+    assert one.equals(two) or pd.testing.assert_frame_equal(one, two) is None
+    other = tasks.build_examples(tasks.Build(str(scene_folder), train=20, validation=5, test=5, seed=1), tmp_path / "c")
+    assert set(other.image_id) != set(one.image_id)
+
+
+def test_wrong_settings_are_named(scene_folder, tmp_path):
+    def build(**changed):
+        settings = {"train": 20, "validation": 5, "test": 5} | changed
+        return tasks.build_examples(tasks.Build(str(scene_folder), **settings), tmp_path)
+
+    with pytest.raises(ValueError, match="60 with captions"):
+        build(train=100)
+    with pytest.raises(ValueError, match=r"unknown categories .'unicorn'"):
+        build(categories=("cup", "unicorn"))
+    with pytest.raises(ValueError, match=r"unknown tasks .'riddle'"):
+        build(tasks=("riddle",))
+    with pytest.raises(FileNotFoundError, match="01_build_data"):
+        tasks.load(tmp_path / "nowhere")
+
+
+def test_bad_images_stop_the_build_or_are_left_out(scene_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "coco"
+    shutil.copytree(scene_folder, folder)
+    broken = folder / "scenes" / "000000000003.jpg"
+    broken.write_bytes(b"")
+    settings = {"train": 40, "validation": 10, "test": 10}
+    with pytest.raises(ValueError, match=r"000000000003\.jpg"):
+        tasks.build_examples(tasks.Build(str(folder), **settings), tmp_path / "out")
+    table = tasks.build_examples(tasks.Build(str(folder), max_bad=0.05, **settings), tmp_path / "out")
+    assert 3 not in set(table.image_id) and table.image_id.nunique() == 59
+    assert "000000000003.jpg" in (tmp_path / "out" / "left_out_images.csv").read_text()
+
+
+@needs_real_coco
+def test_real_coco_builds_with_all_and_with_frequent_categories(tmp_path):
+    for categories, count in (("all", 80), ("frequent40", 40)):
+        build = tasks.Build(str(REAL_COCO), train=200, validation=50, test=50, categories=categories)
+        table = tasks.build_examples(build, tmp_path / categories)
+        assert len(table.attrs["tasks"]["category"]["classes"]) == count
+        y, mask = arrays(table[table.task == "category"])
+        assert (mask.sum(1) == 3).all() and 0.45 < (y * mask).sum() / mask.sum() < 0.52
