@@ -79,7 +79,7 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     if chance is not None:
         figure.add_hline(y=chance, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text="chance",
                          annotation_font_color=GREY, annotation_position="bottom right")
-    style(figure, f"{WORDS[metric].capitalize()} by layer — {TASK_WORDS.get(task, task)}")
+    style(figure, f"{WORDS[metric][0].upper()}{WORDS[metric][1:]} by layer — {TASK_WORDS.get(task, task)}")
     figure.update_xaxes(title=AXIS, dtick=1 if layer_number(rows.layer).max() <= 12 else 4)
     return figure.update_yaxes(title=f"{WORDS[metric]} (test)")
 
@@ -162,7 +162,8 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
                     line={"dash": dash, "color": colours[model], "width": 2.5},
                     hovertemplate=f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model} {layer}</extra>",
                 )
-    style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}", 160 + 230 * len(models))
+    style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}", 190 + 230 * len(models))
+    figure.update_layout(margin={"t": 120}, legend={"y": 1 + 0.14 / len(models)})
     figure.update_xaxes(title="epoch", row=len(models))
     return figure.update_yaxes(title="loss (nats)", col=1)
 

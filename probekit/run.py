@@ -11,6 +11,8 @@ import yaml
 
 from probekit import paths
 
+QUIET = ["--IPKernelApp.log_level=40"]  # a kernel's warning that it listens on the loopback interface
+
 
 def notebooks() -> list[Path]:
     return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -83,5 +85,5 @@ def run(file: Path, overrides: list[str], start: str = "01") -> Path:
     for book in books:
         mine = {name: value for name, value in parameters.items() if name in declarations[book]}
         papermill.execute_notebook(str(book), str(folder / book.name), mine, kernel_name="python3", cwd=str(paths.ROOT),
-                                   progress_bar={"desc": book.stem})
+                                   progress_bar={"desc": book.stem}, extra_arguments=QUIET)
     return folder

@@ -16,6 +16,8 @@ from probekit.plots import GREY, GRID, INK, PALETTE
 from probekit.results import Results
 
 CURVE = (560, 300)  # pixels
+TABLE = ("<style>.probekit td,.probekit th{padding:2px 14px 2px 0;text-align:left;line-height:1.3}"
+         ".probekit{border-collapse:collapse}</style>")
 MARGIN = (46, 14, 18, 40)  # left, right, top, bottom
 
 
@@ -50,8 +52,8 @@ def curve_svg(p_lc: np.ndarray, names: list[str], layer: int, labels: np.ndarray
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{6 if k == layer else 3}" fill="{colour}"><title>'
                   f'{html.escape(name)}, layer {k}: {p_lc[k, c]:.3f}</title></circle>'
                   for k, (a, b) in enumerate(zip(x, y, strict=True))]
-    return (f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
-            f'style="font:12px sans-serif;fill:{INK};background:white">{"".join(parts)}</svg>')
+    return (f'<svg width="100%" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" style="font:12px '
+            f'sans-serif;fill:{INK};background:white;max-width:{width}px">{"".join(parts)}</svg>')
 
 
 class Explorer:
@@ -76,18 +78,18 @@ class Explorer:
         self.model = w.Dropdown(description="model", options=list(dict.fromkeys("|".join(k[:3]) for k in keys)))
         self.model.options = [(_model_words(v), v) for v in self.model.options]
         self.task = w.Dropdown(description="task", options=list(dict.fromkeys(k[3] for k in keys)))
-        self.probe = w.Dropdown(description="probe", options=list(dict.fromkeys(k[4] for k in keys)))
-        wide = w.Layout(width="560px")
+        self.probe = w.Dropdown(description="probe", options=sorted({k[4] for k in keys}, reverse=True))
+        wide = w.Layout(width="98%")
         self.example = w.IntSlider(description="example", min=0, max=0, layout=wide)
         self.layer = w.IntSlider(description="layer", min=0, max=0, layout=wide)
-        self.image = w.Image(format="jpeg", width=320)
+        self.image = w.Image(format="jpeg", layout=w.Layout(width="320px", height="auto"))
         self.words, self.curve, self.trouble = w.HTML(), w.HTML(), w.HTML()
         for chooser in (self.model, self.task, self.probe):
             chooser.observe(self._shown(self._choose), "value")
         self.example.observe(self._shown(self._show_example), "value")
         self.layer.observe(self._shown(self._show_layer), "value")
-        left = w.VBox([self.image, self.words], layout=w.Layout(width="340px"))
-        right = w.VBox([self.example, self.layer, self.curve])
+        left = w.VBox([self.image, self.words], layout=w.Layout(flex="0 0 340px"))
+        right = w.VBox([self.example, self.layer, self.curve], layout=w.Layout(flex="1 1 360px"))
         self.view = w.VBox([w.HBox([self.model, self.task, self.probe]), w.HBox([left, right]), self.trouble])
         self._choose()
         self.layer.value = self.layer.max
@@ -131,12 +133,16 @@ class Explorer:
         labels = np.array(row.labels)[asked]
         self.curve.value = curve_svg(p_lc, names, self.layer.value, labels)
         told = "".join(
-            f"<tr><td style='color:{PALETTE[c % len(PALETTE)]}'>■ {html.escape(name)}</td>"
-            f"<td>{'yes' if y else 'no'}</td><td>{p:.2f}</td><td>{'✓' if (p >= 0.5) == bool(y) else '✗'}</td></tr>"
+            f"<tr><td>{_swatch(c)}{html.escape(name)}</td><td>{'yes' if y else 'no'}</td>"
+            f"<td>{p:.2f}</td><td>{'✓' if (p >= 0.5) == bool(y) else '✗'}</td></tr>"
             for c, (name, y, p) in enumerate(zip(names, labels, p_lc[self.layer.value], strict=True)))
-        head = f"<tr><th></th><th>truth</th><th>p(yes) at layer {self.layer.value}</th><th></th></tr>"
-        self.words.value = (f"<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}</p>"
-                            f"<table>{head}{told}</table>")
+        head = f"<tr><th>asked</th><th>truth</th><th>p(yes) at layer {self.layer.value}</th><th></th></tr>"
+        self.words.value = (f"{TABLE}<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}</p>"
+                            f"<table class='probekit'>{head}{told}</table>")
+
+
+def _swatch(c: int) -> str:
+    return f"<span style='color:{PALETTE[c % len(PALETTE)]}'>■</span> "
 
 
 def _model_words(key: str) -> str:
