@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from probekit import coco, paths, pool, store
 
 if TYPE_CHECKING:
-    import torch
-
     from probekit.models import Vlm
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Extraction:
     poolings : see :mod:`probekit.pool`
     longest_side : pixels that bound an image before the processor sees it; None leaves it to the checkpoint's rule
     shard_images : images a shard, the unit of work, of writing and of resuming
-    batch : examples a forward pass
+    batch_tokens : tokens that a batch of whole images with their prompts is filled up to
+    sharing : run each image once for all its prompts: "auto" where a check finds it exact, "on" (an error where it is
+        not), "off"
     """
 
     model: str
@@ -45,7 +47,8 @@ class Extraction:
     poolings: tuple[str, ...] = ("mean",)
     longest_side: int | None = None
     shard_images: int = 200
-    batch: int = 32
+    batch_tokens: int = 4096
+    sharing: str = "auto"
 
 
 def folder_of(settings: Extraction, examples: pd.DataFrame) -> Path:
@@ -74,45 +77,20 @@ def shard_bounds(examples: pd.DataFrame, shard_images: int) -> np.ndarray:
     return np.append(starts, len(examples))
 
 
-# ------------------------------------------------------------------------------------------------- reading the layers
+# ------------------------------------------------------------------------------------------------------------ a shard
 
 
-@contextmanager
-def tapped(vlm: Vlm, mask_nt: torch.Tensor, poolings: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Within the context a forward pass leaves ``"<layer>/<pooling>"``: (n, d) float32 in the yielded dictionary."""
-    taken: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class Work:
+    """One image with its prompts: where its examples are in the shard, and, if it is shared, the prompts' tokens."""
 
-    def take(layer: str, hidden_ntd: torch.Tensor) -> None:
-        for pooling in poolings:
-            taken[f"{layer}/{pooling}"] = pool.pool(hidden_ntd, mask_nt, pooling)
-
-    def before(layer, module, args, kwargs):
-        take(layer, args[0] if args else kwargs["hidden_states"])
-
-    def after(layer, module, args, output):
-        take(layer, output[0] if isinstance(output, tuple) else output)
-
-    decoder, layers = vlm.decoder, vlm.layers
-    handles = [decoder.layers[0].register_forward_pre_hook(partial(before, layers[0]), with_kwargs=True)]
-    handles += [decoder.layers[k - 1].register_forward_hook(partial(after, layers[k]))
-                for k in range(1, len(layers) - 1)]
-    handles.append(decoder.norm.register_forward_hook(partial(after, layers[-1])))
-    try:
-        yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
+    image: object
+    tails: list[list[int]]
+    places: np.ndarray
 
 
-def pooled_states(vlm: Vlm, inputs: dict[str, torch.Tensor], poolings: Sequence[str]) -> dict[str, np.ndarray]:
-    """One forward pass over prepared inputs: ``"<layer>/<pooling>"`` to (n, d) float32 on the host."""
-    mask_nt = inputs["attention_mask"].to(vlm.device)
-    with tapped(vlm, mask_nt, poolings) as taken:
-        vlm.forward(inputs)
-    return {key: values.cpu().numpy() for key, values in taken.items()}
-
-
-def extract_shard(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, folder: Path, i: int, bar: tqdm) -> Path:
+def extract_shard(vlm: Vlm, settings: Extraction, sharing: bool, examples: pd.DataFrame, folder: Path, i: int,
+                  bar: tqdm) -> Path:
     """Compute and write shard i: the same settings, model and examples make the same file.
 
     Raises
@@ -122,28 +100,65 @@ def extract_shard(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, folder
     ValueError
         Features that do not differ between examples.
     """
+    from probekit import forward
+
     start, stop = shard_bounds(examples, settings.shard_images)[[i, i + 1]]
-    rows = examples.iloc[start:stop]
-    load = lru_cache(maxsize=None)(lambda file: coco.load_rgb(paths.resolve(file), settings.longest_side))
-    order = np.argsort(rows.prompt.str.len().to_numpy(), kind="stable")
-    batches = [order[at : at + settings.batch] for at in range(0, len(rows), settings.batch)]
-
-    def prepare(places: np.ndarray) -> dict[str, torch.Tensor]:
-        return vlm.prepare([load(f) for f in rows.file.iloc[places]], rows.prompt.iloc[places].tolist())
-
+    rows = examples.iloc[start:stop].reset_index(drop=True)
     states: dict[str, np.ndarray] = {}
-    images_an_example = rows.image_id.nunique() / len(rows)
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(prepare, batches[0])
-        for k, places in enumerate(batches):
-            inputs = coming.result()
-            if k + 1 < len(batches):
-                coming = ahead.submit(prepare, batches[k + 1])
-            for key, values in pooled_states(vlm, inputs, settings.poolings).items():
-                states.setdefault(key, np.empty((len(rows), values.shape[1]), np.float32))[places] = values
-            bar.update(len(places) * images_an_example)
+    for batch in _batches(_ahead(vlm, settings, sharing, rows), settings.batch_tokens):
+        places = np.concatenate([work.places for work in batch])
+        if sharing:
+            owner = np.repeat(range(len(batch)), [len(work.places) for work in batch])
+            tails = [tail for work in batch for tail in work.tails]
+            found = forward.shared(vlm, [work.image for work in batch], tails, owner, settings.poolings)
+        else:
+            images = [work.image for work in batch for _ in work.places]
+            found = forward.plain(vlm, images, rows.prompt[places].tolist(), settings.poolings)
+        for key, values in found.items():
+            states.setdefault(key, np.empty((len(rows), values.shape[1]), np.float32))[places] = values.cpu().numpy()
+        bar.update(len(batch))
     _check(states, rows, vlm.name)
     return store.write_shard(folder, i, states, int(start))
+
+
+def _ahead(vlm: Vlm, settings: Extraction, sharing: bool, rows: pd.DataFrame, workers: int = 2) -> Iterator[Work]:
+    """Images of a shard in order, decoded and preprocessed by threads while the model is busy."""
+    tails = vlm.tokens_after_image(rows.prompt.tolist()) if sharing else None
+
+    def make(places: np.ndarray) -> Work:
+        image = coco.load_rgb(paths.resolve(rows.file[places[0]]), settings.longest_side)
+        if not sharing:
+            return Work(image, [], places)
+        return Work(vlm.prepare_image(image), [tails[k] for k in places], places)
+
+    groups = iter(np.split(np.arange(len(rows)), np.flatnonzero(rows.image_id.diff().to_numpy()[1:]) + 1))
+    with ThreadPoolExecutor(workers) as pool:
+        coming: list[Future[Work]] = [pool.submit(make, places) for places in islice(groups, 4 * workers)]
+        while coming:
+            done = coming.pop(0).result()
+            coming += [pool.submit(make, places) for places in islice(groups, 1)]
+            yield done
+
+
+def _batches(works: Iterator[Work], budget: int) -> Iterator[list[Work]]:
+    """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens."""
+    from probekit.forward import shape_of
+
+    open_batches: dict[tuple, list[Work]] = defaultdict(list)
+    filled: dict[tuple, int] = defaultdict(int)
+    for work in works:
+        shape, size = (), PLAIN_TOKENS * len(work.places)
+        if work.tails:
+            shape, size = shape_of(work.image), work.image["input_ids"].shape[1] + sum(map(len, work.tails))
+        if filled[shape] + size > budget and open_batches[shape]:
+            yield open_batches.pop(shape)
+            filled[shape] = 0
+        open_batches[shape].append(work)
+        filled[shape] += size
+    yield from open_batches.values()
+
+
+PLAIN_TOKENS = 256  # an example of a plain pass is counted as, before the processor has seen it
 
 
 def _check(states: dict[str, np.ndarray], rows: pd.DataFrame, name: str) -> None:
@@ -177,32 +192,48 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
     for pooling in settings.poolings:
         pool.check(pooling)
     folder = folder_of(settings, examples)
-    starts = shard_bounds(examples, settings.shard_images)[:-1].tolist()
-    missing = [i for i, start in enumerate(starts) if not store.is_done(folder, i, start)]
+    bounds = shard_bounds(examples, settings.shard_images)
+    missing = [i for i, start in enumerate(bounds[:-1]) if not store.is_done(folder, i, int(start))]
     if missing or not (folder / "meta.json").exists():
         from probekit.models import load_vlm
 
         vlm = load_vlm(settings.model, settings.revision, settings.dtype, device, settings.untrained, settings.seed)
         try:
-            paths.write_json(folder / "meta.json", _meta(vlm, settings, examples, starts))
-            tqdm.write(_announce(vlm, settings, examples, len(missing), len(starts)))
-            bounds = shard_bounds(examples, settings.shard_images)
+            sharing, words = _sharing(vlm, settings, examples, folder)
+            tqdm.write(_announce(vlm, settings, examples, len(missing), len(bounds) - 1) + f"; {words}")
             images = sum(examples.image_id.iloc[bounds[i] : bounds[i + 1]].nunique() for i in missing)
             with tqdm(total=images, desc=folder.parent.name, unit="image", bar_format=BAR) as bar:
                 for i in missing:
-                    extract_shard(vlm, settings, examples, folder, i, bar)
+                    extract_shard(vlm, settings, sharing, examples, folder, i, bar)
         finally:
             vlm.release()
     return store.Store(folder)
 
 
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
+def _sharing(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, folder: Path) -> tuple[bool, str]:
+    """Which way this extraction goes; found out once, and kept in its `meta.json` for when it is resumed."""
+    from probekit import forward
+
+    if (folder / "meta.json").exists():
+        known = paths.read_json(folder / "meta.json")["sharing"]
+        return known["used"], known["words"]
+    found = forward.Sharing(False, "every prompt runs from the start")
+    if settings.sharing != "off":
+        rows = examples[examples.image_id.isin(examples.image_id.unique()[:2])]
+        files, owner = np.unique(rows.file, return_inverse=True)
+        images = [coco.load_rgb(paths.resolve(file), settings.longest_side) for file in files]
+        found = forward.try_sharing(vlm, images, rows.prompt.tolist(), owner.tolist())
+    if settings.sharing == "on" and not found.used:
+        raise ValueError(f"sharing=\"on\", but with {vlm.name} {found.words}; take sharing=\"auto\" or \"off\"")
+    paths.write_json(folder / "meta.json", _meta(vlm, settings, examples) | {"sharing": asdict(found)})
+    return found.used, found.words
 
 
-def _meta(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, starts: list[int]) -> dict:
+def _meta(vlm: Vlm, settings: Extraction, examples: pd.DataFrame) -> dict:
     return {
         "model": vlm.name, "revision": vlm.revision, "untrained": settings.untrained, "dtype": vlm.dtype,
-        "device": vlm.device, "layers": vlm.layers, "width": vlm.width, "n": len(examples), "shard_starts": starts,
+        "device": vlm.device, "layers": vlm.layers, "width": vlm.width, "n": len(examples),
+        "shard_starts": shard_bounds(examples, settings.shard_images)[:-1].tolist(),
         "settings": asdict(settings), "prompt": vlm.wrap("{prompt}"), "tasks": sorted(examples.task.unique()),
         "image_processor": type(vlm.processor.image_processor).__name__,
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "timm", "safetensors")},
@@ -214,7 +245,7 @@ def _announce(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, missing: i
     rows = examples.iloc[np.linspace(0, len(examples) - 1, min(16, len(examples))).astype(int)]
     images = [coco.load_rgb(paths.resolve(file), settings.longest_side) for file in rows.file]
     inputs = vlm.prepare(images, rows.prompt.tolist())
-    tokens, seen = inputs["attention_mask"].sum(1).float(), vlm.image_tokens(inputs)
+    tokens, seen = inputs["attention_mask"].sum(1).float(), vlm.shows_image(inputs["input_ids"]).sum(1)
     size = len(examples) * len(vlm.layers) * len(settings.poolings) * vlm.width * 2
     done = f", {shards - missing} of {shards} shards are there already" if missing < shards else ""
     return (f"{vlm.name}{' (untrained)' if settings.untrained else ''} on {vlm.device} in {vlm.dtype}: "

@@ -100,24 +100,42 @@ class Vlm:
         if limit and lengths[longest] > limit:
             raise ValueError(f"{int(lengths[longest]):,} tokens are more than the {limit:,} positions of {self.name}, "
                              f"in the prompt {prompts[longest][:80]!r}: shorten it or lower longest_side")
-        seen = (inputs["input_ids"] == self.model.config.image_token_id).sum(1)
+        seen = self.shows_image(inputs["input_ids"]).sum(1)
         if not bool((seen > 0).all()):
             raise ValueError(f"{self.name} got no image token for the prompt {prompts[int(seen.argmin())][:80]!r}: "
                              "the chat template of this checkpoint does not place images")
         return dict(inputs)
 
-    def image_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(n,) number of image tokens in each example of `inputs`."""
-        return (inputs["input_ids"] == self.model.config.image_token_id).sum(1)
+    def _cut(self, prompt: str) -> tuple[str, str]:
+        head, mark, tail = self.wrap(prompt).rpartition(self.processor.image_token)
+        return head + mark, tail
 
-    @torch.inference_mode()
-    def forward(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Run the base model on prepared inputs; what is wanted of it is read by hooks."""
-        placed = {k: v.to(self.device) for k, v in inputs.items() if torch.is_tensor(v)}
-        for key, value in placed.items():
-            if value.is_floating_point():
-                placed[key] = value.to(getattr(torch, self.dtype))
-        self.model(**placed, use_cache=False)
+    def prepare_image(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """Processor output for one image and the text before it: what all prompts on it share."""
+        return dict(self.processor(images=[image], text=[self._cut("")[0]], return_tensors="pt"))
+
+    def tokens_after_image(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what follows the image, for each prompt.
+
+        Raises
+        ------
+        ValueError
+            The template puts text of the prompt before the image.
+        """
+        heads, tails = zip(*map(self._cut, prompts), strict=True)
+        if set(heads) != {self._cut("")[0]}:
+            raise ValueError(f"{self.name}: the prompt comes before the image, so that images cannot be shared")
+        return self.processor.tokenizer(list(tails), add_special_tokens=False)["input_ids"]
+
+    def place(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Inputs on the model's device, its floating ones in the model's type."""
+        placed = {key: value.to(self.device) for key, value in inputs.items() if torch.is_tensor(value)}
+        return {key: value.to(getattr(torch, self.dtype)) if value.is_floating_point() else value
+                for key, value in placed.items()}
+
+    def shows_image(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """True where a token stands for a part of the image."""
+        return input_ids == self.model.config.image_token_id
 
     def release(self) -> None:
         """Drop the weights and give their memory back."""

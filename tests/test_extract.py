@@ -1,52 +1,18 @@
+import gc
 import json
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY
 
-from probekit import coco, extract, paths, store
+from probekit import extract, forward, store
 from probekit.extract import Extraction
-
-
-@pytest.fixture(scope="module")
-def ragged(examples):
-    """Five examples with prompts of very different lengths."""
-    rows = examples.groupby("task").head(2).head(5)
-    return [coco.load_rgb(paths.resolve(file)) for file in rows.file], rows.prompt.tolist()
-
-
-def test_hooks_read_what_transformers_returns(vlm, ragged):
-    inputs = vlm.prepare(*ragged)
-    pooled = extract.pooled_states(vlm, inputs, ["mean", "last", "cls"])
-    with torch.inference_mode():
-        states = vlm.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-    assert len(states) == len(vlm.layers)
-    for layer, hidden_ntd in zip(vlm.layers, states, strict=True):
-        for i, mask in enumerate(inputs["attention_mask"].bool()):
-            real = hidden_ntd[i][mask]
-            for pooling, expected in (("mean", real.mean(0)), ("last", real[-1]), ("cls", real[0])):
-                np.testing.assert_allclose(pooled[f"{layer}/{pooling}"][i], expected, rtol=2e-4, atol=2e-5)
-
-
-def test_a_batch_changes_nothing(vlm, ragged):
-    together = extract.pooled_states(vlm, vlm.prepare(*ragged), ["mean", "last", "max"])
-    for i, (image, prompt) in enumerate(zip(*ragged, strict=True)):
-        alone = extract.pooled_states(vlm, vlm.prepare([image], [prompt]), ["mean", "last", "max"])
-        for key, values in alone.items():
-            np.testing.assert_allclose(together[key][i], values[0], rtol=1e-3, atol=1e-4, err_msg=key)
-
-
-def test_first_token_knows_nothing_and_the_rest_does(vlm, ragged):
-    pooled = extract.pooled_states(vlm, vlm.prepare(*ragged), ["cls", "mean"])
-    last = vlm.layers[-1]
-    assert np.ptp(pooled[f"{last}/cls"], axis=0).max() < 1e-4
-    assert np.ptp(pooled[f"{last}/mean"], axis=0).max() > 1e-2
 
 
 def test_shards_keep_images_together(examples):
@@ -100,7 +66,7 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
     examples.to_parquet(tmp_path / "examples.parquet")
     code = ("import sys, pandas as pd; from pathlib import Path; from probekit import paths, extract;"
             "paths.DATA = Path(sys.argv[1]);"
-            "extract.extract(extract.Extraction('tiny-qwen2-vl', shard_images=6, batch=4),"
+            "extract.extract(extract.Extraction('tiny-qwen2-vl', shard_images=6, batch_tokens=900),"
             f"pd.read_parquet({str(tmp_path / 'examples.parquet')!r}), 'cpu')")
 
     def start(folder):
@@ -125,28 +91,71 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
 
 
-def test_values_that_are_not_finite_name_layer_and_example(data, examples, monkeypatch):
-    honest = extract.pooled_states
+@pytest.fixture
+def spoil(monkeypatch):
+    """Change what forward passes return."""
 
-    def spoiled(vlm, inputs, poolings):
-        states = honest(vlm, inputs, poolings)
-        states["lm.04/mean"][0, 0] = np.nan
-        return states
+    def set_to(change, *ways):
+        for way in ways:
+            def changed(*arguments, honest=getattr(forward, way)):
+                states = {key: values.clone() for key, values in honest(*arguments).items()}
+                change(states)
+                return states
 
-    monkeypatch.setattr(extract, "pooled_states", spoiled)
+            monkeypatch.setattr(forward, way, changed)
+
+    return set_to
+
+
+def test_values_that_are_not_finite_name_layer_and_example(data, examples, spoil):
+    spoil(lambda states: states["lm.04/mean"][0].fill_(np.nan), "plain", "shared")
     with pytest.raises(FloatingPointError, match=r"tiny-qwen2-vl, lm\.04/mean: not finite .*\.jpg"):
         extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
 
 
-def test_features_that_are_all_the_same_stop_the_run(data, examples, monkeypatch):
-    honest = extract.pooled_states
-
-    def deaf(vlm, inputs, poolings):
-        return {key: np.ones_like(values) for key, values in honest(vlm, inputs, poolings).items()}
-
-    monkeypatch.setattr(extract, "pooled_states", deaf)
+def test_features_that_are_all_the_same_stop_the_run(data, examples, spoil):
+    spoil(lambda states: [values.fill_(1) for values in states.values()], "plain", "shared")
     with pytest.raises(ValueError, match="the same for all"):
         extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
+
+
+def test_shared_and_plain_extractions_agree(data, examples):
+    poolings = ("mean", "max", "cls", "last", "image_mean", "text_mean")
+    ours, reference = (extract.extract(Extraction("tiny-qwen2-vl", poolings=poolings, sharing=way), examples, "cpu")
+                       for way in ("on", "off"))
+    assert ours.meta["sharing"]["used"] and not reference.meta["sharing"]["used"]
+    assert "largest difference to plain passes" in ours.meta["sharing"]["words"]
+    for layer in ours.layers:
+        for pooling in poolings:
+            a, b = ours[layer, pooling], reference[layer, pooling]
+            assert np.abs(a - b).max() <= 2e-3 * np.abs(b).max(), (layer, pooling)  # both are stored in float16
+
+
+def test_sharing_that_is_not_exact_is_seen(data, examples, spoil):
+    spoil(lambda states: states["lm.03/last"].mul_(1.01), "shared")
+    done = extract.extract(Extraction("tiny-qwen2-vl"), examples.head(40), "cpu")
+    assert not done.meta["sharing"]["used"] and "not exact" in done.meta["sharing"]["words"]
+    assert "lm.03/last" in done.meta["sharing"]["words"]
+    with pytest.raises(ValueError, match="take sharing="):
+        extract.extract(Extraction("tiny-qwen2-vl", sharing="on"), examples.head(40), "cpu")
+
+
+def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch):
+    from probekit import models
+
+    honest, alive = models.load_vlm, []
+
+    def watched(*arguments, **named):
+        gc.collect()
+        assert not any(ref() is not None for ref in alive)
+        vlm = honest(*arguments, **named)
+        alive.extend(weakref.ref(p) for p in vlm.model.parameters())
+        return vlm
+
+    monkeypatch.setattr(models, "load_vlm", watched)
+    for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
+        extract.extract(Extraction(name), examples.head(40), "cpu")
+    assert len(alive) > 200
 
 
 def test_large_values_are_kept_in_float32(tmp_path):

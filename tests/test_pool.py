@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from probekit.pool import pool
+from probekit.pool import NAMES, Pooler, Prefix, pool
 
 LENGTHS = (3, 7, 5)
 ALL = ("mean", "max", "cls", "last", "token:2", "token:-2")
@@ -31,6 +31,29 @@ def test_half_precision_is_summed_in_float32():
     states = torch.full((1, 4096, 2), 1.001, dtype=torch.bfloat16)
     assert pool(states, torch.ones(1, 4096), "mean").dtype == torch.float32
     torch.testing.assert_close(pool(states, torch.ones(1, 4096), "mean"), states[:, 0].float())
+
+
+def test_a_prefix_run_on_its_own_pools_like_the_whole_sequence():
+    torch.manual_seed(1)
+    image = torch.tensor([[False, True, True, False]] * 2)
+    owner = torch.tensor([1, 0, 1])
+    prefixes, own = torch.randn(2, 4, 5), torch.randn(3, 6, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    names = [*NAMES[:6], "token:0", "token:3", "token:5", "token:-2", "token:-6"]
+    split = Pooler(names, mask, None, Prefix(image, owner))
+    found = split.pool(own, split.prefix_part(prefixes))
+    whole = torch.cat([prefixes[owner], own], 1)
+    shown = torch.cat([image[owner], torch.zeros(3, 6, dtype=torch.bool)], 1)
+    expected = Pooler(names, torch.cat([torch.ones(3, 4), mask], 1), shown).pool(whole)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], msg=name)
+    torch.testing.assert_close(expected["image_mean"], prefixes[owner][:, 1:3].mean(1))
+    torch.testing.assert_close(expected["text_mean"][2], whole[2, [0, 3, 4, 5]].mean(0))
+
+
+def test_a_mean_over_tokens_that_are_not_there_is_an_error():
+    with pytest.raises(ValueError, match="no such tokens"):
+        Pooler(["image_mean"], torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("name", ["median", "token:", "token:x", "mean "])
