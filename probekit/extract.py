@@ -56,7 +56,8 @@ def folder_of(settings: Extraction, examples: pd.DataFrame) -> Path:
     from probekit.models import locate
 
     source = Path(locate(settings.model))
-    weights = [(f.name, f.stat().st_size, _tail_hash(f)) for f in sorted(source.glob("*")) if f.is_file()]
+    files = sorted(f for f in source.glob("*") if f.is_file()) if source.is_absolute() else []  # a hub id has none
+    weights = [(f.name, f.stat().st_size, _tail_hash(f)) for f in files]
     sizes = {file: paths.resolve(file).stat().st_size for file in examples.file.unique()}
     rows = [[file, sizes[file], prompt] for file, prompt in zip(examples.file, examples.prompt, strict=True)]
     name = source.name + ("-untrained" if settings.untrained else "")

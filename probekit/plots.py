@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
@@ -224,12 +225,9 @@ def write_page(figures: dict[str, tuple[go.Figure, str]], folder: Path, title: s
 
 def write_png(figures: dict[str, tuple[go.Figure, str]], folder: Path, width: int = 1000) -> str:
     """Save every figure as PNG where a Chrome is found; returns one line that says what happened."""
-    import kaleido
-    import plotly.io
-
     try:
         plotly.io.write_images([figure for figure, _ in figures.values()], [folder / f"{n}.png" for n in figures],
                                width=width, scale=2)
-    except (kaleido.ChromeNotFoundError, RuntimeError) as error:
-        return f"no PNG files: {error or 'no Chrome found'}; install Chrome or Chromium to have them"
+    except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido, and of a missing Chrome
+        return f"no PNG files ({str(error).strip().splitlines()[0]}): pip install 'probekit[export]' and a Chrome"
     return f"{len(figures)} PNG files in {folder}"

@@ -1,8 +1,10 @@
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from probekit import plots, results
 
@@ -76,3 +78,41 @@ def test_the_page_needs_no_network(tables, tmp_path):
     own = re.sub(r"<script type=\"text/javascript\">.*?</script>", "", text, flags=re.S)
     assert not re.search(r"""(src|href)=["']https?:""", own)
     assert not re.search(r"""(src|href)=["']https?:""", (tmp_path / f"{name}.html").read_text())
+
+
+needs_chrome = pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
+
+
+@needs_chrome
+def test_png_files_show_the_figure(tables, tmp_path):
+    figures = plots.study_figures(*tables, TASKS)
+    told = plots.write_png(dict(list(figures.items())[:2]), tmp_path)
+    assert told.startswith("2 PNG files"), told
+    for path in tmp_path.glob("*.png"):
+        image = Image.open(path).convert("RGB")
+        assert image.width == 2000 and len(set(image.resize((200, 80)).getdata())) > 50
+
+
+def test_png_files_are_left_out_with_a_word(tables, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
+
+    monkeypatch.setattr("plotly.io.write_images", fail)
+    assert "requires Google Chrome" in plots.write_png(plots.study_figures(*tables, TASKS), tmp_path)
+
+
+@needs_chrome
+def test_the_page_opens_from_disk_without_a_network(tables, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    figures = plots.study_figures(*tables, TASKS)
+    page_file = plots.write_page(figures, tmp_path, "Try", "lead", results.summary(tables[0], TASKS))
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(offline=True)
+        page, errors = context.new_page(), []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(page_file.as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.main-svg .cartesianlayer').length >= {len(figures)}")
+        assert errors == []
+        browser.close()
