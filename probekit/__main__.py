@@ -28,23 +28,16 @@ def _doctor() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from papermill import PapermillExecutionError
-
-    from probekit import paths
-    from probekit.run import run
+    from probekit.run import NotebookFailed, run
 
     try:
-        folder = run(options.params, options.overrides, options.start)
+        print(f"executed notebooks: {run(options.params, options.overrides, options.start)}")
     except (FileNotFoundError, ValueError) as error:
         print(f"probekit: {error}", file=sys.stderr)
         return 2
-    except PapermillExecutionError as error:
-        newest = max((paths.DATA / "runs").iterdir())
-        partial = sorted(newest.glob("*.ipynb"))[-1]
-        print(f"\nA cell failed:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n\nThe notebook as far as it came: "
-              f"{partial}", file=sys.stderr)
+    except NotebookFailed as error:
+        print(f"\n{error}", file=sys.stderr)
         return 1
-    print(f"executed notebooks: {folder}")
     return 0
 
 

@@ -114,11 +114,12 @@ def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            if longest_side:
-                image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+        if longest_side:
+            image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
+        return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{file} cannot be read as an image: {error or type(error).__name__}") from error
+        raise OSError(f"{file} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 
 def unreadable(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from probekit import paths
 
@@ -46,8 +47,9 @@ def _coco() -> tuple[bool, str, str]:
 def _cache() -> tuple[bool, str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    free = shutil.disk_usage(paths.ROOT).free / 1e9
-    return free > 10, f"{HF_HUB_CACHE}, {free:.0f} GB free here", "make room, or set HF_HOME to a larger disk"
+    there = next(p for p in [Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents] if p.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    return free > 10, f"{HF_HUB_CACHE}, {free:.0f} GB free", "make room, or set HF_HOME to a folder on a larger disk"
 
 
 def _chrome() -> tuple[bool, str, str]:
@@ -57,7 +59,7 @@ def _chrome() -> tuple[bool, str, str]:
 
 def _widgets() -> tuple[bool, str, str]:
     try:
-        return True, _packages("jupyterlab", "ipywidgets", "papermill", "plotly"), ""
+        return True, _packages("jupyterlab", "ipywidgets", "anywidget", "papermill", "plotly"), ""
     except PackageNotFoundError as error:
         return False, f"{error} is missing", "pip install -e ."
 
@@ -70,6 +72,9 @@ def report() -> list[str]:
     """One line a check: whether it is fine, what was found, and the mend where it is not."""
     lines = []
     for name, check in CHECKS.items():
-        fine, found, mend = check()
+        try:
+            fine, found, mend = check()
+        except Exception as error:  # a doctor that dies of the illness is no help
+            fine, found, mend = False, f"{type(error).__name__}: {str(error)[:200]}", "pip install -e . again"
         lines.append(f"{'ok  ' if fine else 'note'}  {name:<12} {found}{'' if fine else f'  ▸ {mend}'}")
     return lines

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from probekit import coco, paths, pool, store
+from probekit.tasks import rows_key
 
 if TYPE_CHECKING:
     from probekit.models import Vlm
@@ -51,24 +52,43 @@ class Extraction:
     sharing: str = "auto"
 
 
+def resolved(settings: Extraction, device: str) -> Extraction:
+    """The settings with what they leave open filled in: the type that the device takes, the commit on the hub."""
+    from probekit.models import best_dtype, commit_of
+
+    return replace(settings, dtype=settings.dtype or best_dtype(device),
+                   revision=commit_of(settings.model, settings.revision))
+
+
 def folder_of(settings: Extraction, examples: pd.DataFrame) -> Path:
-    """The folder that these settings, this checkpoint and these examples own."""
+    """The folder that these (resolved) settings, this checkpoint and these examples own.
+
+    Raises
+    ------
+    FileNotFoundError
+        An image of the examples is gone.
+    """
     from probekit.models import locate
 
     source = Path(locate(settings.model))
     files = sorted(f for f in source.glob("*") if f.is_file()) if source.is_absolute() else []  # a hub id has none
-    weights = [(f.name, f.stat().st_size, _tail_hash(f)) for f in files]
-    sizes = {file: paths.resolve(file).stat().st_size for file in examples.file.unique()}
-    rows = [[file, sizes[file], prompt] for file, prompt in zip(examples.file, examples.prompt, strict=True)]
+    weights = [(f.name, f.stat().st_size, _sampled_hash(f)) for f in files]
+    try:
+        sizes = [paths.resolve(file).stat().st_size for file in examples.file.unique()]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} is gone: run 01_build_data again") from None
     name = source.name + ("-untrained" if settings.untrained else "")
-    return paths.DATA / "activations" / name / paths.fingerprint(settings, weights, rows)
+    return paths.DATA / "activations" / name / paths.fingerprint(settings, weights, sizes, rows_key(examples))
 
 
-def _tail_hash(file: Path, size: int = 1 << 20) -> str:
-    """Hash of a file's last MiB: enough to tell checkpoints apart without reading gigabytes."""
+def _sampled_hash(file: Path, pieces: int = 128, piece: int = 1 << 15) -> str:
+    """Hash of 4 MiB spread over a file: tells checkpoints apart without reading gigabytes."""
+    size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as handle:
-        handle.seek(max(0, file.stat().st_size - size))
-        return hashlib.sha256(handle.read()).hexdigest()
+        for at in sorted({round(k * max(0, size - piece) / (pieces - 1)) for k in range(pieces)}):
+            handle.seek(at)
+            digest.update(handle.read(piece))
+    return digest.hexdigest()
 
 
 def shard_bounds(examples: pd.DataFrame, shard_images: int) -> np.ndarray:
@@ -83,11 +103,15 @@ def shard_bounds(examples: pd.DataFrame, shard_images: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Work:
-    """One image with its prompts: where its examples are in the shard, and, if it is shared, the prompts' tokens."""
+    """One image with its prompts: where its examples are in the shard, and, if it is shared, the prompts' tokens.
+
+    `tokens` is what it adds to a batch.
+    """
 
     image: object
     tails: list[list[int]]
     places: np.ndarray
+    tokens: int
 
 
 def extract_shard(vlm: Vlm, settings: Extraction, sharing: bool, examples: pd.DataFrame, folder: Path, i: int,
@@ -125,12 +149,17 @@ def extract_shard(vlm: Vlm, settings: Extraction, sharing: bool, examples: pd.Da
 def _ahead(vlm: Vlm, settings: Extraction, sharing: bool, rows: pd.DataFrame, workers: int = 2) -> Iterator[Work]:
     """Images of a shard in order, decoded and preprocessed by threads while the model is busy."""
     tails = vlm.tokens_after_image(rows.prompt.tolist()) if sharing else None
+    first = coco.load_rgb(paths.resolve(rows.file[0]), settings.longest_side)
+    usual = 0 if sharing else vlm.prepare([first], [rows.prompt[0]])["input_ids"].shape[1]
 
     def make(places: np.ndarray) -> Work:
         image = coco.load_rgb(paths.resolve(rows.file[places[0]]), settings.longest_side)
         if not sharing:
-            return Work(image, [], places)
-        return Work(vlm.prepare_image(image), [tails[k] for k in places], places)
+            return Work(image, [], places, usual * len(places))
+        ready, own = vlm.prepare_image(image), [tails[k] for k in places]
+        before = ready["input_ids"].shape[1]
+        vlm.check_length(before + max(map(len, own)), rows.prompt[places[np.argmax([*map(len, own)])]])
+        return Work(ready, own, places, before + sum(map(len, own)))
 
     groups = iter(np.split(np.arange(len(rows)), np.flatnonzero(rows.image_id.diff().to_numpy()[1:]) + 1))
     with ThreadPoolExecutor(workers) as pool:
@@ -142,24 +171,26 @@ def _ahead(vlm: Vlm, settings: Extraction, sharing: bool, rows: pd.DataFrame, wo
 
 
 def _batches(works: Iterator[Work], budget: int) -> Iterator[list[Work]]:
-    """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens."""
+    """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens.
+
+    Images of rare shapes wait for others of theirs, up to four budgets in all; then the fullest batch goes.
+    """
     from probekit.forward import shape_of
 
-    open_batches: dict[tuple, list[Work]] = defaultdict(list)
+    waiting: dict[tuple, list[Work]] = defaultdict(list)
     filled: dict[tuple, int] = defaultdict(int)
     for work in works:
-        shape, size = (), PLAIN_TOKENS * len(work.places)
-        if work.tails:
-            shape, size = shape_of(work.image), work.image["input_ids"].shape[1] + sum(map(len, work.tails))
-        if filled[shape] + size > budget and open_batches[shape]:
-            yield open_batches.pop(shape)
-            filled[shape] = 0
-        open_batches[shape].append(work)
-        filled[shape] += size
-    yield from open_batches.values()
-
-
-PLAIN_TOKENS = 256  # an example of a plain pass is counted as, before the processor has seen it
+        shape = shape_of(work.image) if work.tails else ()
+        if waiting[shape] and filled[shape] + work.tokens > budget:
+            filled.pop(shape)
+            yield waiting.pop(shape)
+        waiting[shape].append(work)
+        filled[shape] += work.tokens
+        if sum(filled.values()) > 4 * budget:
+            fullest = max(filled, key=filled.get)
+            filled.pop(fullest)
+            yield waiting.pop(fullest)
+    yield from waiting.values()
 
 
 def _check(states: dict[str, np.ndarray], rows: pd.DataFrame, name: str) -> None:
@@ -190,20 +221,24 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
     examples : columns `image_id`, `file`, `prompt`; those of one image next to each other
     device : see :func:`probekit.models.load_vlm`
     """
+    from probekit.models import best_device, load_vlm
+
     for pooling in settings.poolings:
         pool.check(pooling)
+    device = device or best_device()
+    settings = resolved(settings, device)
     folder = folder_of(settings, examples)
     bounds = shard_bounds(examples, settings.shard_images)
     missing = [i for i, start in enumerate(bounds[:-1]) if not store.is_done(folder, i, int(start))]
-    if missing or not (folder / "meta.json").exists():
-        from probekit.models import load_vlm
-
+    if missing:
         vlm = load_vlm(settings.model, settings.revision, settings.dtype, device, settings.untrained, settings.seed)
         try:
             sharing, words = _sharing(vlm, settings, examples, folder)
-            tqdm.write(_announce(vlm, settings, examples, len(missing), len(bounds) - 1) + f"; {words}")
-            images = sum(examples.image_id.iloc[bounds[i] : bounds[i + 1]].nunique() for i in missing)
-            with tqdm(total=images, desc=folder.parent.name, unit="image", bar_format=BAR) as bar:
+            to_come = pd.concat([examples.iloc[bounds[i] : bounds[i + 1]] for i in missing])
+            done = f" ({len(bounds) - 1 - len(missing)} of {len(bounds) - 1} shards are there already)"
+            tqdm.write(_announce(vlm, settings, to_come, sharing) + (done if len(missing) < len(bounds) - 1 else "")
+                       + f"; {words}")
+            with tqdm(total=to_come.image_id.nunique(), desc=folder.parent.name, unit="image", bar_format=BAR) as bar:
                 for i in missing:
                     extract_shard(vlm, settings, sharing, examples, folder, i, bar)
         finally:
@@ -234,6 +269,7 @@ def _meta(vlm: Vlm, settings: Extraction, examples: pd.DataFrame) -> dict:
     return {
         "model": vlm.name, "revision": vlm.revision, "untrained": settings.untrained, "dtype": vlm.dtype,
         "device": vlm.device, "layers": vlm.layers, "width": vlm.width, "n": len(examples),
+        "examples": rows_key(examples),
         "shard_starts": shard_bounds(examples, settings.shard_images)[:-1].tolist(),
         "settings": asdict(settings), "prompt": vlm.wrap("{prompt}"), "tasks": sorted(examples.task.unique()),
         "image_processor": type(vlm.processor.image_processor).__name__,
@@ -241,15 +277,16 @@ def _meta(vlm: Vlm, settings: Extraction, examples: pd.DataFrame) -> dict:
     }
 
 
-def _announce(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, missing: int, shards: int) -> str:
+def _announce(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, sharing: bool) -> str:
     """One line on what is to come; tokens are estimated from 16 examples spread over the table."""
     rows = examples.iloc[np.linspace(0, len(examples) - 1, min(16, len(examples))).astype(int)]
     images = [coco.load_rgb(paths.resolve(file), settings.longest_side) for file in rows.file]
     inputs = vlm.prepare(images, rows.prompt.tolist())
-    tokens, seen = inputs["attention_mask"].sum(1).float(), vlm.shows_image(inputs["input_ids"]).sum(1)
+    shown = vlm.shows_image(inputs["input_ids"]).sum(1)
+    tokens = float(inputs["attention_mask"].sum(1).float().mean()) * len(examples)
+    if sharing:  # the image's tokens once an image, not once an example
+        tokens -= float(shown.float().mean()) * (len(examples) - examples.image_id.nunique())
     size = len(examples) * len(vlm.layers) * len(settings.poolings) * vlm.width * 2
-    done = f", {shards - missing} of {shards} shards are there already" if missing < shards else ""
     return (f"{vlm.name}{' (untrained)' if settings.untrained else ''} on {vlm.device} in {vlm.dtype}: "
-            f"{len(examples):,} examples of {examples.image_id.nunique():,} images, about "
-            f"{len(examples) * float(tokens.mean()):,.0f} tokens ({int(seen.min())} to {int(seen.max())} of them image "
-            f"tokens an example), {size / 1e6:,.1f} MB to write{done}")
+            f"{len(examples):,} examples of {examples.image_id.nunique():,} images, about {tokens:,.0f} tokens to "
+            f"compute ({int(shown.min())} to {int(shown.max())} image tokens an image), {size / 1e6:,.1f} MB to write")

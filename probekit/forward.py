@@ -129,6 +129,8 @@ def try_sharing(vlm: Vlm, images: Sequence[Image.Image], prompts: Sequence[str],
         order = [[n for n, i in enumerate(owner) if i in group] for group in groups]
         ours = [shared(vlm, [ready[i] for i in group], [tails[n] for n in rows], [group.index(owner[n]) for n in rows],
                        poolings) for group, rows in zip(groups, order, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         return Sharing(False, f"every prompt runs from the start: sharing the image fails ({str(error)[:200]})")
     reference = plain(vlm, [images[i] for i in owner], prompts, poolings)
@@ -161,9 +163,14 @@ def _positions(decoder: torch.nn.Module) -> Iterator[list[torch.Tensor | None]]:
 
 
 def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length: int) -> torch.Tensor | None:
-    """Positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t); None leaves them to the model."""
+    """Positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t); None leaves them to the model.
+
+    After an image the axes of a multi-axis position differ: text goes on, on all of them, after the largest.
+    """
     if position_ids is None:
         return None
+    if position_ids.ndim == 3:
+        position_ids = position_ids.amax(0, keepdim=True).expand_as(position_ids)
     if position_ids.shape[-2] == 1:  # one row for a whole batch
         owner_n = torch.zeros_like(owner_n)
     last = position_ids[..., -1:].index_select(-2, owner_n)

@@ -12,6 +12,7 @@ conjugate gradients in the eigenbasis of x'x, where the Hessian of a logistic pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,8 @@ class Solution:
         return x_nd @ self.weight_dp + self.intercept_p
 
 
-def solve(x_nd: torch.Tensor, y_np: torch.Tensor, mask_np: torch.Tensor, c_p: torch.Tensor, seed: int = 0,
-          tolerance: float = TOLERANCE, steps: int = 60) -> Solution:
+def solve(x_nd: torch.Tensor, y_np: torch.Tensor, mask_np: torch.Tensor, c_p: torch.Tensor,
+          seeds: Sequence[int] = (0,), tolerance: float = TOLERANCE, steps: int = 60) -> Solution:
     """Solve p problems on the same features; a problem with one kind of label only gets a constant answer.
 
     Parameters
@@ -42,7 +43,8 @@ def solve(x_nd: torch.Tensor, y_np: torch.Tensor, mask_np: torch.Tensor, c_p: to
     x_nd : (n, d) float32, standardised
     y_np, mask_np : (n, p) labels 0 or 1, and 1 where an example counts
     c_p : (p,) inverse strengths C, scikit-learn's
-    seed : of the random starting point; the solution does not depend on it
+    seeds : of the random starting points, one for each of len(seeds) equal parts of the problems; what a problem
+        converges to does not depend on it
     tolerance : largest gradient norm of a converged problem (its objective is a mean over examples)
     """
     n = len(x_nd)
@@ -57,8 +59,9 @@ def solve(x_nd: torch.Tensor, y_np: torch.Tensor, mask_np: torch.Tensor, c_p: to
     ridge_dp[-1] = 0
     problem = _Problem(z_nd, y_np, mask_np * scale_p, ridge_dp, torch.cat([spectrum.clamp(min=0), torch.ones(1)
                        .to(spectrum)]).to(x_nd.dtype))
-    generator = torch.Generator().manual_seed(seed)
-    w_dp = 0.01 * torch.randn(ridge_dp.shape, generator=generator).to(z_nd)
+    part = (len(ridge_dp), ridge_dp.shape[1] // len(seeds))
+    starts = [torch.randn(part, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    w_dp = 0.01 * torch.cat(starts, 1).to(z_nd)
     gradient_p = torch.full_like(scale_p, torch.inf)
     for _ in range(steps):
         gradient_dp, curvature_np = problem.derivatives(w_dp)

@@ -79,7 +79,8 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
 
     `lo` and `hi` bound the central 95 % of `resamples` bootstrap samples of the images (an image's examples stay
     together; the same samples for every layer, so that layers can be compared). `class` is empty where a metric is
-    about all classes; counts have no interval; `n` is the number of entries that count.
+    about all classes; counts have no interval; `n` is the number of entries that count (of the class, where there
+    are several).
     """
     counts = image_counts(p_lnc, y_nc, mask_nc, image_n)
     images = len(counts)
@@ -88,10 +89,10 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
     resampled = (draws @ counts.reshape(images, -1)).reshape(resamples, *counts.shape[1:])
     point, spread = scores(counts.sum(0), binary), scores(resampled, binary)
     names = ["no", "yes"] if binary else classes
-    rows = []
+    n_c, n, rows = mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
     for (metric, k), values in point.items():
         bare = metric in COUNTS[:4] or np.isnan(values).all()  # counts, and classes that were never asked for
         lo, hi = (np.nan, np.nan) if bare else np.nanpercentile(spread[metric, k], [2.5, 97.5], axis=0)
         rows.append(pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
-                                  "value": values, "lo": lo, "hi": hi}))
-    return pd.concat(rows, ignore_index=True).assign(n=int(mask_nc.sum()))
+                                  "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]}))
+    return pd.concat(rows, ignore_index=True)

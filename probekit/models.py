@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from probekit import paths
 
@@ -32,6 +31,16 @@ def locate(id_or_folder: str) -> str:
         raise FileNotFoundError(f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
                                 f"a hub id, or one of {', '.join(PRESETS)}")
     return wanted
+
+
+def commit_of(id_or_folder: str, revision: str | None) -> str | None:
+    """The commit that a hub id and revision stand for now; None for a folder, whose files speak for themselves."""
+    from transformers import AutoConfig
+
+    source = locate(id_or_folder)
+    if Path(source).is_absolute():
+        return None
+    return AutoConfig.from_pretrained(source, revision=revision)._commit_hash
 
 
 def best_device() -> str:
@@ -95,16 +104,19 @@ class Vlm:
             images=list(images), text=texts, padding=True, padding_side="right", return_tensors="pt"
         )
         lengths = inputs["attention_mask"].sum(1)
-        longest = int(lengths.argmax())
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and lengths[longest] > limit:
-            raise ValueError(f"{int(lengths[longest]):,} tokens are more than the {limit:,} positions of {self.name}, "
-                             f"in the prompt {prompts[longest][:80]!r}: shorten it or lower longest_side")
+        self.check_length(int(lengths.max()), prompts[int(lengths.argmax())])
         seen = self.shows_image(inputs["input_ids"]).sum(1)
         if not bool((seen > 0).all()):
             raise ValueError(f"{self.name} got no image token for the prompt {prompts[int(seen.argmin())][:80]!r}: "
                              "the chat template of this checkpoint does not place images")
         return dict(inputs)
+
+    def check_length(self, tokens: int, prompt: str) -> None:
+        """Raise ValueError where an example has more tokens than the model has positions."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise ValueError(f"{tokens:,} tokens are more than the {limit:,} positions of {self.name}, in the prompt "
+                             f"{prompt[:80]!r}: shorten it or lower longest_side")
 
     def _cut(self, prompt: str) -> tuple[str, str]:
         head, mark, tail = self.wrap(prompt).rpartition(self.processor.image_token)
@@ -164,6 +176,8 @@ def load_vlm(id_or_folder: str, revision: str | None = None, dtype: str | None =
     ValueError
         The checkpoint's processor has no chat template.
     """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # seconds, and not always needed
+
     device = device or best_device()
     dtype = dtype or best_dtype(device)
     source = locate(id_or_folder)

@@ -16,6 +16,7 @@ from probekit import paths
 from probekit.results import select
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's: colour-blind safe
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")  # one a pooling
 INK, GREY, GRID = "#2b2d42", "#8d99ae", "#e9ecf1"
 SCORES = [[0.0, "#f7fbff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
 WORDS = {
@@ -71,10 +72,11 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     figure, colours = go.Figure(), colour_of(table)
     rows = select(table, probe, metric)
     rows = rows[rows.task == task]
-    many = rows.pooling.nunique() > 1
+    poolings = list(dict.fromkeys(rows.pooling))
     for (model, control, pooling), curve in rows.groupby(["model", "control", "pooling"], sort=False):
-        name = f"{model}{' untrained' if control == 'untrained' else ''}{f', {pooling}' if many else ''}"
-        _curve(figure, curve, name, colours[model], "dash" if control == "untrained" else "solid", metric)
+        name = f"{model}{' untrained' if control == 'untrained' else ''}{f', {pooling}' if len(poolings) > 1 else ''}"
+        line = {"color": colours[model], "width": 2.5, "dash": "dash" if control == "untrained" else "solid"}
+        _curve(figure, curve, name, line, SYMBOLS[poolings.index(pooling) % len(SYMBOLS)], metric)
     if published:
         _published(figure, task, metric)
     if chance is not None:
@@ -85,30 +87,36 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     return figure.update_yaxes(title=f"{WORDS[metric]} (test)")
 
 
-def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, colour: str, dash: str, metric: str) -> None:
+def _named(rows: pd.DataFrame) -> str:
+    """The pooling that a figure shows, where the run has several and the figure room for one."""
+    return f" ({rows.pooling.iloc[0]} pooling)" if rows.pooling.nunique() > 1 else ""
+
+
+def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, line: dict, symbol: str, metric: str) -> None:
     x = layer_number(curve.layer)
     best = curve.value.idxmax()
     band = go.Scatter(x=[*x, *x[::-1]], y=[*curve.hi, *curve.lo[::-1]], fill="toself", mode="lines",
-                      line={"width": 0}, fillcolor=_faded(colour, 0.15), hoverinfo="skip", legendgroup=name,
+                      line={"width": 0}, fillcolor=_faded(line["color"], 0.15), hoverinfo="skip", legendgroup=name,
                       showlegend=False)
     gap = curve.value - curve.value[best]
     told = np.stack([curve.layer, curve.lo, curve.hi, curve.n, gap, np.full(len(curve), curve.layer[best])], -1)
     hover = (f"<b>{name}</b>, %{{customdata[0]}}<br>{WORDS[metric]} %{{y:.3f}} [%{{customdata[1]:.3f}}, "
-             "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its best layer, "
+             "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its highest, "
              "%{customdata[5]}<extra></extra>")
-    line = go.Scatter(x=x, y=curve.value, name=name, mode="lines+markers", legendgroup=name, customdata=told,
-                      line={"color": colour, "dash": dash, "width": 2.5}, hovertemplate=hover, marker={"size": 7},
-                      opacity=1 if dash == "solid" else 0.75)
-    figure.add_traces([band, line])
+    points = go.Scatter(x=x, y=curve.value, name=name, mode="lines+markers", legendgroup=name, customdata=told,
+                        line=line, hovertemplate=hover, marker={"size": 7, "symbol": symbol})
+    figure.add_traces([band, points])
 
 
 def _published(figure: go.Figure, task: str, metric: str) -> None:
     """The study's own curves; what it calls macro-F1 is micro-F1 (category) and the F1 of "yes" (caption)."""
     kind = {"caption": "caption", "category": "without list", "category_list": "with list"}.get(task)
-    column = {"accuracy": "accuracy", "f1_macro": "f1", "f1_micro": "f1", "f1_positive": "f1"}[metric]
+    column = {"accuracy": "accuracy", "f1_micro" if kind != "caption" else "f1_positive": "f1"}.get(metric)
+    if kind is None or column is None:
+        return
     rows = pd.read_csv(Path(__file__).with_name("published.csv"))
     rows = rows[(rows.prompt == kind) & ~rows.model.str.startswith("Gemma")]  # a failed run: 0.500 at every layer
-    told = {"accuracy": "accuracy", "f1": "micro-F1" if task != "caption" else "F1 of “yes”"}[column]
+    told = WORDS[metric]
     for (model, dash) in zip(rows.model.unique(), ("solid", "dot"), strict=False):
         curve = rows[rows.model == model].sort_values("layer")
         hover = f"{model}, layer %{{x}}<br>published {told} %{{y:.3f}}<extra></extra>"
@@ -118,8 +126,8 @@ def _published(figure: go.Figure, task: str, metric: str) -> None:
 
 def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str = "logreg") -> go.Figure:
     """Several metrics (rows) by layer (columns), a panel a model; the untrained control is left out."""
-    rows = select(table[table.control == "none"], probe)
-    rows = rows[(rows.task == task) & rows.metric.isin(metrics)]
+    kept = table[(table.control == "none") & (table.task == task)]
+    rows = pd.concat([select(kept, probe, metric) for metric in metrics])
     models, pooling = list(dict.fromkeys(rows.model)), rows.pooling.iloc[0]
     figure = make_subplots(len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models))
     for i, model in enumerate(models, 1):
@@ -132,7 +140,8 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
             showscale=i == 1, colorbar={"title": "score", "thickness": 14},
             hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>",
         )
-    style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}", 150 + 170 * len(models))
+    style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}{_named(rows)}",
+          150 + 170 * len(models))
     figure.update_xaxes(dtick=1 if rows.layer.nunique() <= 14 else 4, showgrid=False)
     figure.update_xaxes(title=AXIS, row=len(models), col=1)
     return figure.update_layout(margin={"l": 150})
@@ -141,9 +150,9 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
 def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: str) -> go.Figure:
     """Training (solid) and validation (dashed) loss of the "linear" probe: each model's best and worst layer.
 
-    Best and worst are judged by `metric` on the test split; seeds are drawn thin, their mean thick.
+    Best and worst are judged by `metric` on the validation split; losses are means over the seeds.
     """
-    scores = select(table[(table.task == task) & (table.control == "none")], "linear", metric)
+    scores = select(table[(table.task == task) & (table.control == "none")], "linear", metric, "validation")
     models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
     scores, colours = scores[scores.pooling == pooling], colour_of(table)
     chosen = [[(model, scores.layer[ends[end]]) for end in ("idxmax", "idxmin")] for model in models
@@ -163,7 +172,7 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
                     line={"dash": dash, "color": colours[model], "width": 2.5},
                     hovertemplate=f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model} {layer}</extra>",
                 )
-    style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}", 190 + 230 * len(models))
+    style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}{_named(scores)}", 190 + 230 * len(models))
     figure.update_layout(margin={"t": 120}, legend={"y": 1 + 0.14 / len(models)})
     figure.update_xaxes(title="epoch", row=len(models))
     return figure.update_yaxes(title="loss (nats)", col=1)
@@ -176,6 +185,10 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
     for task, about in tasks.items():
         binary = about["kind"] == "binary"
         metric, parts = ("accuracy", "positive") if binary else ("f1_macro", "macro")
+        if published and not binary:  # what the study calls macro-F1 is micro-F1
+            figures[f"{task}_f1_micro"] = (
+                layer_curves(table, task, "f1_micro", probe, published),
+                f"{about['question']} F1 over the pooled counts of all categories, which is what the study reports.")
         figures[f"{task}_{metric}"] = (
             layer_curves(table, task, metric, probe, published, 0.5 if binary else None),
             f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from probekit import linear, logreg, metrics, paths
 from probekit.results import Results
 from probekit.store import Store
+from probekit.tasks import rows_key, table_key
 
 PROBES = ("logreg", "linear")
 SPLITS = ("train", "validation", "test")
@@ -44,7 +46,10 @@ class Probing:
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task of a run: where its rows are in the store, and its labels."""
+    """One task of a run: where its rows are in the store, and its labels.
+
+    Entries of a class that no training example is asked for do not count: no probe can learn it.
+    """
 
     name: str
     kind: str
@@ -65,6 +70,7 @@ class TaskData:
         if empty:
             raise ValueError(f"task {name} has no examples in {', '.join(empty)}: take more images in 01_build_data")
         y, mask = (torch.tensor(np.array(table[column].tolist()), dtype=torch.float32) for column in ("labels", "mask"))
+        mask *= mask[split["train"]].amax(0)
         return cls(name, about["kind"], list(about["classes"]), rows, table.image_id.to_numpy(), y, mask, split)
 
     def score(self, p_lnc: np.ndarray, split: str, layers: Sequence[str], resamples: int) -> pd.DataFrame:
@@ -84,46 +90,37 @@ def standardised(x_nd: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, (x_nd - part.mean(0)) / scale, 0)
 
 
-def _masked_log_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    each = torch.nn.functional.softplus(logits) - y * logits
-    return (each * mask).sum((0, -1)) / mask.sum().clamp(min=1)
+def fit_logreg(x_nd: torch.Tensor, task: TaskData, settings: Probing, layer: str) -> tuple[np.ndarray, list[float]]:
+    """Probabilities (s, n, c) of all rows, and the strengths C (s) that validation chose.
 
-
-def fit_logreg(x_nd: torch.Tensor, task: TaskData, settings: Probing, seed: int, name: str) -> tuple[np.ndarray, float]:
-    """Probabilities (n, c) of all rows, and the strength C that validation chose.
-
-    Raises
-    ------
-    ArithmeticError
-        A problem that did not converge; the message names layer and class.
+    A problem that does not converge is a warning with layer, class and strength in it.
     """
-    train, validation = task.split["train"], task.split["validation"]
+    train, validation, c = task.split["train"], task.split["validation"], len(task.classes)
     x = standardised(x_nd, train)
-    strengths, c = settings.strengths, len(task.classes)
-    repeated = [t[train].repeat(1, len(strengths)) for t in (task.y_nc, task.mask_nc)]
-    c_p = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(c)
-    solution = logreg.solve(x[train], *repeated, c_p, seed)
-    if not bool(solution.converged_p.all()):
-        worst = int(solution.gradient_p.argmax())
-        raise ArithmeticError(f"logreg did not converge for {name}, class {task.classes[worst % c]!r}, C="
-                              f"{strengths[worst // c]:g}: gradient norm {float(solution.gradient_p[worst]):.1e}; "
-                              "leave out the largest strengths")
-    logits_nsc = solution.logits(x).reshape(len(x), len(strengths), c)
-    loss_s = _masked_log_loss(logits_nsc[validation], task.y_nc[validation, None], task.mask_nc[validation, None])
-    best = int(loss_s.argmin())
-    return logits_nsc[:, best].sigmoid().numpy(), strengths[best]
+    shape = (len(settings.seeds), len(settings.strengths), c)
+    repeated = [t[train].repeat(1, shape[0] * shape[1]) for t in (task.y_nc, task.mask_nc)]
+    c_p = torch.tensor(settings.strengths, dtype=torch.float32).repeat_interleave(c).repeat(shape[0])
+    solution = logreg.solve(x[train], *repeated, c_p, settings.seeds)
+    for p in torch.nonzero(~solution.converged_p).ravel().tolist():
+        warnings.warn(f"logreg did not converge: {task.name}, {layer}, class {task.classes[p % c]!r}, "
+                      f"C={float(c_p[p]):g}, gradient norm {float(solution.gradient_p[p]):.1e}", stacklevel=2)
+    logits = solution.logits(x).reshape(len(x), *shape)
+    y, mask = (t[validation, None, None] for t in (task.y_nc, task.mask_nc))
+    each = torch.nn.functional.softplus(logits[validation]) - y * logits[validation]
+    best = (each * mask).sum((0, -1)).argmin(1).tolist()
+    chosen = torch.stack([logits[:, s, k] for s, k in enumerate(best)])
+    return chosen.sigmoid().numpy(), [settings.strengths[k] for k in best]
 
 
-def _logreg_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, list[dict]]:
-    """(seeds, l, n, c) probabilities, and the chosen strengths."""
+def _logreg_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, pd.DataFrame]:
+    """(seeds, l, n, c) probabilities, and the chosen strengths as rows of the metrics table."""
     out, chosen = [], []
     for layer in store.layers:
-        x = torch.from_numpy(store[layer, pooling][task.rows])
-        fits = [fit_logreg(x, task, settings, seed, f"{layer}, {task.name}") for seed in settings.seeds]
-        out.append([p for p, _ in fits])
+        p_snc, strengths = fit_logreg(torch.from_numpy(store[layer, pooling][task.rows]), task, settings, layer)
+        out.append(p_snc)
         chosen += [{"layer": layer, "seed": s, "metric": "strength", "class": "", "value": c, "split": "validation"}
-                   for s, (_, c) in zip(settings.seeds, fits, strict=True)]
-    return np.array(out).swapaxes(0, 1), chosen
+                   for s, c in zip(settings.seeds, strengths, strict=True)]
+    return np.stack(out, 1), pd.DataFrame(chosen)
 
 
 def _linear_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, pd.DataFrame]:
@@ -162,15 +159,15 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     unknown = [name for name in settings.probes if name not in PROBES]
     if unknown:
         raise ValueError(f"unknown probes {unknown}: take names out of {', '.join(PROBES)}")
-    if len(examples) != store.meta["n"]:
-        raise ValueError(f"{len(examples):,} examples but {store.meta['n']:,} rows in {store.folder}: run 02_extract")
-    labels = [list(examples[column]) for column in ("task", "split", "labels", "mask")]
-    key = paths.fingerprint(settings, paths.relative(store.folder), labels)
-    own = folder / store.folder.parent.name
+    if store.meta["examples"] != rows_key(examples):
+        raise ValueError(f"{store.folder} was extracted from another examples table: run 02_extract for this run")
+    key = paths.fingerprint(settings, paths.relative(store.folder), table_key(examples))
+    own = folder / f"{store.folder.parent.name}-{store.folder.name}"
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
-        return Results.read(own)
+        return Results.read(own, table_key(examples))
+    (own / "probe.json").unlink(missing_ok=True)
     done = Results.join(list(_probe_parts(store, examples, settings)))
-    done.write(own)
+    done.write(own, table_key(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings),
                                           "store": paths.relative(store.folder)})
     return done
@@ -181,12 +178,12 @@ def _probe_parts(store: Store, examples: pd.DataFrame, settings: Probing) -> Ite
     work = list(product(examples.attrs["tasks"], store.poolings, settings.probes))
     for name, pooling, kind in tqdm(work, desc=f"probing {store.folder.parent.name}", unit="probe"):
         task = TaskData.of(examples, name)
-        losses, chosen = pd.DataFrame(), []
+        losses = chosen = pd.DataFrame()
         if kind == "logreg":
             p_slnc, chosen = _logreg_all(store, pooling, task, settings)
         else:
             p_slnc, losses = _linear_all(store, pooling, task, settings)
-        scored = [pd.DataFrame(chosen)] if chosen else []
+        scored = [chosen]
         for seed, p_lnc in zip(settings.seeds, p_slnc, strict=True):
             scored += [task.score(p_lnc[:, task.split[split].numpy()], split, store.layers, settings.resamples)
                        .assign(seed=seed) for split in ("validation", "test")]

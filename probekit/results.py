@@ -36,45 +36,79 @@ class Results:
 
     @classmethod
     def join(cls, parts: Sequence[Results]) -> Results:
+        """Put the results of several probings together.
+
+        Raises
+        ------
+        ValueError
+            Two of them have the same name, so that their rows could not be told apart.
+        """
+        keys = [key for p in parts for key in p.predictions]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise ValueError(f"{twice.partition('|')[0]} is there twice: models of one run need different names")
         return cls(pd.concat([p.metrics for p in parts], ignore_index=True)[COLUMNS],
                    pd.concat([p.losses for p in parts], ignore_index=True),
                    {key: values for p in parts for key, values in p.predictions.items()})
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, examples_key: str) -> None:
+        """Write the tables to `folder`, with the key of the examples table that they belong to."""
+        (folder / "results.json").unlink(missing_ok=True)  # it vouches for the rest, so it comes last
         paths.write_atomic(folder / "metrics.parquet", self.metrics.to_parquet)
         paths.write_atomic(folder / "losses.parquet", self.losses.to_parquet)
         paths.write_atomic(folder / "predictions.safetensors", lambda part: save_file(self.predictions, part))
+        paths.write_json(folder / "results.json", {"examples": examples_key})
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
-        if not (folder / "metrics.parquet").exists():
+    def read(cls, folder: Path, examples_key: str) -> Results:
+        """Read what :meth:`write` wrote.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            Nothing there, or the results of another examples table.
+        """
+        if not (folder / "results.json").exists():
             raise FileNotFoundError(f"{folder} holds no probe results: run 03_probe for this run first")
+        if paths.read_json(folder / "results.json")["examples"] != examples_key:
+            raise ValueError(f"{folder} was made from another examples table: run 02_extract and 03_probe again")
         with safe_open(folder / "predictions.safetensors", framework="numpy") as file:
             predictions = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
         return cls(*(pd.read_parquet(folder / f"{kind}.parquet") for kind in ("metrics", "losses")), predictions)
 
 
-def summary(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg") -> pd.DataFrame:
-    """The best layer of each task, model and pooling on the test split, with its interval.
+def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test") -> pd.DataFrame:
+    """One metric about all classes, averaged over the seeds, in the order of the layers.
+
+    Raises
+    ------
+    ValueError
+        The table has no scores of this probe.
+    """
+    rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)]
+    if not len(rows):
+        raise ValueError(f"no {metric} of {probe} probes in this run; it has {', '.join(table.probe.unique())}")
+    keys = ["task", "model", "control", "pooling", "metric", "layer"]
+    return rows.groupby(keys, sort=False)[["value", "lo", "hi", "n"]].mean().reset_index()
+
+
+def best_layers(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg") -> pd.DataFrame:
+    """For each task, model and pooling the layer that is best on validation, with its test score and interval.
+
+    A layer chosen by its test score would flatter itself: the largest of many noisy scores lies above the truth.
 
     Parameters
     ----------
     table : the metrics table
     tasks : kind and classes by task, as in the examples' ``attrs["tasks"]``
     """
-    metric = {name: HEADLINE[about["kind"]] for name, about in tasks.items()}
-    rows = select(table, probe)
-    rows = rows[rows.metric == rows.task.map(metric)]
-    best = rows.groupby(["task", "model", "control", "pooling"], sort=False).value.idxmax()
-    return rows.loc[best].rename(columns={"layer": "best layer"}).reset_index(drop=True)
-
-
-def select(table: pd.DataFrame, probe: str = "logreg", metric: str | None = None) -> pd.DataFrame:
-    """Test scores about all classes, averaged over the seeds, in the order of the layers."""
-    rows = table[(table.probe == probe) & (table.split == "test") & (table["class"] == "")]
-    rows = rows[rows.metric == metric] if metric else rows
-    keys = ["task", "model", "control", "pooling", "metric", "layer"]
-    return rows.groupby(keys, sort=False)[["value", "lo", "hi", "n"]].mean().reset_index()
+    keys, found = ["task", "model", "control", "pooling", "layer"], []
+    for name, about in tasks.items():
+        validation, test = (select(table[table.task == name], probe, HEADLINE[about["kind"]], split)
+                            for split in ("validation", "test"))
+        chosen = validation.loc[validation.groupby(keys[:-1], sort=False).value.idxmax(), keys]
+        found.append(chosen.merge(test, on=keys, how="left"))
+    return pd.concat(found, ignore_index=True).rename(columns={"layer": "best layer"})
 
 
 def describe(best: pd.DataFrame) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from probekit import paths
 
@@ -18,10 +20,24 @@ def notebooks() -> list[Path]:
     return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
-def declared(notebook: Path) -> dict[str, object]:
-    """The parameters of a notebook and their default values."""
+@dataclass(frozen=True)
+class Parameter:
+    """What a notebook declares: ``name = default  # type: kind  meaning``."""
+
+    kind: str
+    default: object
+    notebook: str
+
+
+def declared(notebook: Path) -> dict[str, Parameter]:
+    """The parameters of a notebook."""
     found = papermill.inspect_notebook(str(notebook))
-    return {name: ast.literal_eval(about["default"]) for name, about in found.items()}
+    return {name: Parameter(about["inferred_type_name"], ast.literal_eval(about["default"]), notebook.stem)
+            for name, about in found.items()}
+
+
+class NotebookFailed(RuntimeError):
+    """A cell failed, or the kernel died; the message says where to look."""
 
 
 def read_parameters(file: Path, overrides: list[str]) -> dict[str, object]:
@@ -47,8 +63,11 @@ def read_parameters(file: Path, overrides: list[str]) -> dict[str, object]:
     return parameters
 
 
-def checked(parameters: dict[str, object], defaults: dict[str, object]) -> dict[str, object]:
-    """Refuse names that no notebook declares, and texts where a number is meant.
+KINDS = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list": (list,), "str|list": (str, list)}
+
+
+def checked(parameters: dict[str, object], known: dict[str, Parameter]) -> dict[str, object]:
+    """Refuse names that no notebook declares, and values of another type than declared.
 
     Raises
     ------
@@ -56,13 +75,15 @@ def checked(parameters: dict[str, object], defaults: dict[str, object]) -> dict[
         The message names the parameter and the mend.
     """
     for name, value in parameters.items():
-        if name not in defaults:
-            raise ValueError(f"no notebook declares the parameter {name!r}; there are {', '.join(sorted(defaults))}")
-        default = defaults[name]
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        if (number and isinstance(value, str)) or (isinstance(default, bool) and not isinstance(value, bool)):
-            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if number else " (true or false)"
-            raise ValueError(f"parameter {name!r} is {value!r}, expected something like {default!r}{hint}")
+        if name not in known:
+            raise ValueError(f"no notebook declares the parameter {name!r}; there are {', '.join(sorted(known))}")
+        about = known[name]
+        fits = isinstance(value, KINDS[about.kind]) and (about.kind == "bool" or not isinstance(value, bool))
+        if about.kind == "list" and fits and about.default:
+            fits = all(isinstance(entry, str) == isinstance(about.default[0], str) for entry in value)
+        if not fits and not (value is None and about.default is None):
+            raise ValueError(f"parameter {name!r} of {about.notebook} is {value!r}, expected {about.kind}, like "
+                             f"{about.default!r} (YAML: a list is [a, b]; 1.0e-3 is a number, 1e-3 is text)")
     return parameters
 
 
@@ -71,19 +92,31 @@ def run(file: Path, overrides: list[str], start: str = "01") -> Path:
 
     Raises
     ------
-    papermill.PapermillExecutionError
-        A cell failed; its notebook, as far as it came, is in the returned folder's place (``data/runs/<stamp>``).
+    FileNotFoundError, ValueError
+        What the parameters say is not there or not right; nothing has been run.
+    NotebookFailed
+        A notebook stopped; the message shows the cell and where the notebook lies, as far as it came.
     """
     books = [book for book in notebooks() if book.name[:2] >= start[:2]]
     if not books:
         raise ValueError(f"--from {start}: there are {', '.join(book.stem for book in notebooks())}")
     declarations = {book: declared(book) for book in notebooks()}
-    everything = {name: value for names in declarations.values() for name, value in names.items()}
-    parameters = checked(read_parameters(file, overrides), everything)
-    folder = paths.DATA / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{file.stem}"
+    parameters = checked(read_parameters(file, overrides), {k: v for d in declarations.values() for k, v in d.items()})
+    for name in (text.partition("=")[0].strip() for text in overrides):
+        if not any(name in declarations[book] for book in books):
+            raise ValueError(f"-p {name} is for a notebook before {books[0].stem}: start there, or leave it out")
+    folder = paths.DATA / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
     folder.mkdir(parents=True)
     for book in books:
         mine = {name: value for name, value in parameters.items() if name in declarations[book]}
-        papermill.execute_notebook(str(book), str(folder / book.name), mine, kernel_name="python3", cwd=str(paths.ROOT),
-                                   progress_bar={"desc": book.stem}, extra_arguments=QUIET)
+        try:
+            papermill.execute_notebook(str(book), str(folder / book.name), mine, kernel_name="python3",
+                                       cwd=str(paths.ROOT), progress_bar={"desc": book.stem}, extra_arguments=QUIET)
+        except papermill.PapermillExecutionError as error:
+            told = f"A cell of {book.stem} failed:\n\n{error.source}\n\n{error.ename}: {error.evalue}"
+            raise NotebookFailed(f"{told}\n\nThe notebook as far as it came: {folder / book.name}") from error
+        except DeadKernelError as error:
+            raise NotebookFailed(f"The kernel of {book.stem} died, most likely for want of memory: lower batch_tokens, "
+                                 f"longest_side or the number of images. The notebook as far as it came: "
+                                 f"{folder / book.name}") from error
     return folder

@@ -215,7 +215,7 @@ def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes
     pictures, notes = folder / split, folder / "annotations"
     about = {"description": "probekit drawn scenes", "seed": seed, "n": n, "drawing": 1}
     done = notes / f"instances_{split}.json"  # written last
-    if done.exists() and json.loads(done.read_text())["info"] == about:
+    if done.exists() and paths.read_json(done).get("info") == about:
         return folder
     pictures.mkdir(parents=True, exist_ok=True)
     notes.mkdir(parents=True, exist_ok=True)
@@ -229,5 +229,5 @@ def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes
     for kind, rows, extra in (("captions", told, {}), ("instances", found, {"categories": kinds})):
         rows = [{"id": i, **row} for i, row in enumerate(rows)]
         text = json.dumps({"info": about, "images": images, "annotations": rows, **extra})
-        (notes / f"{kind}_{split}.json").write_text(text)
+        paths.write_atomic(notes / f"{kind}_{split}.json", lambda part, text=text: part.write_text(text))
     return folder

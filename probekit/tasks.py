@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -55,6 +56,7 @@ class Chosen:
     images: pd.DataFrame
     captions: pd.Series
     shows_nc: pd.DataFrame
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ class Task:
 
 
 def clean_caption(caption: str) -> str:
-    """One line, no final full stop, no doubled punctuation, no blank before a punctuation mark."""
+    """One line, no final punctuation (the prompt brings its own), none doubled, no blank before a mark."""
     text = re.sub(r"\s+", " ", caption).strip()
     text = re.sub(r"\s+([.,;:!?])", r"\1", text)
-    text = re.sub(r"([.,;:!?])[.,;:]+", r"\1", text)
-    return text.rstrip(" .,;:")
+    text = re.sub(r"([.,;:!?])[.,;:!?]+", r"\1", text)
+    return text.rstrip(" .,;:!?")
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -112,8 +114,9 @@ def _deal_out(right: list[str], own: list[list[str]], rng: np.random.Generator) 
     raise ValueError(f"no wrong caption could be found for {len(wrong)} of {len(right)} images: take more images")
 
 
-def _category_rows(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
-    """Labels and masks of the category tasks; images that show none of the categories are left out."""
+def _category_rows(chosen: Chosen) -> pd.DataFrame:
+    """Labels and masks, the same for all category tasks; images that show none of the categories are left out."""
+    rng = np.random.default_rng([chosen.seed, 1])
     shows = chosen.shows_nc.loc[chosen.images.index]
     images = chosen.images[shows.any(axis=1).to_numpy()]
     masks = np.zeros((len(images), shows.shape[1]), dtype=int)
@@ -159,12 +162,12 @@ def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, asked: int = 
 
 def category_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? The prompt does not name them."""
-    return _category_rows(chosen, rng).assign(prompt=CATEGORY_PROMPT)
+    return _category_rows(chosen).assign(prompt=CATEGORY_PROMPT)
 
 
 def category_list_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? The prompt lists all of them, shuffled anew for each image."""
-    rows = _category_rows(chosen, rng)
+    rows = _category_rows(chosen)
     names = list(chosen.shows_nc.columns)
     lists = [", ".join(rng.permutation(names)) for _ in range(len(rows))]
     return rows.assign(prompt=[CATEGORY_LIST_PROMPT.format(categories=text) for text in lists])
@@ -180,7 +183,7 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------ build
 
 
-def choose(build: Build) -> tuple[Chosen, pd.DataFrame]:
+def choose(build: Build, data: coco.Coco) -> tuple[Chosen, pd.DataFrame]:
     """Draw the images of a build, leave out the unreadable ones, and split them by image.
 
     Returns
@@ -192,7 +195,6 @@ def choose(build: Build) -> tuple[Chosen, pd.DataFrame]:
     ValueError
         Too few images, or more unreadable ones than `max_bad` allows; the message lists them.
     """
-    data = coco.read(paths.resolve(build.folder), list(build.coco_splits) or None)
     usable = data.images[data.images.index.isin(data.captions.image_id)].sort_index()
     wanted = build.train + build.validation + build.test
     if wanted > len(usable):
@@ -208,7 +210,8 @@ def choose(build: Build) -> tuple[Chosen, pd.DataFrame]:
         raise ValueError(f"{len(bad)} of {wanted:,} images cannot be read, more than max_bad={build.max_bad:.1%}; "
                          f"mend them or raise max_bad:\n{listed}")
     images = images.drop(index=bad.image_id)
-    return Chosen(images, _captions_of(data, images), _shown_categories(data, images, build.categories)), bad
+    shows_nc = _shown_categories(data, images, build.categories)
+    return Chosen(images, _captions_of(data, images), shows_nc, build.seed), bad
 
 
 def _captions_of(data: coco.Coco, images: pd.DataFrame) -> pd.Series:
@@ -234,8 +237,12 @@ def _shown_categories(data: coco.Coco, images: pd.DataFrame, wanted: str | tuple
     return shows[names]
 
 
-def build_examples(build: Build, folder: Path) -> pd.DataFrame:
+def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) -> pd.DataFrame:
     """Build the examples of all tasks and write them to `folder`; the same settings are read back, not made again.
+
+    Parameters
+    ----------
+    data : the COCO folder of the settings, where it has been read already
 
     Returns
     -------
@@ -245,14 +252,15 @@ def build_examples(build: Build, folder: Path) -> pd.DataFrame:
     unknown = [t for t in build.tasks if t not in TASKS]
     if unknown:
         raise ValueError(f"unknown tasks {unknown}: take names out of {', '.join(TASKS)}")
-    record = folder / "build.json"
-    if record.exists() and paths.read_json(record)["fingerprint"] == paths.fingerprint(build):
+    record, file = folder / "build.json", folder / "examples.parquet"
+    if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == paths.fingerprint(build):
         return load(folder)
-    chosen, bad = choose(build)
+    record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
+    chosen, bad = choose(build, data or coco.read(paths.resolve(build.folder), list(build.coco_splits) or None))
     tables, about = [], {}
-    for number, name in enumerate(build.tasks):
-        task = TASKS[name]
-        rows = task.build(chosen, np.random.default_rng([build.seed, 1, number])).reset_index(names="image_id")
+    for name in build.tasks:
+        task, rng = TASKS[name], np.random.default_rng([build.seed, crc32(name.encode())])
+        rows = task.build(chosen, rng).reset_index(names="image_id")
         tables.append(rows.assign(task=name))
         classes = ["caption matches"] if task.kind == "binary" else list(chosen.shows_nc.columns)
         about[name] = {"kind": task.kind, "classes": classes, "question": task.question}
@@ -261,7 +269,7 @@ def build_examples(build: Build, folder: Path) -> pd.DataFrame:
     examples = examples.iloc[np.argsort(place[examples.image_id].to_numpy(), kind="stable")].reset_index(drop=True)
     examples["file"] = [paths.relative(Path(file)) for file in examples.file]
     examples.attrs["tasks"] = about
-    paths.write_atomic(folder / "examples.parquet", examples.to_parquet)
+    paths.write_atomic(file, examples.to_parquet)
     bad.to_csv(folder / "left_out_images.csv", index=False)
     paths.write_json(record, {"fingerprint": paths.fingerprint(build), "settings": asdict(build),
                               "left_out_images": len(bad)})
@@ -274,3 +282,14 @@ def load(folder: Path) -> pd.DataFrame:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: run 01_build_data for this run first")
     return pd.read_parquet(file)
+
+
+def rows_key(examples: pd.DataFrame) -> str:
+    """Fingerprint of what a model is given: images and prompts, in their order."""
+    return paths.fingerprint(list(examples.file), list(examples.prompt))
+
+
+def table_key(examples: pd.DataFrame) -> str:
+    """Fingerprint of the whole table, labels and splits included."""
+    return paths.fingerprint(rows_key(examples), [list(examples[c]) for c in ("task", "split", "labels", "mask")],
+                             examples.attrs["tasks"])

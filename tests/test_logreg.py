@@ -66,7 +66,7 @@ def test_one_kind_of_label_gives_that_label_and_none_gives_one_half():
 def test_the_seed_of_the_start_does_not_change_the_answer():
     x, y = features("easy")
     y = torch.from_numpy(y)[:, None]
-    a, b = (solve(torch.from_numpy(x), y, torch.ones_like(y), torch.ones(1), seed=s).weight_dp for s in (0, 1))
+    a, b = (solve(torch.from_numpy(x), y, torch.ones_like(y), torch.ones(1), seeds=(s,)).weight_dp for s in (0, 1))
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
 
 

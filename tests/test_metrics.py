@@ -48,7 +48,8 @@ def test_masked_multilabel_scores_count_asked_entries_alone():
     assert look(table, "b", "f1_micro").value == pytest.approx(reference.f1_score(y[mask], yes[mask]))
     assert look(table, "b", "accuracy").value == pytest.approx((y == yes)[mask].mean())
     assert np.isnan(look(table, "b", "f1", "z").value) and look(table, "b", "f1", "w").value == pytest.approx(each[1])
-    assert (table.n == mask.sum()).all()
+    assert (table.n[table["class"] == ""] == mask.sum()).all()
+    assert (table.n[table["class"] == "w"] == mask[:, 1].sum()).all()
 
 
 def test_intervals_hold_the_value_and_resample_whole_images():

@@ -24,9 +24,9 @@ def tables():
                 key = {"model": model, "stage": "lm", "layer": f"lm.{k:02d}", "pooling": "mean", "task": task,
                        "control": control, "seed": 0}
                 value = 0.5 + 0.1 * (control == "none") * min(k, 3)
-                rows += [key | {"probe": p, "split": "test", "metric": m, "class": "", "value": value, "n": 80,
+                rows += [key | {"probe": p, "split": s, "metric": m, "class": "", "value": value, "n": 80,
                                 "lo": value - 0.05, "hi": value + 0.05}
-                         for m in dict.fromkeys(metrics) for p in ("logreg", "linear")]
+                         for m in dict.fromkeys(metrics) for p in ("logreg", "linear") for s in ("validation", "test")]
                 losses += [key | {"probe": "linear", "epoch": e, "split": s, "loss": 1 / e}
                            for e in (1, 2, 3) for s in ("train", "validation")]
     return pd.DataFrame(rows), pd.DataFrame(losses)
@@ -52,8 +52,20 @@ def test_published_numbers_can_be_overlaid(tables):
     assert len(lines["Qwen2-VL-2B, published accuracy"].x) == 29
     assert len(lines["FastVLM-0.5B, published accuracy"].x) == 25
     assert not any("Gemma" in (name or "") for name in lines)
-    assert any("published micro-F1" in t.name
-               for t in plots.layer_curves(tables[0], "category", "f1_macro", published=True).data if t.name)
+    macro, micro = (plots.layer_curves(tables[0], "category", m, published=True) for m in ("f1_macro", "f1_micro"))
+    assert any("published micro-F1" in t.name for t in micro.data if t.name)
+    assert not any("published" in t.name for t in macro.data if t.name)  # the study has no macro-F1
+    assert "category_f1_micro" in plots.study_figures(*tables, TASKS, published=True)
+
+
+def test_poolings_are_told_apart_and_a_missing_probe_is_named(tables):
+    table = pd.concat([tables[0], tables[0].assign(pooling="last")])
+    figure = plots.layer_curves(table, "caption", "accuracy")
+    symbols = {t.name: t.marker.symbol for t in figure.data if t.mode == "lines+markers"}
+    assert symbols["small, mean"] != symbols["small, last"] and len(symbols) == 6
+    assert "mean pooling" in plots.score_heatmap(table, "caption", ["f1_macro"]).layout.title.text
+    with pytest.raises(ValueError, match="it has logreg, linear"):
+        plots.layer_curves(table, "caption", "accuracy", probe="mlp")
 
 
 def test_heatmap_and_losses(tables):
@@ -68,7 +80,7 @@ def test_heatmap_and_losses(tables):
 def test_the_page_needs_no_network(tables, tmp_path):
     figures = plots.study_figures(*tables, TASKS)
     assert len(figures) == 6
-    best = results.summary(tables[0], TASKS)
+    best = results.best_layers(tables[0], TASKS)
     page = plots.write_page(figures, tmp_path, "A <title>", "lead", best)
     text = page.read_text()
     assert "A &lt;title&gt;" in text
@@ -105,7 +117,7 @@ def test_png_files_are_left_out_with_a_word(tables, tmp_path, monkeypatch):
 def test_the_page_opens_from_disk_without_a_network(tables, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
     figures = plots.study_figures(*tables, TASKS)
-    page_file = plots.write_page(figures, tmp_path, "Try", "lead", results.summary(tables[0], TASKS))
+    page_file = plots.write_page(figures, tmp_path, "Try", "lead", results.best_layers(tables[0], TASKS))
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         context = browser.new_context(offline=True)

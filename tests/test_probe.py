@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import results, store
+from probekit import results, store, tasks
 from probekit.linear import Training
 from probekit.probe import Probing, probe
 
@@ -22,14 +22,15 @@ def planted(folder, layer="lm.02", images=400, seed=0):
               for name in LAYERS}
     own = folder / "activations" / "planted" / "0"
     store.write_shard(own, 0, states, 0)
-    meta = {"shard_starts": [0], "layers": LAYERS, "settings": {"poolings": ["mean"]}, "n": 2 * images, "width": D,
-            "model": "planted", "untrained": False}
-    store.paths.write_json(own / "meta.json", meta)
     sizes = [images // 2, images // 4, images // 4]
     split = np.repeat(rng.permutation(np.repeat(["train", "validation", "test"], sizes)), 2)
     table = pd.DataFrame({"image_id": np.repeat(np.arange(images), 2), "split": split, "task": "caption",
+                          "file": [f"{i}.jpg" for i in np.repeat(np.arange(images), 2)], "prompt": "?",
                           "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
+    meta = {"examples": tasks.rows_key(table), "shard_starts": [0], "layers": LAYERS, "n": 2 * images, "width": D,
+            "settings": {"poolings": ["mean"]}, "model": "planted", "untrained": False}
+    store.paths.write_json(own / "meta.json", meta)
     return store.Store(own), table
 
 
@@ -43,7 +44,8 @@ def test_a_planted_signal_is_found_at_its_layer(tmp_path, name):
     scores = accuracy(probe(activations, table, QUICK, tmp_path / "out"), name)
     assert scores.idxmax() == "lm.02" and scores["lm.02"] > 0.9
     assert (scores.drop("lm.02") < 0.6).all()
-    best = results.summary(probe(activations, table, QUICK, tmp_path / "out").metrics, table.attrs["tasks"], name)
+    found = probe(activations, table, QUICK, tmp_path / "out").metrics
+    best = results.best_layers(found, table.attrs["tasks"], name)
     assert "best at lm.02" in results.describe(best)[0]
 
 
@@ -96,9 +98,48 @@ def test_what_does_not_fit_together_is_named(tmp_path):
     activations, table = planted(tmp_path, images=60)
     with pytest.raises(ValueError, match=r"unknown probes .'forest'"):
         probe(activations, table, replace(QUICK, probes=("forest",)), tmp_path)
+    other = table.assign(prompt="another")
+    other.attrs = table.attrs
     with pytest.raises(ValueError, match="run 02_extract"):
-        probe(activations, table.head(50), QUICK, tmp_path)
+        probe(activations, other, QUICK, tmp_path)
     no_test = table.assign(split="train")
     no_test.attrs = table.attrs
     with pytest.raises(ValueError, match="no examples in validation, test"):
         probe(activations, no_test, QUICK, tmp_path)
+
+
+def test_results_belong_to_their_examples_and_names_to_one_model(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    found = probe(activations, table, QUICK, tmp_path / "out")
+    found.write(tmp_path / "run", tasks.table_key(table))
+    assert len(results.Results.read(tmp_path / "run", tasks.table_key(table)).metrics) == len(found.metrics)
+    other = table.assign(split=table.split.to_numpy()[::-1])
+    other.attrs = table.attrs
+    with pytest.raises(ValueError, match="another examples table"):
+        results.Results.read(tmp_path / "run", tasks.table_key(other))
+    with pytest.raises(FileNotFoundError, match="run 03_probe"):
+        results.Results.read(tmp_path / "nothing", tasks.table_key(table))
+    with pytest.raises(ValueError, match="planted is there twice"):
+        results.Results.join([found, found])
+
+
+def test_the_best_layer_is_chosen_without_the_test_images(tmp_path):
+    """Over many layers of pure noise the chosen layer's test score stays at chance; the highest test score does not."""
+    chosen, highest = [], []
+    for seed in range(12):
+        activations, table = planted(tmp_path / str(seed), layer="none", images=100, seed=seed)
+        found = probe(activations, table, replace(QUICK, probes=("logreg",)), tmp_path / str(seed)).metrics
+        chosen.append(results.best_layers(found, table.attrs["tasks"]).value[0])
+        highest.append(results.select(found, "logreg", "accuracy").value.max())
+    assert abs(np.mean(chosen) - 0.5) < 0.045 and np.mean(highest) > np.mean(chosen) + 0.02
+
+
+def test_a_problem_that_does_not_converge_is_named(tmp_path, monkeypatch):
+    from functools import partial
+
+    from probekit import logreg
+
+    activations, table = planted(tmp_path, images=60)
+    monkeypatch.setattr(logreg, "solve", partial(logreg.solve, steps=1))
+    with pytest.warns(UserWarning, match="did not converge: caption, lm.00, class 'match', C="):
+        probe(activations, table, replace(QUICK, probes=("logreg",)), tmp_path / "out")

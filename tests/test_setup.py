@@ -53,22 +53,26 @@ def test_every_parameter_says_its_type_and_what_it_means():
         book = nbformat.read(path, as_version=4)
         cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
         for line in cell.source.splitlines():
-            assert re.fullmatch(r"\w+ = .+  # type: (str|int|float|bool|list)  .{10,}", line), line
+            assert re.fullmatch(r"\w+ = .+  # type: (str|int|float|bool|list|str\|list)  .{10,}", line), line
         assert list(run.declared(path)) == [line.split(" = ")[0] for line in cell.source.splitlines()]
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks" / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_parameter_files_name_declared_parameters_alone(path):
-    defaults = {k: v for book in NOTEBOOKS for k, v in run.declared(book).items()}
-    assert run.checked(run.read_parameters(path, []), defaults)
+    known = {k: v for book in NOTEBOOKS for k, v in run.declared(book).items()}
+    assert run.checked(run.read_parameters(path, []), known)
 
 
 def test_a_wrong_parameter_is_refused_by_name(capsys):
     params = str(REPOSITORY / "notebooks" / "params" / "demo.yaml")
-    for text, told in (("trian=5", "'trian'"), ("max_bad=1e-2", "write 1.0e-3"), ("png=maybe", "true or false"),
+    for text, told in (("trian=5", "'trian'"), ("max_bad=1e-2", "write 1.0e-3"), ("png=maybe", "expected bool"),
+                       ("models=tiny-qwen2-vl", "a list is [a, b]"), ("strengths=[1e-5]", "1.0e-3 is a number"),
+                       ("train=1.5", "expected int"), ("run=2024", "expected str"), ("seeds=0", "expected list"),
                        ("train", "train=VALUE"), ("train=[", "not YAML")):
         assert main(["run", "--params", params, "-p", text]) == 2
         assert told in capsys.readouterr().err
+    assert main(["run", "--params", params, "-p", "train=5", "--from", "03"]) == 2
+    assert "-p train is for a notebook before 03_probe" in capsys.readouterr().err
     assert main(["run", "--params", "nowhere.yaml"]) == 2
     assert "notebooks/params/demo.yaml" in capsys.readouterr().err
 
@@ -81,8 +85,15 @@ def test_the_doctor_looks_at_everything(capsys):
 
 
 def test_the_doctor_names_the_mend(monkeypatch):
+    def broken():
+        raise ImportError("torchvision does not match")
+
     monkeypatch.setitem(doctor.CHECKS, "Chrome", lambda: (False, "none", "install Chrome or Chromium"))
-    assert any("▸ install Chrome or Chromium" in line for line in doctor.report())
+    monkeypatch.setitem(doctor.CHECKS, "device", broken)
+    told = doctor.report()
+    assert len(told) == len(doctor.CHECKS)
+    assert any("▸ install Chrome or Chromium" in line for line in told)
+    assert any("torchvision does not match" in line and "▸" in line for line in told)
 
 
 def test_the_package_is_thin():

@@ -13,7 +13,8 @@ def arrays(table):
 def test_clean_caption():
     assert tasks.clean_caption("  A dog ,\n a cat..  ") == "A dog, a cat"
     assert tasks.clean_caption("Two cups.") == "Two cups"
-    assert tasks.clean_caption("Is it,, really?") == "Is it, really?"
+    assert tasks.clean_caption("Is it,, really?") == "Is it, really"
+    assert tasks.clean_caption("What?? A cat!!") == "What? A cat"
     assert tasks.clean_caption("No. 5 bus") == "No. 5 bus"
 
 
