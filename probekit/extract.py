@@ -48,7 +48,7 @@ class Extraction:
     poolings: tuple[str, ...] = ("mean",)
     longest_side: int | None = None
     shard_images: int = 200
-    batch_tokens: int = 4096
+    batch_tokens: int = 8192
     sharing: str = "auto"
 
 

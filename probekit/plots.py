@@ -240,7 +240,7 @@ def write_png(figures: dict[str, tuple[go.Figure, str]], folder: Path, width: in
     """Save every figure as PNG where a Chrome is found; returns one line that says what happened."""
     try:
         plotly.io.write_images([figure for figure, _ in figures.values()], [folder / f"{n}.png" for n in figures],
-                               width=width, scale=2)
+                               width=width, height=[figure.layout.height for figure, _ in figures.values()], scale=2)
     except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido, and of a missing Chrome
         return f"no PNG files ({str(error).strip().splitlines()[0]}): pip install 'probekit[export]' and a Chrome"
     return f"{len(figures)} PNG files in {folder}"

@@ -56,7 +56,9 @@ class Results:
         (folder / "results.json").unlink(missing_ok=True)  # it vouches for the rest, so it comes last
         paths.write_atomic(folder / "metrics.parquet", self.metrics.to_parquet)
         paths.write_atomic(folder / "losses.parquet", self.losses.to_parquet)
-        paths.write_atomic(folder / "predictions.safetensors", lambda part: save_file(self.predictions, part))
+        # safetensors writes the memory as it lies: an array in another order would come back scrambled
+        predictions = {key: np.ascontiguousarray(values) for key, values in self.predictions.items()}
+        paths.write_atomic(folder / "predictions.safetensors", lambda part: save_file(predictions, part))
         paths.write_json(folder / "results.json", {"examples": examples_key})
 
     @classmethod

@@ -102,7 +102,8 @@ def test_png_files_show_the_figure(tables, tmp_path):
     assert told.startswith("2 PNG files"), told
     for path in tmp_path.glob("*.png"):
         image = Image.open(path).convert("RGB")
-        assert image.width == 2000 and len(set(image.resize((200, 80)).getdata())) > 50
+        assert image.width == 2000 and image.height == 2 * figures[path.stem][0].layout.height
+        assert len(set(image.resize((200, 80)).getdata())) > 50
 
 
 def test_png_files_are_left_out_with_a_word(tables, tmp_path, monkeypatch):

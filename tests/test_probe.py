@@ -112,7 +112,13 @@ def test_results_belong_to_their_examples_and_names_to_one_model(tmp_path):
     activations, table = planted(tmp_path, images=60)
     found = probe(activations, table, QUICK, tmp_path / "out")
     found.write(tmp_path / "run", tasks.table_key(table))
-    assert len(results.Results.read(tmp_path / "run", tasks.table_key(table)).metrics) == len(found.metrics)
+    read = results.Results.read(tmp_path / "run", tasks.table_key(table))
+    pd.testing.assert_frame_equal(read.metrics, found.metrics)
+    labels = np.array([y[0] for y, split in zip(table.labels, table.split, strict=True) if split == "test"])
+    for key, p_lnc in read.predictions.items():
+        np.testing.assert_array_equal(p_lnc, found.predictions[key])
+        shares = ((p_lnc[..., 0] >= 0.5) == labels).mean(1)  # the stored predictions are those that were scored
+        np.testing.assert_allclose(shares, accuracy(read, key.rpartition("|")[2]), atol=1e-6)
     other = table.assign(split=table.split.to_numpy()[::-1])
     other.attrs = table.attrs
     with pytest.raises(ValueError, match="another examples table"):
