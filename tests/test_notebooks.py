@@ -7,6 +7,7 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 from conftest import DEMO_MODELS, REAL_COCO, REPOSITORY, needs_real_coco
 
 SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50}
@@ -23,10 +24,10 @@ def home(tmp_path_factory):
 
 
 def call(home, *arguments, cwd=None, **parameters):
-    given = [f"{k}={v}" for k, v in (SMALL | parameters).items()]
-    params = REPOSITORY / "notebooks" / "params" / "demo.yaml"
-    command = [sys.executable, "-m", "probekit", "run", "--params", str(params), *arguments]
-    command += [word for text in given for word in ("-p", text)]
+    demo = yaml.safe_load((REPOSITORY / "notebooks" / "params" / "demo.yaml").read_text())
+    (home / "small.yaml").write_text(yaml.safe_dump(demo | SMALL))
+    command = [sys.executable, "-m", "probekit", "run", "--params", str(home / "small.yaml"), *arguments]
+    command += [word for k, v in parameters.items() for word in ("-p", f"{k}={v}")]
     environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd or home, check=False)
 
