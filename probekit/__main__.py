@@ -13,7 +13,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks with papermill")
     run.add_argument("--params", required=True, type=Path, help="YAML file, e.g. notebooks/params/demo.yaml")
-    run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="set a parameter")
+    run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                     help="a notebook's parameter, its value in YAML")
     run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
     commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
     options = parser.parse_args(arguments)

@@ -38,10 +38,11 @@ def _device() -> tuple[bool, str, str]:
 def _coco() -> tuple[bool, str, str]:
     from probekit.coco import LAYOUT, splits_of
 
-    folders = sorted(p for p in (paths.DATA / "coco").glob("*") if (p / "annotations").is_dir())
+    folders = sorted(p for p in (paths.DATA / "coco").glob("*") if not p.name.startswith("scenes-"))
     holds = {p: splits_of(p) for p in [paths.DATA / "coco", *folders]}
     found = [f"{paths.relative(p)} ({', '.join(splits)})" for p, splits in holds.items() if splits]
-    return bool(found), "; ".join(found) or "none", f"put COCO into data/coco ({LAYOUT}), or use the drawn scenes"
+    mend = f"put COCO into data/coco ({LAYOUT}), or use the drawn scenes"
+    return bool(found), "; ".join(found) or "none (drawn scenes only)", mend
 
 
 def _cache() -> tuple[bool, str, str]:

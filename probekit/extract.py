@@ -27,7 +27,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{
 
 @dataclass(frozen=True)
 class Extraction:
-    """Settings of one extraction; they name its folder.
+    """Settings of one extraction; all but `batch_tokens` name its folder.
 
     Attributes
     ----------
@@ -78,7 +78,8 @@ def folder_of(settings: Extraction, examples: pd.DataFrame) -> Path:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is gone: run 01_build_data again") from None
     name = source.name + ("-untrained" if settings.untrained else "")
-    return paths.DATA / "activations" / name / paths.fingerprint(settings, weights, sizes, rows_key(examples))
+    lasting = replace(settings, batch_tokens=0)  # batches change no result, and may be made smaller half-way
+    return paths.DATA / "activations" / name / paths.fingerprint(lasting, weights, sizes, rows_key(examples))
 
 
 def _sampled_hash(file: Path, pieces: int = 128, piece: int = 1 << 15) -> str:

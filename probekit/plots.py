@@ -135,9 +135,9 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
         grid = part.pivot_table(index="metric", columns="layer", values="value").loc[metrics[::-1]]
         figure.add_heatmap(
             z=grid.to_numpy(), x=layer_number(grid.columns.to_series()), y=[WORDS[m] for m in grid.index],
-            row=i, col=1, zmin=0, zmax=1, colorscale=SCORES, xgap=2, ygap=2,
+            row=i, col=1, zmin=min(0.5, rows.value.min()), zmax=1, colorscale=SCORES, xgap=2, ygap=2,
             texttemplate="%{z:.2f}" if grid.shape[1] <= 14 else None,
-            showscale=i == 1, colorbar={"title": "score", "thickness": 14},
+            showscale=i == 1, colorbar={"thickness": 14},
             hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>",
         )
     style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}{_named(rows)}",
@@ -157,7 +157,7 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
     scores, colours = scores[scores.pooling == pooling], colour_of(table)
     chosen = [[(model, scores.layer[ends[end]]) for end in ("idxmax", "idxmin")] for model in models
               for ends in [scores[scores.model == model].value.agg(["idxmax", "idxmin"])]]
-    titles = [f"{model}, {end} layer {layer}" for pair in chosen
+    titles = [f"{model}, its {end} layer {layer}" for pair in chosen
               for end, (model, layer) in zip(("best", "worst"), pair, strict=True)]
     figure = make_subplots(len(models), 2, subplot_titles=titles, shared_yaxes="rows", horizontal_spacing=0.05,
                            vertical_spacing=0.3 / len(models))
@@ -167,11 +167,14 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
             mean = kept[(kept.model == model) & (kept.layer == layer)].groupby(["split", "epoch"]).loss.mean()
             for split, dash in (("train", "solid"), ("validation", "dash")):
                 figure.add_scatter(
-                    x=mean[split].index, y=mean[split], name=split, row=i, col=j, legendgroup=split,
-                    mode="lines+markers", showlegend=i == j == 1,
+                    x=mean[split].index, y=mean[split], name=split, row=i, col=j,
+                    mode="lines+markers", showlegend=False,
                     line={"dash": dash, "color": colours[model], "width": 2.5},
                     hovertemplate=f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model} {layer}</extra>",
                 )
+    for split, dash in (("train", "solid"), ("validation", "dash")):
+        line = {"dash": dash, "color": GREY, "width": 2.5}
+        figure.add_scatter(x=[None], y=[None], name=split, mode="lines", line=line)
     style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}{_named(scores)}", 190 + 230 * len(models))
     figure.update_layout(margin={"t": 120}, legend={"y": 1 + 0.14 / len(models)})
     figure.update_xaxes(title="epoch", row=len(models))
@@ -200,7 +203,8 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
             figures[f"{task}_losses"] = (
                 loss_curves(losses, table, task, metric),
                 "Training loss is measured with dropout, while the weights change; validation loss after each epoch. "
-                "A curve that still falls at the last epoch is a probe that has not converged.")
+                "A curve that still falls at the last epoch is a probe that has not converged. Best and worst are this "
+                "probe's own, on validation.")
     return figures
 
 

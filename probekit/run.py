@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,19 +49,21 @@ def read_parameters(file: Path, overrides: list[str]) -> dict[str, object]:
     FileNotFoundError, ValueError
         No such file; broken YAML; an override without ``=``.
     """
-    if not file.exists():
+    if not file.is_file():
         known = ", ".join(str(p.relative_to(paths.ROOT)) for p in sorted((paths.NOTEBOOKS / "params").glob("*.yaml")))
         raise FileNotFoundError(f"{file} does not exist; there are {known}")
     try:
-        parameters = yaml.safe_load(file.read_text()) or {}
+        parameters, changed = yaml.safe_load(file.read_text()) or {}, {}
+        if not isinstance(parameters, dict):
+            raise ValueError(f"{file} must hold lines of name: value")
         for text in overrides:
             key, sign, value = text.partition("=")
             if not sign:
                 raise ValueError(f"-p {text}: write -p {text}=VALUE")
-            parameters[key.strip()] = yaml.safe_load(value)
+            changed[key.strip()] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} or a -p value is not YAML: {error}") from None
-    return parameters
+    return parameters | changed
 
 
 KINDS = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list": (list,), "str|list": (str, list)}
@@ -76,14 +79,19 @@ def checked(parameters: dict[str, object], known: dict[str, Parameter]) -> dict[
     """
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(f"no notebook declares the parameter {name!r}; there are {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(str(name), known, 1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no notebook declares the parameter {name!r}{meant}; there are "
+                             f"{', '.join(sorted(known))}")
         about = known[name]
         fits = isinstance(value, KINDS[about.kind]) and (about.kind == "bool" or not isinstance(value, bool))
         if about.kind == "list" and fits and about.default:
             fits = all(isinstance(entry, str) == isinstance(about.default[0], str) for entry in value)
         if not fits and not (value is None and about.default is None):
-            raise ValueError(f"parameter {name!r} of {about.notebook} is {value!r}, expected {about.kind}, like "
-                             f"{about.default!r} (YAML: a list is [a, b]; 1.0e-3 is a number, 1e-3 is text)")
+            like = "or null" if about.default is None else f"like {about.default!r}"
+            hint = " (in YAML a list is [a, b], and 1e-3 is text, 1.0e-3 a number)" if isinstance(value, str) else ""
+            told = f"parameter {name!r} of {about.notebook} is {value!r}"
+            raise ValueError(f"{told}, expected {about.kind}, {like}{hint}")
     return parameters
 
 
@@ -97,7 +105,7 @@ def run(file: Path, overrides: list[str], start: str = "01") -> Path:
     NotebookFailed
         A notebook stopped; the message shows the cell and where the notebook lies, as far as it came.
     """
-    books = [book for book in notebooks() if book.name[:2] >= start[:2]]
+    books = [book for book in notebooks() if book.name[:2] >= start[:2].zfill(2)]
     if not books:
         raise ValueError(f"--from {start}: there are {', '.join(book.stem for book in notebooks())}")
     declarations = {book: declared(book) for book in notebooks()}
@@ -116,7 +124,7 @@ def run(file: Path, overrides: list[str], start: str = "01") -> Path:
             told = f"A cell of {book.stem} failed:\n\n{error.source}\n\n{error.ename}: {error.evalue}"
             raise NotebookFailed(f"{told}\n\nThe notebook as far as it came: {folder / book.name}") from error
         except DeadKernelError as error:
-            raise NotebookFailed(f"The kernel of {book.stem} died, most likely for want of memory: lower batch_tokens, "
-                                 f"longest_side or the number of images. The notebook as far as it came: "
-                                 f"{folder / book.name}") from error
+            raise NotebookFailed(f"The kernel of {book.stem} died, most likely for want of memory: run it again "
+                                 f"with a smaller batch_tokens, which goes on where this stopped. The notebook as far "
+                                 f"as it came: {folder / book.name}") from error
     return folder

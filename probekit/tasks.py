@@ -262,7 +262,7 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
         task, rng = TASKS[name], np.random.default_rng([build.seed, crc32(name.encode())])
         rows = task.build(chosen, rng).reset_index(names="image_id")
         tables.append(rows.assign(task=name))
-        classes = ["caption matches"] if task.kind == "binary" else list(chosen.shows_nc.columns)
+        classes = ["match"] if task.kind == "binary" else list(chosen.shows_nc.columns)
         about[name] = {"kind": task.kind, "classes": classes, "question": task.question}
     examples = pd.concat(tables, ignore_index=True)
     place = pd.Series(range(len(chosen.images)), index=chosen.images.index)

@@ -18,7 +18,7 @@ from probekit.results import Results
 CURVE = (560, 300)  # pixels
 TABLE = ("<style>.probekit td,.probekit th{padding:2px 14px 2px 0;text-align:left;line-height:1.3}"
          ".probekit{border-collapse:collapse}</style>")
-MARGIN = (46, 14, 18, 40)  # left, right, top, bottom
+MARGIN = (58, 14, 18, 40)  # left, right, top, bottom
 
 
 def curve_svg(p_lc: np.ndarray, names: list[str], layer: int, labels: np.ndarray) -> str:
@@ -43,7 +43,8 @@ def curve_svg(p_lc: np.ndarray, names: list[str], layer: int, labels: np.ndarray
     parts += [f'<text x="{x[k]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{k}</text>'
               for k in range(0, len(p_lc), step)]
     parts.append(f'<rect x="{x[layer] - 5:.1f}" y="{top}" width="10" height="{height - top - bottom}" fill="#ffe8b3"/>'
-                 f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">decoder layer</text>')
+                 f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">decoder layer</text>'
+                     f'<text transform="translate(12 {height / 2}) rotate(-90)" text-anchor="middle">p(yes)</text>')
     for c, name in enumerate(names):
         y = top + (1 - p_lc[:, c]) * (height - top - bottom)
         colour, dash = PALETTE[c % len(PALETTE)], "" if labels[c] else ' stroke-dasharray="6 4"'
@@ -136,7 +137,7 @@ class Explorer:
             f"<tr><td>{_swatch(c)}{html.escape(name)}</td><td>{'yes' if y else 'no'}</td>"
             f"<td>{p:.2f}</td><td>{'✓' if (p >= 0.5) == bool(y) else '✗'}</td></tr>"
             for c, (name, y, p) in enumerate(zip(names, labels, p_lc[self.layer.value], strict=True)))
-        head = f"<tr><th>asked</th><th>truth</th><th>p(yes) at layer {self.layer.value}</th><th></th></tr>"
+        head = "<tr><th>scored</th><th>truth</th><th>p(yes)</th><th>right?</th></tr>"
         self.words.value = (f"{TABLE}<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}</p>"
                             f"<table class='probekit'>{head}{told}</table>")
 

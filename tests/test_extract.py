@@ -40,6 +40,7 @@ def test_settings_examples_and_weights_name_the_folder(data, examples):
               Extraction("tiny-qwen2-vl", untrained=True), Extraction("tiny-fast-vlm")]
     folders = {extract.folder_of(s, examples) for s in (base, base, *others)}
     assert len(folders) == 5
+    assert extract.folder_of(Extraction("tiny-qwen2-vl", batch_tokens=99), examples) in folders
     assert extract.folder_of(base, examples.head(20)) not in folders
 
 

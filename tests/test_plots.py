@@ -72,9 +72,9 @@ def test_heatmap_and_losses(tables):
     heat = plots.score_heatmap(tables[0], "category", ["precision_macro", "recall_macro", "f1_macro"])
     assert [t.z.shape for t in heat.data] == [(3, 4), (3, 7)]
     loss = plots.loss_curves(tables[1], tables[0], "caption", "accuracy")
-    assert len(loss.data) == 8  # two models, best and worst layer, training and validation
+    assert len(loss.data) == 8 + 2  # two models, best and worst layer, training and validation; the legend
     titles = [a.text for a in loss.layout.annotations]
-    assert "small, best layer lm.03" in titles and "large, worst layer lm.00" in titles
+    assert "small, its best layer lm.03" in titles and "large, its worst layer lm.00" in titles
 
 
 def test_the_page_needs_no_network(tables, tmp_path):
