@@ -226,6 +226,8 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
 
     for pooling in settings.poolings:
         pool.check(pooling)
+    if settings.sharing not in ("auto", "on", "off"):
+        raise ValueError(f"sharing={settings.sharing!r}: take \"auto\", \"on\" or \"off\"")
     device = device or best_device()
     settings = resolved(settings, device)
     folder = folder_of(settings, examples)

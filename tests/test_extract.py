@@ -137,6 +137,8 @@ def test_sharing_that_is_not_exact_is_seen(data, examples, spoil):
     done = extract.extract(Extraction("tiny-qwen2-vl"), examples.head(40), "cpu")
     assert not done.meta["sharing"]["used"] and "not exact" in done.meta["sharing"]["words"]
     assert "lm.03/last" in done.meta["sharing"]["words"]
+    with pytest.raises(ValueError, match="take \"auto\""):
+        extract.extract(Extraction("tiny-qwen2-vl", sharing="sure"), examples, "cpu")
     with pytest.raises(ValueError, match="take sharing="):
         extract.extract(Extraction("tiny-qwen2-vl", sharing="on"), examples.head(40), "cpu")
 

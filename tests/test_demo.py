@@ -1,0 +1,47 @@
+"""What the demo models have learned, and what the curves must show of it."""
+
+import importlib.util
+
+import pytest
+from conftest import DEMO_MODELS, REPOSITORY
+
+from probekit import extract, results, scenes, tasks
+from probekit.probe import Probing, probe
+
+spec = importlib.util.spec_from_file_location("train", REPOSITORY / "data" / "models" / "train.py")
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+
+@pytest.mark.parametrize("name", DEMO_MODELS)
+def test_it_tells_right_from_wrong_captions_of_unseen_scenes(name):
+    found = train.zero_shot(REPOSITORY / "data" / "models" / name, n=80)
+    assert found["entailment"] >= 0.85 and found["presence"] >= 0.85
+
+
+def test_training_and_probed_scenes_share_no_seed():
+    assert min(train.TRAIN_SEED, train.CHECK_SEED) >= 10_000  # runs draw theirs from small seeds
+
+
+def test_the_models_are_small_and_hold_no_pickle():
+    files = [f for name in DEMO_MODELS for f in (REPOSITORY / "data" / "models" / name).iterdir()]
+    assert sum(f.stat().st_size for f in files) < 12e6
+    assert {f.suffix for f in files} == {".json", ".jinja", ".safetensors"}
+
+
+def test_the_curves_tell_the_truth(data, tmp_path):
+    """Global semantics: chance at the embeddings, high later, chance everywhere without training; local: early."""
+    folder = scenes.write(tmp_path / "coco", n=500, seed=11)
+    examples = tasks.build_examples(
+        tasks.Build(str(folder), train=300, validation=60, test=140, tasks=("caption", "category")), tmp_path / "tasks"
+    )
+    score = {}
+    for untrained in (False, True):
+        store = extract.extract(extract.Extraction("tiny-qwen2-vl", untrained=untrained), examples, "cpu")
+        table = probe(store, examples, Probing(probes=("logreg",), resamples=20), tmp_path / "probes").metrics
+        score[untrained] = results.select(table, "logreg", "accuracy").set_index(["task", "layer"]).value
+    assert score[False]["caption"].max() >= 0.75
+    assert score[False]["caption"]["lm.00"] <= 0.6
+    assert score[True]["caption"].max() <= 0.6
+    assert score[False]["category"]["lm.00"] >= 0.7
+    assert score[False]["category"].max() - score[True]["category"].max() > 0.2
