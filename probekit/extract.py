@@ -238,9 +238,8 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
         try:
             sharing, words = _sharing(vlm, settings, examples, folder)
             to_come = pd.concat([examples.iloc[bounds[i] : bounds[i + 1]] for i in missing])
-            done = f" ({len(bounds) - 1 - len(missing)} of {len(bounds) - 1} shards are there already)"
-            tqdm.write(_announce(vlm, settings, to_come, sharing) + (done if len(missing) < len(bounds) - 1 else "")
-                       + f"; {words}")
+            plan = _announce(vlm, settings, to_come, sharing)
+            tqdm.write(f"{plan}, {len(missing)} of {len(bounds) - 1} shards; {words}")
             with tqdm(total=to_come.image_id.nunique(), desc=folder.parent.name, unit="image", bar_format=BAR) as bar:
                 for i in missing:
                     extract_shard(vlm, settings, sharing, examples, folder, i, bar)

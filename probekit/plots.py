@@ -117,7 +117,7 @@ def _published(figure: go.Figure, task: str, metric: str) -> None:
     rows = pd.read_csv(Path(__file__).with_name("published.csv"))
     rows = rows[(rows.prompt == kind) & ~rows.model.str.startswith("Gemma")]  # a failed run: 0.500 at every layer
     told = WORDS[metric]
-    for (model, dash) in zip(rows.model.unique(), ("solid", "dot"), strict=False):
+    for model, dash in zip(rows.model.unique(), ("solid", "dot"), strict=False):
         curve = rows[rows.model == model].sort_values("layer")
         hover = f"{model}, layer %{{x}}<br>published {told} %{{y:.3f}}<extra></extra>"
         figure.add_scatter(x=curve.layer, y=curve[column], name=f"{model}, published {told}", mode="lines",

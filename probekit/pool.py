@@ -117,8 +117,3 @@ def _total(hidden: torch.Tensor, mask: torch.Tensor, name: str) -> torch.Tensor:
     if name == "max":
         return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1).float()
     return torch.einsum("ntd,nt->nd", hidden.float(), mask.float())
-
-
-def pool(hidden_ntd: torch.Tensor, mask_nt: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool one layer over the tokens that `mask_nt` marks as real: (n, t, d) to (n, d) float32."""
-    return Pooler([pooling], mask_nt).pool(hidden_ntd)[pooling]

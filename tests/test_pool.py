@@ -1,10 +1,14 @@
 import pytest
 import torch
 
-from probekit.pool import NAMES, Pooler, Prefix, pool
+from probekit.pool import NAMES, Pooler, Prefix
 
 LENGTHS = (3, 7, 5)
 ALL = ("mean", "max", "cls", "last", "token:2", "token:-2")
+
+
+def pool(hidden, mask, name):
+    return Pooler([name], mask).pool(hidden)[name]
 
 
 def padded(side):
