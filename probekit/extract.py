@@ -232,7 +232,8 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
     settings = resolved(settings, device)
     folder = folder_of(settings, examples)
     bounds = shard_bounds(examples, settings.shard_images)
-    missing = [i for i, start in enumerate(bounds[:-1]) if not store.is_done(folder, i, int(start))]
+    known = (folder / "meta.json").exists()  # shards without it cannot be told how they were made
+    missing = [i for i, start in enumerate(bounds[:-1]) if not (known and store.is_done(folder, i, int(start)))]
     if missing:
         vlm = load_vlm(settings.model, settings.revision, settings.dtype, device, settings.untrained, settings.seed)
         try:
@@ -257,7 +258,7 @@ def _sharing(vlm: Vlm, settings: Extraction, examples: pd.DataFrame, folder: Pat
         return known["used"], known["words"]
     found = forward.Sharing(False, "every prompt runs from the start")
     if settings.sharing != "off":
-        rows = examples[examples.image_id.isin(examples.image_id.unique()[:2])]
+        rows = examples[examples.image_id.isin(examples.image_id.unique()[:2])].groupby("image_id").head(2)
         files, owner = np.unique(rows.file, return_inverse=True)
         images = [coco.load_rgb(paths.resolve(file), settings.longest_side) for file in files]
         found = forward.try_sharing(vlm, images, rows.prompt.tolist(), owner.tolist())

@@ -56,6 +56,14 @@ def test_a_damaged_shard_is_seen_and_made_again(data, examples):
     assert path.read_bytes() == whole and np.array_equal(again["lm.05", "mean"], before)
 
 
+def test_shards_without_their_record_are_made_again(data, examples):
+    settings = Extraction("tiny-qwen2-vl", shard_images=25)
+    done = extract.extract(settings, examples.head(60), "cpu")
+    before = done["lm.05", "mean"]
+    (done.folder / "meta.json").unlink()
+    assert np.array_equal(extract.extract(settings, examples.head(60), "cpu")["lm.05", "mean"], before)
+
+
 def test_no_model_is_loaded_when_all_is_there(data, examples, monkeypatch):
     settings = Extraction("tiny-qwen2-vl", shard_images=25)
     extract.extract(settings, examples, "cpu")
