@@ -30,7 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, forward, models, paths, scenes, store
+from probekit import coco, extract, forward, loading, models, paths, scenes, store
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -77,11 +77,12 @@ def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
 def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
     """Seconds, and (n, l, d) mean-pooled states."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")  # for its chat template alone
+    vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")  # for its processor and chat template alone
     found, start = [], time.perf_counter()
     for at in range(0, len(examples), 8):
         rows = examples.iloc[at : at + 8]
-        inputs = vlm.prepare([coco.load_rgb(file) for file in rows.file], rows.prompt.tolist())
+        inputs = vlm.processor(images=[coco.load_rgb(file) for file in rows.file], padding=True, padding_side="right",
+                               text=[vlm.preparer.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
         states = model(**vlm.place(inputs), output_hidden_states=True, use_cache=False).hidden_states
         mask = inputs["attention_mask"][..., None].float()
         found.append(torch.stack([(s.float() * mask).sum(1) / mask.sum(1) for s in states], 1))
@@ -91,19 +92,18 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, 
 def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
     """Seconds without loading the model, as the plain way is timed; (n, l, d)."""
     paths.DATA = Path(tempfile.mkdtemp(dir=folder))  # nothing is found there already
-    settings = extract.Extraction(str(folder), dtype=dtype, shard_images=10_000)
-    honest, loading = models.load_vlm, []
+    honest, loading_took = models.load_vlm, []
 
     def timed(*arguments):
         start = time.perf_counter()
         vlm = honest(*arguments)
-        loading.append(time.perf_counter() - start)
+        loading_took.append(time.perf_counter() - start)
         return vlm
 
     models.load_vlm = timed
     start = time.perf_counter()
-    done: store.Store = extract.extract(settings, examples, "cpu")
-    seconds = time.perf_counter() - start - loading[0]
+    done: store.Store = extract.extract(extract.Extraction(str(folder), dtype=dtype), examples, "cpu")
+    seconds = time.perf_counter() - start - loading_took[0]
     models.load_vlm = honest
     return seconds, np.stack([done[layer, "mean"] for layer in done.layers], 1)
 
@@ -112,21 +112,22 @@ def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, n
 def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
     vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")
-    settings = extract.Extraction(str(folder), dtype=dtype)
-    works = list(extract._batches(extract._ahead(vlm, settings, True, examples), settings.batch_tokens))
     ready = []
-    for batch in works:
-        tails = [tail for work in batch for tail in work.tails]
-        owner = np.repeat(range(len(batch)), [len(work.places) for work in batch])
-        ready.append((*map(vlm.place, forward._join(vlm, [work.image for work in batch], tails)), torch.tensor(owner)))
+    works = loading.ahead(vlm.preparer, None, [store.rows_of(examples)], 0)
+    for batch in loading.batches(works, extract.Extraction("").batch_tokens, "shared"):
+        prepared = [work.prepared for work in batch]
+        p, rows = forward._common(prepared), [row for one in prepared for row in one.tokens]
+        before = forward._joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+        own = forward._joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
+        owner = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens])
+        ready.append((before | forward._images(vlm, prepared), own, owner, p))
     start = time.perf_counter()
-    for inputs, suffix, owner in ready:
-        cache = DynamicCache(config=vlm.decoder.config)
+    for inputs, own, owner, p in ready:
+        cache = DynamicCache(config=vlm.stack.config)
         vlm.model(**inputs, past_key_values=cache, use_cache=True)
         cache.reorder_cache(owner)
-        length = inputs["input_ids"].shape[1]
-        mask = torch.cat([suffix["attention_mask"].new_ones(len(owner), length), suffix["attention_mask"]], 1)
-        vlm.decoder(input_ids=suffix["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True)
+        mask = torch.cat([own["attention_mask"].new_ones(len(owner), p), own["attention_mask"]], 1)
+        vlm.stack(input_ids=own["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True)
     return time.perf_counter() - start
 
 

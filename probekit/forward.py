@@ -2,78 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
-from PIL import Image
 from transformers import DynamicCache
 
+from probekit.architectures import reads_with_encoder
+from probekit.hooks import decoder_tapped, encoder_tapped
 from probekit.models import Vlm
 from probekit.pool import Pooler, Prefix
+from probekit.prepare import Prepared
 
-States = dict[str, torch.Tensor]  # "<layer>/<pooling>" to (n, d) float32
-
-
-@contextmanager
-def tapped(vlm: Vlm, take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Within the context a forward pass calls ``take(layer, hidden_ntd)`` for each layer of the decoder."""
-
-    def before(layer, module, args, kwargs):
-        take(layer, args[0] if args else kwargs["hidden_states"])
-
-    def after(layer, module, args, output):
-        take(layer, output[0] if isinstance(output, tuple) else output)
-
-    decoder, layers = vlm.decoder, vlm.layers
-    handles = [decoder.layers[0].register_forward_pre_hook(partial(before, layers[0]), with_kwargs=True)]
-    handles += [decoder.layers[k - 1].register_forward_hook(partial(after, layers[k]))
-                for k in range(1, len(layers) - 1)]
-    handles.append(decoder.norm.register_forward_hook(partial(after, layers[-1])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+States = dict[str, torch.Tensor]  # "<layer>/<pooling>" to float32: lm (n, d), vision and projector (b, d)
+WAYS = {
+    "shared": "each image runs once for all its prompts",
+    "encoded": "each image is encoded once, but every prompt runs from its start",
+    "plain": "every prompt runs from its start, with its image",
+    "alone": "every prompt runs from its start, with its image, in a batch of its own",
+}
 
 
 @torch.inference_mode()
-def plain(vlm: Vlm, images: Sequence[Image.Image], prompts: Sequence[str], poolings: Sequence[str]) -> States:
-    """n prompts, each with its image, from the start: the way that works for every model."""
-    inputs = vlm.place(vlm.prepare(images, prompts))
-    pooler = Pooler(poolings, inputs["attention_mask"], vlm.shows_image(inputs["input_ids"]))
+def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str] = ("lm",),
+        way: str = "plain") -> States:
+    """All k prompts of b images through the model.
+
+    Parameters
+    ----------
+    prepared : b images of one shape (:func:`shape_of`), with their prompts
+    stages : names out of :data:`probekit.store.STAGES`; where "lm" is not among them the decoder does not run
+    way : out of :data:`WAYS`
+
+    Returns
+    -------
+    dict
+        ``"lm.03/mean"`` is (n, d), examples in the order of images and their prompts; ``"vision.03/mean"`` and
+        ``"projector/mean"`` are (b, d).
+
+    Raises
+    ------
+    ValueError
+        Prompts differ before the image ends ("shared"), or the decoder got another number of image vectors than the
+        processor announced.
+    """
     states: States = {}
+    if "lm" not in stages and hasattr(vlm.model, "get_image_features"):
+        _encode(vlm, prepared, [1] * len(prepared), poolings, stages, states)
+    elif way == "shared":
+        _shared(vlm, prepared, poolings, stages, states)
+    elif way == "alone":
+        each = [run(vlm, [one.only(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
+        firsts = np.cumsum([0, *(len(one.tokens) for one in prepared[:-1])])
+        states |= {key: torch.cat([each[i][key] for i in (range(len(each)) if key.startswith("lm.") else firsts)])
+                   for key in each[0]}
+    else:
+        _plain(vlm, prepared, poolings, stages, states, way == "encoded")
+    return states
+
+
+def shape_of(prepared: Prepared) -> tuple:
+    """Prepared images of one shape fit into one batch."""
+    return (prepared.head, *((key, values.shape[1:]) for key, values in prepared.image.items()))
+
+
+# ------------------------------------------------------------------------------------------------------- the passes
+
+
+def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States,
+           encode_once: bool) -> None:
+    counts = [len(one.tokens) for one in prepared]
+    inputs = _joined(vlm, [row for one in prepared for row in one.tokens])
+    shown = _marks([mask for one in prepared for mask in one.shown], inputs["input_ids"].shape[1], vlm.device)
+    pooler = Pooler(poolings, inputs["attention_mask"], shown)
 
     def take(layer: str, hidden_ntd: torch.Tensor) -> None:
         states.update({f"{layer}/{name}": values for name, values in pooler.pool(hidden_ntd).items()})
 
-    with tapped(vlm, take):
-        vlm.model(**inputs, use_cache=False)
-    return states
+    options = {"use_cache": False}
+    if reads_with_encoder(vlm.config):  # nobody reads the decoder: let it have a single token
+        options["decoder_input_ids"] = torch.zeros(len(shown), 1, dtype=torch.long, device=vlm.device)
+    with decoder_tapped(vlm, take):
+        if encode_once:
+            if "mm_encoder_outputs" not in vlm.takes:  # one that swallows any keyword would not see the image
+                raise ValueError("it does not take its image encoder's output back")
+            images, features = _encode(vlm, prepared, counts, poolings, stages, states)
+            vlm.model(**inputs, **images, mm_encoder_outputs={"image": features}, **options)
+        else:
+            with _encoder_read(vlm, prepared, counts, poolings, stages, states):
+                vlm.model(**inputs, **_images(vlm, prepared, counts), **options)
 
 
-@torch.inference_mode()
-def shared(vlm: Vlm, images: Sequence[dict[str, torch.Tensor]], tails: Sequence[list[int]], owner: Sequence[int],
-           poolings: Sequence[str]) -> States:
-    """Each image and what comes before it once, with a key-value cache; then only the prompts' own tokens.
-
-    Exact under causal attention.
-
-    Parameters
-    ----------
-    images : b outputs of :meth:`Vlm.prepare_image`, of the same number of tokens
-    tails : n lists of :meth:`Vlm.tokens_after_image`
-    owner : n places in `images`
-    """
-    owner_n = torch.as_tensor(owner, device=vlm.device)
-    inputs, suffix = (vlm.place(part) for part in _join(vlm, images, tails))
-    prefix = Prefix(vlm.shows_image(inputs["input_ids"]), owner_n)
-    pooler = Pooler(poolings, suffix["attention_mask"], None, prefix)
+def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States
+            ) -> None:
+    """Each image and what comes before it once, with a key-value cache; then only the prompts' own tokens."""
+    if reads_with_encoder(vlm.config):
+        raise ValueError("its prompts are read by a bidirectional encoder")
+    rows, p = [row for one in prepared for row in one.tokens], _common(prepared)
+    owner_n = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens], device=vlm.device)
+    before = _joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+    own = _joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask") if key in row} for row in rows])
+    prefix = Prefix(_marks([one.shown[0] for one in prepared], p, vlm.device), owner_n)
+    pooler = Pooler(poolings, own["attention_mask"], None, prefix)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    states: States = {}
-    cache = DynamicCache(config=vlm.decoder.config)
+    cache = DynamicCache(config=vlm.stack.config)
 
     def take_prefix(layer: str, hidden_btd: torch.Tensor) -> None:
         parts[layer] = pooler.prefix_part(hidden_btd)
@@ -82,80 +117,135 @@ def shared(vlm: Vlm, images: Sequence[dict[str, torch.Tensor]], tails: Sequence[
         pooled = pooler.pool(hidden_ntd, parts.pop(layer))
         states.update({f"{layer}/{name}": values for name, values in pooled.items()})
 
-    with tapped(vlm, take_prefix), _positions(vlm.decoder) as seen:
-        vlm.model(**inputs, past_key_values=cache, use_cache=True)
+    with ExitStack() as taps:
+        taps.enter_context(decoder_tapped(vlm, take_prefix))
+        seen = taps.enter_context(_positions(vlm.stack))
+        taps.enter_context(_encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states))
+        vlm.model(**before, **_images(vlm, prepared), past_key_values=cache, use_cache=True)
     cache.reorder_cache(owner_n)
-    before_nt = suffix["attention_mask"].new_ones(len(owner_n), prefix.length)
-    with tapped(vlm, take):
-        vlm.decoder(
-            inputs_embeds=vlm.decoder.get_input_embeddings()(suffix["input_ids"]), past_key_values=cache,
-            attention_mask=torch.cat([before_nt, suffix["attention_mask"]], 1), use_cache=True,
-            position_ids=_continued(seen[0], owner_n, suffix["input_ids"].shape[1]),
+    positions = _continued(seen[0], owner_n, own["input_ids"].shape[1])
+    with decoder_tapped(vlm, take):
+        vlm.stack(
+            input_ids=own["input_ids"], past_key_values=cache, use_cache=True,
+            attention_mask=torch.cat([own["attention_mask"].new_ones(len(rows), p), own["attention_mask"]], 1),
+            **({} if positions is None else {"position_ids": positions}),
         )
-    return states
 
 
-def _join(vlm: Vlm, images: Sequence[dict[str, torch.Tensor]], tails: Sequence[list[int]]) -> tuple[dict, dict]:
-    """One batch of images, with the first tokens that all prompts have in common, and one of the prompts' rest."""
-    inputs = {key: torch.cat([image[key] for image in images]) for key in images[0]}
-    common = next((k for k, column in enumerate(zip(*tails, strict=False)) if len(set(column)) > 1), 1)
-    common = min(common, min(map(len, tails)) - 1)  # every prompt keeps a token of its own
-    added = {"input_ids": tails[0][:common], "attention_mask": [1] * common}
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if key in inputs:
-            more = torch.tensor(added.get(key, [0] * common), dtype=inputs[key].dtype)
-            inputs[key] = torch.cat([inputs[key], more.expand(len(images), -1)], 1)
-    rest = {"input_ids": [row[common:] for row in tails]}
-    return inputs, dict(vlm.processor.tokenizer.pad(rest, padding_side="right", return_tensors="pt"))
+def _encode(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],
+            stages: Sequence[str], states: States) -> tuple[dict[str, torch.Tensor], object]:
+    """Run the image encoder once an image; its output, and what else the model needs, laid out for n examples."""
+    images, known = _images(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
+    with _encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states):
+        features = vlm.model.get_image_features(
+            **{key: value for key, value in images.items() if key in known}, return_dict=True)
+    others = _images(vlm, prepared, counts)
+    others |= {key: None for key, value in others.items() if value.is_floating_point()}
+    return others, _dealt(features, torch.repeat_interleave(torch.tensor(counts)).to(vlm.device), len(prepared))
 
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+def _dealt(output, owner_n: torch.Tensor, b: int):
+    """An encoder's output for b images, laid out for n examples; intermediate states are left out."""
+    if torch.is_tensor(output):
+        whole = not output.ndim or len(output) % b
+        return output if whole else output.unflatten(0, (b, -1))[owner_n].flatten(0, 1)
+    if isinstance(output, (list, tuple)) and len(output) == b and not isinstance(output[0], (list, tuple)):
+        return type(output)(output[i] for i in owner_n.tolist())
+    if isinstance(output, (list, tuple)):
+        return type(output)(_dealt(part, owner_n, b) for part in output)
+    if hasattr(output, "items"):
+        return type(output)(**{key: None if key.endswith("hidden_states") else _dealt(value, owner_n, b)
+                               for key, value in output.items()})
+    return output
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """Whether images are shared between prompts, and what was found when it was tried."""
-
-    used: bool
-    words: str
+# -------------------------------------------------------------------------------------------- what goes in, and out
 
 
-def try_sharing(vlm: Vlm, images: Sequence[Image.Image], prompts: Sequence[str], owner: Sequence[int]) -> Sharing:
-    """Run a few examples both ways and compare every layer: differences are relative to the layer's largest value."""
-    poolings = ("mean", "last")
-    try:
-        ready, tails = [vlm.prepare_image(image) for image in images], vlm.tokens_after_image(prompts)
-        groups = [[i for i in range(len(ready)) if shape_of(ready[i]) == shape] for shape in {*map(shape_of, ready)}]
-        order = [[n for n, i in enumerate(owner) if i in group] for group in groups]
-        ours = [shared(vlm, [ready[i] for i in group], [tails[n] for n in rows], [group.index(owner[n]) for n in rows],
-                       poolings) for group, rows in zip(groups, order, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        return Sharing(False, f"every prompt runs from the start: sharing the image fails ({str(error)[:200]})")
-    reference = plain(vlm, [images[i] for i in owner], prompts, poolings)
-    turned = [n for rows in order for n in rows]
-    gaps = {key: float((torch.cat([part[key] for part in ours]) - values[turned]).abs().max()
-                       / values.abs().max()) for key, values in reference.items()}
-    where = max(gaps, key=gaps.get)
-    told = f"largest difference to plain passes {gaps[where]:.1e} ({where})"
-    if gaps[where] <= TOLERANCE[vlm.dtype]:
-        return Sharing(True, f"each image runs once for all its prompts, {told}")
-    return Sharing(False, f"every prompt runs from the start: sharing the image is not exact, {told}")
+def _joined(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Token arrays of n examples as one batch, padded on the right; nothing is cut off."""
+    batch = {}
+    for key in rows[0]:
+        fill = vlm.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
+        length = max(len(row[key]) for row in rows)
+        batch[key] = torch.from_numpy(np.stack([
+            np.pad(row[key], [(0, length - len(row[key])), *[(0, 0)] * (row[key].ndim - 1)], constant_values=fill)
+            for row in rows
+        ]))
+    if "attention_mask" not in batch:
+        batch["attention_mask"] = _marks([np.ones(len(row["input_ids"]), int) for row in rows],
+                                         batch["input_ids"].shape[1], "cpu")
+    return vlm.place(batch)
 
 
-def shape_of(image: dict[str, torch.Tensor]) -> tuple:
-    """Prepared images of one shape fit into one batch."""
-    return tuple((key, values.shape[1:]) for key, values in image.items())
+def _images(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """What belongs to the images, each as often as `counts` says, one after the other."""
+    order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
+    parts = {key: [prepared[i].image[key] for i in order] for key in prepared[0].image}
+    if counted := vlm.special.counted:
+        starts = np.cumsum([0, *(pixels.shape[:2].numel() for pixels in parts["pixel_values"])]).tolist()
+        parts[counted] = [torch.where(part < 0, part, part + start)
+                          for part, start in zip(parts[counted], starts, strict=False)]
+    axes = {"pixel_values": vlm.special.pixel_axis}
+    return vlm.place({key: torch.cat(values, axes.get(key, 0)) for key, values in parts.items()})
+
+
+def _marks(masks: Sequence[np.ndarray], length: int, device: str) -> torch.Tensor:
+    rows = [np.pad(mask[:length], (0, max(0, length - len(mask)))) for mask in masks]
+    return torch.from_numpy(np.stack(rows)).to(device)
 
 
 @contextmanager
-def _positions(decoder: torch.nn.Module) -> Iterator[list[torch.Tensor | None]]:
+def _encoder_read(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],
+                  stages: Sequence[str], states: States) -> Iterator[None]:
+    """Pool the encoder's layers over patches, and count the vectors that the decoder gets against its image tokens."""
+    firsts = np.cumsum([0, *counts[:-1]])
+    real = prepared[0].image.get("pixel_attention_mask")
+    poolers: dict[int, Pooler] = {}
+
+    def take(layer: str, hidden_bpd: torch.Tensor) -> None:
+        if layer == "projector" and prepared[0].shown[0].any() and hidden_bpd.shape[1] != prepared[0].shown[0].sum():
+            raise ValueError(f"{vlm.name} announced {prepared[0].shown[0].sum()} image tokens but got "
+                             f"{hidden_bpd.shape[1]} image vectors: its processor and its weights do not fit together")
+        if layer.partition(".")[0] not in stages:
+            return
+        hidden, p = hidden_bpd[firsts], hidden_bpd.shape[1]
+        if p not in poolers:
+            padded = real is not None and real.shape[1] == p and not real.all()
+            mask = (torch.cat([one.image["pixel_attention_mask"] for one in prepared]).to(hidden.device) if padded
+                    else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+            poolers[p] = Pooler([name for name in poolings if name != "text_mean"], mask, mask.bool())
+        states.update({f"{layer}/{name}": values for name, values in poolers[p].pool(hidden).items()})
+
+    with encoder_tapped(vlm, sum(counts), take):
+        yield
+
+
+def _common(prepared: Sequence[Prepared]) -> int:
+    """Number of leading tokens that the prompts of each image share; every prompt keeps a token of its own.
+
+    Raises
+    ------
+    ValueError
+        The prompts differ before the image ends.
+    """
+    p = min(len(row["input_ids"]) for one in prepared for row in one.tokens) - 1
+    for one in prepared:
+        first = one.tokens[0]["input_ids"]
+        for row in one.tokens[1:]:
+            differ = np.flatnonzero(row["input_ids"][:p] != first[:p])
+            p = min(p, int(differ[0])) if len(differ) else p
+    if p < max(one.head for one in prepared):
+        raise ValueError("prompts differ before the image ends")
+    return p
+
+
+@contextmanager
+def _positions(stack: torch.nn.Module) -> Iterator[list[torch.Tensor | None]]:
     """The position ids that the decoder is called with inside the context."""
     seen: list[torch.Tensor | None] = []
-    handle = decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
-    )
+    handle = stack.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True)
     try:
         yield seen
     finally:
@@ -175,3 +265,41 @@ def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length:
         owner_n = torch.zeros_like(owner_n)
     last = position_ids[..., -1:].index_select(-2, owner_n)
     return last + 1 + torch.arange(length, device=last.device)
+
+
+# --------------------------------------------------------------------------------------------------------- the choice
+
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cheapest way that is exact with a model, and what was found when it was tried."""
+
+    way: str
+    words: str
+
+
+def choose(vlm: Vlm, prepared: Sequence[Prepared], ways: Sequence[str]) -> Choice:
+    """The first of `ways` in which a batch of real images has the states of passes alone, in every layer, else "alone".
+
+    The batch's last example is held against a pass of its own. Differences are relative to the layer's largest value.
+    """
+    poolings, failed, alone = ("mean", "last"), [], {}
+    for way in ways:
+        try:
+            ours = run(vlm, prepared, poolings, ("lm",), way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture makes of it: said, and the next way is tried
+            failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
+            continue
+        alone = alone or run(vlm, [prepared[-1].only(-1)], poolings)
+        gaps = {key: float((ours[key][-1] - values[0]).abs().max() / values.abs().max())
+                for key, values in alone.items()}
+        where = max(gaps, key=gaps.get)
+        if gaps[where] <= TOLERANCE[vlm.dtype]:
+            found = f"{WAYS[way]}, largest difference to plain passes {gaps[where]:.1e} ({where})"
+            return Choice(way, "; not ".join([found, *failed]))
+        failed.append(f"{way}: differs by {gaps[where]:.1e} ({where})")
+    return Choice("alone", "; not ".join([WAYS["alone"], *failed]))

@@ -115,7 +115,7 @@ def fit_logreg(x_nd: torch.Tensor, task: TaskData, settings: Probing, layer: str
 def _logreg_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, pd.DataFrame]:
     """(seeds, l, n, c) probabilities, and the chosen strengths as rows of the metrics table."""
     out, chosen = [], []
-    for layer in store.layers:
+    for layer in store.layers_of(pooling):
         p_snc, strengths = fit_logreg(torch.from_numpy(store[layer, pooling][task.rows]), task, settings, layer)
         out.append(p_snc)
         chosen += [{"layer": layer, "seed": s, "metric": "strength", "class": "", "value": c, "split": "validation"}
@@ -124,15 +124,12 @@ def _logreg_all(store: Store, pooling: str, task: TaskData, settings: Probing) -
 
 
 def _linear_all(store: Store, pooling: str, task: TaskData, settings: Probing) -> tuple[np.ndarray, pd.DataFrame]:
-    """(seeds, l, n, c) probabilities, and the losses by layer, seed and epoch; layers in groups that fit the memory."""
+    """(seeds, l, n, c) probabilities, and the losses by layer, seed and epoch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = len(task.rows) * store.meta["width"] * 4 / 1e9
-    group = max(1, int(settings.memory_gb / size))
     y, mask = task.y_nc.to(device), task.mask_nc.to(device)
     out, losses = [], []
-    for at in range(0, len(store.layers), group):
-        layers = store.layers[at : at + group]
-        x = torch.from_numpy(np.stack([store[layer, pooling][task.rows] for layer in layers])).to(device)
+    for layers, x in _groups(store, pooling, task.rows, settings.memory_gb):
+        x = x.to(device)
         fit = linear.fit(x, y, mask, task.split["train"], task.split["validation"], task.kind, settings.seeds,
                          settings.training)
         out.append(fit.probabilities(x).cpu().numpy().swapaxes(0, 1))
@@ -143,6 +140,20 @@ def _linear_all(store: Store, pooling: str, task: TaskData, settings: Probing) -
             "split": np.array(["train", "validation"])[place[3]], "loss": fit.losses.numpy().ravel(),
         }))
     return np.concatenate(out, 1), pd.concat(losses)
+
+
+def _groups(store: Store, pooling: str, rows: np.ndarray, memory_gb: float) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Neighbouring layers of one width, as many as fit the memory, with their features (l, n, d)."""
+    names: list[str] = []
+    held: list[np.ndarray] = []
+    for layer in store.layers_of(pooling):
+        x_nd = store[layer, pooling][rows]
+        if held and (x_nd.shape != held[0].shape or (len(held) + 1) * x_nd.nbytes > memory_gb * 1e9):
+            yield names, torch.from_numpy(np.stack(held))
+            names, held = [], []
+        names.append(layer)
+        held.append(x_nd)
+    yield names, torch.from_numpy(np.stack(held))
 
 
 # ------------------------------------------------------------------------------------------------------------ a store
@@ -159,9 +170,9 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     unknown = [name for name in settings.probes if name not in PROBES]
     if unknown:
         raise ValueError(f"unknown probes {unknown}: take names out of {', '.join(PROBES)}")
-    if store.meta["examples"] != rows_key(examples):
-        raise ValueError(f"{store.folder} was extracted from another examples table: run 02_extract for this run")
-    key = paths.fingerprint(settings, paths.relative(store.folder), table_key(examples))
+    if rows_key(store.examples) != rows_key(examples):
+        raise ValueError("the store is open for another examples table: open it for this one")
+    key = paths.fingerprint(settings, store.record, table_key(examples))
     own = folder / f"{store.folder.parent.name}-{store.folder.name}"
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
         return Results.read(own, table_key(examples))
@@ -169,7 +180,7 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     done = Results.join(list(_probe_parts(store, examples, settings)))
     done.write(own, table_key(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings),
-                                          "store": paths.relative(store.folder)})
+                                          "store": store.record})
     return done
 
 
@@ -177,7 +188,7 @@ def _probe_parts(store: Store, examples: pd.DataFrame, settings: Probing) -> Ite
     model, control = store.meta["model"], "untrained" if store.meta["untrained"] else "none"
     work = list(product(examples.attrs["tasks"], store.poolings, settings.probes))
     for name, pooling, kind in tqdm(work, desc=f"probing {store.folder.parent.name}", unit="probe"):
-        task = TaskData.of(examples, name)
+        task, layers = TaskData.of(examples, name), store.layers_of(pooling)
         losses = chosen = pd.DataFrame()
         if kind == "logreg":
             p_slnc, chosen = _logreg_all(store, pooling, task, settings)
@@ -185,9 +196,11 @@ def _probe_parts(store: Store, examples: pd.DataFrame, settings: Probing) -> Ite
             p_slnc, losses = _linear_all(store, pooling, task, settings)
         scored = [chosen]
         for seed, p_lnc in zip(settings.seeds, p_slnc, strict=True):
-            scored += [task.score(p_lnc[:, task.split[split].numpy()], split, store.layers, settings.resamples)
+            scored += [task.score(p_lnc[:, task.split[split].numpy()], split, layers, settings.resamples)
                        .assign(seed=seed) for split in ("validation", "test")]
-        labels = {"model": model, "stage": "lm", "pooling": pooling, "task": name, "probe": kind, "control": control}
-        test = p_slnc[0][:, task.split["test"].numpy()].astype(np.float16)
-        yield Results(pd.concat(scored, ignore_index=True).assign(**labels), losses.assign(**labels),
-                     {"|".join((model, control, pooling, name, kind)): test})
+        labels = {"model": model, "pooling": pooling, "task": name, "probe": kind, "control": control}
+        table = pd.concat(scored, ignore_index=True)
+        decoder = [layer.startswith("lm.") for layer in layers]
+        test = p_slnc[0][decoder][:, task.split["test"].numpy()].astype(np.float16)
+        yield Results(table.assign(stage=table.layer.str.partition(".")[0], **labels), losses.assign(**labels), {
+            "|".join((model, control, pooling, name, kind)): test})

@@ -79,15 +79,16 @@ class Results:
         return cls(*(pd.read_parquet(folder / f"{kind}.parquet") for kind in ("metrics", "losses")), predictions)
 
 
-def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test") -> pd.DataFrame:
-    """One metric about all classes, averaged over the seeds, in the order of the layers.
+def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str = "lm") -> pd.DataFrame:
+    """One metric about all classes of one stage's layers, in their order, averaged over the seeds.
 
     Raises
     ------
     ValueError
         The table has no scores of this probe.
     """
-    rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)]
+    rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)
+                 & (table.stage == stage)]
     if not len(rows):
         raise ValueError(f"no {metric} of {probe} probes in this run; it has {', '.join(table.probe.unique())}")
     keys = ["task", "model", "control", "pooling", "metric", "layer"]

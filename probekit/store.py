@@ -1,72 +1,244 @@
-"""Activations on disk: shards in safetensors, read one layer at a time.
+"""Activations on disk: parts made of shards, read one layer at a time through a view on them.
 
-    data/activations/<model>/<fingerprint of the settings>/
-        meta.json                     what was extracted, from what, with what
-        shard-00000.safetensors       "<layer>/<pooling>": (rows, d), float16 where the values fit, else float32
+    data/activations/<model>/<fingerprint of what decides the model's states>/
+        meta.json                         which model, with what, which way it was run
+        part-<fingerprint>/               rows that were extracted together
+            rows.parquet                  file, size in bytes, prompt; rows of one image next to each other
+            part.json                     wants ("lm/mean", ...), the shards' first rows
+            shard-00000.safetensors       "<layer>/<pooling>": (rows of the shard, d) for the decoder, (images, d) for
+                                          the image encoder; float16 where that is precise enough, else float32
+
+What a row holds is a matter of its image and prompt alone, so runs share parts: a new run computes what no part has.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from probekit import paths
 
+STAGES = ("lm", "vision", "projector")
 FLOAT16_MAX = np.finfo(np.float16).max
 
 
-def shard_path(folder: Path, i: int) -> Path:
-    return folder / f"shard-{i:05d}.safetensors"
-
-
 def compact(values: np.ndarray) -> np.ndarray:
-    """float16 where every value fits, float32 otherwise."""
-    fits = np.abs(values).max(initial=0) <= FLOAT16_MAX
-    return np.ascontiguousarray(values, dtype=np.float16 if fits else np.float32)
+    """float16 where it keeps what a probe can tell apart, float32 otherwise.
+
+    That is where no value overflows, and where rounding is below 1/32 of its column's standard deviation (columns that
+    vary by less than 1e-5 of their size count as constant).
+    """
+    if len(values) and np.abs(values).max() <= FLOAT16_MAX:
+        half, spread = values.astype(np.float16), values.std(0)
+        harmless = np.abs(half - values).max(0) * 32 <= spread
+        if (harmless | (spread <= 1e-5 * np.abs(values).max(0))).all():
+            return np.ascontiguousarray(half)
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def write_shard(folder: Path, i: int, states: dict[str, np.ndarray], first_row: int) -> Path:
-    """Write one shard whole; `states` maps ``"<layer>/<pooling>"`` to (rows, d) float32."""
-    tensors = {key: compact(values) for key, values in states.items()}
-    # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
-    note = {"probekit": json.dumps({"first_row": first_row, "folder": folder.name})}
-    return paths.write_atomic(shard_path(folder, i), lambda part: save_file(tensors, part, metadata=note))
+def want_of(key: str) -> str:
+    """The stage and pooling of a tensor: "lm/mean" of "lm.12/mean"."""
+    layer, _, pooling = key.rpartition("/")
+    return f"{layer.partition('.')[0]}/{pooling}"
 
 
-def is_done(folder: Path, i: int, first_row: int) -> bool:
-    """Is shard i there, complete, and the one that belongs there?"""
-    try:
-        with safe_open(shard_path(folder, i), framework="numpy") as shard:
-            note = json.loads((shard.metadata() or {}).get("probekit", "{}"))
-    except (FileNotFoundError, SafetensorError):
-        return False
-    return note == {"first_row": first_row, "folder": folder.name}
+# --------------------------------------------------------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True)
-class Store:
-    """The finished activations of one extraction: ``store["lm.12", "mean"]`` is (n, d) float32.
+def rows_of(examples: pd.DataFrame) -> pd.DataFrame:
+    """What a model is given for each example: `file`, its `size` in bytes, `prompt`.
 
     Raises
     ------
     FileNotFoundError
-        The folder holds no extraction, or an unfinished one.
+        An image of the examples is gone.
+    """
+    try:
+        sizes = {file: paths.resolve(file).stat().st_size for file in examples.file.unique()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} is gone: run 01_build_data again") from None
+    return pd.DataFrame({"file": examples.file, "size": examples.file.map(sizes), "prompt": examples.prompt}
+                        ).reset_index(drop=True)
+
+
+def keys_of(rows: pd.DataFrame, want: str) -> np.ndarray:
+    """(n,) numbers that name what a want such as "lm/mean" depends on: image and prompt, or the image alone."""
+    columns = ["file", "size", "prompt"] if want.startswith("lm/") else ["file", "size"]
+    return pd.util.hash_pandas_object(rows[columns], index=False).to_numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that were (or are to be) extracted together.
+
+    Attributes
+    ----------
+    wants : stage and pooling, e.g. "lm/mean", "vision/max"
+    starts : first row of each shard, and n at the end
     """
 
     folder: Path
+    rows: pd.DataFrame
+    wants: tuple[str, ...]
+    starts: np.ndarray
+
+    @classmethod
+    def plan(cls, folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: int) -> Part:
+        """Write down what is to be extracted, so that it can be resumed; `folder` is the model's."""
+        image = np.sort(pd.factorize(rows.file)[0])
+        rows = rows.iloc[np.argsort(pd.factorize(rows.file)[0], kind="stable")].reset_index(drop=True)
+        starts = np.append(np.flatnonzero(np.diff(image // shard_images, prepend=-1)), len(rows))
+        own = folder / f"part-{paths.fingerprint(rows.to_csv(index=False), sorted(wants), shard_images)}"
+        paths.write_atomic(own / "rows.parquet", rows.to_parquet)
+        paths.write_json(own / "part.json", {"wants": sorted(wants), "starts": starts.tolist()})
+        return cls(own, rows, tuple(sorted(wants)), starts)
+
+    @classmethod
+    def all_of(cls, folder: Path) -> list[Part]:
+        """The parts of a model's folder that were planned to the end, in a fixed order."""
+        parts = []
+        for record in sorted(folder.glob("part-*/part.json")):
+            about = paths.read_json(record)
+            parts.append(cls(record.parent, pd.read_parquet(record.with_name("rows.parquet")), tuple(about["wants"]),
+                             np.array(about["starts"])))
+        return parts
+
+    @property
+    def stages(self) -> list[str]:
+        return sorted({want.partition("/")[0] for want in self.wants})
+
+    @property
+    def poolings(self) -> list[str]:
+        return sorted({want.partition("/")[2] for want in self.wants})
+
+    def shard(self, i: int) -> Path:
+        return self.folder / f"shard-{i:05d}.safetensors"
+
+    def shard_rows(self, i: int) -> pd.DataFrame:
+        return self.rows.iloc[self.starts[i] : self.starts[i + 1]].reset_index(drop=True)
+
+    def write(self, i: int, states: dict[str, np.ndarray]) -> Path:
+        """Write shard i whole; `states` maps ``"<layer>/<pooling>"`` to float32 of this shard's rows or images."""
+        tensors = {key: compact(values) for key, values in states.items()}
+        # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
+        note = {"probekit": json.dumps(self._note(i))}
+        return paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
+
+    def _note(self, i: int) -> dict:
+        return {"part": self.folder.name, "first_row": int(self.starts[i])}
+
+    def is_done(self, i: int) -> bool:
+        """Is shard i there, complete, and the one that belongs there?"""
+        try:
+            with safe_open(self.shard(i), framework="numpy") as shard:
+                return json.loads((shard.metadata() or {}).get("probekit", "{}")) == self._note(i)
+        except (FileNotFoundError, SafetensorError):
+            return False
+
+    def places(self, want: str) -> pd.DataFrame:
+        """Where the values of a want are, by key: `shard`, and `row` in its tensors."""
+        rows = self.rows if want.startswith("lm/") else self.rows[self.rows.file.ne(self.rows.file.shift())]
+        shard = np.searchsorted(self.starts, rows.index, side="right") - 1
+        row = pd.Series(shard).groupby(shard).cumcount()
+        return pd.DataFrame({"shard": shard, "row": row.to_numpy()}, index=keys_of(rows, want))
+
+
+def plan(folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: int) -> list[tuple[Part, int]]:
+    """The shards, done or not, that hold these rows and wants; what no part has yet is planned as new parts."""
+    rows = rows.drop_duplicates()
+    parts, keys = Part.all_of(folder), {want: keys_of(rows, want) for want in wants}
+    while True:
+        lacks = pd.DataFrame({want: ~np.isin(keys[want], _held(parts, want)) for want in wants})
+        patterns = lacks[lacks.any(axis=1)].value_counts()
+        if patterns.empty:
+            break
+        missing = [want for want, lacking in zip(wants, patterns.index[0], strict=True) if lacking]
+        chosen = rows[(lacks == patterns.index[0]).all(axis=1).to_numpy()]
+        finest = min(missing, key=lambda want: not want.startswith("lm/"))
+        parts.append(Part.plan(folder, chosen[~pd.Series(keys_of(chosen, finest)).duplicated().to_numpy()], missing,
+                               shard_images))
+    found = set()
+    for k, part in enumerate(parts):
+        for want in set(part.wants) & set(wants):
+            places = part.places(want)
+            found |= {(k, int(i)) for i in places.shard[np.isin(places.index, keys[want])].unique()}
+    return [(parts[k], i) for k, i in sorted(found)]
+
+
+def _held(parts: Sequence[Part], want: str) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.rows, want) for part in parts if want in part.wants)])
+
+
+# --------------------------------------------------------------------------------------------------------------- view
+
+
+@dataclass(frozen=True)
+class Store:
+    """The activations of a run: ``store["lm.12", "mean"]`` is (n, d) float32, rows as in its examples.
+
+    Raises
+    ------
+    FileNotFoundError
+        Some of them have not been extracted.
+    """
+
+    folder: Path
+    examples: pd.DataFrame
+    stages: tuple[str, ...]
+    poolings: tuple[str, ...]
 
     def __post_init__(self):
-        starts = self.meta["shard_starts"]
-        missing = sum(not is_done(self.folder, i, row) for i, row in enumerate(starts))
-        if missing:
-            raise FileNotFoundError(f"{missing} of {len(starts)} shards are missing or damaged in {self.folder}: run "
-                                    "02_extract again, it computes only those")
+        for stage in self.stages:
+            for pooling in self.poolings_of(stage):
+                missing = self._where(f"{stage}/{pooling}").shard.isna().sum()
+                if missing:
+                    raise FileNotFoundError(f"{missing:,} of {len(self.examples):,} examples have no {stage}/{pooling} "
+                                            f"in {self.folder}: run 02_extract for this run, it computes only those")
+
+    @classmethod
+    def open(cls, record: dict, examples: pd.DataFrame) -> Store:
+        """The store that a run's record (:attr:`record`) names."""
+        return cls(paths.resolve(record["folder"]), examples, tuple(record["stages"]), tuple(record["poolings"]))
+
+    @property
+    def record(self) -> dict:
+        return {"folder": paths.relative(self.folder), "stages": self.stages, "poolings": self.poolings}
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many of the tensors that this run reads are on disk in which type."""
+        found: dict[str, int] = {}
+        for part, i in self._shards:
+            with safe_open(part.shard(i), framework="numpy") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
+                    dtype = shard.get_slice(key).get_dtype()
+                    found[dtype] = found.get(dtype, 0) + 1
+        return found
+
+    @property
+    def megabytes(self) -> float:
+        """Size on disk of the shards that this run reads."""
+        return round(sum(part.shard(i).stat().st_size for part, i in self._shards) / 1e6, 1)
+
+    @property
+    def _shards(self) -> list[tuple[Part, int]]:
+        wants = [f"{stage}/{pooling}" for stage in self.stages for pooling in self.poolings_of(stage)]
+        pairs = pd.concat([self._where(want)[["part", "shard"]] for want in wants]).drop_duplicates()
+        return [(self._parts[int(k)], int(i)) for k, i in pairs.itertuples(index=False)]
+
+    def poolings_of(self, stage: str) -> list[str]:
+        return [pooling for pooling in self.poolings if stage == "lm" or pooling != "text_mean"]
 
     @cached_property
     def meta(self) -> dict:
@@ -74,20 +246,48 @@ class Store:
 
     @property
     def layers(self) -> list[str]:
-        return self.meta["layers"]
+        """Names of the layers, stage by stage in the order of the depth."""
+        return [layer for stage in self.stages for layer in self.meta["layers"][stage]]
 
-    @property
-    def poolings(self) -> list[str]:
-        return self.meta["settings"]["poolings"]
+    def layers_of(self, pooling: str) -> list[str]:
+        """The layers that have this pooling: text is no part of an image."""
+        return [layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])]
+
+    @cached_property
+    def _rows(self) -> pd.DataFrame:
+        return rows_of(self.examples)
+
+    @cached_property
+    def _parts(self) -> list[Part]:
+        return Part.all_of(self.folder)
+
+    def _where(self, want: str) -> pd.DataFrame:
+        """(n) part, shard and row of each example's values; nothing where no finished shard has them."""
+        cache = self.__dict__.setdefault("_found", {})
+        if want not in cache:
+            tables = []
+            for k, part in enumerate(self._parts):
+                if want in part.wants:
+                    done = [i for i in range(len(part.starts) - 1) if part.is_done(i)]
+                    places = part.places(want)
+                    tables.append(places[places.shard.isin(done)].assign(part=k))
+            held = pd.concat(tables) if tables else pd.DataFrame(columns=["shard", "row", "part"])
+            held = held[~held.index.duplicated()]
+            cache[want] = held.reindex(keys_of(self._rows, want)).reset_index(drop=True)
+        return cache[want]
 
     def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
         layer, pooling = key
-        for what, wanted, known in (("layer", layer, self.layers), ("pooling", pooling, self.poolings)):
-            if wanted not in known:
-                raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(known)}; run 02_extract with "
+        stage = layer.partition(".")[0]
+        known = self.poolings_of(stage)
+        for what, wanted, there in (("layer", layer, self.layers), ("pooling", pooling, known)):
+            if wanted not in there:
+                raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(there)}; run 02_extract with "
                                f"{what}s that include it")
-        parts = []
-        for i in range(len(self.meta["shard_starts"])):
-            with safe_open(shard_path(self.folder, i), framework="numpy") as shard:
-                parts.append(shard.get_tensor(f"{layer}/{pooling}"))
-        return np.concatenate(parts, dtype=np.float32)
+        out = None
+        for (k, i), places in self._where(f"{stage}/{pooling}").groupby(["part", "shard"]):
+            with safe_open(self._parts[int(k)].shard(int(i)), framework="pt") as shard:
+                values = shard.get_tensor(f"{layer}/{pooling}").float().numpy()
+            out = np.empty((len(self.examples), values.shape[1]), np.float32) if out is None else out
+            out[places.index.to_numpy()] = values[places.row.to_numpy(int)]
+        return out

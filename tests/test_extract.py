@@ -1,32 +1,26 @@
 import gc
-import json
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from itertools import pairwise
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from probekit import extract, forward, store
+from probekit import extract, forward, loading, paths, store
 from probekit.extract import Extraction
-
-
-def test_shards_keep_images_together(examples):
-    bounds = extract.shard_bounds(examples, 25)
-    assert bounds[0] == 0 and bounds[-1] == len(examples) and len(bounds) == 4
-    images = [set(examples.image_id.iloc[a:b]) for a, b in pairwise(bounds)]
-    assert [len(s) for s in images] == [25, 25, 10] and len(set.union(*images)) == 60
+from probekit.models import load_vlm
 
 
 def test_extraction_is_read_back_layer_by_layer(data, examples):
     settings = Extraction("tiny-qwen2-vl", poolings=("mean", "last"), shard_images=25)
     done = extract.extract(settings, examples, "cpu")
-    assert done["lm.03", "last"].shape == (len(examples), done.meta["width"])
-    assert done.meta["n"] == len(examples) and done.meta["layers"][0] == "lm.00"
+    assert done["lm.03", "last"].shape == (len(examples), 128) and done["lm.03", "last"].dtype == np.float32
+    assert done.meta["layers"]["lm"][0] == "lm.00" and done.dtypes == {"F16": 9 * 2 * 3}
     assert "{prompt}" in done.meta["prompt"] and done.meta["versions"]["torch"]
     with pytest.raises(KeyError, match=r"layer lm\.30 is not stored: this run has lm\.00"):
         done["lm.30", "mean"]
@@ -34,24 +28,98 @@ def test_extraction_is_read_back_layer_by_layer(data, examples):
         done["lm.00", "max"]
 
 
-def test_settings_examples_and_weights_name_the_folder(data, examples):
-    base = Extraction("tiny-qwen2-vl")
-    others = [Extraction("tiny-qwen2-vl", poolings=("last",)), Extraction("tiny-qwen2-vl", longest_side=64),
-              Extraction("tiny-qwen2-vl", untrained=True), Extraction("tiny-fast-vlm")]
-    folders = {extract.folder_of(s, examples) for s in (base, base, *others)}
-    assert len(folders) == 5
-    assert extract.folder_of(Extraction("tiny-qwen2-vl", batch_tokens=99), examples) in folders
-    assert extract.folder_of(base, examples.head(20)) not in folders
+def test_settings_and_weights_name_the_folder(data):
+    base = Extraction("tiny-qwen2-vl", dtype="float32")
+    others = [replace(base, longest_side=64), replace(base, untrained=True), replace(base, sharing="off"),
+              replace(base, model="tiny-fast-vlm")]
+    assert len({extract.folder_of(s) for s in (base, *others)}) == 5
+    for same in (replace(base, batch_tokens=99), replace(base, poolings=("last",)), replace(base, workers=0)):
+        assert extract.folder_of(same) == extract.folder_of(base)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What is computed from now on: (rows, wants) of each shard."""
+    seen, honest = [], extract.finish_shard
+
+    def watched(part, i, *rest):
+        seen.append((len(part.shard_rows(i)), part.wants))
+        return honest(part, i, *rest)
+
+    monkeypatch.setattr(extract, "finish_shard", watched)
+    return seen
+
+
+def test_only_what_is_missing_is_computed(data, examples, computed):
+    settings = Extraction("tiny-qwen2-vl", shard_images=25)
+    captions = examples[examples.task == "caption"]
+    some = captions[captions.image_id.isin(captions.image_id.unique()[:20])]
+    extract.extract(settings, some, "cpu")
+    assert computed == [(40, ("lm/mean",))]
+    computed.clear()
+    extract.extract(settings, captions, "cpu")  # more images
+    assert sum(rows for rows, _ in computed) == 80
+    computed.clear()
+    whole = extract.extract(settings, examples, "cpu")  # more tasks
+    assert sum(rows for rows, _ in computed) == len(examples) - 120
+    computed.clear()
+    both = extract.extract(replace(settings, poolings=("mean", "last")), examples, "cpu")  # another pooling
+    assert {wants for _, wants in computed} == {("lm/last",)} and sum(rows for rows, _ in computed) == len(examples)
+    computed.clear()
+    stages = replace(settings, poolings=("mean", "text_mean"), stages=("lm", "vision", "projector"))
+    seen = extract.extract(stages, examples, "cpu")
+    assert ("lm/text_mean", "projector/mean", "vision/mean") in {wants for _, wants in computed}
+    computed.clear()
+    extract.extract(replace(settings, stages=("vision",)), examples, "cpu")
+    assert not computed
+    afresh = extract.extract(replace(stages, poolings=("mean", "text_mean", "last"), sharing="off"), examples, "cpu")
+    for store_, pooling in ((whole, "mean"), (both, "last"), (seen, "text_mean")):
+        for layer in store_.layers_of(pooling):
+            a, b = store_[layer, pooling], afresh[layer, pooling]
+            assert np.abs(a - b).max() <= 2e-3 * np.abs(b).max(), (layer, pooling)
+
+
+def test_vision_alone_does_not_run_the_decoder(data, examples, monkeypatch):
+    settings = Extraction("tiny-qwen2-vl", stages=("vision", "projector"), sharing="off")
+    honest = load_vlm
+
+    def without_decoder(*arguments):
+        vlm = honest(*arguments)
+        vlm.stack.register_forward_pre_hook(lambda *seen: pytest.fail("the decoder runs"))
+        return vlm
+
+    monkeypatch.setattr("probekit.models.load_vlm", without_decoder)
+    done = extract.extract(settings, examples, "cpu")
+    assert done.layers == ["vision.00", "vision.01", "vision.02", "vision.03", "projector"]
+    assert done["projector", "mean"].shape == (len(examples), 128)
+    assert len(np.unique(done["vision.03", "mean"], axis=0)) == examples.file.nunique()
+
+
+def test_a_changed_image_is_extracted_again(data, examples, computed, tmp_path):
+    rows = examples.head(8).copy()
+    copies = {file: tmp_path / Path(file).name for file in rows.file.unique()}
+    for file, copy in copies.items():
+        copy.write_bytes(paths.resolve(file).read_bytes())
+    rows["file"] = [str(copies[file]) for file in rows.file]
+    extract.extract(Extraction("tiny-qwen2-vl"), rows, "cpu")
+    computed.clear()
+    changed = tmp_path / Path(rows.file.iloc[0]).name
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    extract.extract(Extraction("tiny-qwen2-vl"), rows, "cpu")
+    assert sum(n for n, _ in computed) == (rows.file == str(changed)).sum()
+    changed.unlink()
+    with pytest.raises(FileNotFoundError, match="is gone: run 01_build_data"):
+        extract.extract(Extraction("tiny-qwen2-vl"), rows, "cpu")
 
 
 def test_a_damaged_shard_is_seen_and_made_again(data, examples):
     settings = Extraction("tiny-qwen2-vl", shard_images=25)
     done = extract.extract(settings, examples, "cpu")
-    before, path = done["lm.05", "mean"], store.shard_path(done.folder, 1)
+    before, path = done["lm.05", "mean"], sorted(done.folder.glob("part-*/shard-*"))[1]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FileNotFoundError, match="1 of 3 shards"):
-        store.Store(done.folder)
+    with pytest.raises(FileNotFoundError, match="100 of 240 examples have no lm/mean"):
+        store.Store.open(done.record, examples)
     again = extract.extract(settings, examples, "cpu")
     assert path.read_bytes() == whole and np.array_equal(again["lm.05", "mean"], before)
 
@@ -82,7 +150,7 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
         return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
 
     def shards(folder):
-        return sorted(folder.glob("activations/*/*/shard-*.safetensors"))
+        return sorted(folder.glob("activations/*/*/part-*/shard-*.safetensors"))
 
     victim = start(tmp_path / "killed")
     while not shards(tmp_path / "killed"):
@@ -102,37 +170,45 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Change what forward passes return."""
+    """Change what forward passes return, of some ways or of all."""
 
     def set_to(change, *ways):
-        for way in ways:
-            def changed(*arguments, honest=getattr(forward, way)):
-                states = {key: values.clone() for key, values in honest(*arguments).items()}
+        def changed(vlm, prepared, poolings, stages=("lm",), way="plain", honest=forward.run):
+            states = {key: values.clone() for key, values in honest(vlm, prepared, poolings, stages, way).items()}
+            if way in ways or not ways:
                 change(states)
-                return states
+            return states
 
-            monkeypatch.setattr(forward, way, changed)
+        monkeypatch.setattr(forward, "run", changed)
 
     return set_to
 
 
 def test_values_that_are_not_finite_name_layer_and_example(data, examples, spoil):
-    spoil(lambda states: states["lm.04/mean"][0].fill_(np.nan), "plain", "shared")
-    with pytest.raises(FloatingPointError, match=r"tiny-qwen2-vl, lm\.04/mean: not finite .*\.jpg"):
-        extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
+    spoil(lambda states: states["lm.04/mean"][0].fill_(np.nan))
+    with pytest.raises(FloatingPointError, match=r"tiny-qwen2-vl, lm\.04/mean: not finite .*\.jpg with 'This image"):
+        extract.extract(Extraction("tiny-qwen2-vl", sharing="off"), examples, "cpu")
 
 
-def test_features_that_are_all_the_same_stop_the_run(data, examples, spoil):
-    spoil(lambda states: [values.fill_(1) for values in states.values()], "plain", "shared")
-    with pytest.raises(ValueError, match="the same for all"):
-        extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
+def test_prompts_that_are_not_seen_stop_the_run_after_its_first_shard(data, examples, spoil):
+    def blind(states):
+        for values in states.values():
+            values[:] = values[:1]
+
+    spoil(blind)
+    with pytest.raises(ValueError, match=r"the same for examples with different prompts.*chance.*chat template"):
+        extract.extract(Extraction("tiny-qwen2-vl", sharing="off", shard_images=1), examples, "cpu")
+    assert not list(data.glob("activations/*/*/part-*/shard-*"))
+    one_each = examples.groupby("image_id").head(1)
+    with pytest.raises(ValueError, match="the same for examples with different prompts"):
+        extract.extract(Extraction("tiny-fast-vlm", sharing="off"), one_each, "cpu")
 
 
 def test_shared_and_plain_extractions_agree(data, examples):
     poolings = ("mean", "max", "cls", "last", "image_mean", "text_mean")
     ours, reference = (extract.extract(Extraction("tiny-qwen2-vl", poolings=poolings, sharing=way), examples, "cpu")
                        for way in ("on", "off"))
-    assert ours.meta["sharing"]["used"] and not reference.meta["sharing"]["used"]
+    assert ours.meta["sharing"]["way"] == "shared" and reference.meta["sharing"]["way"] == "plain"
     assert "largest difference to plain passes" in ours.meta["sharing"]["words"]
     for layer in ours.layers:
         for pooling in poolings:
@@ -143,12 +219,31 @@ def test_shared_and_plain_extractions_agree(data, examples):
 def test_sharing_that_is_not_exact_is_seen(data, examples, spoil):
     spoil(lambda states: states["lm.03/last"].mul_(1.01), "shared")
     done = extract.extract(Extraction("tiny-qwen2-vl"), examples.head(40), "cpu")
-    assert not done.meta["sharing"]["used"] and "not exact" in done.meta["sharing"]["words"]
+    assert done.meta["sharing"]["way"] == "encoded" and "shared: differs by" in done.meta["sharing"]["words"]
     assert "lm.03/last" in done.meta["sharing"]["words"]
-    with pytest.raises(ValueError, match="take \"auto\""):
+    with pytest.raises(ValueError, match="take out of auto, on, off"):
         extract.extract(Extraction("tiny-qwen2-vl", sharing="sure"), examples, "cpu")
     with pytest.raises(ValueError, match="take sharing="):
-        extract.extract(Extraction("tiny-qwen2-vl", sharing="on"), examples.head(40), "cpu")
+        extract.extract(Extraction("tiny-qwen2-vl", sharing="on"), examples.head(50), "cpu")
+
+
+def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
+    rows = store.rows_of(examples)
+    works = list(loading.ahead(vlm.preparer, None, [rows], 2))
+    assert [work.image for work in works] == list(range(60))
+    assert np.array_equal(np.concatenate([work.rows for work in works]), np.arange(len(rows)))
+    for way in ("shared", "plain"):
+        sizes = [sum(work.tokens(way) for work in batch) for batch in loading.batches(works, 3000, way)]
+        assert max(sizes) <= 3000 and len(sizes) > 2 and min(sizes[:-1]) > 1500
+
+
+def test_what_a_worker_cannot_read_is_named_as_it_is(examples, vlm, tmp_path):
+    rows = store.rows_of(examples.head(40))
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    rows.loc[rows.file == rows.file.iloc[-1], "file"] = str(tmp_path / "broken.jpg")
+    with pytest.raises(OSError, match=r"broken\.jpg") as caught:
+        list(loading.ahead(vlm.preparer, None, [rows], 1))
+    assert "Traceback" not in str(caught.value)
 
 
 def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch):
@@ -165,17 +260,5 @@ def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch
 
     monkeypatch.setattr(models, "load_vlm", watched)
     for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
-        extract.extract(Extraction(name), examples.head(40), "cpu")
+        extract.extract(Extraction(name, workers=2), examples.head(80), "cpu")
     assert len(alive) > 200
-
-
-def test_large_values_are_kept_in_float32(tmp_path):
-    states = {"lm.00/mean": np.full((2, 3), 1e6, np.float32), "lm.01/mean": np.full((2, 3), 0.5, np.float32)}
-    path = store.write_shard(tmp_path, 0, states, 0)
-    (tmp_path / "meta.json").write_text(json.dumps(
-        {"shard_starts": [0], "layers": ["lm.00", "lm.01"], "settings": {"poolings": ["mean"]}}))
-    read = store.Store(tmp_path)
-    assert np.array_equal(read["lm.00", "mean"], states["lm.00/mean"])
-    assert np.array_equal(read["lm.01", "mean"], states["lm.01/mean"])
-    assert store.is_done(tmp_path, 0, 0) and not store.is_done(tmp_path, 0, 5)
-    assert not list(tmp_path.glob(".*part")) and path.exists()

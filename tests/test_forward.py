@@ -4,26 +4,19 @@ import torch
 from PIL import Image
 
 from probekit import coco, forward, paths
+from probekit.forward import run
 from probekit.pool import NAMES
 
 POOLINGS = (*NAMES[:6], "token:2", "token:-3")
+STAGES = ("lm", "vision", "projector")
 
 
 @pytest.fixture(scope="module")
-def ragged(examples):
-    """Five examples on two images, with prompts of very different lengths."""
-    rows = examples[examples.image_id.isin(examples.image_id.unique()[:2])].groupby("image_id").head(4).head(7)
-    rows = rows.iloc[[0, 1, 2, 4, 5]] if len(rows) > 5 else rows
-    files, owner = np.unique(rows.file, return_inverse=True)
-    return [coco.load_rgb(paths.resolve(file)) for file in files], rows.prompt.tolist(), owner.tolist()
-
-
-def plain(vlm, images, prompts, owner, poolings=POOLINGS):
-    return forward.plain(vlm, [images[i] for i in owner], prompts, poolings)
-
-
-def shared(vlm, images, prompts, owner, poolings=POOLINGS):
-    return forward.shared(vlm, [vlm.prepare_image(i) for i in images], vlm.tokens_after_image(prompts), owner, poolings)
+def ragged(examples, vlm):
+    """Two images with three and two prompts of very different lengths."""
+    groups = list(examples.groupby("image_id"))[:2]
+    return [vlm.preparer.prepare(coco.load_rgb(paths.resolve(rows.file.iloc[0])), rows.prompt.tolist()[:k])
+            for (_, rows), k in zip(groups, (3, 2), strict=True)]
 
 
 def close(ours, reference, tolerance):
@@ -33,15 +26,16 @@ def close(ours, reference, tolerance):
 
 
 def test_hooks_read_what_transformers_returns(vlm, ragged):
-    images, prompts, owner = ragged
-    pooled = plain(vlm, *ragged)
-    inputs = vlm.prepare([images[i] for i in owner], prompts)
-    with torch.inference_mode():
-        states = vlm.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-    assert len(states) == len(vlm.layers)
-    for layer, hidden_ntd in zip(vlm.layers, states, strict=True):
-        for i, mask in enumerate(inputs["attention_mask"].bool()):
-            real, image = hidden_ntd[i][mask], vlm.shows_image(inputs["input_ids"])[i][mask]
+    pooled = run(vlm, ragged, POOLINGS)
+    prompts = [(one, k) for one in ragged for k in range(len(one.tokens))]
+    for i, (one, k) in enumerate(prompts):
+        with torch.inference_mode():
+            inputs = {key: torch.from_numpy(value)[None] for key, value in one.tokens[k].items()}
+            states = vlm.model(**inputs, **one.image, output_hidden_states=True, use_cache=False).hidden_states
+        assert len(states) == len(vlm.layers)
+        image = torch.from_numpy(one.shown[k])
+        for layer, hidden_1td in zip(vlm.layers, states, strict=True):
+            real = hidden_1td[0]
             wanted = {"mean": real.mean(0), "last": real[-1], "cls": real[0], "max": real.max(0).values,
                       "image_mean": real[image].mean(0), "text_mean": real[~image].mean(0)}
             for pooling, expected in wanted.items():
@@ -49,49 +43,80 @@ def test_hooks_read_what_transformers_returns(vlm, ragged):
 
 
 def test_a_batch_changes_nothing(vlm, ragged):
-    images, prompts, owner = ragged
-    alone = [plain(vlm, images, [p], [i]) for p, i in zip(prompts, owner, strict=True)]
-    close(plain(vlm, *ragged), {key: torch.cat([one[key] for one in alone]) for key in alone[0]}, 1e-4)
+    alone = [run(vlm, [one.only(k)], POOLINGS) for one in ragged for k in range(len(one.tokens))]
+    close(run(vlm, ragged, POOLINGS), {key: torch.cat([one[key] for one in alone]) for key in alone[0]}, 1e-4)
 
 
-def test_sharing_the_image_changes_nothing(vlm, ragged):
-    close(shared(vlm, *ragged), plain(vlm, *ragged), 1e-5)
+@pytest.mark.parametrize("way", ["shared", "encoded"])
+def test_the_cheaper_ways_change_nothing(vlm, ragged, way):
+    poolings = [name for name in POOLINGS if name != "text_mean"]
+    close(run(vlm, ragged, poolings, STAGES, way), run(vlm, ragged, poolings, STAGES), 1e-5)
+    close(run(vlm, ragged, POOLINGS, ("lm",), way), run(vlm, ragged, POOLINGS), 1e-5)
 
 
 def test_the_order_and_the_number_of_prompts_change_nothing(vlm, ragged):
-    images, prompts, owner = ragged
-    turned = shared(vlm, images, prompts[::-1], owner[::-1])
-    close({key: values.flip(0) for key, values in turned.items()}, shared(vlm, *ragged), 1e-5)
-    one = shared(vlm, images[:1], prompts[:1], [0])
-    close(one, {key: values[:1] for key, values in plain(vlm, *ragged).items()}, 1e-5)
+    whole = run(vlm, ragged, POOLINGS, way="shared")
+    turned = run(vlm, ragged[::-1], POOLINGS, way="shared")
+    close({key: values[[2, 3, 4, 0, 1]] for key, values in turned.items()}, whole, 1e-5)
+    close(run(vlm, [ragged[0].only(1)], POOLINGS, way="shared"), {key: v[1:2] for key, v in whole.items()}, 1e-5)
 
 
 def test_the_first_token_and_the_image_never_see_the_prompt(vlm, ragged):
-    images, prompts, _ = ragged
-    pooled = shared(vlm, images[:1], prompts[:3], [0, 0, 0])
-    last = vlm.layers[-1]
+    pooled, last = run(vlm, ragged[:1], POOLINGS, way="shared"), vlm.layers[-1]
     for pooling in ("cls", "image_mean"):
         assert pooled[f"{last}/{pooling}"].std(0).max() == 0
     assert pooled[f"{last}/mean"].std(0).max() > 1e-3
 
 
-def test_images_of_other_shapes_make_other_numbers_of_tokens():
+def test_the_image_encoder_is_read_over_patches(vlm, ragged):
+    found = run(vlm, ragged, ["mean", "image_mean", "max"], ("vision", "projector"))
+    assert not any(key.startswith("lm.") for key in found)
+    assert torch.equal(found["projector/mean"], found["projector/image_mean"]) and len(found["projector/mean"]) == 2
+    into_decoder = run(vlm, ragged, ["image_mean"])["lm.00/image_mean"]  # what the decoder gets at the image's tokens
+    torch.testing.assert_close(found["projector/mean"], into_decoder[[0, 3]], rtol=1e-5, atol=1e-6)
+    if not vlm.vision:
+        assert vlm.layers_of_stage["vision"] == ()
+        return
+    with torch.inference_mode():
+        one = ragged[1]
+        states = vlm.model.get_image_features(**one.image, output_hidden_states=True, return_dict=True).hidden_states
+    for k, hidden in enumerate(states[: len(vlm.vision_layers)]):
+        patches = hidden.reshape(-1, hidden.shape[-1])
+        torch.testing.assert_close(found[f"vision.{k:02d}/mean"][1], patches.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_other_shapes_do_not_fit_into_one_batch():
     from probekit.models import load_vlm
 
     vlm = load_vlm("tiny-qwen2-vl", device="cpu")
+    vlm.processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
     noise = np.random.default_rng(0).integers(0, 255, (300, 500, 3), np.uint8)
-    images = [Image.fromarray(noise), Image.fromarray(noise[:, :200]), Image.fromarray(noise[:100])]
-    ready = [vlm.prepare_image(image) for image in images]
-    assert len({r["input_ids"].shape[1] for r in ready}) > 1 and len({forward.shape_of(r) for r in ready}) > 1
-    prompts, owner = ["a", "a longer one", "b", "c", "some more words"], [0, 0, 1, 2, 2]
-    found = forward.try_sharing(vlm, images, prompts, owner)
-    assert found.used, found.words
+    ready = [vlm.preparer.prepare(Image.fromarray(part), ["a", "another one"])
+             for part in (noise, noise[:60], noise[:, ::-1].copy())]
+    shapes = [forward.shape_of(one) for one in ready]
+    assert shapes[0] == shapes[2] != shapes[1]
+    choice = forward.choose(vlm, [ready[0], ready[2]], ["shared"])
+    assert choice.way == "shared" and "largest difference" in choice.words
 
 
-def test_half_precision_stays_within_its_tolerance(ragged):
+def test_image_vectors_are_counted_against_image_tokens(ragged, vlm, monkeypatch):
+    honest = vlm.model.get_image_features
+
+    def one_less(*arguments, **options):
+        output = honest(*arguments, **options)
+        output.pooler_output = [part[:-1] for part in output.pooler_output]
+        return output
+
+    monkeypatch.setattr(type(vlm.model), "get_image_features", lambda self, *a, **k: one_less(*a, **k))
+    with pytest.raises(ValueError, match=r"announced \d+ image tokens but got \d+ image vectors"):
+        run(vlm, ragged, ["mean"])
+
+
+def test_half_precision_stays_within_its_tolerance(examples):
     from probekit.models import load_vlm
 
-    vlm = load_vlm("tiny-qwen2-vl", device="cpu", dtype="bfloat16")
-    assert forward.try_sharing(vlm, *ragged).used
-    exact = plain(load_vlm("tiny-qwen2-vl", device="cpu", dtype="float32"), *ragged, poolings=["mean"])
-    close(plain(vlm, *ragged, poolings=["mean"]), exact, 0.05)
+    half, exact = (load_vlm("tiny-qwen2-vl", device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    rows = examples[examples.image_id == examples.image_id.iloc[0]]
+    ready = [exact.preparer.prepare(coco.load_rgb(paths.resolve(rows.file.iloc[0])), rows.prompt.tolist())]
+    assert forward.choose(half, ready, ["shared"]).way == "shared"
+    close(run(half, ready, ["mean"]), run(exact, ready, ["mean"]), 0.05)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import DEMO_MODELS
 
-from probekit import coco, models
+from probekit import presets
 from probekit.models import load_vlm
 
 
@@ -13,30 +13,7 @@ def test_the_model_is_frozen_and_its_layers_are_named(vlm):
     assert not vlm.model.training
     assert not any(p.requires_grad for p in vlm.model.parameters())
     assert not hasattr(vlm.model, "lm_head")
-    assert vlm.layers[0] == "lm.00" and len(vlm.layers) == len(vlm.decoder.layers) + 1
-
-
-def test_the_prompt_comes_after_the_image_in_the_chat_template(vlm):
-    text = vlm.wrap("Is this right?")
-    assert "Is this right?" in text and "assistant" in text.partition("Is this right?")[2]
-    assert any(mark in text.partition("Is this right?")[0] for mark in ("<image>", "<|image_pad|>"))
-
-
-def test_preparing_pads_on_the_right_and_keeps_every_image_token(vlm, scene_folder):
-    images = [coco.load_rgb(file) for file in coco.read(scene_folder).images.file[:2]]
-    inputs = vlm.prepare(images, ["short", "a much longer prompt, with a lot more words than the short one"])
-    mask = inputs["attention_mask"]
-    assert mask[0, 0] == 1 and mask[0, -1] == 0 and bool(mask[1].all())
-    alone = vlm.prepare(images[:1], ["short"])
-    shown, alone_shown = (vlm.shows_image(i["input_ids"]).sum(1) for i in (inputs, alone))
-    assert torch.equal(shown[:1], alone_shown) and int(alone_shown) > 8
-    assert torch.equal(inputs["input_ids"][0][mask[0] == 1], alone["input_ids"][0])
-
-
-def test_a_prompt_that_is_too_long_is_named_not_cut(vlm, scene_folder):
-    images = [coco.load_rgb(coco.read(scene_folder).images.file.iloc[0])]
-    with pytest.raises(ValueError, match=r"tokens are more than .* 'word word"):
-        vlm.prepare(images, ["word " * 4000])
+    assert vlm.layers[0] == "lm.00" and len(vlm.layers) == len(vlm.blocks) + 1
 
 
 def test_the_tokenizer_can_read_any_caption(vlm):
@@ -47,9 +24,9 @@ def test_the_tokenizer_can_read_any_caption(vlm):
 
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_untrained_weights_follow_the_seed(name):
-    one, same, other = (next(load_vlm(name, device="cpu", untrained=True, seed=s).decoder.layers.parameters())
+    one, same, other = (next(load_vlm(name, device="cpu", untrained=True, seed=s).blocks.parameters())
                         for s in (0, 0, 1))
-    trained = next(load_vlm(name, device="cpu").decoder.layers.parameters())
+    trained = next(load_vlm(name, device="cpu").blocks.parameters())
     assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, trained)
 
 
@@ -75,5 +52,5 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 
 
 def test_names_that_are_no_folder_go_to_the_hub():
-    assert models.locate("qwen2-vl-2b") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert models.locate("org/model") == "org/model"
+    assert presets.locate("qwen2-vl-2b") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert presets.locate("org/model") == "org/model"

@@ -21,17 +21,19 @@ def planted(folder, layer="lm.02", images=400, seed=0):
     states = {f"{name}/mean": (rng.normal(size=(2 * images, D)) + (name == layer) * signal).astype(np.float32)
               for name in LAYERS}
     own = folder / "activations" / "planted" / "0"
-    store.write_shard(own, 0, states, 0)
+    own.mkdir(parents=True, exist_ok=True)
+    files = [own / f"{i}.jpg" for i in range(images)]
+    for file in files:
+        file.touch()
     sizes = [images // 2, images // 4, images // 4]
     split = np.repeat(rng.permutation(np.repeat(["train", "validation", "test"], sizes)), 2)
     table = pd.DataFrame({"image_id": np.repeat(np.arange(images), 2), "split": split, "task": "caption",
-                          "file": [f"{i}.jpg" for i in np.repeat(np.arange(images), 2)], "prompt": "?",
+                          "file": [str(f) for f in np.repeat(files, 2)], "prompt": ["one?", "other?"] * images,
                           "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
-    meta = {"examples": tasks.rows_key(table), "shard_starts": [0], "layers": LAYERS, "n": 2 * images, "width": D,
-            "settings": {"poolings": ["mean"]}, "model": "planted", "untrained": False}
-    store.paths.write_json(own / "meta.json", meta)
-    return store.Store(own), table
+    store.Part.plan(own, store.rows_of(table), ["lm/mean"], 10_000).write(0, states)
+    store.paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS}, "model": "planted", "untrained": False})
+    return store.Store(own, table, ("lm",), ("mean",)), table
 
 
 def accuracy(found, name):
@@ -100,7 +102,7 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         probe(activations, table, replace(QUICK, probes=("forest",)), tmp_path)
     other = table.assign(prompt="another")
     other.attrs = table.attrs
-    with pytest.raises(ValueError, match="run 02_extract"):
+    with pytest.raises(ValueError, match="another examples table"):
         probe(activations, other, QUICK, tmp_path)
     no_test = table.assign(split="train")
     no_test.attrs = table.attrs

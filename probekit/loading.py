@@ -1,0 +1,105 @@
+"""Images and prompts on their way to the model: prepared ahead in worker processes, and put together into batches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch.utils.data import DataLoader, Dataset
+
+from probekit import coco, paths
+from probekit.forward import shape_of
+from probekit.prepare import Prepared, Preparer
+
+
+@dataclass(frozen=True)
+class Work:
+    """One image of a shard with its prompts.
+
+    Attributes
+    ----------
+    shard : which of the shards that are being worked on
+    image : its place among the shard's images
+    rows : places of its prompts among the shard's rows
+    """
+
+    shard: int
+    image: int
+    rows: np.ndarray
+    prepared: Prepared
+
+    def tokens(self, way: str) -> int:
+        """Tokens that the decoder has to compute for it."""
+        lengths = [len(row["input_ids"]) for row in self.prepared.tokens]
+        shared = self.prepared.head * (len(lengths) - 1) if way == "shared" else 0
+        return sum(lengths) - shared
+
+
+class _Images(Dataset):
+    """The images of several tables of rows, one after the other; an error is an item too."""
+
+    def __init__(self, preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame]):
+        self.preparer, self.longest_side, self.items = preparer, longest_side, []
+        for shard, rows in enumerate(shards):
+            starts = np.flatnonzero(rows.file.ne(rows.file.shift()))
+            for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
+                self.items.append((shard, image, places, rows.file[places[0]], rows.prompt[places].tolist()))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, k: int) -> Work | Exception:
+        shard, image, places, file, prompts = self.items[k]
+        try:
+            picture = coco.load_rgb(paths.resolve(file), self.longest_side)
+            return Work(shard, image, places, self.preparer.prepare(picture, prompts))
+        except Exception as error:
+            return error
+
+
+def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int) -> Iterator[Work]:
+    """The images of the shards in order, decoded and processed ahead of the model by worker processes.
+
+    Parameters
+    ----------
+    shards : rows with `file` and `prompt`, those of one image next to each other
+    workers : 0 prepares each image when it is asked for
+    """
+    images = _Images(preparer, longest_side, shards)
+    workers = min(workers, len(images) // 8)
+    start = {"multiprocessing_context": "fork"} if workers and sys.platform == "linux" else {}
+    loader = DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=_quiet, **start)
+    for work in loader:
+        if isinstance(work, Exception):
+            raise work
+        yield work
+
+
+def _quiet(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def batches(works: Iterable[Work], budget: int, way: str) -> Iterator[list[Work]]:
+    """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens.
+
+    Images of rare shapes wait for others of theirs, up to four budgets in all; then the fullest batch goes.
+    """
+    waiting: dict[tuple, list[Work]] = defaultdict(list)
+    filled: dict[tuple, int] = defaultdict(int)
+    for work in works:
+        shape, tokens = shape_of(work.prepared), work.tokens(way)
+        if waiting[shape] and filled[shape] + tokens > budget:
+            filled.pop(shape)
+            yield waiting.pop(shape)
+        waiting[shape].append(work)
+        filled[shape] += tokens
+        if sum(filled.values()) > 4 * budget:
+            fullest = max(filled, key=filled.get)
+            filled.pop(fullest)
+            yield waiting.pop(fullest)
+    yield from waiting.values()

@@ -1,0 +1,144 @@
+"""What a model is given: one image with its prompts, through the checkpoint's own processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+
+from probekit import architectures
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image with its k prompts, as the checkpoint's processor makes them.
+
+    Attributes
+    ----------
+    image : what belongs to the image (pixels, grids), first axis: parts of the image
+    tokens : for each prompt what belongs to its tokens, (t, ...) arrays; ``input_ids`` among them
+    shown : (k, t) as lists: True at image tokens
+    """
+
+    image: dict[str, torch.Tensor]
+    tokens: list[dict[str, np.ndarray]]
+    shown: list[np.ndarray]
+
+    def only(self, k: int) -> Prepared:
+        """The image with its k-th prompt alone."""
+        return Prepared(self.image, [self.tokens[k]], [self.shown[k]])
+
+    @property
+    def head(self) -> int:
+        """Number of tokens up to the image's last one."""
+        return int(np.flatnonzero(self.shown[0])[-1]) + 1 if self.shown[0].any() else 1
+
+
+class _Once:
+    """Stands in for an image processor: processes one image, and says of its copies what it said of that one.
+
+    Pixels of the copies have the right shape but no meaning: the processor only asks for shapes and grids.
+    """
+
+    def __init__(self, honest):
+        self.honest, self.output = honest, {}
+
+    def __call__(self, images, *arguments, **options):
+        self.output = self.honest(images[:1], *arguments, **options)
+        return type(self.output)({key: self._copies(value, len(images)) for key, value in self.output.items()})
+
+    @staticmethod
+    def _copies(value, k: int):
+        if torch.is_tensor(value) and value.is_floating_point():
+            return value[:1].expand(k * len(value), *value.shape[1:])
+        if torch.is_tensor(value):
+            return value.repeat(k, *[1] * (value.ndim - 1))
+        return value * k if isinstance(value, list) else value
+
+    def __getattr__(self, name: str):
+        return getattr(self.honest, name)
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Turns images and prompts into a model's inputs; knows its config and processor, not its weights."""
+
+    name: str
+    config: object
+    processor: object
+    token_types: bool = False  # does the model read `mm_token_type_ids`? without them some are wrong in silence
+
+    @cached_property
+    def image_ids(self) -> list[int]:
+        """Ids of the tokens that stand for parts of an image; empty where images do not enter as tokens."""
+        for owner in (self.config, self.processor):
+            for name in ("image_token_id", "image_token_index", "image_patch_id"):
+                if isinstance(getattr(owner, name, None), int):
+                    return [getattr(owner, name)]
+        return []
+
+    def wrap(self, prompt: str) -> str:
+        """The text that the model reads: image first, then the prompt, in the checkpoint's own chat template."""
+        if getattr(self.processor, "chat_template", None) is None:
+            before, _, after = architectures.special(self.config).prompt.partition("{prompt}")
+            return before.replace("{image}", str(getattr(self.processor, "image_token", None) or "")) + prompt + after
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def prepare(self, image: Image.Image, prompts: Sequence[str]) -> Prepared:
+        """What the processor makes of one image with each of k prompts; the image itself is processed once.
+
+        Raises
+        ------
+        ValueError
+            A prompt that is longer than the model's positions, or that changes how often the image is seen.
+        """
+        honest = self.processor.image_processor
+        self.processor.image_processor = once = _Once(honest)
+        options = {"return_mm_token_type_ids": True} if self.token_types else {}
+        size = 1 if architectures.special(self.config).one_at_a_time else len(prompts)
+        tokens = []
+        try:
+            for group in (prompts[at : at + size] for at in range(0, len(prompts), size)):
+                made = self.processor(images=[[image]] * len(group), text=[self.wrap(prompt) for prompt in group],
+                                      padding=True, padding_side="right", return_tensors="pt", **options)
+                of_image = {*once.output} - {"attention_mask"}
+                tokens += _unpadded({key: value.numpy() for key, value in made.items() if key not in of_image})
+        finally:
+            self.processor.image_processor = honest
+        shown = [self._shown(row) for row in tokens]
+        longest = int(np.argmax([len(row["input_ids"]) for row in tokens]))
+        self._check_length(len(tokens[longest]["input_ids"]), prompts[longest])
+        counts = [int(mask.sum()) for mask in shown]
+        wrong = next((k for k, count in enumerate(counts) if count != min(counts)), None)
+        if wrong is not None:
+            raise ValueError(f"{self.name} sees {counts[wrong]} image tokens instead of {min(counts)} with the prompt "
+                             f"{prompts[wrong][:80]!r}: take out the words that stand for an image there")
+        if self.image_ids and not counts[0]:
+            raise ValueError(f"{self.name} got no image token for the prompt {prompts[0][:80]!r}: the chat template "
+                             "of this checkpoint does not place images")
+        return Prepared({key: once.output[key] for key in made if key in of_image}, tokens, shown)
+
+    def _shown(self, row: dict[str, np.ndarray]) -> np.ndarray:
+        mask = row.get("image_embeds_position_mask")
+        return np.isin(row["input_ids"], self.image_ids) if mask is None else mask == 1
+
+    def _check_length(self, tokens: int, prompt: str) -> None:
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokens > limit:
+            raise ValueError(f"{tokens:,} tokens are more than the {limit:,} positions of {self.name}, in the prompt "
+                             f"{prompt[:80]!r}: shorten it or lower longest_side")
+
+
+def _unpadded(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The rows of a batch that is padded on the right, each without its padding."""
+    lengths = {}
+    for key in batch:
+        own = key.removesuffix("input_ids").removesuffix("attention_mask") + "attention_mask"
+        mask = batch[own] if own in batch and batch[own].ndim == 2 else batch["attention_mask"]
+        lengths[key] = mask.sum(1)
+    return [{key: values[i, : lengths[key][i]] for key, values in batch.items()} for i in range(len(mask))]

@@ -1,0 +1,86 @@
+"""Checkpoints that have a short name here, and what was found when their architectures were checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from probekit import paths
+
+CHECKED = Path(__file__).with_name("architectures.csv")  # written by tests/test_architectures.py
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A checkpoint with a short name: a hub id or a folder of this project, its type, and its pinned revision."""
+
+    source: str
+    type: str
+    revision: str | None = None
+
+
+PRESETS = {
+    "tiny-qwen2-vl": Preset("data/models/tiny-qwen2-vl", "qwen2_vl"),
+    "tiny-fast-vlm": Preset("data/models/tiny-fast-vlm", "fast_vlm"),
+    "qwen2-vl-2b": Preset("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", "895c3a49bc3fa70a340399125c650a463535e71c"),
+    "qwen2-vl-7b": Preset("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+    "qwen3-vl-2b": Preset("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", "89644892e4d85e24eaac8bacfd4f463576704203"),
+    "qwen3-vl-30b-a3b": Preset("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe",  # mixture of experts, 3B active
+                               "9c4b90e1e4ba969fd3b5378b57d966d725f1b86c"),
+    "fastvlm-0.5b": Preset("KamilaMila/FastVLM-0.5B", "fast_vlm"),  # transformers' own conversion of Apple's
+    "gemma-3-4b": Preset("google/gemma-3-4b-it", "gemma3", "093f9f388b31de276ce2de164bdc2081324b9767"),
+    "internvl3-1b": Preset("OpenGVLab/InternVL3-1B-hf", "internvl", "014c0583a0d4bedf29fbe2dbff4f865eb998e171"),
+    "llava-onevision-0.5b": Preset("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision"),
+    "minicpm-v-4.6": Preset("openbmb/MiniCPM-V-4.6", "minicpmv4_6"),
+    "smolvlm-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm"),
+    "phi-4-multimodal": Preset("microsoft/Phi-4-multimodal-instruct", "phi4_multimodal", "refs/pr/70"),  # native
+    "kosmos-2": Preset("microsoft/kosmos-2-patch14-224", "kosmos-2"),
+    "blip2-opt-2.7b": Preset("Salesforce/blip2-opt-2.7b", "blip-2", "59a1ef6c1e5117b3f65523d1c6066825bcf315e3"),
+    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2"),
+}
+NOT_IN_TRANSFORMERS = {
+    "LaVIT": "its visual tokenizer and decoder are code of their own: transformers would need a config, a model and a "
+             "processor class for them, and the weights converted",
+    "MoE-LLaVA": "its experts are DeepSpeed layers in model types of its own: transformers would need a native class "
+                 "with those experts, and the weights converted",
+}
+
+
+def locate(id_or_folder: str) -> str:
+    """Absolute folder, or hub id, of a preset name, a folder (from the project's root) or a hub id."""
+    wanted = PRESETS[id_or_folder].source if id_or_folder in PRESETS else id_or_folder
+    folder = paths.resolve(wanted)
+    if (folder / "config.json").exists():
+        return str(folder)
+    if folder.is_dir() or wanted.startswith((".", "/", "~", "data/")) or wanted.count("/") > 1:
+        raise FileNotFoundError(f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
+                                f"a hub id, or one of {', '.join(PRESETS)}")
+    return wanted
+
+
+def revision_of(id_or_folder: str, revision: str | None) -> str | None:
+    """The revision that was asked for, else the one that a preset pins."""
+    return revision or (PRESETS[id_or_folder].revision if id_or_folder in PRESETS else None)
+
+
+def commit_of(id_or_folder: str, revision: str | None) -> str | None:
+    """The commit that a hub id and revision stand for now; None for a folder, whose files speak for themselves."""
+    from transformers import AutoConfig
+
+    source = locate(id_or_folder)
+    if Path(source).is_absolute():
+        return None
+    return AutoConfig.from_pretrained(source, revision=revision_of(id_or_folder, revision))._commit_hash
+
+
+def known() -> str:
+    """The presets and the checked architectures as text."""
+    checked = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture")
+    presets = pd.DataFrame([{"name": name, "checkpoint": p.source, "revision": (p.revision or "newest")[:12],
+                             "type": p.type, "sharing": checked.sharing[p.type]} for name, p in PRESETS.items()])
+    missing = "\n".join(f"{name} is not in transformers: {why}." for name, why in NOT_IN_TRANSFORMERS.items())
+    return (f"{presets.to_string(index=False)}\n\nAny checkpoint of these types can be given by its hub id or folder; "
+            f"each was checked on a tiny random model\n(layers, hidden states, padding, image tokens, sharing: see the "
+            f"README):\n\n{checked.to_string()}\n\n{missing}")
