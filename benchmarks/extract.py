@@ -1,6 +1,6 @@
 """Extraction against the plain way of the published study, and against the least that must be computed.
 
-    python benchmarks/extract.py [--quick] [--json PATH]
+    python benchmarks/extract.py [--model 40M] [--images 48] [--prompts-per-image 3 10] [--quick] [--json PATH]
 
 One process, the same random Qwen2-VL-shaped model, images and prompts for all:
 
@@ -10,7 +10,9 @@ ours    probekit.extract: preprocessing, forward passes, pooling, writing shards
 floor   bare forward passes of the base model over exactly the tokens that must be computed (each image and prefix
         once, each prompt's own tokens once), inputs prepared beforehand, nothing read and nothing written
 
-The vocabulary is chosen so that the head has the share of the parameters that it has in Qwen2-VL-2B (about 15 %).
+What probekit does once, whatever the number of images, is in its time: one prompt more, for the check of the way that
+the model goes. The vocabulary is chosen so that the head has the share of the parameters that it has in Qwen2-VL-2B
+(about 15 %).
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
         file = folder / "photos" / f"{i}.jpg"
         if not file.exists():
             scenes.draw(scene).resize((640, 480)).save(file, quality=90)
-        prompts = [f"This image contains: {text[:-1]}.\nIs this right?" for text in scenes.captions(scene, rng, k)]
+        texts = scenes.captions(scene, rng, 5 * k)
+        prompts = list(dict.fromkeys(f"This image contains: {text[:-1]}.\nIs this right?" for text in texts))[:k]
+        assert len(prompts) == k
         rows += [{"image_id": i, "file": str(file), "prompt": text, "task": "caption"} for text in prompts]
     return pd.DataFrame(rows)
 
@@ -114,7 +118,7 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")
     ready = []
     works = loading.ahead(vlm.preparer, None, [store.rows_of(examples)], 0)
-    for batch in loading.batches(works, extract.Extraction("").batch_tokens, "shared"):
+    for batch in loading.batches(works, 1024, "shared"):
         prepared = [work.prepared for work in batch]
         p, rows = forward._common(prepared), [row for one in prepared for row in one.tokens]
         before = forward._joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
@@ -143,15 +147,15 @@ def peak_rss(folder: Path, images: int, k: int, dtype: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="200M", choices=SIZES)
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--model", default="40M", choices=SIZES)
+    parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--prompts-per-image", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer images")
+    parser.add_argument("--quick", action="store_true", help="fewer images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
-        options.model, options.images = "40M", 8
+        options.images = 12
     disable_progress_bar()
     result: dict[str, float] = {"max_rel_diff": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
@@ -166,7 +170,8 @@ def main() -> None:
             gap = (np.abs(states - reference).max((0, 2)) / np.abs(reference).max((0, 2))).max()
             result["max_rel_diff"] = max(result["max_rel_diff"], float(gap))
             result |= {f"speedup_{k}": plain / ours, f"over_floor_{k}": ours / floor}
-            result |= {"over_floor": ours / floor, "images_per_s": options.images / ours}
+            result["over_floor"] = max(result.get("over_floor", 0), ours / floor)
+            result.setdefault("images_per_s", options.images / ours)
             print(f"{k} prompts an image: plain {plain:.1f} s, ours {ours:.1f} s, floor {floor:.1f} s: "
                   f"{plain / ours:.2f} times faster, {ours / floor:.2f} of the floor, "
                   f"largest relative difference {gap:.1e}", flush=True)

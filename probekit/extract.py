@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import chain, groupby, islice, product
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,13 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit import loading, paths, pool, store
+from probekit import forward, loading, paths, pool, store
+from probekit.forward import Choice
 from probekit.store import Part
 
 if TYPE_CHECKING:
+    import torch
+
     from probekit.models import Vlm
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
@@ -40,7 +43,8 @@ class Extraction:
     poolings : see :mod:`probekit.pool`
     stages : "lm", and where asked for "vision" and "projector", whose states are pooled over the image's patches
     shard_images : images a shard, the unit of work, of writing and of resuming
-    batch_tokens : tokens that a batch of whole images with their prompts is filled up to
+    batch_tokens : tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a GPU,
+        1,024 without: there small batches stay in the cache
     workers : processes that decode and preprocess images ahead of the model; 0 does it in between. None takes 4 with a
         GPU, fewer with fewer cores, and 0 without: there they would take the model's cores
     """
@@ -55,7 +59,7 @@ class Extraction:
     poolings: tuple[str, ...] = ("mean",)
     stages: tuple[str, ...] = ("lm",)
     shard_images: int = 200
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     workers: int | None = None
 
     @property
@@ -79,10 +83,11 @@ def resolved(settings: Extraction, device: str) -> Extraction:
     from probekit.models import best_dtype
     from probekit.presets import commit_of
 
-    usual = 0 if device == "cpu" else min(4, (os.cpu_count() or 2) - 1)
+    tokens, workers = (1024, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
     return replace(settings, dtype=settings.dtype or best_dtype(device),
                    revision=commit_of(settings.model, settings.revision),
-                   workers=usual if settings.workers is None else settings.workers)
+                   batch_tokens=settings.batch_tokens or tokens,
+                   workers=workers if settings.workers is None else settings.workers)
 
 
 def folder_of(settings: Extraction) -> Path:
@@ -111,13 +116,50 @@ def _sampled_hash(file: Path, pieces: int = 128, piece: int = 1 << 15) -> str:
 # ------------------------------------------------------------------------------------------------------------ a shard
 
 
-def extract_shard(vlm: Vlm, way: str, part: Part, i: int, works: Iterable[loading.Work], batch_tokens: int, bar: tqdm
+@dataclass
+class Passes:
+    """Forward passes in the way that suits a model; which one is found out on the first batch, and kept on disk."""
+
+    vlm: Vlm
+    settings: Extraction
+    folder: Path
+    choice: Choice | None = None
+
+    def __post_init__(self):
+        record = self.folder / "meta.json"
+        known = paths.read_json(record)["sharing"] if record.exists() else None
+        if known:
+            self._keep(Choice(**known))
+        elif "lm" not in self.settings.stages:
+            self._keep(None)
+
+    def __call__(self, batch: Sequence[loading.Work], part: Part) -> dict[str, torch.Tensor]:
+        prepared, wanted = [work.prepared for work in batch], (part.poolings, part.stages)
+        if self.choice or "lm" not in part.stages:
+            return forward.run(self.vlm, prepared, *wanted, self.way)
+        choice, states = forward.choose(self.vlm, prepared, *wanted, SHARING[self.settings.sharing])
+        self._keep(choice)
+        return states
+
+    @property
+    def way(self) -> str:
+        return self.choice.way if self.choice else "shared"
+
+    def _keep(self, choice: Choice | None) -> None:
+        words = choice.words if choice else "the decoder does not run"
+        if self.settings.sharing == "on" and choice and choice.way != "shared":
+            raise ValueError(f"sharing=\"on\", but with {self.vlm.name} {words}; take sharing=\"auto\" or \"off\"")
+        tqdm.write(f"{self.vlm.name}: {words}")
+        self.choice, found = choice, asdict(choice) if choice else None
+        paths.write_json(self.folder / "meta.json", _meta(self.vlm, self.settings) | {"sharing": found})
+
+
+def extract_shard(passes: Passes, part: Part, i: int, works: Iterable[loading.Work], bar: tqdm
                   ) -> dict[str, np.ndarray]:
     """The states of shard i: the same model, way and rows make the same numbers.
 
     Parameters
     ----------
-    way : out of :data:`probekit.forward.WAYS`
     works : this shard's images in order, as :func:`probekit.loading.ahead` gives them
 
     Returns
@@ -125,23 +167,21 @@ def extract_shard(vlm: Vlm, way: str, part: Part, i: int, works: Iterable[loadin
     dict
         ``"<layer>/<pooling>"`` to float32, (rows, d) for the decoder and (images, d) for the image encoder.
     """
-    from probekit import forward
-
     rows = part.shard_rows(i)
     size, states, held = {True: len(rows), False: rows.file.nunique()}, {}, None
 
-    def land(batch: Sequence[loading.Work], arriving: dict, wait) -> None:
+    def land(batch: Sequence[loading.Work], arriving: dict, wait: Callable[[], None]) -> None:
         wait()
         places = {True: np.concatenate([work.rows for work in batch]), False: np.array([work.image for work in batch])}
         for key, values in arriving.items():
-            if store.want_of(key) in part.wants:
-                of_lm = key.startswith("lm.")
-                states.setdefault(key, np.empty((size[of_lm], values.shape[1]), np.float32))[places[of_lm]] = values
+            of_lm = key.startswith("lm.")
+            states.setdefault(key, np.empty((size[of_lm], values.shape[1]), np.float32))[places[of_lm]] = values
 
-    for batch in loading.batches(works, batch_tokens, way):
-        found = forward.run(vlm, [work.prepared for work in batch], part.poolings, part.stages, way)
-        arriving = {key: values.to("cpu", non_blocking=True) for key, values in found.items()}
-        coming = batch, arriving, vlm.mark()
+    for batch in loading.batches(works, passes.settings.batch_tokens, passes.way):
+        found = passes(batch, part)
+        arriving = {key: values.to("cpu", non_blocking=True) for key, values in found.items()
+                    if store.want_of(key) in part.wants}
+        coming = batch, arriving, passes.vlm.mark()
         if held:  # the device works on this batch while the one before is put away
             land(*held)
         held = coming
@@ -223,45 +263,22 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
 def _extract(vlm: Vlm, settings: Extraction, folder: Path, missing: list[tuple[Part, int]], planned: int) -> None:
     tables = [part.shard_rows(i) for part, i in missing]
     images = sum(table.file.nunique() for table in tables)
-    works = loading.ahead(vlm.preparer, settings.longest_side, tables, settings.workers)
-    way, words, works = _way(vlm, settings, folder, works)
     tqdm.write(f"{vlm.name}{' (untrained)' if settings.untrained else ''} on {vlm.device} in {vlm.dtype}: "
-               f"{sum(map(len, tables)):,} examples of {images:,} images, {len(missing)} of {planned} shards; {words}")
+               f"{sum(map(len, tables)):,} examples of {images:,} images, {len(missing)} of {planned} shards")
+    works, passes = loading.ahead(vlm.preparer, settings.longest_side, tables, settings.workers), Passes(
+        vlm, settings, folder)
     with ThreadPoolExecutor(1) as writer, tqdm(total=images, desc=folder.parent.name, unit="image", bar_format=BAR
                                                ) as bar:
         writing: Future | None = None
         for k, group in groupby(works, lambda work: work.shard):
             part, i = missing[k]
-            states = extract_shard(vlm, way, part, i, group, settings.batch_tokens, bar)
+            states = extract_shard(passes, part, i, group, bar)
             if writing:
                 writing.result()
             writing = writer.submit(finish_shard, part, i, states, vlm.name)  # while the next shard is computed
             if not k:
                 writing.result()  # what is wrong with the model shows in its first shard
         writing.result()
-
-
-def _way(vlm: Vlm, settings: Extraction, folder: Path, works: Iterator[loading.Work]
-         ) -> tuple[str, str, Iterator[loading.Work]]:
-    """Which way this model goes, in words too; found out on its first batch, and kept in `meta.json`."""
-    from probekit import forward
-
-    known = paths.read_json(folder / "meta.json")["sharing"] if (folder / "meta.json").exists() else None
-    if known:
-        choice = forward.Choice(**known)
-    elif "lm" not in settings.stages:
-        choice = forward.Choice("encoded", "the decoder does not run")
-    else:
-        first = list(islice(works, 2))
-        one, *others = [work.prepared for work in first]
-        alike = [one, *(other for other in others if forward.shape_of(other) == forward.shape_of(one))]
-        choice = forward.choose(vlm, alike, SHARING[settings.sharing])
-        works = chain(first, works)
-    if settings.sharing == "on" and choice.way != "shared":
-        raise ValueError(f"sharing=\"on\", but with {vlm.name} {choice.words}; take sharing=\"auto\" or \"off\"")
-    found = asdict(choice) if "lm" in settings.stages else known
-    paths.write_json(folder / "meta.json", _meta(vlm, settings) | {"sharing": found})
-    return choice.way, choice.words, works
 
 
 def _meta(vlm: Vlm, settings: Extraction) -> dict:

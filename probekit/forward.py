@@ -280,26 +280,32 @@ class Choice:
     words: str
 
 
-def choose(vlm: Vlm, prepared: Sequence[Prepared], ways: Sequence[str]) -> Choice:
+def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str],
+           ways: Sequence[str]) -> tuple[Choice, States]:
     """The first of `ways` in which a batch of real images has the states of passes alone, in every layer, else "alone".
 
     The batch's last example is held against a pass of its own. Differences are relative to the layer's largest value.
+
+    Returns
+    -------
+    tuple
+        What was chosen, and the batch's states, of the wanted poolings and of those that were compared besides.
     """
-    poolings, failed, alone = ("mean", "last"), [], {}
+    poolings, failed, alone = [*{*poolings, "mean", "last"}], [], {}
     for way in ways:
         try:
-            ours = run(vlm, prepared, poolings, ("lm",), way)
+            states = run(vlm, prepared, poolings, stages, way)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an architecture makes of it: said, and the next way is tried
             failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
             continue
         alone = alone or run(vlm, [prepared[-1].only(-1)], poolings)
-        gaps = {key: float((ours[key][-1] - values[0]).abs().max() / values.abs().max())
+        gaps = {key: float((states[key][-1] - values[0]).abs().max() / values.abs().max())
                 for key, values in alone.items()}
         where = max(gaps, key=gaps.get)
         if gaps[where] <= TOLERANCE[vlm.dtype]:
             found = f"{WAYS[way]}, largest difference to plain passes {gaps[where]:.1e} ({where})"
-            return Choice(way, "; not ".join([found, *failed]))
+            return Choice(way, "; not ".join([found, *failed])), states
         failed.append(f"{way}: differs by {gaps[where]:.1e} ({where})")
-    return Choice("alone", "; not ".join([WAYS["alone"], *failed]))
+    return Choice("alone", "; not ".join([WAYS["alone"], *failed])), run(vlm, prepared, poolings, stages, "alone")

@@ -65,7 +65,7 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
         assert gap(read, {f"{layer}/mean": architectures.merge_streams(hidden, vlm.special, vlm.width).mean(1)
                           for layer, hidden in zip(vlm.layers, states, strict=True)}) < 1e-5
         vlm = load_vlm(str(folder), device="cpu", dtype="float32")
-    choice = forward.choose(vlm, prepared, ("shared", "encoded", "plain"))
+    choice, _ = forward.choose(vlm, prepared, POOLINGS, ("lm",), ("shared", "encoded", "plain"))
     batched = "plain" if choice.way != "alone" else "alone"
     stages = ("lm", *(stage for stage, layers in vlm.layers_of_stage.items() if layers and stage != "lm"))
     alone = forward.run(vlm, prepared, POOLINGS, stages, "alone")

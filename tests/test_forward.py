@@ -95,7 +95,9 @@ def test_images_of_other_shapes_do_not_fit_into_one_batch():
              for part in (noise, noise[:60], noise[:, ::-1].copy())]
     shapes = [forward.shape_of(one) for one in ready]
     assert shapes[0] == shapes[2] != shapes[1]
-    choice = forward.choose(vlm, [ready[0], ready[2]], ["shared"])
+    batch = [ready[0], ready[2]]
+    choice, states = forward.choose(vlm, batch, ["max"], ("lm",), ["shared"])
+    close({"lm.02/max": states["lm.02/max"]}, {"lm.02/max": run(vlm, batch, ["max"])["lm.02/max"]}, 1e-5)
     assert choice.way == "shared" and "largest difference" in choice.words
 
 
@@ -118,5 +120,5 @@ def test_half_precision_stays_within_its_tolerance(examples):
     half, exact = (load_vlm("tiny-qwen2-vl", device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
     rows = examples[examples.image_id == examples.image_id.iloc[0]]
     ready = [exact.preparer.prepare(coco.load_rgb(paths.resolve(rows.file.iloc[0])), rows.prompt.tolist())]
-    assert forward.choose(half, ready, ["shared"]).way == "shared"
+    assert forward.choose(half, ready, ["mean"], ("lm",), ["shared"])[0].way == "shared"
     close(run(half, ready, ["mean"]), run(exact, ready, ["mean"]), 0.05)

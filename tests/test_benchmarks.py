@@ -1,0 +1,27 @@
+"""The benchmarks still run; what they measure on a busy machine is not judged here."""
+
+import json
+import subprocess
+import sys
+
+from conftest import REPOSITORY
+
+
+def measured(tmp_path, *command) -> dict:
+    out = tmp_path / "found.json"
+    done = subprocess.run([sys.executable, *map(str, command), "--json", str(out)], cwd=REPOSITORY, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+def test_extraction_against_the_plain_way(tmp_path):
+    found = measured(tmp_path, "benchmarks/extract.py", "--model", "tiny", "--images", 3, "--prompts-per-image", 3)
+    assert {"speedup_3", "over_floor", "max_rel_diff", "peak_rss_mb", "peak_rss_mb_double", "images_per_s"} <= {*found}
+    assert found["max_rel_diff"] < 1e-3  # stored in float16
+    assert found["peak_rss_mb_double"] < 1.1 * found["peak_rss_mb"]
+
+
+def test_reading_a_layer_against_reading_its_bytes(tmp_path):
+    found = measured(tmp_path, "benchmarks/store.py", "--examples", 3000)
+    assert found["layer_mb"] > 5 and found["over_raw"] > 0
