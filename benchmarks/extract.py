@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, forward, loading, models, paths, scenes, store
+from probekit import coco, extract, forward, loading, models, parts, paths, scenes, store
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -117,7 +117,7 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
     vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")
     ready = []
-    works = loading.ahead(vlm.preparer, None, [store.rows_of(examples)], 0)
+    works = loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)
     for batch in loading.batches(works, 1024, "shared"):
         prepared = [work.prepared for work in batch]
         p, rows = forward._common(prepared), [row for one in prepared for row in one.tokens]

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from probekit import extract, forward, loading, models, paths, store
+from probekit import extract, forward, loading, models, parts, paths
 
 DEVICES = {  # dense half-precision TFLOP/s and memory GB of the makers' data sheets; T4 in float16
     "H100 SXM": (989, 80), "RTX 4090": (165, 24), "T4": (65, 16),
@@ -80,7 +80,7 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
     done = extract.extract(settings, examples, "cpu")
     whole = time.perf_counter() - start
     vlm = kept[0]
-    work = next(iter(loading.ahead(vlm.preparer, None, [store.rows_of(examples)], 0)))
+    work = next(iter(loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)))
     counter = FlopCounterMode(display=False)
     start = time.perf_counter()
     with counter:

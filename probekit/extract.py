@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit import forward, loading, paths, pool, store
+from probekit import forward, loading, parts, paths, pool, store
 from probekit.forward import Choice
-from probekit.store import Part
+from probekit.parts import Part
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Extraction:
         """Raise ValueError naming what can be chosen where a setting is none of it."""
         for pooling in self.poolings:
             pool.check(pooling)
-        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, store.STAGES)):
+        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES)):
             unknown = [value for value in values if value not in known]
             if unknown or not values:
                 raise ValueError(f"{name}={unknown or values}: take out of {', '.join(known)}")
@@ -180,7 +180,7 @@ def extract_shard(passes: Passes, part: Part, i: int, works: Iterable[loading.Wo
     for batch in loading.batches(works, passes.settings.batch_tokens, passes.way):
         found = passes(batch, part)
         arriving = {key: values.to("cpu", non_blocking=True) for key, values in found.items()
-                    if store.want_of(key) in part.wants}
+                    if parts.want_of(key) in part.wants}
         coming = batch, arriving, passes.vlm.mark()
         if held:  # the device works on this batch while the one before is put away
             land(*held)
@@ -246,10 +246,10 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
     settings.check()
     device = device or best_device()
     settings = resolved(settings, device)
-    folder, rows = folder_of(settings), store.rows_of(examples)
+    folder, rows = folder_of(settings), parts.rows_of(examples)
     if not (folder / "meta.json").exists():  # shards without it cannot be told how they were made
         shutil.rmtree(folder, ignore_errors=True)
-    planned = store.plan(folder, rows, settings.wants, settings.shard_images)
+    planned = parts.plan(folder, rows, settings.wants, settings.shard_images)
     missing = [(part, i) for part, i in planned if not part.is_done(i)]
     if missing:
         vlm = load_vlm(settings.model, settings.revision, settings.dtype, device, settings.untrained, settings.seed)

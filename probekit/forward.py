@@ -34,7 +34,7 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
     Parameters
     ----------
     prepared : b images of one shape (:func:`shape_of`), with their prompts
-    stages : names out of :data:`probekit.store.STAGES`; where "lm" is not among them the decoder does not run
+    stages : names out of :data:`probekit.parts.STAGES`; where "lm" is not among them the decoder does not run
     way : out of :data:`WAYS`
 
     Returns

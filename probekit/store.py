@@ -1,186 +1,18 @@
-"""Activations on disk: parts made of shards, read one layer at a time through a view on them.
-
-    data/activations/<model>/<fingerprint of what decides the model's states>/
-        meta.json                         which model, with what, which way it was run
-        part-<fingerprint>/               rows that were extracted together
-            rows.parquet                  file, size in bytes, prompt; rows of one image next to each other
-            part.json                     wants ("lm/mean", ...), the shards' first rows
-            shard-00000.safetensors       "<layer>/<pooling>": (rows of the shard, d) for the decoder, (images, d) for
-                                          the image encoder; float16 where that is precise enough, else float32
-
-What a row holds is a matter of its image and prompt alone, so runs share parts: a new run computes what no part has.
-"""
+"""The activations of a run: a view on parts, read one layer at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
+from safetensors import safe_open
 
 from probekit import paths
-
-STAGES = ("lm", "vision", "projector")
-FLOAT16_MAX = np.finfo(np.float16).max
-
-
-def compact(values: np.ndarray) -> np.ndarray:
-    """float16 where it keeps what a probe can tell apart, float32 otherwise.
-
-    That is where no value overflows, and where rounding is below 1/32 of its column's standard deviation (columns that
-    vary by less than 1e-5 of their size count as constant).
-    """
-    if len(values) and np.abs(values).max() <= FLOAT16_MAX:
-        half, spread = values.astype(np.float16), values.std(0)
-        harmless = np.abs(half - values).max(0) * 32 <= spread
-        if (harmless | (spread <= 1e-5 * np.abs(values).max(0))).all():
-            return np.ascontiguousarray(half)
-    return np.ascontiguousarray(values, dtype=np.float32)
-
-
-def want_of(key: str) -> str:
-    """The stage and pooling of a tensor: "lm/mean" of "lm.12/mean"."""
-    layer, _, pooling = key.rpartition("/")
-    return f"{layer.partition('.')[0]}/{pooling}"
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-
-def rows_of(examples: pd.DataFrame) -> pd.DataFrame:
-    """What a model is given for each example: `file`, its `size` in bytes, `prompt`.
-
-    Raises
-    ------
-    FileNotFoundError
-        An image of the examples is gone.
-    """
-    try:
-        sizes = {file: paths.resolve(file).stat().st_size for file in examples.file.unique()}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename} is gone: run 01_build_data again") from None
-    return pd.DataFrame({"file": examples.file, "size": examples.file.map(sizes), "prompt": examples.prompt}
-                        ).reset_index(drop=True)
-
-
-def keys_of(rows: pd.DataFrame, want: str) -> np.ndarray:
-    """(n,) numbers that name what a want such as "lm/mean" depends on: image and prompt, or the image alone."""
-    columns = ["file", "size", "prompt"] if want.startswith("lm/") else ["file", "size"]
-    return pd.util.hash_pandas_object(rows[columns], index=False).to_numpy()
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows that were (or are to be) extracted together.
-
-    Attributes
-    ----------
-    wants : stage and pooling, e.g. "lm/mean", "vision/max"
-    starts : first row of each shard, and n at the end
-    """
-
-    folder: Path
-    rows: pd.DataFrame
-    wants: tuple[str, ...]
-    starts: np.ndarray
-
-    @classmethod
-    def plan(cls, folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: int) -> Part:
-        """Write down what is to be extracted, so that it can be resumed; `folder` is the model's."""
-        image = np.sort(pd.factorize(rows.file)[0])
-        rows = rows.iloc[np.argsort(pd.factorize(rows.file)[0], kind="stable")].reset_index(drop=True)
-        starts = np.append(np.flatnonzero(np.diff(image // shard_images, prepend=-1)), len(rows))
-        own = folder / f"part-{paths.fingerprint(rows.to_csv(index=False), sorted(wants), shard_images)}"
-        paths.write_atomic(own / "rows.parquet", rows.to_parquet)
-        paths.write_json(own / "part.json", {"wants": sorted(wants), "starts": starts.tolist()})
-        return cls(own, rows, tuple(sorted(wants)), starts)
-
-    @classmethod
-    def all_of(cls, folder: Path) -> list[Part]:
-        """The parts of a model's folder that were planned to the end, in a fixed order."""
-        parts = []
-        for record in sorted(folder.glob("part-*/part.json")):
-            about = paths.read_json(record)
-            parts.append(cls(record.parent, pd.read_parquet(record.with_name("rows.parquet")), tuple(about["wants"]),
-                             np.array(about["starts"])))
-        return parts
-
-    @property
-    def stages(self) -> list[str]:
-        return sorted({want.partition("/")[0] for want in self.wants})
-
-    @property
-    def poolings(self) -> list[str]:
-        return sorted({want.partition("/")[2] for want in self.wants})
-
-    def shard(self, i: int) -> Path:
-        return self.folder / f"shard-{i:05d}.safetensors"
-
-    def shard_rows(self, i: int) -> pd.DataFrame:
-        return self.rows.iloc[self.starts[i] : self.starts[i + 1]].reset_index(drop=True)
-
-    def write(self, i: int, states: dict[str, np.ndarray]) -> Path:
-        """Write shard i whole; `states` maps ``"<layer>/<pooling>"`` to float32 of this shard's rows or images."""
-        tensors = {key: compact(values) for key, values in states.items()}
-        # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
-        note = {"probekit": json.dumps(self._note(i))}
-        return paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
-
-    def _note(self, i: int) -> dict:
-        return {"part": self.folder.name, "first_row": int(self.starts[i])}
-
-    def is_done(self, i: int) -> bool:
-        """Is shard i there, complete, and the one that belongs there?"""
-        try:
-            with safe_open(self.shard(i), framework="numpy") as shard:
-                return json.loads((shard.metadata() or {}).get("probekit", "{}")) == self._note(i)
-        except (FileNotFoundError, SafetensorError):
-            return False
-
-    def places(self, want: str) -> pd.DataFrame:
-        """Where the values of a want are, by key: `shard`, and `row` in its tensors."""
-        rows = self.rows if want.startswith("lm/") else self.rows[self.rows.file.ne(self.rows.file.shift())]
-        shard = np.searchsorted(self.starts, rows.index, side="right") - 1
-        row = pd.Series(shard).groupby(shard).cumcount()
-        return pd.DataFrame({"shard": shard, "row": row.to_numpy()}, index=keys_of(rows, want))
-
-
-def plan(folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: int) -> list[tuple[Part, int]]:
-    """The shards, done or not, that hold these rows and wants; what no part has yet is planned as new parts."""
-    rows = rows.drop_duplicates()
-    parts, keys = Part.all_of(folder), {want: keys_of(rows, want) for want in wants}
-    while True:
-        lacks = pd.DataFrame({want: ~np.isin(keys[want], _held(parts, want)) for want in wants})
-        patterns = lacks[lacks.any(axis=1)].value_counts()
-        if patterns.empty:
-            break
-        missing = [want for want, lacking in zip(wants, patterns.index[0], strict=True) if lacking]
-        chosen = rows[(lacks == patterns.index[0]).all(axis=1).to_numpy()]
-        finest = min(missing, key=lambda want: not want.startswith("lm/"))
-        parts.append(Part.plan(folder, chosen[~pd.Series(keys_of(chosen, finest)).duplicated().to_numpy()], missing,
-                               shard_images))
-    found = set()
-    for k, part in enumerate(parts):
-        for want in set(part.wants) & set(wants):
-            places = part.places(want)
-            found |= {(k, int(i)) for i in places.shard[np.isin(places.index, keys[want])].unique()}
-    return [(parts[k], i) for k, i in sorted(found)]
-
-
-def _held(parts: Sequence[Part], want: str) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.rows, want) for part in parts if want in part.wants)])
-
-
-# --------------------------------------------------------------------------------------------------------------- view
+from probekit.parts import Part, keys_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -285,9 +117,23 @@ class Store:
                 raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(there)}; run 02_extract with "
                                f"{what}s that include it")
         out = None
-        for (k, i), places in self._where(f"{stage}/{pooling}").groupby(["part", "shard"]):
-            with safe_open(self._parts[int(k)].shard(int(i)), framework="pt") as shard:
-                values = shard.get_tensor(f"{layer}/{pooling}").float().numpy()
-            out = np.empty((len(self.examples), values.shape[1]), np.float32) if out is None else out
-            out[places.index.to_numpy()] = values[places.row.to_numpy(int)]
-        return out
+        for path, to, rows in self._reads(f"{stage}/{pooling}"):
+            with safe_open(path, framework="pt") as shard:
+                values = shard.get_tensor(f"{layer}/{pooling}")
+            out = torch.empty(len(self.examples), values.shape[1]) if out is None else out
+            out[to] = values[rows].float() if isinstance(to, torch.Tensor) else values[rows]
+        return out.numpy()
+
+    def _reads(self, want: str) -> list[tuple[Path, slice | torch.Tensor, slice | torch.Tensor]]:
+        """Which shards hold a want, whose rows of theirs go where; neighbours as slices, which need no copy."""
+        cache = self.__dict__.setdefault("_plans", {})
+        if want not in cache:
+            cache[want] = []
+            for (k, i), places in self._where(want).groupby(["part", "shard"]):
+                to, rows = places.index.to_numpy(), places.row.to_numpy(np.int64)
+                if (np.diff(to) == 1).all() and (np.diff(rows) == 1).all():
+                    to, rows = (slice(int(at[0]), int(at[-1]) + 1) for at in (to, rows))
+                else:
+                    to, rows = torch.tensor(to), torch.tensor(rows)
+                cache[want].append((self._parts[int(k)].shard(int(i)), to, rows))
+        return cache[want]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from probekit import extract, forward, loading, paths, store
+from probekit import extract, forward, loading, parts, paths, store
 from probekit.extract import Extraction
 from probekit.models import load_vlm
 
@@ -224,7 +224,7 @@ def test_sharing_that_is_not_exact_is_seen(data, examples, spoil):
 
 
 def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
-    rows = store.rows_of(examples)
+    rows = parts.rows_of(examples)
     works = list(loading.ahead(vlm.preparer, None, [rows], 2))
     assert [work.image for work in works] == list(range(60))
     assert np.array_equal(np.concatenate([work.rows for work in works]), np.arange(len(rows)))
@@ -234,7 +234,7 @@ def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
 
 
 def test_what_a_worker_cannot_read_is_named_as_it_is(examples, vlm, tmp_path):
-    rows = store.rows_of(examples.head(40))
+    rows = parts.rows_of(examples.head(40))
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     rows.loc[rows.file == rows.file.iloc[-1], "file"] = str(tmp_path / "broken.jpg")
     with pytest.raises(OSError, match=r"broken\.jpg") as caught:

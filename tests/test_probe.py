@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import results, store, tasks
+from probekit import parts, paths, results, store, tasks
 from probekit.linear import Training
 from probekit.probe import Probing, probe
 
@@ -31,8 +31,8 @@ def planted(folder, layer="lm.02", images=400, seed=0):
                           "file": [str(f) for f in np.repeat(files, 2)], "prompt": ["one?", "other?"] * images,
                           "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
-    store.Part.plan(own, store.rows_of(table), ["lm/mean"], 10_000).write(0, states)
-    store.paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS}, "model": "planted", "untrained": False})
+    parts.Part.plan(own, parts.rows_of(table), ["lm/mean"], 10_000).write(0, states)
+    paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS}, "model": "planted", "untrained": False})
     return store.Store(own, table, ("lm",), ("mean",)), table
 
 

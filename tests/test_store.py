@@ -2,8 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import paths, store
-from probekit.store import Part, Store, compact
+from probekit import parts, paths
+from probekit.parts import Part, compact
+from probekit.store import Store
 
 
 @pytest.fixture
@@ -41,38 +42,38 @@ def test_what_is_precise_enough_is_half_as_large():
 
 
 def test_shards_keep_images_together(tmp_path, table):
-    part = Part.plan(tmp_path, store.rows_of(table.sample(frac=1, random_state=0)), ["lm/mean"], 3)
+    part = Part.plan(tmp_path, parts.rows_of(table.sample(frac=1, random_state=0)), ["lm/mean"], 3)
     assert part.starts.tolist() == [0, 9, 12]
     assert [part.shard_rows(i).file.nunique() for i in (0, 1)] == [3, 1]
 
 
 def test_runs_are_views_on_parts(tmp_path, table):
-    fill(tmp_path, store.plan(tmp_path, store.rows_of(table.head(5)), ["lm/mean"], 1))
+    fill(tmp_path, parts.plan(tmp_path, parts.rows_of(table.head(5)), ["lm/mean"], 1))
     turned = pd.concat([table[::-1], table.head(3)])
-    planned = store.plan(tmp_path, store.rows_of(turned), ["lm/mean", "lm/last", "projector/mean"], 2)
+    planned = parts.plan(tmp_path, parts.rows_of(turned), ["lm/mean", "lm/last", "projector/mean"], 2)
     assert sum(part.is_done(i) for part, i in planned) == 2
     fill(tmp_path, [(part, i) for part, i in planned if not part.is_done(i)])
     seen = [want for part in Part.all_of(tmp_path) for want in part.wants]
     assert all(part.is_done(i) for part, i in planned) and seen.count("lm/mean") == 2
-    expected = np.stack([store.rows_of(turned)["size"], turned.prompt.map(ord)], 1)
+    expected = np.stack([parts.rows_of(turned)["size"], turned.prompt.map(ord)], 1)
     for pooling in ("mean", "last"):
         assert np.array_equal(Store(tmp_path, turned, ("lm",), ("mean", "last"))["lm.00", pooling], expected)
     view = Store(tmp_path, turned, ("lm", "projector"), ("mean",))
     assert view.layers == ["lm.00", "projector"] and np.array_equal(view["projector", "mean"], expected[:, :1])
-    assert store.plan(tmp_path, store.rows_of(turned), ["lm/mean", "lm/last"], 1)  # nothing new is planned
+    assert parts.plan(tmp_path, parts.rows_of(turned), ["lm/mean", "lm/last"], 1)  # nothing new is planned
     assert len(Part.all_of(tmp_path)) == len({part.folder for part, _ in planned})
 
 
 def test_rows_count_once_and_only_the_shards_that_are_asked_for(tmp_path, table):
-    rows = store.rows_of(pd.concat([table, table]))
-    planned = store.plan(tmp_path, rows, ["lm/mean"], 1)
+    rows = parts.rows_of(pd.concat([table, table]))
+    planned = parts.plan(tmp_path, rows, ["lm/mean"], 1)
     assert sum(len(part.shard_rows(i)) for part, i in planned) == 12
-    again = store.plan(tmp_path, rows[rows.file == rows.file[0]], ["lm/mean"], 1)
+    again = parts.plan(tmp_path, rows[rows.file == rows.file[0]], ["lm/mean"], 1)
     assert len(again) == 1 and len(planned) == 4
 
 
 def test_a_foreign_shard_is_not_taken_for_ones_own(tmp_path, table):
-    planned = store.plan(tmp_path, store.rows_of(table), ["lm/mean"], 2)
+    planned = parts.plan(tmp_path, parts.rows_of(table), ["lm/mean"], 2)
     fill(tmp_path, planned)
     part = planned[0][0]
     part.shard(0).write_bytes(part.shard(1).read_bytes())
