@@ -20,6 +20,8 @@ class Special:
     pixel_axis : axis of `pixel_values` along which several images stand one after the other
     counted : image input whose values are numbers of patches, counted through all images of a batch
     one_at_a_time : its processor cannot take several images in a call
+    no_vision : why its image encoder is not read, where it is a stack of blocks
+    projector : False where the image's vectors are made outside of `get_image_features`
     """
 
     prompt: str = "{image}{prompt}"
@@ -27,6 +29,8 @@ class Special:
     pixel_axis: int = 0
     counted: str = ""
     one_at_a_time: bool = False
+    no_vision: str = ""
+    projector: bool = True
 
 
 SPECIAL: dict[str, Special] = {  # by `model_type` of config.json
@@ -34,6 +38,9 @@ SPECIAL: dict[str, Special] = {  # by `model_type` of config.json
     "instructblip": Special("{prompt}"),
     "kosmos-2": Special("{prompt}"),
     "florence2": Special("{prompt}"),
+    "llama4": Special(projector=False),
+    "step3p7": Special(no_vision="runs twice"),
+    "mllama": Special(no_vision="pads inside"),
     "aria": Special(one_at_a_time=True),
     "minicpmv4_6": Special(pixel_axis=-1),
     "minicpmv4_7": Special(pixel_axis=-1),

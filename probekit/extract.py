@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from probekit import forward, loading, parts, paths, pool, store
@@ -22,8 +22,6 @@ from probekit.forward import Choice
 from probekit.parts import Part
 
 if TYPE_CHECKING:
-    import torch
-
     from probekit.models import Vlm
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
@@ -72,10 +70,13 @@ class Extraction:
         """Raise ValueError naming what can be chosen where a setting is none of it."""
         for pooling in self.poolings:
             pool.check(pooling)
-        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES)):
+        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES),
+                                    ("dtype", [self.dtype], (None, *forward.TOLERANCE))):
             unknown = [value for value in values if value not in known]
             if unknown or not values:
-                raise ValueError(f"{name}={unknown or values}: take out of {', '.join(known)}")
+                raise ValueError(f"{name}={unknown or values}: take out of {', '.join(map(str, known))}")
+        if self.shard_images < 1 or (self.batch_tokens or 1) < 1 or (self.workers or 0) < 0:
+            raise ValueError("shard_images and batch_tokens are numbers from 1, workers from 0")
 
 
 def resolved(settings: Extraction, device: str) -> Extraction:
@@ -98,7 +99,7 @@ def folder_of(settings: Extraction) -> Path:
     files = sorted(f for f in source.glob("*") if f.is_file()) if source.is_absolute() else []  # a hub id has none
     weights = [(f.name, f.stat().st_size, _sampled_hash(f)) for f in files]
     decides = {name: getattr(settings, name) for name in ("model", "revision", "dtype", "untrained", "seed",
-                                                          "longest_side")}
+                                                          "longest_side")} | {"transformers": version("transformers")}
     name = source.name + ("-untrained" if settings.untrained else "")
     return paths.DATA / "activations" / name / paths.fingerprint(decides, settings.sharing == "off", weights)
 
@@ -118,40 +119,57 @@ def _sampled_hash(file: Path, pieces: int = 128, piece: int = 1 << 15) -> str:
 
 @dataclass
 class Passes:
-    """Forward passes in the way that suits a model; which one is found out on the first batch, and kept on disk."""
+    """Forward passes in the way that suits a model; which one is found out on the first batch that can tell.
+
+    A batch with one prompt an image cannot: its prompt is all prefix. Until another one comes it runs plainly.
+    """
 
     vlm: Vlm
     settings: Extraction
     folder: Path
-    choice: Choice | None = None
+    choice: Choice | None = None  # kept on disk
+    single: Choice | None = None  # for batches with one prompt an image
 
     def __post_init__(self):
         record = self.folder / "meta.json"
         known = paths.read_json(record)["sharing"] if record.exists() else None
         if known:
-            self._keep(Choice(**known))
-        elif "lm" not in self.settings.stages:
-            self._keep(None)
+            self._settle(Choice(**known))
+        elif not record.exists():
+            self._write(None)
 
     def __call__(self, batch: Sequence[loading.Work], part: Part) -> dict[str, torch.Tensor]:
         prepared, wanted = [work.prepared for work in batch], (part.poolings, part.stages)
-        if self.choice or "lm" not in part.stages:
-            return forward.run(self.vlm, prepared, *wanted, self.way)
-        choice, states = forward.choose(self.vlm, prepared, *wanted, SHARING[self.settings.sharing])
-        self._keep(choice)
-        return states
+        try:
+            if self.choice or "lm" not in part.stages:
+                return forward.run(self.vlm, prepared, *wanted, self.way)
+            if max(len(one.tokens) for one in prepared) > 1:
+                choice, states = forward.choose(self.vlm, prepared, *wanted, SHARING[self.settings.sharing])
+                self._settle(choice)
+                self._write(choice)
+            elif self.single:
+                states = forward.run(self.vlm, prepared, *wanted, self.single.way)
+            else:
+                self.single, states = forward.choose(self.vlm, prepared, *wanted, ("plain",))
+            return states
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"a batch of {sum(work.tokens(self.way) for work in batch):,} tokens does not fit the "
+                              f"memory of {self.vlm.device}: take fewer batch_tokens ({error})") from None
 
     @property
     def way(self) -> str:
-        return self.choice.way if self.choice else "shared"
+        return self.choice.way if self.choice else "plain"
 
-    def _keep(self, choice: Choice | None) -> None:
-        words = choice.words if choice else "the decoder does not run"
-        if self.settings.sharing == "on" and choice and choice.way != "shared":
-            raise ValueError(f"sharing=\"on\", but with {self.vlm.name} {words}; take sharing=\"auto\" or \"off\"")
-        tqdm.write(f"{self.vlm.name}: {words}")
-        self.choice, found = choice, asdict(choice) if choice else None
-        paths.write_json(self.folder / "meta.json", _meta(self.vlm, self.settings) | {"sharing": found})
+    def _settle(self, choice: Choice) -> None:
+        if self.settings.sharing == "on" and choice.way != "shared":
+            raise ValueError(f"sharing=\"on\", but with {self.vlm.name} {choice.words}; take sharing=\"auto\" or "
+                             "\"off\"")
+        tqdm.write(f"{self.vlm.name}: {choice.words}")
+        self.choice = choice
+
+    def _write(self, choice: Choice | None) -> None:
+        found = {"sharing": asdict(choice) if choice else None}
+        paths.write_json(self.folder / "meta.json", _meta(self.vlm, self.settings) | found)
 
 
 def extract_shard(passes: Passes, part: Part, i: int, works: Iterable[loading.Work], bar: tqdm
@@ -177,7 +195,7 @@ def extract_shard(passes: Passes, part: Part, i: int, works: Iterable[loading.Wo
             of_lm = key.startswith("lm.")
             states.setdefault(key, np.empty((size[of_lm], values.shape[1]), np.float32))[places[of_lm]] = values
 
-    for batch in loading.batches(works, passes.settings.batch_tokens, passes.way):
+    for batch in loading.batches(works, passes.settings.batch_tokens, lambda: passes.way):
         found = passes(batch, part)
         arriving = {key: values.to("cpu", non_blocking=True) for key, values in found.items()
                     if parts.want_of(key) in part.wants}
@@ -248,7 +266,8 @@ def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = N
     settings = resolved(settings, device)
     folder, rows = folder_of(settings), parts.rows_of(examples)
     if not (folder / "meta.json").exists():  # shards without it cannot be told how they were made
-        shutil.rmtree(folder, ignore_errors=True)
+        for shard in folder.glob("part-*/shard-*"):
+            shard.unlink()
     planned = parts.plan(folder, rows, settings.wants, settings.shard_images)
     missing = [(part, i) for part, i in planned if not part.is_done(i)]
     if missing:
@@ -265,19 +284,24 @@ def _extract(vlm: Vlm, settings: Extraction, folder: Path, missing: list[tuple[P
     images = sum(table.file.nunique() for table in tables)
     tqdm.write(f"{vlm.name}{' (untrained)' if settings.untrained else ''} on {vlm.device} in {vlm.dtype}: "
                f"{sum(map(len, tables)):,} examples of {images:,} images, {len(missing)} of {planned} shards")
-    works, passes = loading.ahead(vlm.preparer, settings.longest_side, tables, settings.workers), Passes(
-        vlm, settings, folder)
+    lacking = [stage for stage in settings.stages if not vlm.layers_of_stage[stage]]
+    if lacking:
+        told = f"{vlm.name} ({vlm.config.model_type}) has no stage {', '.join(lacking)} that can be read layer by layer"
+        if lacking == list(settings.stages):
+            raise ValueError(f"{told}: take stages=[\"lm\"]")
+        tqdm.write(f"{told}: left out")
+    passes = Passes(vlm, settings, folder)
+    works = loading.ahead(vlm.preparer, settings.longest_side, tables, settings.workers)
     with ThreadPoolExecutor(1) as writer, tqdm(total=images, desc=folder.parent.name, unit="image", bar_format=BAR
                                                ) as bar:
         writing: Future | None = None
         for k, group in groupby(works, lambda work: work.shard):
             part, i = missing[k]
             states = extract_shard(passes, part, i, group, bar)
-            if writing:
-                writing.result()
-            writing = writer.submit(finish_shard, part, i, states, vlm.name)  # while the next shard is computed
-            if not k:
-                writing.result()  # what is wrong with the model shows in its first shard
+            before, writing = writing, writer.submit(finish_shard, part, i, states, vlm.name)
+            for done in (before, writing if k == 0 else None):  # the first shard shows what is wrong with the model;
+                if done:  # later ones are written while the next is computed
+                    done.result()
         writing.result()
 
 

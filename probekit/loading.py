@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -48,18 +48,24 @@ class _Images(Dataset):
         for shard, rows in enumerate(shards):
             starts = np.flatnonzero(rows.file.ne(rows.file.shift()))
             for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
-                self.items.append((shard, image, places, rows.file[places[0]], rows.prompt[places].tolist()))
+                first = rows.iloc[places[0]]
+                self.items.append((shard, image, places, first.file, first["size"], rows.prompt[places].tolist()))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, k: int) -> Work | Exception:
-        shard, image, places, file, prompts = self.items[k]
+        shard, image, places, file, size, prompts = self.items[k]
         try:
+            if paths.resolve(file).stat().st_size != size:
+                return ValueError(f"{file} has changed since this extraction was planned: run 02_extract again")
             picture = coco.load_rgb(paths.resolve(file), self.longest_side)
-            return Work(shard, image, places, self.preparer.prepare(picture, prompts))
         except Exception as error:
             return error
+        try:
+            return Work(shard, image, places, self.preparer.prepare(picture, prompts))
+        except Exception as error:
+            return ValueError(f"{file} with {prompts[0][:80]!r}: {type(error).__name__}: {error}")
 
 
 def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int) -> Iterator[Work]:
@@ -77,6 +83,9 @@ def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.Data
     for work in loader:
         if isinstance(work, Exception):
             raise work
+        if workers:  # a copy of its own frees the worker's shared memory and its file handle
+            own = {key: value.clone() for key, value in work.prepared.image.items()}
+            work = replace(work, prepared=replace(work.prepared, image=own))
         yield work
 
 
@@ -84,15 +93,16 @@ def _quiet(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def batches(works: Iterable[Work], budget: int, way: str) -> Iterator[list[Work]]:
+def batches(works: Iterable[Work], budget: int, way: Callable[[], str]) -> Iterator[list[Work]]:
     """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens.
 
-    Images of rare shapes wait for others of theirs, up to four budgets in all; then the fullest batch goes.
+    `way` says which way the model goes by now, on which its number of tokens depends. Images of rare shapes wait for
+    others of theirs, up to four budgets in all; then the fullest batch goes.
     """
     waiting: dict[tuple, list[Work]] = defaultdict(list)
     filled: dict[tuple, int] = defaultdict(int)
     for work in works:
-        shape, tokens = shape_of(work.prepared), work.tokens(way)
+        shape, tokens = shape_of(work.prepared), work.tokens(way())
         if waiting[shape] and filled[shape] + tokens > budget:
             filled.pop(shape)
             yield waiting.pop(shape)

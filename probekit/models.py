@@ -57,14 +57,15 @@ class Vlm:
         self.preparer = Preparer(self.name, self.config, self.processor, "mm_token_type_ids" in self.takes)
         self.stack, self.blocks = architectures.text_stack(self.model)
         self.width = architectures.width_of(self.blocks)
-        self.vision = architectures.vision_stack(self.model, self.blocks)
+        self.vision = None if self.special.no_vision else architectures.vision_stack(self.model, self.blocks)
         self.layers = tuple(f"lm.{k:02d}" for k in range(len(self.blocks) + 1))
         self.vision_layers = tuple(f"vision.{k:02d}" for k in range(len(self.vision[1]) + 1)) if self.vision else ()
 
     @property
     def layers_of_stage(self) -> dict[str, tuple[str, ...]]:
         """What each stage has to read; no ``vision`` where the image encoder is no stack of blocks."""
-        projector = ("projector",) if hasattr(self.model, "get_image_features") else ()
+        hands_over = hasattr(self.model, "get_image_features") and self.special.projector
+        projector = ("projector",) if hands_over else ()
         return {"lm": self.layers, "vision": self.vision_layers, "projector": projector}
 
     def mark(self) -> Callable[[], None]:
@@ -72,7 +73,7 @@ class Vlm:
         if not self.device.startswith("cuda"):
             return torch.mps.synchronize if self.device == "mps" else lambda: None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event.synchronize
 
     def place(self, inputs: dict) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,12 @@ FLOAT16_MAX = np.finfo(np.float16).max
 def compact(values: np.ndarray) -> np.ndarray:
     """float16 where it keeps what a probe can tell apart, float32 otherwise.
 
-    That is where no value overflows, and where rounding is below 1/32 of its column's standard deviation (columns that
-    vary by less than 1e-5 of their size count as constant).
+    That is where no value overflows, and where rounding is below 1/32 of its column's standard deviation; a column that
+    hardly varies is measured by 1/100 of the median one. Fewer than 8 rows do not tell what varies.
     """
-    if len(values) and np.abs(values).max() <= FLOAT16_MAX:
+    if len(values) >= 8 and np.abs(values).max() <= FLOAT16_MAX:
         half, spread = values.astype(np.float16), values.std(0)
-        harmless = np.abs(half - values).max(0) * 32 <= spread
-        if (harmless | (spread <= 1e-5 * np.abs(values).max(0))).all():
+        if (np.abs(half - values).max(0) * 32 <= np.maximum(spread, np.median(spread) / 100)).all():
             return np.ascontiguousarray(half)
     return np.ascontiguousarray(values, dtype=np.float32)
 
@@ -158,7 +158,9 @@ def plan(folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: i
     rows = rows.drop_duplicates()
     parts, keys = Part.all_of(folder), {want: keys_of(rows, want) for want in wants}
     while True:
-        lacks = pd.DataFrame({want: ~np.isin(keys[want], _held(parts, want)) for want in wants})
+        held = {want: [*map(_held, parts, repeat(want), repeat(keys))] for want in wants}
+        lacks = pd.DataFrame({want: ~np.isin(keys[want], np.concatenate([np.zeros(0, np.uint64), *held[want]]))
+                              for want in wants})
         patterns = lacks[lacks.any(axis=1)].value_counts()
         if patterns.empty:
             break
@@ -171,9 +173,19 @@ def plan(folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: i
     for k, part in enumerate(parts):
         for want in set(part.wants) & set(wants):
             places = part.places(want)
-            found |= {(k, int(i)) for i in places.shard[np.isin(places.index, keys[want])].unique()}
+            here = np.isin(places.index, np.intersect1d(keys[want], held[want][k]))
+            found |= {(k, int(i)) for i in places.shard[here].unique()}
     return [(parts[k], i) for k, i in sorted(found)]
 
 
-def _held(parts: Sequence[Part], want: str) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.rows, want) for part in parts if want in part.wants)])
+def _held(part: Part, want: str, keys: dict[str, np.ndarray]) -> np.ndarray:
+    """Keys that a part has of a want, or may be asked for: what is done, and shards that hold nothing but this run's.
+
+    What another run planned and never made (it failed, or asked for more) is not taken up.
+    """
+    if want not in part.wants:
+        return np.zeros(0, np.uint64)
+    places, own = part.places(want), set(part.wants) <= set(keys)
+    usable = [i for i in places.shard.unique() if part.is_done(i) or (own and all(
+        np.isin(keys_of(part.shard_rows(i), w), keys[w]).all() for w in part.wants))]
+    return places.index[places.shard.isin(usable)].to_numpy()

@@ -99,13 +99,17 @@ class Preparer:
         """
         honest = self.processor.image_processor
         self.processor.image_processor = once = _Once(honest)
+        texts = [self.wrap(prompt) for prompt in prompts]
         options = {"return_mm_token_type_ids": True} if self.token_types else {}
+        start = getattr(self.processor.tokenizer, "bos_token", None)
+        if start and texts[0].startswith(start):  # the template has written it already
+            options["add_special_tokens"] = False
         size = 1 if architectures.special(self.config).one_at_a_time else len(prompts)
         tokens = []
         try:
-            for group in (prompts[at : at + size] for at in range(0, len(prompts), size)):
-                made = self.processor(images=[[image]] * len(group), text=[self.wrap(prompt) for prompt in group],
-                                      padding=True, padding_side="right", return_tensors="pt", **options)
+            for group in (texts[at : at + size] for at in range(0, len(texts), size)):
+                made = self.processor(images=[[image]] * len(group), text=group, padding=True, padding_side="right",
+                                      return_tensors="pt", **options)
                 of_image = {*once.output} - {"attention_mask"}
                 tokens += _unpadded({key: value.numpy() for key, value in made.items() if key not in of_image})
         finally:

@@ -14,7 +14,7 @@ CHECKED = Path(__file__).with_name("architectures.csv")  # written by tests/test
 
 @dataclass(frozen=True)
 class Preset:
-    """A checkpoint with a short name: a hub id or a folder of this project, its type, and its pinned revision."""
+    """A checkpoint with a short name: a hub id or a folder, its row in the table of architectures, its revision."""
 
     source: str
     type: str
@@ -38,7 +38,7 @@ PRESETS = {
     "phi-4-multimodal": Preset("microsoft/Phi-4-multimodal-instruct", "phi4_multimodal", "refs/pr/70"),  # native
     "kosmos-2": Preset("microsoft/kosmos-2-patch14-224", "kosmos-2"),
     "blip2-opt-2.7b": Preset("Salesforce/blip2-opt-2.7b", "blip-2", "59a1ef6c1e5117b3f65523d1c6066825bcf315e3"),
-    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2"),
+    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2 (T5)"),
 }
 NOT_IN_TRANSFORMERS = {
     "LaVIT": "its visual tokenizer and decoder are code of their own: transformers would need a config, a model and a "

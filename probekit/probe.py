@@ -172,7 +172,7 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
         raise ValueError(f"unknown probes {unknown}: take names out of {', '.join(PROBES)}")
     if rows_key(store.examples) != rows_key(examples):
         raise ValueError("the store is open for another examples table: open it for this one")
-    key = paths.fingerprint(settings, store.record, table_key(examples))
+    key = paths.fingerprint(settings, store.key, table_key(examples))
     own = folder / f"{store.folder.parent.name}-{store.folder.name}"
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
         return Results.read(own, table_key(examples))

@@ -85,6 +85,11 @@ class Store:
         """The layers that have this pooling: text is no part of an image."""
         return [layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])]
 
+    @property
+    def key(self) -> str:
+        """Fingerprint of what these activations are: the model, the images as they are on disk, the prompts."""
+        return paths.fingerprint(self.record, self._rows.to_csv(index=False))
+
     @cached_property
     def _rows(self) -> pd.DataFrame:
         return rows_of(self.examples)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 
 from probekit import extract, forward, loading, parts, paths, store
@@ -77,6 +78,38 @@ def test_only_what_is_missing_is_computed(data, examples, computed):
         for layer in store_.layers_of(pooling):
             a, b = store_[layer, pooling], afresh[layer, pooling]
             assert np.abs(a - b).max() <= 2e-3 * np.abs(b).max(), (layer, pooling)
+
+
+def test_what_another_run_planned_and_could_not_make_is_not_taken_up(data, examples, computed, tmp_path):
+    settings, few = Extraction("tiny-qwen2-vl", shard_images=25), examples.head(40)
+    extract.extract(settings, few, "cpu")
+    with pytest.raises(ValueError, match="needs more tokens than the shortest example has"):
+        extract.extract(replace(settings, poolings=("token:500",)), examples, "cpu")
+    broken = few.copy()
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    broken.loc[broken.image_id == broken.image_id.iloc[-1], "file"] = str(tmp_path / "broken.jpg")
+    with pytest.raises(OSError, match="broken"):
+        extract.extract(replace(settings, poolings=("mean", "last")), broken, "cpu")
+    computed.clear()
+    extract.extract(replace(settings, poolings=("mean", "last")), few.head(20), "cpu")
+    assert sum(rows for rows, _ in computed) == 20
+    extract.extract(settings, examples, "cpu")
+
+
+def test_bad_settings_are_named_before_anything_is_loaded(data, examples):
+    for change, told in (({"dtype": "fp16"}, "dtype=.*float16"), ({"stages": ("llm",)}, "stages=.*projector"),
+                         ({"shard_images": 0}, "from 1"), ({"poolings": ("median",)}, "unknown pooling")):
+        with pytest.raises(ValueError, match=told):
+            extract.extract(replace(Extraction("tiny-qwen2-vl"), **change), examples, "cpu")
+
+
+def test_a_batch_that_is_too_large_names_the_mend(data, examples, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forward, "run", full)
+    with pytest.raises(MemoryError, match="take fewer batch_tokens"):
+        extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
 
 
 def test_vision_alone_does_not_run_the_decoder(data, examples, monkeypatch):
@@ -229,14 +262,14 @@ def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
     assert [work.image for work in works] == list(range(60))
     assert np.array_equal(np.concatenate([work.rows for work in works]), np.arange(len(rows)))
     for way in ("shared", "plain"):
-        sizes = [sum(work.tokens(way) for work in batch) for batch in loading.batches(works, 3000, way)]
+        sizes = [sum(work.tokens(way) for work in batch) for batch in loading.batches(works, 3000, lambda w=way: w)]
         assert max(sizes) <= 3000 and len(sizes) > 2 and min(sizes[:-1]) > 1500
 
 
 def test_what_a_worker_cannot_read_is_named_as_it_is(examples, vlm, tmp_path):
     rows = parts.rows_of(examples.head(40))
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    rows.loc[rows.file == rows.file.iloc[-1], "file"] = str(tmp_path / "broken.jpg")
+    rows.loc[rows.file == rows.file.iloc[-1], ["file", "size"]] = str(tmp_path / "broken.jpg"), 10
     with pytest.raises(OSError, match=r"broken\.jpg") as caught:
         list(loading.ahead(vlm.preparer, None, [rows], 1))
     assert "Traceback" not in str(caught.value)

@@ -6,6 +6,7 @@ from PIL import Image
 from probekit import coco, forward, paths
 from probekit.forward import run
 from probekit.pool import NAMES
+from probekit.prepare import Prepared
 
 POOLINGS = (*NAMES[:6], "token:2", "token:-3")
 STAGES = ("lm", "vision", "projector")
@@ -112,6 +113,20 @@ def test_image_vectors_are_counted_against_image_tokens(ragged, vlm, monkeypatch
     monkeypatch.setattr(type(vlm.model), "get_image_features", lambda self, *a, **k: one_less(*a, **k))
     with pytest.raises(ValueError, match=r"announced \d+ image tokens but got \d+ image vectors"):
         run(vlm, ragged, ["mean"])
+
+
+def test_padding_patches_are_left_out():
+    def one(**masks):
+        return Prepared({"pixel_values": torch.zeros(1, 3, 8, 12), **masks}, [], [])
+
+    patches, pixels = torch.ones(1, 2, 3), torch.zeros(1, 8, 12)
+    patches[0, 1, 2], pixels[:, :5, :8] = 0, 1  # patches of 4 x 4 pixels
+    by_patch, by_pixel = one(image_attention_mask=patches), one(pixel_mask=pixels)
+    expected = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]]).bool()
+    assert torch.equal(forward._real_patches([by_patch, by_pixel], 6), expected)
+    assert forward._real_patches([one(pixel_mask=torch.ones(1, 8, 12))], 5).all()
+    with pytest.raises(ValueError, match="pixel_mask pads the image, but not patch by patch"):
+        forward._real_patches([by_pixel], 5)
 
 
 def test_half_precision_stays_within_its_tolerance(examples):

@@ -34,3 +34,20 @@ def test_many_prompts_at_once_are_what_the_processor_makes_of_each(vlm, image):
 def test_a_prompt_that_is_too_long_is_named_not_cut(vlm, image):
     with pytest.raises(ValueError, match=r"tokens are more than .* 'word word"):
         vlm.preparer.prepare(image, ["fine", "word " * 4000])
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(image):
+    from tokenizers.processors import TemplateProcessing
+
+    from probekit.models import load_vlm
+
+    vlm = load_vlm("tiny-fast-vlm", device="cpu")
+    processor, start = vlm.processor, "<|im_start|>"
+    processor.tokenizer.bos_token = start
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, processor.tokenizer.bos_token_id)])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "A dog."}]
+    honest = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="np")
+    ours = vlm.preparer.prepare(image, ["A dog."]).tokens[0]["input_ids"]
+    assert np.array_equal(ours, honest["input_ids"][0]) and (ours[:2] == processor.tokenizer.bos_token_id).sum() == 1
