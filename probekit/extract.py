@@ -42,7 +42,7 @@ class Extraction:
     stages : "lm", and where asked for "vision" and "projector", whose states are pooled over the image's patches
     shard_images : images a shard, the unit of work, of writing and of resuming
     batch_tokens : tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a GPU,
-        1,024 without: there small batches stay in the cache
+        2,048 without: there small batches stay in the cache
     workers : processes that decode and preprocess images ahead of the model; 0 does it in between. None takes 4 with a
         GPU, fewer with fewer cores, and 0 without: there they would take the model's cores
     """
@@ -84,7 +84,7 @@ def resolved(settings: Extraction, device: str) -> Extraction:
     from probekit.models import best_dtype
     from probekit.presets import commit_of
 
-    tokens, workers = (1024, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
+    tokens, workers = (2048, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
     return replace(settings, dtype=settings.dtype or best_dtype(device),
                    revision=commit_of(settings.model, settings.revision),
                    batch_tokens=settings.batch_tokens or tokens,

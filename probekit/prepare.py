@@ -73,13 +73,13 @@ class Preparer:
     token_types: bool = False  # does the model read `mm_token_type_ids`? without them some are wrong in silence
 
     @cached_property
-    def image_ids(self) -> list[int]:
-        """Ids of the tokens that stand for parts of an image; empty where images do not enter as tokens."""
+    def image_id(self) -> int | None:
+        """Id of the token that stands for parts of an image; None where images do not enter as tokens."""
         for owner in (self.config, self.processor):
             for name in ("image_token_id", "image_token_index", "image_patch_id"):
                 if isinstance(getattr(owner, name, None), int):
-                    return [getattr(owner, name)]
-        return []
+                    return getattr(owner, name)
+        return None
 
     def wrap(self, prompt: str) -> str:
         """The text that the model reads: image first, then the prompt, in the checkpoint's own chat template."""
@@ -122,14 +122,14 @@ class Preparer:
         if wrong is not None:
             raise ValueError(f"{self.name} sees {counts[wrong]} image tokens instead of {min(counts)} with the prompt "
                              f"{prompts[wrong][:80]!r}: take out the words that stand for an image there")
-        if self.image_ids and not counts[0]:
+        if self.image_id is not None and not counts[0]:
             raise ValueError(f"{self.name} got no image token for the prompt {prompts[0][:80]!r}: the chat template "
                              "of this checkpoint does not place images")
         return Prepared({key: once.output[key] for key in made if key in of_image}, tokens, shown)
 
     def _shown(self, row: dict[str, np.ndarray]) -> np.ndarray:
         mask = row.get("image_embeds_position_mask")
-        return np.isin(row["input_ids"], self.image_ids) if mask is None else mask == 1
+        return row["input_ids"] == self.image_id if mask is None else mask == 1
 
     def _check_length(self, tokens: int, prompt: str) -> None:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
