@@ -8,6 +8,7 @@ tasks are paired where they share images, and independent where they do not, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -50,13 +51,20 @@ def weights(images: Sequence, resamples: int = 2000, seed: int = 0) -> np.ndarra
     ValueError
         Fewer than two images, or one that is there twice.
     """
-    names = [str(image).encode() for image in images]
+    names = tuple(str(image).encode() for image in images)
     if len(names) < 2:
         raise ValueError(f"{len(names)} test image cannot be resampled: take more images in 01_build_data")
     if len(set(names)) < len(names):
         raise ValueError("an image is there twice: sum the counts of its examples first (metrics.image_counts)")
+    return _drawn(names, resamples, seed)
+
+
+@lru_cache(maxsize=4)  # one set of test images serves many models, poolings and probes
+def _drawn(names: tuple[bytes, ...], resamples: int, seed: int) -> np.ndarray:
     keys = [[seed, int.from_bytes(blake2b(name, digest_size=8).digest(), "big")] for name in names]
-    return np.stack([np.random.default_rng(key).poisson(1.0, resamples).astype(np.uint8) for key in keys], 1)
+    drawn = np.stack([np.random.default_rng(key).poisson(1.0, resamples).astype(np.uint8) for key in keys], 1)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def resample(counts: np.ndarray, images: Sequence, score: Callable[[np.ndarray], np.ndarray], resamples: int = 2000,

@@ -1,5 +1,3 @@
-from functools import partial
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -12,14 +10,14 @@ def rates(total):
     return total[..., 0] / total[..., 1]
 
 
-def study(strength_l, images, seed, shared=0.8, first=0):
+def study(strength_l, images, seed, shared=0.8, first=0, resamples=1000):
     """Curve and true accuracies of layers that find the same two examples of an image hard."""
     rng = np.random.default_rng(seed)
     z = np.sqrt(shared / 2) * (rng.normal(size=(images, 1, 1)) + rng.normal(size=(images, 2, 1)))
     z = z + np.sqrt(1 - shared) * rng.normal(size=(images, 2, len(strength_l)))
     right = (z + strength_l > 0).sum(1)
     counts = np.stack([right, np.full_like(right, 2)], -1)
-    return compare.resample(counts, range(first, first + images), rates, seed=seed), stats.norm.cdf(strength_l)
+    return compare.resample(counts, range(first, first + images), rates, resamples), stats.norm.cdf(strength_l)
 
 
 def of(*columns):
@@ -76,7 +74,7 @@ def test_bca_is_that_of_scipy_and_holds_a_rare_classes_f1_where_percentiles_do_n
     hit, wrong, held, percentile = 0.012, 0.012, [], []
     for seed in range(150):  # about seven positives in 300 images
         kind = np.random.default_rng(seed).choice(3, (300, 8), p=[1 - hit - wrong, hit, wrong])
-        drawn = compare.resample(np.stack([kind == 1, kind == 2], -1).astype(float), range(300), f1, 1000, seed)
+        drawn = compare.resample(np.stack([kind == 1, kind == 2], -1).astype(float), range(300), f1, 1000)
         truth = 2 * hit / (2 * hit + wrong)
         lo, hi = compare.bca(drawn)
         held.append((lo <= truth) & (truth <= hi))
@@ -123,12 +121,12 @@ def test_a_single_layer_is_its_own_plateau():
 
 
 def test_two_layers_mirror_each_other():
-    curve, _ = study(np.array([0.5, 0.6]), 300, 1)
+    curve, _ = study(np.array([0.55, 0.6]), 300, 1)
     table = compare.layers(curve, ["a", "b"])
     assert table.gap[0] == pytest.approx(-table.gap[1])
     np.testing.assert_allclose([table.gap_lo[0], table.gap_hi[0]], [-table.gap_hi[1], -table.gap_lo[1]], atol=1e-9)
-    assert table.p.sum() == pytest.approx(1, abs=0.01)  # one-sided
-    assert table.p_plateau.min() == pytest.approx(2 * table.p.min(), rel=0.5)  # either may be the better one
+    assert 1 <= table.p.sum() < 1.1  # one-sided; resamples as extreme as the scores count on both sides
+    assert table.p_plateau.min() == pytest.approx(2 * table.p.min(), rel=0.3)  # either may be the better one
 
 
 @pytest.mark.filterwarnings("error")
@@ -169,27 +167,32 @@ def test_the_sentence_names_every_stretch_of_the_plateau():
 
 
 def test_intervals_hold_the_truth_in_about_95_percent_of_studies():
-    strength, score, models, gaps, naive = np.linspace(0.3, 0.8, 6), [], [], [], []
+    strength, score, models = np.linspace(0.3, 0.8, 6), [], []
     for seed in range(150):
         curve, truth = study(strength, 300, seed)
         lo, hi = compare.bca(curve)
         score.append((lo <= truth) & (truth <= hi))
         pair = compare.difference(curve.only(slice(3)), curve.only(slice(3, 6)), range(3))
         models.append((pair.lo <= truth[:3] - truth[3:]) & (truth[:3] - truth[3:] <= pair.hi))
-        equal, _ = study(np.full(8, 0.5), 300, 1000 + seed)
-        table = compare.layers(equal, range(8))
-        gaps.append((table.gap_lo <= 0) & (0 <= table.gap_hi))
-        simple = compare.difference(equal, equal.only([int(equal.score_l.argmax())] * 8), range(8))
-        naive.append((simple.lo <= 0) & (0 <= simple.hi))
     assert 0.92 < np.mean(score) < 0.98 and 0.92 < np.mean(models) < 0.98
-    assert 0.92 < np.mean(gaps) and np.mean(naive) < 0.9  # a selected best inflates plain differences
+
+
+def test_the_gap_to_a_selected_best_is_covered_where_a_plain_difference_is_not():
+    gaps, plain = [], []
+    for seed in range(120):
+        curve, _ = study(np.full(8, 0.5), 300, seed)
+        table = compare.layers(curve, range(8))
+        gaps.append((table.gap_lo <= 0) & (table.gap_hi >= 0))
+        chosen = compare.difference(curve, curve.only([int(curve.score_l.argmax())] * 8), range(8))
+        plain.append((chosen.lo <= 0) & (chosen.hi >= 0))
+    assert np.mean(gaps) > 0.93 and np.mean(plain) < 0.9
 
 
 def test_equal_layers_raise_no_more_false_alarms_than_stated():
-    tables = [compare.layers(study(np.full(10, 0.5), 300, seed)[0], range(10)) for seed in range(200)]
+    tables = [compare.layers(study(np.full(10, 0.5), 300, seed)[0], range(10)) for seed in range(150)]
     for column, alpha in (("p_holm", 0.05), ("p_plateau", 0.05), ("p_plateau", 0.01)):
         alarms = sum((table[column] <= alpha).any() for table in tables)
-        assert alarms <= stats.binom.ppf(0.995, 200, alpha), column
+        assert alarms <= stats.binom.ppf(0.995, 150, alpha), column
 
 
 def test_the_planted_plateau_is_found_exactly():
@@ -198,5 +201,4 @@ def test_the_planted_plateau_is_found_exactly():
     tables = [compare.layers(study(strength, 500, seed)[0], range(20)) for seed in range(60)]
     found = [table.layer[table.plateau].tolist() == planted for table in tables]
     assert np.mean(found) >= 0.95
-    names = partial(compare.sentence, tables[0].assign(layer=[f"lm.{k:02d}" for k in range(20)]))()
-    assert "among lm.05 to lm.09 (5 of 20 layers)" in names
+    assert "among 5 to 9 (5 of 20 layers)" in compare.sentence(tables[0])
