@@ -89,14 +89,14 @@ def resample(counts: np.ndarray, images: Sequence, score: Callable[[np.ndarray],
 
 
 def acceleration(left_out: np.ndarray) -> np.ndarray:
-    """Skewness of a score (...), from the scores (images, ...) without one image each: Efron (1987), equation 6.6."""
+    """Skewness of a score (...), from the scores (images, ...) without one image each."""
     pull = np.nanmean(left_out, 0) - left_out
     spread = np.nansum(pull**2, 0) ** 1.5
     return np.divide(np.nansum(pull**3, 0), 6 * spread, out=np.zeros(spread.shape), where=spread > 0)
 
 
 def bca(curve: Curve, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (l,) of each score by itself: the bias-corrected and accelerated bootstrap of Efron (1987).
+    """Bounds (l,) of each score by itself: bias-corrected and accelerated, Efron and Tibshirani (1993), chapter 14.3.
 
     Percentiles are as good for scores of many examples; for the F1 of a class with a dozen, they miss twice as often.
     """
@@ -192,7 +192,8 @@ def layers(curve: Curve, names: Sequence[str], alpha: float = 0.01, level: float
     One row a layer: `gap`, its score minus the best score of the others, with `gap_lo` and `gap_hi`; `p`, one-sided,
     of "this layer, named beforehand, is as good as all others" (Hsu's); `p_holm`, corrected for asking it of all
     layers; `p_plateau` of the confidence set, `plateau` where that is above alpha; `best_share`, the resamples in
-    which it comes first (it describes; it guarantees nothing). A single layer has no gap and is its own plateau.
+    which it comes first (it describes; it guarantees nothing). A gap's interval is about that layer alone, so it may
+    lie below 0 within the plateau. A single layer has no gap and is its own plateau.
     """
     if not np.isfinite(curve.score_l).all():
         missing = [name for name, s in zip(names, curve.score_l, strict=True) if not np.isfinite(s)]
