@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -197,17 +198,17 @@ def probes(rng: np.random.Generator, images: int, train: int, studies: int) -> d
     return pd.DataFrame(seen).mean().to_dict()
 
 
-def run(studies: int, simulations: int) -> dict[str, dict]:
-    """All checks, as tables {check: {design: {quantity: share}}}."""
+def run(studies: int, simulations: int) -> Iterator[tuple[str, dict[str, dict]]]:
+    """All checks, one after another, as {design: {quantity: share}}."""
     designs = [(kind, images) for kind in KINDS for images in (300, 1000)]
-    out = {check.__name__: {f"{kind}, {images} images": check(kind, np.random.default_rng(k), images, studies)
-                            for k, (kind, images) in enumerate(designs)} for check in (coverage, alarms, best)}
     grid = [(images, points) for images in (500, 1000) for points in (0.05, 0.08, 0.12)]
-    out["planted"] = {f"{images} images, +{points:.2f}": planted(np.random.default_rng(k), images, points, studies)
-                      for k, (images, points) in enumerate(grid)}
-    out["probes"] = {f"500 images, {train} to train": probes(np.random.default_rng(0), 500, train, simulations)
+    yield "probes", {f"500 images, {train} to train": probes(np.random.default_rng(0), 500, train, simulations)
                      for train in (500, 4000)}
-    return out
+    yield "planted", {f"{images} images, +{points:.2f}": planted(np.random.default_rng(k), images, points, studies)
+                      for k, (images, points) in enumerate(grid)}
+    for check in (alarms, best, coverage):
+        yield check.__name__, {f"{kind}, {images} images": check(kind, np.random.default_rng(k), images, studies)
+                               for k, (kind, images) in enumerate(designs)}
 
 
 def main() -> None:
@@ -219,9 +220,10 @@ def main() -> None:
     studies = 30 if args.quick else args.studies
     torch.set_num_threads(1)
     start = time.perf_counter()
-    out = run(studies, 20 if args.quick else 100)
-    for check, table in out.items():
-        print(f"\n{check}\n{pd.DataFrame(table).T.round(3).T.to_string()}")
+    out = {}
+    for check, table in run(studies, 20 if args.quick else 100):
+        out[check] = table
+        print(f"\n{check}\n{pd.DataFrame(table).round(3).to_string()}", flush=True)
     error = 100 * np.sqrt(0.05 * 0.95 / studies)
     print(f"\n{studies} studies each, simulation error of a share near 5 %: ±{2 * error:.1f} points; "
           f"{time.perf_counter() - start:.0f} s")
