@@ -70,7 +70,7 @@ def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
         file = folder / "photos" / f"{i}.jpg"
         if not file.exists():
             scenes.draw(scene).resize((640, 480)).save(file, quality=90)
-        texts = scenes.captions(scene, rng, 5 * k)
+        texts = [text for _ in range(2 * k) for text in scenes.captions(scenes.sample(rng), rng)]
         prompts = list(dict.fromkeys(f"This image contains: {text[:-1]}.\nIs this right?" for text in texts))[:k]
         assert len(prompts) == k
         rows += [{"image_id": i, "file": str(file), "prompt": text, "task": "caption"} for text in prompts]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from probekit import compare
+
 COUNTS = ("tp", "fp", "fn", "tn", "log_loss")  # the last one is a sum of losses
 
 
@@ -74,25 +76,25 @@ def scores(counts: np.ndarray, binary: bool) -> dict[tuple[str, int | None], np.
 
 
 def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, classes: list[str],
-          layers: list[str], binary: bool, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+          layers: list[str], binary: bool, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Tidy scores of all layers: `layer, metric, class, value, lo, hi, n`.
 
-    `lo` and `hi` bound the central 95 % of `resamples` bootstrap samples of the images (an image's examples stay
-    together; the same samples for every layer, so that layers can be compared). `class` is empty where a metric is
-    about all classes; counts have no interval; `n` is the number of entries that count (of the class, where there
-    are several).
+    `lo` and `hi` are 95 % intervals (:func:`probekit.compare.bca`) from `resamples` bootstrap samples of the images (an
+    image's examples stay together; the same samples for every layer, model and task, so that they can be compared).
+    `class` is empty where a metric is about all classes; counts have no interval; `n` is the number of entries that
+    count (of the class, where there are several).
     """
     counts = image_counts(p_lnc, y_nc, mask_nc, image_n)
-    images = len(counts)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(np.float32)
-    resampled = (draws @ counts.reshape(images, -1)).reshape(resamples, *counts.shape[1:])
-    point, spread = scores(counts.sum(0), binary), scores(resampled, binary)
+    point = scores(counts.sum(0), binary)
+    drawn = [key for key, values in point.items() if key[0] not in COUNTS[:4] and not np.isnan(values).all()]
+    curve = compare.resample(counts, np.unique(image_n), lambda total: np.concatenate(
+        [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
+    bounds = np.stack(compare.bca(curve)).reshape(2, len(drawn), len(layers))
+    spread = dict(zip(drawn, bounds.swapaxes(0, 1), strict=True))
     names = ["no", "yes"] if binary else classes
     n_c, n, rows = mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
     for (metric, k), values in point.items():
-        bare = metric in COUNTS[:4] or np.isnan(values).all()  # counts, and classes that were never asked for
-        lo, hi = (np.nan, np.nan) if bare else np.nanpercentile(spread[metric, k], [2.5, 97.5], axis=0)
+        lo, hi = spread.get((metric, k), (np.nan, np.nan))  # none for counts, and classes that were never asked for
         rows.append(pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
                                   "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]}))
     return pd.concat(rows, ignore_index=True)

@@ -40,7 +40,7 @@ class Probing:
     seeds: tuple[int, ...] = (0,)
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     training: linear.Training = linear.Training()
-    resamples: int = 1000
+    resamples: int = 2000
     memory_gb: float = 4.0
 
 
