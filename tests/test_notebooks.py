@@ -56,12 +56,12 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 
 
 def test_a_second_run_reuses_what_is_there_from_any_folder(demo, tmp_path):
-    shards = sorted(demo.glob("data/activations/*/*/shard-*"))
+    shards = sorted(demo.glob("data/activations/*/*/part-*/shard-*"))
     before = {p: p.stat().st_mtime_ns for p in shards}
     assert len(before) == 9
     done = call(demo, cwd=tmp_path, run="small")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/shard-*"))} == before
+    assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/part-*/shard-*"))} == before
     assert not list(tmp_path.iterdir())
 
 
