@@ -321,7 +321,8 @@ def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
            ways: Sequence[str]) -> tuple[Choice, States]:
     """The first of `ways` in which a batch of real images has the states of passes alone, in every layer, else "alone".
 
-    The batch's last example is held against a pass of its own. Differences are relative to the layer's largest value.
+    The last example of an image with many prompts, to which the most could have happened, is held against a pass of its
+    own. Differences are relative to the layer's largest value.
 
     Returns
     -------
@@ -329,6 +330,8 @@ def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
         What was chosen, and the batch's states, of the wanted poolings and of those that were compared besides.
     """
     poolings, failed, alone = [*{*poolings, "mean", "last"}], [], {}
+    i = max(range(len(prepared)), key=lambda i: (len(prepared[i].tokens), i))
+    row = sum(len(one.tokens) for one in prepared[: i + 1]) - 1
     for way in ways:
         try:
             states = run(vlm, prepared, poolings, stages, way)
@@ -337,8 +340,8 @@ def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
         except Exception as error:  # whatever an architecture makes of it: said, and the next way is tried
             failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
             continue
-        alone = alone or run(vlm, [prepared[-1].only(-1)], poolings)
-        gaps = {key: float(((states[key][-1] - values[0]).abs().max() / values.abs().max()).nan_to_num(torch.inf))
+        alone = alone or run(vlm, [prepared[i].only(-1)], poolings)
+        gaps = {key: float(((states[key][row] - values[0]).abs().max() / values.abs().max()).nan_to_num(torch.inf))
                 for key, values in alone.items()}
         where = max(gaps, key=gaps.get)
         if gaps[where] <= TOLERANCE[vlm.dtype]:

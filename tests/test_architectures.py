@@ -116,6 +116,10 @@ def test_one_prompt_an_image_does_not_settle_how_many_are_run(tmp_path, data):
                          for i, prompts in enumerate(PROMPTS) for prompt in prompts])
     settings = Extraction(str(make("instructblip", tmp_path / "model")))
     extract(settings, rows.groupby("file").head(1).reset_index(drop=True), "cpu")
+    vlm = load_vlm(settings.model, device="cpu")
+    mixed = [vlm.preparer.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
+    mixed[1] = mixed[1].only(0)  # the one with several prompts is the one to look at
+    assert forward.choose(vlm, mixed, ("mean",), ("lm",), ("shared", "plain"))[0].way == "plain"
     ours = extract(settings, rows, "cpu")
     plain = extract(replace(settings, sharing="off"), rows, "cpu")
     assert ours.meta["sharing"]["way"] == "plain"
