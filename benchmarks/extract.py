@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, forward, loading, models, parts, paths, scenes, store
+from probekit import coco, extract, inputs, loading, models, parts, paths, scenes, store
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -85,10 +85,10 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, 
     found, start = [], time.perf_counter()
     for at in range(0, len(examples), 8):
         rows = examples.iloc[at : at + 8]
-        inputs = vlm.processor(images=[coco.load_rgb(file) for file in rows.file], padding=True, padding_side="right",
-                               text=[vlm.preparer.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
-        states = model(**vlm.place(inputs), output_hidden_states=True, use_cache=False).hidden_states
-        mask = inputs["attention_mask"][..., None].float()
+        given = vlm.processor(images=[coco.load_rgb(file) for file in rows.file], padding=True, padding_side="right",
+                              text=[vlm.preparer.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
+        states = model(**vlm.place(given), output_hidden_states=True, use_cache=False).hidden_states
+        mask = given["attention_mask"][..., None].float()
         found.append(torch.stack([(s.float() * mask).sum(1) / mask.sum(1) for s in states], 1))
     return time.perf_counter() - start, torch.cat(found).numpy()
 
@@ -120,15 +120,15 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     works = loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)
     for batch in loading.batches(works, 2048, lambda: "shared"):
         prepared = [work.prepared for work in batch]
-        p, rows = forward._common(prepared), [row for one in prepared for row in one.tokens]
-        before = forward._joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-        own = forward._joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
+        p, rows = inputs.common_length(prepared), [row for one in prepared for row in one.tokens]
+        before = inputs.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+        own = inputs.joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
         owner = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens])
-        ready.append((before | forward._images(vlm, prepared), own, owner, p))
+        ready.append((before | inputs.pictures(vlm, prepared), own, owner, p))
     start = time.perf_counter()
-    for inputs, own, owner, p in ready:
+    for given, own, owner, p in ready:
         cache = DynamicCache(config=vlm.stack.config)
-        vlm.model(**inputs, past_key_values=cache, use_cache=True)
+        vlm.model(**given, past_key_values=cache, use_cache=True)
         cache.reorder_cache(owner)
         mask = torch.cat([own["attention_mask"].new_ones(len(owner), p), own["attention_mask"]], 1)
         vlm.stack(input_ids=own["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True)

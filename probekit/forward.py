@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from probekit import inputs
 from probekit.architectures import reads_with_encoder
 from probekit.hooks import decoder_tapped, encoder_tapped
 from probekit.models import Vlm
@@ -33,7 +34,7 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
 
     Parameters
     ----------
-    prepared : b images of one shape (:func:`shape_of`), with their prompts
+    prepared : b images of one shape (:func:`probekit.inputs.shape_of`), with their prompts
     stages : names out of :data:`probekit.parts.STAGES`; where "lm" is not among them the decoder does not run
     way : out of :data:`WAYS`
 
@@ -64,20 +65,15 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
     return states
 
 
-def shape_of(prepared: Prepared) -> tuple:
-    """Prepared images of one shape fit into one batch."""
-    return (prepared.head, *((key, values.shape[1:]) for key, values in prepared.image.items()))
-
-
 # ------------------------------------------------------------------------------------------------------- the passes
 
 
 def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States,
            encode_once: bool) -> None:
     counts = [len(one.tokens) for one in prepared]
-    inputs = _joined(vlm, [row for one in prepared for row in one.tokens])
-    shown = _marks([mask for one in prepared for mask in one.shown], inputs["input_ids"].shape[1], vlm.device)
-    pooler = Pooler(poolings, inputs["attention_mask"], shown)
+    tokens = inputs.joined(vlm, [row for one in prepared for row in one.tokens])
+    shown = inputs.marks([mask for one in prepared for mask in one.shown], tokens["input_ids"].shape[1], vlm.device)
+    pooler = Pooler(poolings, tokens["attention_mask"], shown)
 
     def take(layer: str, hidden_ntd: torch.Tensor) -> None:
         states.update({f"{layer}/{name}": values for name, values in pooler.pool(hidden_ntd).items()})
@@ -90,10 +86,10 @@ def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
             if "mm_encoder_outputs" not in vlm.takes:  # one that swallows any keyword would not see the image
                 raise ValueError("it does not take its image encoder's output back")
             images, features = _encode(vlm, prepared, counts, poolings, stages, states)
-            vlm.model(**inputs, **images, mm_encoder_outputs={"image": features}, **options)
+            vlm.model(**tokens, **images, mm_encoder_outputs={"image": features}, **options)
         else:
             with _encoder_read(vlm, prepared, counts, poolings, stages, states):
-                vlm.model(**inputs, **_images(vlm, prepared, counts), **options)
+                vlm.model(**tokens, **inputs.pictures(vlm, prepared, counts), **options)
 
 
 def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States
@@ -101,11 +97,12 @@ def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], sta
     """Each image and what comes before it once, with a key-value cache; then only the prompts' own tokens."""
     if reads_with_encoder(vlm.config):
         raise ValueError("its prompts are read by a bidirectional encoder")
-    rows, p = [row for one in prepared for row in one.tokens], _common(prepared)
+    rows, p = [row for one in prepared for row in one.tokens], inputs.common_length(prepared)
     owner_n = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens], device=vlm.device)
-    before = _joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-    own = _joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask") if key in row} for row in rows])
-    prefix = Prefix(_marks([one.shown[0] for one in prepared], p, vlm.device), owner_n)
+    before = inputs.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+    kept = [key for key in ("input_ids", "attention_mask") if key in rows[0]]
+    own = inputs.joined(vlm, [{key: row[key][p:] for key in kept} for row in rows])
+    prefix = Prefix(inputs.marks([one.shown[0] for one in prepared], p, vlm.device), owner_n)
     pooler = Pooler(poolings, own["attention_mask"], None, prefix)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     cache = DynamicCache(config=vlm.stack.config)
@@ -121,7 +118,7 @@ def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], sta
         taps.enter_context(decoder_tapped(vlm, take_prefix))
         seen = taps.enter_context(_positions(vlm.stack))
         taps.enter_context(_encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states))
-        vlm.model(**before, **_images(vlm, prepared), past_key_values=cache, use_cache=True)
+        vlm.model(**before, **inputs.pictures(vlm, prepared), past_key_values=cache, use_cache=True)
     cache.reorder_cache(owner_n)
     positions = _continued(seen[0], owner_n, own["input_ids"].shape[1])
     with decoder_tapped(vlm, take):
@@ -135,11 +132,11 @@ def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], sta
 def _encode(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],
             stages: Sequence[str], states: States) -> tuple[dict[str, torch.Tensor], object]:
     """Run the image encoder once an image; its output, and what else the model needs, laid out for n examples."""
-    images, known = _images(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
+    images, known = inputs.pictures(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
     with _encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states):
         features = vlm.model.get_image_features(
             **{key: value for key, value in images.items() if key in known}, return_dict=True)
-    others = _images(vlm, prepared, counts)
+    others = inputs.pictures(vlm, prepared, counts)
     others |= {key: None for key, value in others.items() if value.is_floating_point()}
     return others, _dealt(features, torch.repeat_interleave(torch.tensor(counts)).to(vlm.device), len(prepared))
 
@@ -157,42 +154,6 @@ def _dealt(output, owner_n: torch.Tensor, b: int):
         return type(output)(**{key: None if key.endswith("hidden_states") else _dealt(value, owner_n, b)
                                for key, value in output.items()})
     return output
-
-
-# -------------------------------------------------------------------------------------------- what goes in, and out
-
-
-def _joined(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Token arrays of n examples as one batch, padded on the right; nothing is cut off."""
-    batch = {}
-    for key in rows[0]:
-        fill = vlm.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
-        length = max(len(row[key]) for row in rows)
-        batch[key] = torch.from_numpy(np.stack([
-            np.pad(row[key], [(0, length - len(row[key])), *[(0, 0)] * (row[key].ndim - 1)], constant_values=fill)
-            for row in rows
-        ]))
-    if "attention_mask" not in batch:
-        batch["attention_mask"] = _marks([np.ones(len(row["input_ids"]), int) for row in rows],
-                                         batch["input_ids"].shape[1], "cpu")
-    return vlm.place(batch)
-
-
-def _images(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-    """What belongs to the images, each as often as `counts` says, one after the other."""
-    order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
-    parts = {key: [prepared[i].image[key] for i in order] for key in prepared[0].image}
-    if counted := vlm.special.counted:
-        starts = np.cumsum([0, *(pixels.shape[:2].numel() for pixels in parts["pixel_values"])]).tolist()
-        parts[counted] = [torch.where(part < 0, part, part + start)
-                          for part, start in zip(parts[counted], starts, strict=False)]
-    axes = {"pixel_values": vlm.special.pixel_axis}
-    return vlm.place({key: torch.cat(values, axes.get(key, 0)) for key, values in parts.items()})
-
-
-def _marks(masks: Sequence[np.ndarray], length: int, device: str) -> torch.Tensor:
-    rows = [np.pad(mask[:length], (0, max(0, length - len(mask)))) for mask in masks]
-    return torch.from_numpy(np.stack(rows)).to(device)
 
 
 @contextmanager
@@ -217,64 +178,12 @@ def _encoder_read(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int],
         kind = layer.partition(".")[0], p
         if kind not in poolers:
             whole = torch.ones(hidden.shape[:2], dtype=torch.bool)
-            mask = (_real_patches(prepared, p) if kind[0] == "vision" else whole).to(hidden.device)
+            mask = (inputs.real_patches(prepared, p) if kind[0] == "vision" else whole).to(hidden.device)
             poolers[kind] = Pooler([name for name in poolings if name != "text_mean"], mask, mask)
         states.update({f"{layer}/{name}": values for name, values in poolers[kind].pool(hidden).items()})
 
     with encoder_tapped(vlm, sum(counts), take):
         yield
-
-
-def _real_patches(prepared: Sequence[Prepared], p: int) -> torch.Tensor:
-    """(b, p) True at patches that are no padding, from whatever mask the processor gives with the images.
-
-    Raises
-    ------
-    ValueError
-        A mask says that there is padding, but not at which patches.
-    """
-    real = torch.ones(len(prepared), p, dtype=torch.bool)
-    for i, one in enumerate(prepared):
-        masks = {key: mask for key, mask in one.image.items() if "mask" in key}
-        if "image_position_ids" in one.image:
-            masks["image_position_ids"] = (one.image["image_position_ids"] >= 0).all(-1)
-        for key, mask in masks.items():
-            mask = mask.bool()
-            side = int((mask.numel() / p) ** 0.5)  # of a patch, where the mask is about pixels
-            if mask.all():
-                continue
-            if mask.numel() == p:
-                real[i] &= mask.reshape(p)
-            elif mask.ndim > 2 and side * side * p == mask.numel() and not mask.shape[-1] % side:
-                pixels = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-                real[i] &= torch.nn.functional.max_pool2d(pixels, side).reshape(p) > 0
-            else:
-                raise ValueError(f"{key} pads the image, but not patch by patch: leave the stage vision out")
-    return real
-
-
-def _common(prepared: Sequence[Prepared]) -> int:
-    """Number of leading tokens that the prompts of each image share; every prompt keeps a token of its own.
-
-    Raises
-    ------
-    ValueError
-        The prompts, or something else that belongs to the prefix, differ before the image ends.
-    """
-    p = min(len(row["input_ids"]) for one in prepared for row in one.tokens) - 1
-    for one in prepared:
-        first = one.tokens[0]["input_ids"]
-        for row in one.tokens[1:]:
-            differ = np.flatnonzero(row["input_ids"][:p] != first[:p])
-            p = min(p, int(differ[0])) if len(differ) else p
-    if p < max(one.head for one in prepared):
-        raise ValueError("prompts differ before the image ends, so that it cannot be shared: take sharing=\"off\"")
-    for first, row in ((one.tokens[0], row) for one in prepared for row in one.tokens[1:]):
-        for key, values in row.items():
-            aligned = p if len(values) == len(row["input_ids"]) else None
-            if key != "attention_mask" and not np.array_equal(values[:aligned], first[key][:aligned]):
-                raise ValueError(f"{key} differs between the prompts of an image")
-    return p
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pandas as pd
 from torch.utils.data import DataLoader, Dataset
 
 from probekit import coco, paths
-from probekit.forward import shape_of
+from probekit.inputs import shape_of
 from probekit.prepare import Prepared, Preparer
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from probekit import coco, forward, paths
+from probekit import coco, forward, inputs, paths
 from probekit.forward import run
 from probekit.pool import NAMES
 from probekit.prepare import Prepared
@@ -31,8 +31,8 @@ def test_hooks_read_what_transformers_returns(vlm, ragged):
     prompts = [(one, k) for one in ragged for k in range(len(one.tokens))]
     for i, (one, k) in enumerate(prompts):
         with torch.inference_mode():
-            inputs = {key: torch.from_numpy(value)[None] for key, value in one.tokens[k].items()}
-            states = vlm.model(**inputs, **one.image, output_hidden_states=True, use_cache=False).hidden_states
+            tokens = {key: torch.from_numpy(value)[None] for key, value in one.tokens[k].items()}
+            states = vlm.model(**tokens, **one.image, output_hidden_states=True, use_cache=False).hidden_states
         assert len(states) == len(vlm.layers)
         image = torch.from_numpy(one.shown[k])
         for layer, hidden_1td in zip(vlm.layers, states, strict=True):
@@ -94,7 +94,7 @@ def test_images_of_other_shapes_do_not_fit_into_one_batch():
     noise = np.random.default_rng(0).integers(0, 255, (300, 500, 3), np.uint8)
     ready = [vlm.preparer.prepare(Image.fromarray(part), ["a", "another one"])
              for part in (noise, noise[:60], noise[:, ::-1].copy())]
-    shapes = [forward.shape_of(one) for one in ready]
+    shapes = [inputs.shape_of(one) for one in ready]
     assert shapes[0] == shapes[2] != shapes[1]
     batch = [ready[0], ready[2]]
     choice, states = forward.choose(vlm, batch, ["max"], ("lm",), ["shared"])
@@ -123,10 +123,10 @@ def test_padding_patches_are_left_out():
     patches[0, 1, 2], pixels[:, :5, :8] = 0, 1  # patches of 4 x 4 pixels
     by_patch, by_pixel = one(image_attention_mask=patches), one(pixel_mask=pixels)
     expected = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]]).bool()
-    assert torch.equal(forward._real_patches([by_patch, by_pixel], 6), expected)
-    assert forward._real_patches([one(pixel_mask=torch.ones(1, 8, 12))], 5).all()
+    assert torch.equal(inputs.real_patches([by_patch, by_pixel], 6), expected)
+    assert inputs.real_patches([one(pixel_mask=torch.ones(1, 8, 12))], 5).all()
     with pytest.raises(ValueError, match="pixel_mask pads the image, but not patch by patch"):
-        forward._real_patches([by_pixel], 5)
+        inputs.real_patches([by_pixel], 5)
 
 
 def test_half_precision_stays_within_its_tolerance(examples):
