@@ -182,8 +182,8 @@ def probe_study(rng: np.random.Generator, images: int, train: int, d: int) -> co
         x_nd = rng.normal(size=(n, d))
         x_nd[:, :1] += shared + (1.5 * (2 * y - 1) if layer in PLANTED else 0)  # an example is easy for all layers
         x = torch.from_numpy(x_nd / x_nd[:train].std(0)).float()
-        fit = logreg.solve(x[:train], label[:train], torch.ones(train, 1), torch.ones(1))
-        p_lnc.append(fit.logits(x[train:]).sigmoid().numpy())
+        fit = logreg.solve(x[None, :train], label[:train], torch.ones(train, 1), [1.0])
+        p_lnc.append(fit.logits(x[None, train:])[0, :, 0].sigmoid().numpy())
     names = np.repeat(np.arange(images), EXAMPLES)
     counts = metrics.image_counts(np.stack(p_lnc), y[train:], np.ones_like(y[train:]), names)
     return compare.resample(counts, range(images), partial(score, "accuracy"))

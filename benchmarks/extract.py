@@ -10,6 +10,7 @@ ours    probekit.extract: preprocessing, forward passes, pooling, writing shards
 floor   bare forward passes of the base model over exactly the tokens that must be computed (each image and prefix
         once, each prompt's own tokens once), inputs prepared beforehand, nothing read and nothing written
 
+Ours and the floor run twice, in turn: the floor is held against the faster, plain against the mean of ours.
 What probekit does once, whatever the number of images, is in its time: one prompt more, for the check of the way that
 the model goes. The vocabulary is chosen so that the head has the share of the parameters that it has in Qwen2-VL-2B
 (about 15 %).
@@ -135,11 +136,17 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     return time.perf_counter() - start
 
 
+def high_water_mb() -> float:
+    """Peak memory of this process; getrusage would also count what its parent held when it started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def peak_rss(folder: Path, images: int, k: int, dtype: str) -> float:
     """Peak memory in MB of a process that only extracts."""
-    code = ("import sys; sys.path.insert(0, 'benchmarks'); import extract as b, resource; from pathlib import Path;"
+    code = ("import sys; sys.path.insert(0, 'benchmarks'); import extract as b; from pathlib import Path;"
             f"f = Path({str(folder)!r}); b.run_ours(f, b.make_examples(f, {images}, {k}), {dtype!r});"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+            "print(b.high_water_mb())")
     root = Path(__file__).resolve().parent.parent
     return float(subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True,
                                 text=True).stdout.split()[-1])
@@ -163,17 +170,20 @@ def main() -> None:
         run_ours(folder, make_examples(folder, 2, 2), options.dtype)  # warm up
         for k in options.prompts_per_image:
             examples = make_examples(folder, options.images, k)
-            ours, states = run_ours(folder, examples, options.dtype)
-            floor = run_floor(folder, examples, options.dtype)
+            rounds = [(run_ours(folder, examples, options.dtype), run_floor(folder, examples, options.dtype))
+                      for _ in range(2)]
+            states, taken = rounds[0][0][1], [seconds for (seconds, _), _ in rounds]
+            ours, floor = sum(taken) / 2, min(seconds for _, seconds in rounds)
             gc.collect()
             plain, reference = run_plain(folder, examples, options.dtype)
             gap = (np.abs(states - reference).max((0, 2)) / np.abs(reference).max((0, 2))).max()
             result["max_rel_diff"] = max(result["max_rel_diff"], float(gap))
-            result |= {f"speedup_{k}": plain / ours, f"over_floor_{k}": ours / floor}
-            result["over_floor"] = max(result.get("over_floor", 0), ours / floor)
+            over = min(taken) / floor
+            result |= {f"speedup_{k}": plain / ours, f"over_floor_{k}": over}
+            result["over_floor"] = max(result.get("over_floor", 0), over)
             result.setdefault("images_per_s", options.images / ours)
             print(f"{k} prompts an image: plain {plain:.1f} s, ours {ours:.1f} s, floor {floor:.1f} s: "
-                  f"{plain / ours:.2f} times faster, {ours / floor:.2f} of the floor, "
+                  f"{plain / ours:.2f} times faster, {over:.2f} of the floor, "
                   f"largest relative difference {gap:.1e}", flush=True)
         for name, images in (("peak_rss_mb", options.images), ("peak_rss_mb_double", 2 * options.images)):
             result[name] = peak_rss(folder, images, 3, options.dtype)

@@ -120,10 +120,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    photos = sorted(options.photos.glob("*.jpg"))[: options.images]
+    if not photos:
+        raise SystemExit(f"no *.jpg in {options.photos}")
     with tempfile.TemporaryDirectory() as temporary:
         paths.DATA = Path(temporary)
         folder = assemble(options.config, options.tokenizer, options.preprocessor, Path(temporary) / "checkpoint")
-        found = measure(folder, sorted(options.photos.glob("*.jpg"))[: options.images], options.dtype)
+        found = measure(folder, photos, options.dtype)
     table = cost(found)
     print(json.dumps(found, indent=1), table.round(2).to_string(index=False), sep="\n")
     if options.json:

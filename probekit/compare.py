@@ -18,6 +18,7 @@ from scipy.stats import norm
 
 BLOCK = 2_000_000  # counts that are resampled at a time: 16 MB, and about 20 times that within metrics.scores
 ROUNDING = 1e-9  # scores closer than this are equal
+COLUMNS = ["gap", "gap_lo", "gap_hi", "p_holm", "p_plateau", "plateau", "best_share"]  # what layers() says of a layer
 TIE = 1e-6  # the same for differences in standard errors
 
 
@@ -90,7 +91,8 @@ def resample(counts: np.ndarray, images: Sequence, score: Callable[[np.ndarray],
 
 def acceleration(left_out: np.ndarray) -> np.ndarray:
     """Skewness of a score (...), from the scores (images, ...) without one image each."""
-    pull = np.nanmean(left_out, 0) - left_out
+    known = np.isfinite(left_out)
+    pull = np.nansum(left_out, 0) / known.sum(0).clip(1) - left_out
     spread = np.nansum(pull**2, 0) ** 1.5
     return np.divide(np.nansum(pull**3, 0), 6 * spread, out=np.zeros(spread.shape), where=spread > 0)
 

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from probekit import forward, loading, parts, paths, pool, store
+from probekit import controls, forward, loading, parts, paths, pool, store
 from probekit.forward import Choice
 from probekit.parts import Part
 
@@ -141,6 +141,8 @@ class Passes:
     def __call__(self, batch: Sequence[loading.Work], part: Part) -> dict[str, torch.Tensor]:
         prepared, wanted = [work.prepared for work in batch], (part.poolings, part.stages)
         try:
+            if not prepared[0].image:
+                return forward.run(self.vlm, prepared, *wanted)
             if self.choice or "lm" not in part.stages:
                 return forward.run(self.vlm, prepared, *wanted, self.way)
             if max(len(one.tokens) for one in prepared) > 1:
@@ -250,38 +252,57 @@ def _check_prompts_seen(states: dict[str, np.ndarray], rows: pd.DataFrame, name:
 
 
 def extract(settings: Extraction, examples: pd.DataFrame, device: str | None = None) -> store.Store:
+    """The store of the examples alone, see :func:`extract_all`."""
+    return extract_all(settings, examples, (), device)[0]
+
+
+def extract_all(settings: Extraction, examples: pd.DataFrame, control: Sequence[str], device: str | None = None
+                ) -> list[store.Store]:
     """Extract all examples, shard by shard; what is already on disk, of whatever run, is not computed again.
 
     The model is loaded only where something is missing, and released at the end.
 
     Parameters
     ----------
-    examples : columns `file`, `prompt`
+    examples : columns `file`, `prompt`, and for controls `image_id` and `split`
+    control : names out of :data:`probekit.controls.INPUTS`; an image that several of them ask about still runs once
     device : see :func:`probekit.models.load_vlm`
+
+    Returns
+    -------
+    The store of the examples, and one for each control.
     """
     from probekit.models import best_device, load_vlm
 
     settings.check()
+    if "no_image" in control and ("lm" not in settings.stages or set(settings.poolings) <= {"image_mean"}):
+        raise ValueError("no_image needs the stage lm, and a pooling besides image_mean: there is nothing else to read")
     device = device or best_device()
     settings = resolved(settings, device)
-    folder, rows = folder_of(settings), parts.rows_of(examples)
+    folder = folder_of(settings)
     if not (folder / "meta.json").exists():  # shards without it cannot be told how they were made
         for shard in folder.glob("part-*/shard-*"):
             shard.unlink()
-    planned = parts.plan(folder, rows, settings.wants, settings.shard_images)
-    missing = [(part, i) for part, i in planned if not part.is_done(i)]
+    blind = replace(settings, stages=("lm",), poolings=tuple(p for p in settings.poolings if p != "image_mean"))
+    views = [(name, controls.inputs(examples, name), blind if name == "no_image" else settings)
+             for name in ("none", *control)]
+    planned = []
+    for own in dict.fromkeys(own for _, _, own in views):
+        rows = pd.concat([parts.rows_of(table) for _, table, taken in views if taken == own])
+        planned += parts.plan(folder, rows, own.wants, own.shard_images)
+    missing = [*{part.shard(i): (part, i) for part, i in planned if not part.is_done(i)}.values()]
     if missing:
         vlm = load_vlm(settings.model, settings.revision, settings.dtype, device, settings.untrained, settings.seed)
         try:
             _extract(vlm, settings, folder, missing, len(planned))
         finally:
             vlm.release()
-    return store.Store(folder, examples, settings.stages, settings.poolings)
+    return [store.Store(folder, table, own.stages, own.poolings, name) for name, table, own in views]
 
 
 def _extract(vlm: Vlm, settings: Extraction, folder: Path, missing: list[tuple[Part, int]], planned: int) -> None:
     tables = [part.shard_rows(i) for part, i in missing]
-    images = sum(table.file.nunique() for table in tables)
+    images = sum(parts.units_of(table).max() + 1 for table in tables)
     tqdm.write(f"{vlm.name}{' (untrained)' if settings.untrained else ''} on {vlm.device} in {vlm.dtype}: "
                f"{sum(map(len, tables)):,} examples of {images:,} images, {len(missing)} of {planned} shards")
     lacking = [stage for stage in settings.stages if not vlm.layers_of_stage[stage]]

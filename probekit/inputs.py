@@ -36,7 +36,7 @@ def pictures(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int] | Non
     """What belongs to the images, each as often as `counts` says, one after the other."""
     order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
     parts = {key: [prepared[i].image[key] for i in order] for key in prepared[0].image}
-    if counted := vlm.special.counted:
+    if (counted := vlm.special.counted) and parts:
         starts = np.cumsum([0, *(pixels.shape[:2].numel() for pixels in parts["pixel_values"])]).tolist()
         parts[counted] = [torch.where(part < 0, part, part + start)
                           for part, start in zip(parts[counted], starts, strict=False)]

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from probekit import coco, paths
 from probekit.inputs import shape_of
+from probekit.parts import units_of
 from probekit.prepare import Prepared, Preparer
 
 
 @dataclass(frozen=True)
 class Work:
-    """One image of a shard with its prompts.
+    """One image of a shard with its prompts, or a prompt without an image.
 
     Attributes
     ----------
@@ -46,7 +47,7 @@ class _Images(Dataset):
     def __init__(self, preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame]):
         self.preparer, self.longest_side, self.items = preparer, longest_side, []
         for shard, rows in enumerate(shards):
-            starts = np.flatnonzero(rows.file.ne(rows.file.shift()))
+            starts = np.flatnonzero(np.diff(units_of(rows), prepend=-1))
             for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
                 first = rows.iloc[places[0]]
                 self.items.append((shard, image, places, first.file, first["size"], rows.prompt[places].tolist()))
@@ -57,15 +58,15 @@ class _Images(Dataset):
     def __getitem__(self, k: int) -> Work | Exception:
         shard, image, places, file, size, prompts = self.items[k]
         try:
-            if paths.resolve(file).stat().st_size != size:
+            if file and paths.resolve(file).stat().st_size != size:
                 return ValueError(f"{file} has changed since this extraction was planned: run 02_extract again")
-            picture = coco.load_rgb(paths.resolve(file), self.longest_side)
+            picture = coco.load_rgb(paths.resolve(file), self.longest_side) if file else None
         except Exception as error:
             return error
         try:
             return Work(shard, image, places, self.preparer.prepare(picture, prompts))
         except Exception as error:
-            return ValueError(f"{file} with {prompts[0][:80]!r}: {type(error).__name__}: {error}")
+            return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error}")
 
 
 def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int) -> Iterator[Work]:

@@ -7,28 +7,36 @@ F1"), `f1_micro` pools the counts of all classes, `f1_positive` is the F1 of lab
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
+import torch
 
 from probekit import compare
 
 COUNTS = ("tp", "fp", "fn", "tn", "log_loss")  # the last one is a sum of losses
+COMPARED = ("accuracy", "f1_macro", "f1_micro", "average_precision", "log_loss")  # layer against layer
+TUNED = ("accuracy", "f1_macro", "f1_micro")  # with thresholds chosen on validation, too
 
 
-def image_counts(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray) -> np.ndarray:
+def image_counts(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray,
+                 threshold_lc: np.ndarray | float = 0.5) -> np.ndarray:
     """Sum hits, misses and log losses (in nats) over the examples of each image.
 
     Parameters
     ----------
-    p_lnc : (l, n, c) probability of label 1; 0.5 and above is a yes
+    p_lnc : (l, n, c) probability of label 1
     y_nc, mask_nc : (n, c) labels, and 1 where an entry counts
     image_n : (n,) which image an example belongs to
+    threshold_lc : (l, c) probability from which on the answer is yes
 
     Returns
     -------
     (images, l, c, 5) in the order of :data:`COUNTS`
     """
-    yes, y, m = p_lnc >= 0.5, y_nc.astype(bool), mask_nc.astype(bool)
+    yes, y, m = p_lnc >= np.expand_dims(np.atleast_2d(threshold_lc), 1), y_nc.astype(bool), mask_nc.astype(bool)
     p = np.clip(p_lnc.astype(np.float64), 1e-7, 1 - 1e-7)
     entries = (yes & y & m, yes & ~y & m, ~yes & y & m, ~yes & ~y & m, -np.log(np.where(y, p, 1 - p)) * m)
     number = np.unique(image_n, return_inverse=True)[1]
@@ -75,26 +83,123 @@ def scores(counts: np.ndarray, binary: bool) -> dict[tuple[str, int | None], np.
     return out
 
 
+def thresholds(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, binary: bool) -> np.ndarray:
+    """(l, c) probabilities from which on to say yes: the ones with the highest F1 of each class (accuracy, if binary).
+
+    To be chosen on validation and used on test; in the middle between two neighbouring probabilities.
+    """
+    out = np.full((p_lnc.shape[0], p_lnc.shape[2]), 0.5)
+    for c in range(p_lnc.shape[2]):
+        asked = mask_nc[:, c] > 0
+        y = y_nc[asked, c]
+        if not 0 < y.sum() < len(y):
+            continue
+        order = np.argsort(-p_lnc[:, asked, c], 1)
+        p = np.take_along_axis(p_lnc[:, asked, c].astype(np.float64), order, 1)
+        tp, k = y[order].cumsum(1), np.arange(1, len(y) + 1)
+        score = 2 * tp + len(y) - k - y.sum() if binary else 2 * tp / (k + y.sum())  # accuracy: tp + tn
+        score = np.where(np.diff(p, axis=1, append=-1) < 0, score, -np.inf)  # not between equal ones
+        best = score.argmax(1)[:, None]
+        after = np.take_along_axis(np.pad(p, ((0, 0), (0, 1))), best + 1, 1)
+        out[:, c] = ((np.take_along_axis(p, best, 1) + after) / 2)[:, 0]
+    return out
+
+
+def average_precision(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, weight_bn: np.ndarray) -> np.ndarray:
+    """(b, l, c) average precision of each class, b times with other weights of the examples.
+
+    The sum of precision times the step in recall, as scikit-learn's ``average_precision_score``; equal probabilities
+    are one step. nan for a class without a positive example.
+    """
+    b, (layers, _, classes) = len(weight_bn), p_lnc.shape
+    out = np.full((b, layers, classes), np.nan)
+    for c in range(classes):
+        asked = mask_nc[:, c] > 0
+        y, part = torch.from_numpy(y_nc[asked, c] > 0), max(1, 10 * compare.BLOCK // max(1, asked.sum()))
+        for at in range(0, b, part):
+            w_bn = torch.from_numpy(weight_bn[at : at + part, asked].astype(np.float32))
+            for layer in range(layers):
+                p, order = torch.from_numpy(p_lnc[layer, asked, c]).sort(descending=True)
+                last = torch.searchsorted(-p, -p, right=True) - 1  # of those that are equal
+                total = w_bn[:, order]
+                hits = total * y[order]
+                precision = (hits.cumsum(1) / total.cumsum(1).clamp(min=1e-30))[:, last]
+                out[at : at + part, layer, c] = ((precision * hits).sum(1) / hits.sum(1)).numpy()
+    return out
+
+
+def _ranked(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, resamples: int, seed: int
+            ) -> dict[int | None, compare.Curve]:
+    """Curves of the average precision: of each class, and their mean (None)."""
+    images, number = np.unique(image_n, return_inverse=True)
+    left_out = 1 - np.eye(len(images), dtype=np.uint8)
+    rounds = [np.ones((1, len(images)), np.uint8), compare.weights(images, resamples, seed), left_out]
+    found_blc = average_precision(p_lnc, y_nc, mask_nc, np.concatenate(rounds)[:, number])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a positive example of any class
+        found = {None: np.nanmean(found_blc, -1), **dict(enumerate(np.moveaxis(found_blc, -1, 0)))}
+    return {k: compare.Curve(v[0], v[1 : 1 + resamples], compare.acceleration(v[1 + resamples :]))
+            for k, v in found.items()}
+
+
 def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, classes: list[str],
-          layers: list[str], binary: bool, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Tidy scores of all layers: `layer, metric, class, value, lo, hi, n`.
+          layers: list[str], binary: bool, resamples: int = 2000, seed: int = 0, by_class: bool = True,
+          threshold_lc: np.ndarray | None = None) -> pd.DataFrame:
+    """Tidy scores of all layers: `layer, metric, class, value, lo, hi, n`, and how the layers compare.
 
     `lo` and `hi` are 95 % intervals (:func:`probekit.compare.bca`) from `resamples` bootstrap samples of the images (an
     image's examples stay together; the same samples for every layer, model and task, so that they can be compared).
     `class` is empty where a metric is about all classes; counts have no interval; `n` is the number of entries that
     count (of the class, where there are several).
+
+    Parameters
+    ----------
+    by_class : scores of each class, average precision, and the columns of :func:`probekit.compare.layers` for the
+        metrics :data:`COMPARED`, besides the scores about all classes
+    threshold_lc : adds `<metric>_tuned`, with these thresholds instead of one half, for :data:`TUNED`
     """
-    counts = image_counts(p_lnc, y_nc, mask_nc, image_n)
-    point = scores(counts.sum(0), binary)
-    drawn = [key for key, values in point.items() if key[0] not in COUNTS[:4] and not np.isnan(values).all()]
-    curve = compare.resample(counts, np.unique(image_n), lambda total: np.concatenate(
-        [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
-    bounds = np.stack(compare.bca(curve)).reshape(2, len(drawn), len(layers))
-    spread = dict(zip(drawn, bounds.swapaxes(0, 1), strict=True))
-    names = ["no", "yes"] if binary else classes
-    n_c, n, rows = mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
+    names, images = ["no", "yes"] if binary else classes, np.unique(image_n)
+    n_c, n = mask_nc.sum(0).astype(int), int(mask_nc.sum())
+    curves: dict[tuple[str, int | None], compare.Curve] = {}
+
+    def add(counts: np.ndarray, kept: Callable[[tuple], bool], suffix: str = "") -> dict[tuple, np.ndarray]:
+        """Curves of what is kept and has a value; all point values."""
+        point = scores(counts.sum(0), binary)
+        drawn = [key for key, v in point.items() if key[0] not in COUNTS[:4] and kept(key) and not np.isnan(v).all()]
+        curve = compare.resample(counts, images, lambda total: np.concatenate(
+            [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
+        for i, (metric, k) in enumerate(drawn):
+            curves[metric + suffix, k] = curve.only(slice(i * len(layers), (i + 1) * len(layers)))
+        return {key: values for key, values in point.items() if kept(key)}
+
+    point = add(image_counts(p_lnc, y_nc, mask_nc, image_n), lambda key: by_class or key[1] is None)
+    if threshold_lc is not None:
+        tuned = image_counts(p_lnc, y_nc, mask_nc, image_n, threshold_lc)
+        point |= {(f"{metric}_tuned", k): values for (metric, k), values in add(
+            tuned, lambda key: key[0] in TUNED and key[1] is None, "_tuned").items()}
+    if by_class:
+        ranked = _ranked(p_lnc, y_nc, mask_nc, image_n, resamples, seed)
+        ranked = {k: curve for k, curve in ranked.items() if k is None or not binary}
+        curves |= {("average_precision", k): curve for k, curve in ranked.items()}
+        point |= {("average_precision", k): curve.score_l for k, curve in ranked.items()}
+    rows = []
     for (metric, k), values in point.items():
-        lo, hi = spread.get((metric, k), (np.nan, np.nan))  # none for counts, and classes that were never asked for
-        rows.append(pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
-                                  "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]}))
-    return pd.concat(rows, ignore_index=True)
+        curve = curves.get((metric, k))  # none for counts, and classes that were never asked for
+        lo, hi = compare.bca(curve) if curve else (np.nan, np.nan)
+        row = pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
+                            "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]})
+        if by_class and k is None and metric in COMPARED and np.isfinite(values).all():
+            row = row.merge(_compared(curve, layers, metric == "log_loss"), on="layer", how="left")
+        rows.append(row)
+    whole = pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:7], *compare.COLUMNS])
+    return whole.astype({"plateau": "boolean"})
+
+
+def _compared(curve: compare.Curve, layers: list[str], smaller: bool) -> pd.DataFrame:
+    """The layers of each stage against each other."""
+    if smaller:
+        curve = compare.Curve(-curve.score_l, -curve.resampled_bl)
+    stage = np.array([layer.partition(".")[0] for layer in layers])
+    parts = [np.flatnonzero(stage == name) for name in dict.fromkeys(stage)]
+    found = pd.concat([compare.layers(curve.only(rows), np.array(layers)[rows]) for rows in parts])
+    return found[["layer", *compare.COLUMNS]]

@@ -53,7 +53,7 @@ def want_of(key: str) -> str:
 
 
 def rows_of(examples: pd.DataFrame) -> pd.DataFrame:
-    """What a model is given for each example: `file`, its `size` in bytes, `prompt`.
+    """What a model is given for each example: `file` ("" for a prompt without an image), its `size` in bytes, `prompt`.
 
     Raises
     ------
@@ -61,11 +61,16 @@ def rows_of(examples: pd.DataFrame) -> pd.DataFrame:
         An image of the examples is gone.
     """
     try:
-        sizes = {file: paths.resolve(file).stat().st_size for file in examples.file.unique()}
+        sizes = {file: paths.resolve(file).stat().st_size if file else 0 for file in examples.file.unique()}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} is gone: run 01_build_data again") from None
     return pd.DataFrame({"file": examples.file, "size": examples.file.map(sizes), "prompt": examples.prompt}
                         ).reset_index(drop=True)
+
+
+def units_of(rows: pd.DataFrame) -> np.ndarray:
+    """(n,) numbers of what is run together: an image with its prompts, or a prompt that has none."""
+    return pd.factorize(rows.file.where(rows.file != "", "\n" + rows.prompt))[0]
 
 
 def keys_of(rows: pd.DataFrame, want: str) -> np.ndarray:
@@ -95,9 +100,9 @@ class Part:
     @classmethod
     def plan(cls, folder: Path, rows: pd.DataFrame, wants: Sequence[str], shard_images: int) -> Part:
         """Write down what is to be extracted, so that it can be resumed; `folder` is the model's."""
-        image = np.sort(pd.factorize(rows.file)[0])
-        rows = rows.iloc[np.argsort(pd.factorize(rows.file)[0], kind="stable")].reset_index(drop=True)
-        starts = np.append(np.flatnonzero(np.diff(image // shard_images, prepend=-1)), len(rows))
+        unit, order = np.sort(units_of(rows)), np.argsort(units_of(rows), kind="stable")
+        rows = rows.iloc[order].reset_index(drop=True)
+        starts = np.append(np.flatnonzero(np.diff(unit // shard_images, prepend=-1)), len(rows))
         own = folder / f"part-{paths.fingerprint(rows.to_csv(index=False), sorted(wants), shard_images)}"
         paths.write_atomic(own / "rows.parquet", rows.to_parquet)
         paths.write_json(own / "part.json", {"wants": sorted(wants), "starts": starts.tolist()})

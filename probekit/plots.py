@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from probekit import paths
+from probekit import controls, paths
 from probekit.results import select
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's: colour-blind safe
+DASHES = {"untrained": "dash", "shuffled": "dot", "control_task": "dashdot", "no_image": "longdash",
+          "no_text": "longdashdot", "wrong_image": "2px 6px"}  # one a control
+PLATEAU = 0.3  # opacity
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")  # one a pooling
 INK, GREY, GRID = "#2b2d42", "#8d99ae", "#e9ecf1"
 SCORES = [[0.0, "#f7fbff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
@@ -23,6 +27,8 @@ WORDS = {
     "accuracy": "accuracy", "f1_macro": "macro-F1", "f1_micro": "micro-F1", "f1_positive": "F1 of “yes”",
     "precision_positive": "precision of “yes”", "recall_positive": "recall of “yes”",
     "precision_macro": "macro-precision", "recall_macro": "macro-recall", "loss": "loss (nats)",
+    "average_precision": "mean average precision", "codelength": "codelength (bits a label)",
+    "selectivity": "selectivity", "log_loss": "log loss (nats)",
 }
 TASK_WORDS = {"caption": "global: does the caption belong?", "category": "local: which categories?",
               "category_list": "local: which categories, listed in the prompt?"}
@@ -61,7 +67,9 @@ def _faded(colour: str, alpha: float) -> str:
 
 def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logreg", published: bool = False,
                  chance: float | None = None) -> go.Figure:
-    """A metric by layer: one colour a model, its 95 % interval as a band, the untrained control dashed.
+    """A metric by layer: one colour a model, its 95 % interval as a band, its plateau highlighted, controls dashed.
+
+    The plateau are the layers that cannot be told from the best one (:func:`probekit.compare.layers`).
 
     Parameters
     ----------
@@ -74,14 +82,29 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     rows = rows[rows.task == task]
     poolings = list(dict.fromkeys(rows.pooling))
     for (model, control, pooling), curve in rows.groupby(["model", "control", "pooling"], sort=False):
-        name = f"{model}{' untrained' if control == 'untrained' else ''}{f', {pooling}' if len(poolings) > 1 else ''}"
-        line = {"color": colours[model], "width": 2.5, "dash": "dash" if control == "untrained" else "solid"}
-        _curve(figure, curve, name, line, SYMBOLS[poolings.index(pooling) % len(SYMBOLS)], metric)
+        if control in controls.BASELINES:
+            continue
+        words = f" {controls.WORDS[control].removesuffix(' model')}" if control != "none" else ""
+        name = f"{model}{words}{f', {pooling}' if len(poolings) > 1 else ''}"
+        symbol = SYMBOLS[poolings.index(pooling) % len(SYMBOLS)]
+        _curve(figure, curve, name, control, colours[model], symbol, metric)
+    for control in [name for name in DASHES if name in set(rows.control)]:
+        figure.add_scatter(x=[None], y=[None], name=controls.WORDS[control], legendgroup=control, mode="lines",
+                           line={"dash": DASHES[control], "color": GREY, "width": 2})
+    if rows.plateau.notna().any():
+        figure.add_scatter(x=[None], y=[None], name="cannot be told from the best layer", mode="lines",
+                           line={"color": _faded(GREY, PLATEAU), "width": 14})
     if published:
         _published(figure, task, metric)
-    if chance is not None:
-        figure.add_hline(y=chance, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text="chance",
-                         annotation_font_color=GREY, annotation_position="bottom right")
+    lines = {} if chance is None else {"chance": chance}
+    for name in controls.BASELINES:
+        value = rows[rows.control == name].value.max()
+        if value == value and not any(abs(value - known) < 0.01 for known in lines.values()):
+            lines[controls.WORDS[name]] = value
+    for name, value in lines.items():
+        place = "bottom right" if name == "chance" else "top right"
+        figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text=name,
+                         annotation_font_color=GREY, annotation_position=place)
     style(figure, f"{WORDS[metric][0].upper()}{WORDS[metric][1:]} by layer — {TASK_WORDS.get(task, task)}")
     figure.update_xaxes(title=AXIS, dtick=1 if layer_number(rows.layer).max() <= 12 else 4)
     return figure.update_yaxes(title=f"{WORDS[metric]} (test)")
@@ -92,20 +115,27 @@ def _named(rows: pd.DataFrame) -> str:
     return f" ({rows.pooling.iloc[0]} pooling)" if rows.pooling.nunique() > 1 else ""
 
 
-def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, line: dict, symbol: str, metric: str) -> None:
-    x = layer_number(curve.layer)
+def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, control: str, colour: str, symbol: str, metric: str
+           ) -> None:
+    x, real = layer_number(curve.layer), control == "none"
     best = curve.value.idxmax()
-    band = go.Scatter(x=[*x, *x[::-1]], y=[*curve.hi, *curve.lo[::-1]], fill="toself", mode="lines",
-                      line={"width": 0}, fillcolor=_faded(line["color"], 0.15), hoverinfo="skip", legendgroup=name,
-                      showlegend=False)
+    if real and curve.plateau.notna().any():  # what is connected is highlighted in one stroke
+        figure.add_scatter(x=x, y=curve.value.where(curve.plateau.astype(bool)), mode="lines+markers", legendgroup=name,
+                           line={"width": 14, "color": _faded(colour, PLATEAU)}, hoverinfo="skip", showlegend=False,
+                           marker={"size": 14, "color": _faded(colour, PLATEAU)}, name=f"{name}, plateau")
+    if real or control == "untrained":
+        figure.add_scatter(x=[*x, *x[::-1]], y=[*curve.hi, *curve.lo[::-1]], fill="toself", mode="lines",
+                           line={"width": 0}, fillcolor=_faded(colour, 0.15), hoverinfo="skip", showlegend=False,
+                           legendgroup=name if real else control)
     gap = curve.value - curve.value[best]
     told = np.stack([curve.layer, curve.lo, curve.hi, curve.n, gap, np.full(len(curve), curve.layer[best])], -1)
     hover = (f"<b>{name}</b>, %{{customdata[0]}}<br>{WORDS[metric]} %{{y:.3f}} [%{{customdata[1]:.3f}}, "
              "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its highest, "
              "%{customdata[5]}<extra></extra>")
-    points = go.Scatter(x=x, y=curve.value, name=name, mode="lines+markers", legendgroup=name, customdata=told,
-                        line=line, hovertemplate=hover, marker={"size": 7, "symbol": symbol})
-    figure.add_traces([band, points])
+    line = {"color": colour, "width": 2.5 if real else 1.5, "dash": DASHES.get(control, "solid")}
+    figure.add_scatter(x=x, y=curve.value, name=name, mode="lines+markers" if real else "lines", line=line,
+                       legendgroup=name if real else control, showlegend=real, customdata=told, hovertemplate=hover,
+                       opacity=1 if real else 0.8, marker={"size": 7, "symbol": symbol})
 
 
 def _published(figure: go.Figure, task: str, metric: str) -> None:
@@ -147,12 +177,12 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
     return figure.update_layout(margin={"l": 150})
 
 
-def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: str) -> go.Figure:
-    """Training (solid) and validation (dashed) loss of the "linear" probe: each model's best and worst layer.
+def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: str, probe: str = "linear") -> go.Figure:
+    """Training (solid) and validation (dashed) loss of "linear" or "mlp": each model's best and worst layer.
 
     Best and worst are judged by `metric` on the validation split; losses are means over the seeds.
     """
-    scores = select(table[(table.task == task) & (table.control == "none")], "linear", metric, "validation")
+    scores = select(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
     models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
     scores, colours = scores[scores.pooling == pooling], colour_of(table)
     chosen = [[(model, scores.layer[ends[end]]) for end in ("idxmax", "idxmin")] for model in models
@@ -161,7 +191,8 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
               for end, (model, layer) in zip(("best", "worst"), pair, strict=True)]
     figure = make_subplots(len(models), 2, subplot_titles=titles, shared_yaxes="rows", horizontal_spacing=0.05,
                            vertical_spacing=0.3 / len(models))
-    kept = losses[(losses.task == task) & (losses.control == "none") & (losses.pooling == pooling)]
+    kept = losses[(losses.task == task) & (losses.control == "none") & (losses.pooling == pooling)
+                  & (losses.probe == probe)]
     for i, pair in enumerate(chosen, 1):
         for j, (model, layer) in enumerate(pair, 1):
             mean = kept[(kept.model == model) & (kept.layer == layer)].groupby(["split", "epoch"]).loss.mean()
@@ -175,7 +206,7 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
     for split, dash in (("train", "solid"), ("validation", "dash")):
         line = {"dash": dash, "color": GREY, "width": 2.5}
         figure.add_scatter(x=[None], y=[None], name=split, mode="lines", line=line)
-    style(figure, f"Loss of the linear probe — {TASK_WORDS.get(task, task)}{_named(scores)}", 190 + 230 * len(models))
+    style(figure, f"Loss of the {probe} probe — {TASK_WORDS.get(task, task)}{_named(scores)}", 190 + 230 * len(models))
     figure.update_layout(margin={"t": 120}, legend={"y": 1 + 0.14 / len(models)})
     figure.update_xaxes(title="epoch", row=len(models))
     return figure.update_yaxes(title="loss (nats)", col=1)
@@ -195,13 +226,14 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
         figures[f"{task}_{metric}"] = (
             layer_curves(table, task, metric, probe, published, 0.5 if binary else None),
             f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals "
-            "over test images, dashed lines the same architecture with random weights.")
+            "over test images. Highlighted layers cannot be told from the best one (99 % confidence). Dashed lines are "
+            "controls, which should lie at chance or bound what a score means.")
         figures[f"{task}_scores"] = (
             score_heatmap(table, task, [f"{name}_{parts}" for name in ("precision", "recall", "f1")], probe),
             "Each cell is one layer's probe on the test images; darker is better.")
-        if len(losses) and task in set(losses.task):
-            figures[f"{task}_losses"] = (
-                loss_curves(losses, table, task, metric),
+        for kind in losses[losses.task == task].probe.unique() if len(losses) else ():
+            figures[f"{task}_losses" + f"_{kind}" * (kind != "linear")] = (
+                loss_curves(losses, table, task, metric, kind),
                 "Training loss is measured with dropout, while the weights change; validation loss after each epoch. "
                 "A curve that still falls at the last epoch is a probe that has not converged. Best and worst are this "
                 "probe's own, on validation.")
@@ -218,18 +250,21 @@ body{{font:16px/1.55 Inter,Helvetica,Arial,sans-serif;color:#2b2d42;
 max-width:1080px;margin:2.5rem auto;padding:0 1.2rem}}
 h1{{font-size:1.7rem;margin-bottom:.3rem}}.lead{{color:#5c677d;margin-top:0}}
 figure{{margin:2.6rem 0;border-top:1px solid #e9ecf1;padding-top:1rem}}
-figcaption{{color:#5c677d;font-size:.93rem;max-width:62rem}}table{{border-collapse:collapse;font-size:.9rem}}
-td,th{{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid #e9ecf1}}a{{color:#0072B2}}</style></head>
+figcaption{{color:#5c677d;font-size:.93rem;max-width:62rem}}a{{color:#0072B2}}</style></head>
 <body><h1>{title}</h1><p class="lead">{lead}</p>{body}</body></html>"""
 
 
-def write_page(figures: dict[str, tuple[go.Figure, str]], folder: Path, title: str, lead: str,
-               best: pd.DataFrame) -> Path:
-    """Write each figure as its own HTML and ``index.html`` that shows them all, readable without a network."""
+def write_page(figures: dict[str, tuple[go.Figure, str]], folder: Path, title: str, lead: str, said: Sequence[str]
+               ) -> Path:
+    """Write each figure as its own HTML and ``index.html`` that shows them all, readable without a network.
+
+    Parameters
+    ----------
+    said : paragraphs of the summary (:func:`probekit.report.summary`)
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plotly.min.js").write_text(get_plotlyjs())
-    shown = best[["task", "model", "control", "pooling", "best layer", "metric", "value", "lo", "hi"]]
-    body = ["<h2>Best layers</h2>", shown.to_html(index=False, border=0, float_format="{:.3f}".format),
+    body = ["<h2>What came out</h2>", *(f"<p>{html.escape(text)}</p>" for text in said),
             '<p>All numbers: <a href="metrics.csv">metrics.csv</a></p>']
     for name, (figure, caption) in figures.items():
         figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config=CONFIG)

@@ -81,29 +81,34 @@ class Preparer:
                     return getattr(owner, name)
         return None
 
-    def wrap(self, prompt: str) -> str:
+    def wrap(self, prompt: str, image: bool = True) -> str:
         """The text that the model reads: image first, then the prompt, in the checkpoint's own chat template."""
         if getattr(self.processor, "chat_template", None) is None:
             before, _, after = architectures.special(self.config).prompt.partition("{prompt}")
-            return before.replace("{image}", str(getattr(self.processor, "image_token", None) or "")) + prompt + after
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            shown = str(getattr(self.processor, "image_token", None) or "") if image else ""
+            return before.replace("{image}", shown) + prompt + after
+        content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def prepare(self, image: Image.Image, prompts: Sequence[str]) -> Prepared:
+    def prepare(self, image: Image.Image | None, prompts: Sequence[str]) -> Prepared:
         """What the processor makes of one image with each of k prompts; the image itself is processed once.
+
+        Without an image the prompts go through the template and the tokenizer alone.
 
         Raises
         ------
         ValueError
             A prompt that is longer than the model's positions, or that changes how often the image is seen.
         """
+        texts = [self.wrap(prompt, image is not None) for prompt in prompts]
+        start = getattr(self.processor.tokenizer, "bos_token", None)
+        written = bool(start) and texts[0].startswith(start)  # by the template
+        options = {"add_special_tokens": False} if written else {}
+        if image is None:
+            return self._text_only(texts, prompts, options)
         honest = self.processor.image_processor
         self.processor.image_processor = once = _Once(honest)
-        texts = [self.wrap(prompt) for prompt in prompts]
-        options = {"return_mm_token_type_ids": True} if self.token_types else {}
-        start = getattr(self.processor.tokenizer, "bos_token", None)
-        if start and texts[0].startswith(start):  # the template has written it already
-            options["add_special_tokens"] = False
+        options |= {"return_mm_token_type_ids": True} if self.token_types else {}
         size = 1 if architectures.special(self.config).one_at_a_time else len(prompts)
         tokens = []
         try:
@@ -115,8 +120,7 @@ class Preparer:
         finally:
             self.processor.image_processor = honest
         shown = [self._shown(row) for row in tokens]
-        longest = int(np.argmax([len(row["input_ids"]) for row in tokens]))
-        self._check_length(len(tokens[longest]["input_ids"]), prompts[longest])
+        self._check_lengths(tokens, prompts)
         counts = [int(mask.sum()) for mask in shown]
         wrong = next((k for k, count in enumerate(counts) if count != min(counts)), None)
         if wrong is not None:
@@ -131,11 +135,17 @@ class Preparer:
         mask = row.get("image_embeds_position_mask")
         return row["input_ids"] == self.image_id if mask is None else mask == 1
 
-    def _check_length(self, tokens: int, prompt: str) -> None:
+    def _text_only(self, texts: list[str], prompts: Sequence[str], options: dict[str, bool]) -> Prepared:
+        tokens = [{"input_ids": np.array(ids)} for ids in self.processor.tokenizer(texts, **options)["input_ids"]]
+        self._check_lengths(tokens, prompts)
+        return Prepared({}, tokens, [np.zeros(len(row["input_ids"]), bool) for row in tokens])
+
+    def _check_lengths(self, tokens: list[dict[str, np.ndarray]], prompts: Sequence[str]) -> None:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if limit and tokens > limit:
-            raise ValueError(f"{tokens:,} tokens are more than the {limit:,} positions of {self.name}, in the prompt "
-                             f"{prompt[:80]!r}: shorten it or lower longest_side")
+        k = int(np.argmax([len(row["input_ids"]) for row in tokens]))
+        if limit and len(tokens[k]["input_ids"]) > limit:
+            raise ValueError(f"{len(tokens[k]['input_ids']):,} tokens are more than the {limit:,} positions of "
+                             f"{self.name}, in the prompt {prompts[k][:80]!r}: shorten it or lower longest_side")
 
 
 def _unpadded(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -11,11 +11,11 @@ import pandas as pd
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from probekit import paths
+from probekit import compare, paths
+from probekit.labels import HEADLINE
 
 COLUMNS = ["model", "stage", "layer", "pooling", "task", "probe", "control", "split", "metric", "class", "value", "lo",
-           "hi", "n", "seed"]
-HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro"}  # the metric that a kind of task is judged by
+           "hi", "n", "seed", *compare.COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Results:
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"{twice.partition('|')[0]} is there twice: models of one run need different names")
-        return cls(pd.concat([p.metrics for p in parts], ignore_index=True)[COLUMNS],
+        return cls(pd.concat([p.metrics for p in parts], ignore_index=True)[COLUMNS].astype({"plateau": "boolean"}),
                    pd.concat([p.losses for p in parts], ignore_index=True),
                    {key: values for p in parts for key, values in p.predictions.items()})
 
@@ -82,6 +82,9 @@ class Results:
 def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str = "lm") -> pd.DataFrame:
     """One metric about all classes of one stage's layers, in their order, averaged over the seeds.
 
+    How the layers compare (:func:`probekit.compare.layers`) is the first seed's; `spread` is the largest seed's score
+    minus the smallest's.
+
     Raises
     ------
     ValueError
@@ -92,7 +95,10 @@ def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", st
     if not len(rows):
         raise ValueError(f"no {metric} of {probe} probes in this run; it has {', '.join(table.probe.unique())}")
     keys = ["task", "model", "control", "pooling", "metric", "layer"]
-    return rows.groupby(keys, sort=False)[["value", "lo", "hi", "n"]].mean().reset_index()
+    seeds = rows.groupby(keys, sort=False)
+    spread = (seeds.value.max() - seeds.value.min()).rename("spread")
+    return pd.concat([seeds[["value", "lo", "hi", "n"]].mean(), spread, seeds[compare.COLUMNS].first()], axis=1
+                     ).reset_index()
 
 
 def best_layers(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg") -> pd.DataFrame:
@@ -112,11 +118,3 @@ def best_layers(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logre
         chosen = validation.loc[validation.groupby(keys[:-1], sort=False).value.idxmax(), keys]
         found.append(chosen.merge(test, on=keys, how="left"))
     return pd.concat(found, ignore_index=True).rename(columns={"layer": "best layer"})
-
-
-def describe(best: pd.DataFrame) -> list[str]:
-    """The summary as sentences."""
-    return [
-        f"{r.task}: {r.model}{' (untrained)' if r.control == 'untrained' else ''} is best at {r['best layer']} with "
-        f"{r.metric} {r.value:.3f} [{r.lo:.3f}, {r.hi:.3f}] ({r.pooling} pooling)." for _, r in best.iterrows()
-    ]

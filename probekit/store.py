@@ -11,13 +11,18 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 
-from probekit import paths
+from probekit import controls, paths
 from probekit.parts import Part, keys_of, rows_of
 
 
 @dataclass(frozen=True)
 class Store:
     """The activations of a run: ``store["lm.12", "mean"]`` is (n, d) float32, rows as in its examples.
+
+    Attributes
+    ----------
+    examples : what the model was given; that of a control differs from the run's examples
+    control : "none", or a name out of :data:`probekit.controls.INPUTS`
 
     Raises
     ------
@@ -29,6 +34,7 @@ class Store:
     examples: pd.DataFrame
     stages: tuple[str, ...]
     poolings: tuple[str, ...]
+    control: str = "none"
 
     def __post_init__(self):
         for stage in self.stages:
@@ -40,12 +46,15 @@ class Store:
 
     @classmethod
     def open(cls, record: dict, examples: pd.DataFrame) -> Store:
-        """The store that a run's record (:attr:`record`) names."""
-        return cls(paths.resolve(record["folder"]), examples, tuple(record["stages"]), tuple(record["poolings"]))
+        """The store that a run's record (:attr:`record`) names; `examples` are the run's."""
+        control = record["control"]
+        return cls(paths.resolve(record["folder"]), controls.inputs(examples, control), tuple(record["stages"]),
+                   tuple(record["poolings"]), control)
 
     @property
     def record(self) -> dict:
-        return {"folder": paths.relative(self.folder), "stages": self.stages, "poolings": self.poolings}
+        return {"folder": paths.relative(self.folder), "stages": self.stages, "poolings": self.poolings,
+                "control": self.control}
 
     @property
     def dtypes(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from probekit import extract, forward, loading, parts, paths, store
+from probekit import coco, controls, extract, forward, loading, parts, paths, store
 from probekit.extract import Extraction
 from probekit.models import load_vlm
 
@@ -291,3 +291,55 @@ def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch
     for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
         extract.extract(Extraction(name, workers=2), examples.head(80), "cpu")
     assert len(alive) > 200
+
+
+def test_controls_of_the_inputs_are_extracted_beside_the_examples(data, examples, computed):
+    some = examples[examples.image_id.isin(examples.image_id.unique()[:12])].reset_index(drop=True)
+    some.attrs = examples.attrs
+    settings = Extraction("tiny-qwen2-vl", poolings=("mean", "image_mean"), stages=("lm", "vision"))
+    plain, blind, mute, wrong = extract.extract_all(settings, some, controls.INPUTS, "cpu")
+    assert [one.control for one in (plain, blind, mute, wrong)] == ["none", *controls.INPUTS]
+    assert blind.stages == ("lm",) and blind.poolings == ("mean",) and len(blind["lm.08", "mean"]) == len(some)
+    vlm = load_vlm("tiny-qwen2-vl", device="cpu")
+    other = controls.inputs(some, "wrong_image")
+    for i in (0, 5, len(some) - 1):
+        row, file = some.iloc[i], other.file[i]
+        picture = coco.load_rgb(paths.resolve(file))
+        expected = {"lm/blind": forward.run(vlm, [vlm.preparer.prepare(None, [row.prompt])], ["mean"]),
+                    "lm/wrong": forward.run(vlm, [vlm.preparer.prepare(picture, [row.prompt])], ["mean"]),
+                    "lm/mute": forward.run(vlm, [vlm.preparer.prepare(coco.load_rgb(paths.resolve(row.file)), [""])],
+                                           ["mean"])}
+        for one, name in ((blind, "lm/blind"), (wrong, "lm/wrong"), (mute, "lm/mute")):
+            np.testing.assert_allclose(one["lm.05", "mean"][i], expected[name]["lm.05/mean"][0], atol=1e-2)
+    assert not np.allclose(plain["lm.05", "mean"], wrong["lm.05", "mean"], atol=1e-2)
+    again = store.Store.open(wrong.record, some)
+    assert again.control == "wrong_image" and np.array_equal(again["lm.05", "mean"], wrong["lm.05", "mean"])
+    assert len({one.key for one in (plain, blind, mute, wrong)}) == 4
+    rows = sum(n for n, _ in computed)
+    assert rows == len(some[["file", "prompt"]].drop_duplicates()) + some.prompt.nunique() + 12 + len(
+        other[["file", "prompt"]].merge(some[["file", "prompt"]], how="left", indicator=True).query(
+            "_merge == 'left_only'").drop_duplicates())
+    computed.clear()
+    extract.extract_all(settings, some, controls.INPUTS, "cpu")
+    assert computed == []
+
+
+def test_without_an_image_the_model_reads_what_its_tokenizer_says(data):
+    for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
+        vlm = load_vlm(name, device="cpu")
+        prompts = ["This image contains: a red circle.", "", "two"]
+        one = vlm.preparer.prepare(None, prompts)
+        assert not any(mask.any() for mask in one.shown) and not one.image
+        text = vlm.processor.tokenizer.decode(one.tokens[0]["input_ids"])
+        assert prompts[0] in text and "image_pad" not in text and "<image>" not in text
+        together = forward.run(vlm, [one], ["mean", "last"])
+        for k in range(3):
+            ids = torch.from_numpy(one.tokens[k]["input_ids"])[None]
+            states = vlm.model(input_ids=ids, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(together["lm.05/mean"][k], states[5][0].mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_no_image_needs_something_to_read(data, examples):
+    settings = Extraction("tiny-qwen2-vl", poolings=("image_mean",))
+    with pytest.raises(ValueError, match="no_image needs the stage lm"):
+        extract.extract_all(settings, examples, ["no_image"], "cpu")

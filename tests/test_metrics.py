@@ -64,3 +64,55 @@ def test_intervals_hold_the_value_and_resample_whole_images():
                          ["match"], ["a", "b", "c"], binary=True)
     wide = many[many.metric == "accuracy"]
     np.testing.assert_allclose(wide.hi - wide.lo, rows.hi - rows.lo, rtol=1e-6)
+
+
+def test_average_precision_is_that_of_scikit_learn_with_weights_and_ties():
+    n, c = 120, 3
+    y, mask = RNG.integers(0, 2, (n, c)), RNG.random((n, c)) < 0.7
+    y[:, 2] = 0  # no positive
+    p = np.round(RNG.random((2, n, c)), 1)  # many are equal
+    weight = RNG.poisson(1.0, (4, n)).astype(np.uint8)
+    found = metrics.average_precision(p, y, mask, weight)
+    assert found.shape == (4, 2, c) and np.isnan(found[..., 2]).all()
+    for b in range(4):
+        for layer in range(2):
+            for k in range(2):
+                rows = mask[:, k]
+                wanted = reference.average_precision_score(y[rows, k], p[layer, rows, k], sample_weight=weight[b, rows])
+                assert found[b, layer, k] == pytest.approx(wanted, abs=1e-5)
+    table = metrics.table(p, y, mask, np.arange(n), list("abc"), ["a", "b"], binary=False, resamples=50)
+    row = look(table, "a", "average_precision")
+    each = [look(table, "a", "average_precision", name).value for name in "ab"]
+    assert row.value == pytest.approx(np.mean(each)) and row.lo < row.value < row.hi
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_thresholds_are_the_best_ones_of_those_that_can_be_taken(is_binary):
+    p, y, mask, _ = binary(80)
+    p, score = np.round(p, 2), (reference.accuracy_score if is_binary else reference.f1_score)
+    cut = metrics.thresholds(p, y, mask, is_binary)
+    for layer in range(3):
+        tried = [score(y[:, 0], p[layer, :, 0] >= t) for t in np.linspace(0, 1, 201)]
+        assert score(y[:, 0], p[layer, :, 0] >= cut[layer, 0]) >= max(tried) - 1e-9
+    assert metrics.thresholds(p, 0 * y, mask, is_binary).tolist() == [[0.5]] * 3
+
+
+def test_tuned_scores_take_the_thresholds():
+    p, y, mask, image = binary()
+    cut = np.array([[0.3], [0.5], [0.9]])
+    table = metrics.table(p, y, mask, image, ["match"], list("abc"), True, 50, by_class=False, threshold_lc=cut)
+    for k, layer in enumerate("abc"):
+        assert look(table, layer, "accuracy_tuned").value == pytest.approx(((p[k] >= cut[k]) == y).mean())
+    assert (table["class"] == "").all() and table.gap.isna().all()
+
+
+def test_layers_are_compared_within_their_stage():
+    p, y, mask, image = binary(400, 4)
+    p[1] = np.where(y > 0, 0.9, 0.1)  # the best of its stage, without an error
+    p[3] = RNG.random(y.shape)
+    table = metrics.table(p, y, mask, image, ["match"], ["vision.00", "vision.01", "lm.00", "lm.01"], True, 300)
+    rows = table[table.metric == "accuracy"].set_index("layer")
+    assert rows.plateau.tolist() == [False, True, True, False] and rows.gap["vision.01"] > 0 > rows.gap["vision.00"]
+    losses = table[table.metric == "log_loss"].set_index("layer")
+    assert losses.plateau["vision.01"] and not losses.plateau["vision.00"]  # a smaller loss is better
+    assert table[table.metric == "precision_macro"].gap.isna().all()

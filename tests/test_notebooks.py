@@ -43,7 +43,9 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     table = pd.read_csv(demo / "figures" / "small" / "metrics.csv")
     assert set(table.model) == set(DEMO_MODELS)
     assert set(table.task) == {"caption", "category", "category_list"}
-    assert set(table.control) == {"none", "untrained"} and set(table.probe) == {"logreg", "linear"}
+    assert set(table.control) == {"none", "untrained", "no_image", "wrong_image", "shuffled", "control_task",
+                                  "majority", "name_alone"}
+    assert set(table.probe) == {"logreg", "linear"}
     for _, rows in table.groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text()
@@ -58,7 +60,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 def test_a_second_run_reuses_what_is_there_from_any_folder(demo, tmp_path):
     shards = sorted(demo.glob("data/activations/*/*/part-*/shard-*"))
     before = {p: p.stat().st_mtime_ns for p in shards}
-    assert len(before) == 9
+    assert len(before) == 2 * 8 + 3  # 3 of images, 5 of prompts without one, which the untrained model is not asked
     done = call(demo, cwd=tmp_path, run="small")
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/part-*/shard-*"))} == before

@@ -29,13 +29,19 @@ def tables():
                          for m in dict.fromkeys(metrics) for p in ("logreg", "linear") for s in ("validation", "test")]
                 losses += [key | {"probe": "linear", "epoch": e, "split": s, "loss": 1 / e}
                            for e in (1, 2, 3) for s in ("train", "validation")]
-    return pd.DataFrame(rows), pd.DataFrame(losses)
+    table = pd.DataFrame(rows).reindex(columns=results.COLUMNS)
+    table["plateau"] = table.value > 0.75
+    return table, pd.DataFrame(losses)
 
 
 def test_curves_show_every_layer_of_every_model(tables):
     figure = plots.layer_curves(tables[0], "caption", "accuracy", chance=0.5)
-    lines = {t.name: t for t in figure.data if t.mode == "lines+markers"}
+    lines = {t.name: t for t in figure.data if t.hovertemplate}
     assert set(lines) == {"small", "large", "small untrained"}
+    plateau = next(t for t in figure.data if t.name == "large, plateau")
+    assert [y == y for y in plateau.y] == [False] * 3 + [True] * 4
+    legend = [t.name for t in figure.data if t.showlegend is not False]
+    assert legend == ["small", "large", "untrained model", "cannot be told from the best layer"]
     assert list(lines["large"].x) == list(range(7))
     np.testing.assert_allclose(lines["small"].y, [0.5, 0.6, 0.7, 0.8])
     assert lines["small untrained"].line.dash == "dash"
@@ -61,7 +67,7 @@ def test_published_numbers_can_be_overlaid(tables):
 def test_poolings_are_told_apart_and_a_missing_probe_is_named(tables):
     table = pd.concat([tables[0], tables[0].assign(pooling="last")])
     figure = plots.layer_curves(table, "caption", "accuracy")
-    symbols = {t.name: t.marker.symbol for t in figure.data if t.mode == "lines+markers"}
+    symbols = {t.name: t.marker.symbol for t in figure.data if t.hovertemplate}
     assert symbols["small, mean"] != symbols["small, last"] and len(symbols) == 6
     assert "mean pooling" in plots.score_heatmap(table, "caption", ["f1_macro"]).layout.title.text
     with pytest.raises(ValueError, match="it has logreg, linear"):
@@ -80,10 +86,9 @@ def test_heatmap_and_losses(tables):
 def test_the_page_needs_no_network(tables, tmp_path):
     figures = plots.study_figures(*tables, TASKS)
     assert len(figures) == 6
-    best = results.best_layers(tables[0], TASKS)
-    page = plots.write_page(figures, tmp_path, "A <title>", "lead", best)
+    page = plots.write_page(figures, tmp_path, "A <title>", "lead", ["one <sentence>"])
     text = page.read_text()
-    assert "A &lt;title&gt;" in text
+    assert "A &lt;title&gt;" in text and "<p>one &lt;sentence&gt;</p>" in text
     assert (tmp_path / "plotly.min.js").stat().st_size > 1e6
     for name in figures:
         assert f'id="{name}"' in text and (tmp_path / f"{name}.html").exists()
@@ -118,7 +123,7 @@ def test_png_files_are_left_out_with_a_word(tables, tmp_path, monkeypatch):
 def test_the_page_opens_from_disk_without_a_network(tables, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
     figures = plots.study_figures(*tables, TASKS)
-    page_file = plots.write_page(figures, tmp_path, "Try", "lead", results.best_layers(tables[0], TASKS))
+    page_file = plots.write_page(figures, tmp_path, "Try", "lead", ["A sentence."])
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         context = browser.new_context(offline=True)

@@ -1,0 +1,141 @@
+"""Controls: runs that must score at chance, or that bound what a score means.
+
+Three kinds. Controls of the *inputs* give the model something else (:func:`inputs`) and are extracted; controls of the
+*labels* train the same probe on the same states with other labels (:func:`labels`); *baselines* look at no state at all
+(:func:`baseline`). The untrained model is a control as well: it is a model of its own, named in 02_extract.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+
+INPUTS = ("no_image", "no_text", "wrong_image")
+LABELS = ("shuffled", "control_task")
+BASELINES = ("majority", "name_alone")
+WORDS = {
+    "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
+    "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
+    "name_alone": "category's name alone",
+}
+MEANING = {  # of a score above chance
+    "untrained": "random weights carry that much of the input to the probe: only what lies above it was learnt",
+    "no_image": "the texts alone give that much of the labels away: only what lies above it needs the image",
+    "no_text": "the image alone gives that much of the labels away, whatever is asked about it",
+    "wrong_image": "something besides the image predicts the labels: the texts, or which of them are asked",
+    "shuffled": "the test set tells the labels by itself: splits share examples, or the intervals are too narrow",
+    "control_task": "the probe learns arbitrary labels by heart: judge layers by selectivity, or take a weaker probe",
+    "majority": "labels are out of balance: read accuracy against this line, not against one half",
+    "name_alone": "which category is asked gives that much of the label away: read local scores against this line",
+}
+
+
+def check(names: list[str]) -> None:
+    """Raise ValueError naming what can be chosen where a name is no control."""
+    unknown = [name for name in names if name not in INPUTS + LABELS]
+    if unknown:
+        raise ValueError(f"unknown controls {unknown}: take names out of {', '.join(INPUTS + LABELS)}; name models "
+                         "whose weights are to be random in untrained")
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def inputs(examples: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
+    """The examples with other inputs and their own labels; "none" and "untrained" leave them as they are.
+
+    no_image
+        the prompt alone, in the same chat template; ``file`` is ""
+    no_text
+        the image alone: the prompt is empty
+    wrong_image
+        each image's prompts and labels with another image of its split
+
+    Raises
+    ------
+    ValueError
+        A split with a single image has no other one.
+    """
+    if name == "no_image":
+        changed = examples.assign(file="")
+    elif name == "no_text":
+        changed = examples.assign(prompt="")
+    elif name == "wrong_image":
+        changed = examples.assign(file=examples.image_id.map(_other_images(examples, seed)))
+    else:
+        return examples
+    changed.attrs = examples.attrs
+    return changed
+
+
+def _other_images(examples: pd.DataFrame, seed: int) -> dict:
+    """The file of another image of the same split, for each image."""
+    rng, other = np.random.default_rng([seed, crc32(b"wrong_image")]), {}
+    for split, rows in examples.drop_duplicates("image_id").groupby("split", sort=False):
+        if len(rows) < 2:
+            raise ValueError(f"wrong_image needs a second image in {split}: take more images in 01_build_data")
+        rows = rows.iloc[rng.permutation(len(rows))]
+        other |= dict(zip(rows.image_id, np.roll(rows.file, 1), strict=True))
+    return other
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray, split: np.ndarray, binary: bool,
+           seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Other labels for the same states, and the split in which they are learnt and scored.
+
+    shuffled
+        the true labels, dealt out anew among the examples of each split, each class among those that are asked for it
+    control_task
+        Hewitt and Liang (2019): a random label for each *type*, the same wherever the type occurs, so that it can only
+        be learnt by heart. In a binary task the type is the prompt (a caption). A caption that is asked twice in
+        training is learnt with one image and scored with the other: the probe meets no new types, as in their design;
+        half of those scored stand for validation. In a multi-label task the type is the rarest category (by training
+        labels) that the image shows, and each type has a random label for each class; the splits stay.
+
+    Parameters
+    ----------
+    y_nc, mask_nc : (n, c) labels 0 or 1, and 1 where an entry counts
+    prompts, split : (n,)
+
+    Returns
+    -------
+    tuple
+        (n, c) labels and (n,) splits; "" where an example takes no part.
+    """
+    rng = np.random.default_rng([seed, crc32(name.encode())])
+    if name == "shuffled":
+        out = y_nc.copy()
+        for part in np.unique(split):
+            for c in range(y_nc.shape[1]):
+                rows = np.flatnonzero((split == part) & (mask_nc[:, c] > 0))
+                out[rows, c] = y_nc[rng.permutation(rows), c]
+        return out, split
+    if not binary:
+        count = y_nc[split == "train"].sum(0)
+        rarest = np.where(y_nc > 0, np.where(count > 0, count, np.inf), np.inf).argmin(1)
+        return rng.integers(0, 2, (y_nc.shape[1],) * 2).astype(y_nc.dtype)[rarest], split
+    kind = pd.factorize(prompts)[0]
+    out = rng.integers(0, 2, kind.max() + 1).astype(y_nc.dtype)[kind][:, None]
+    train = np.flatnonzero(split == "train")
+    train = train[rng.permutation(len(train))]
+    again = train[pd.Series(kind[train]).duplicated().to_numpy()]
+    parts = np.full(len(split), "", dtype=object)
+    parts[train], parts[again[::2]], parts[again[1::2]] = "train", "validation", "test"
+    return out, parts
+
+
+def baseline(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, n: int) -> np.ndarray:
+    """Probabilities (n, c) of a guess from the training labels: their share of "yes", of all classes or of each.
+
+    Parameters
+    ----------
+    y_nc, mask_nc : of the training examples
+    """
+    yes, asked = (y_nc * mask_nc).sum(0), mask_nc.sum(0)
+    share = yes / np.maximum(asked, 1) if name == "name_alone" else np.full(len(yes), yes.sum() / max(asked.sum(), 1))
+    return np.broadcast_to(share, (n, len(yes)))

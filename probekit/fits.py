@@ -1,0 +1,99 @@
+"""Probes fitted to a group of layers, for all sets of labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from probekit import adam, codelength, logreg
+from probekit.labels import Labels, Task
+
+
+@dataclass
+class Fitted:
+    """Probabilities (l, n of the split, c) of one set of labels, and what else a probe leaves."""
+
+    p_lnc: dict[str, np.ndarray]
+    strengths: list[float]
+    losses: pd.DataFrame
+    bits_ln: np.ndarray | None = None  # of the training examples, see probekit.codelength
+
+    @classmethod
+    def join(cls, parts: Sequence[Fitted]) -> Fitted:
+        """Groups of layers, one after the other."""
+        p = {split: np.concatenate([part.p_lnc[split] for part in parts]) for split in parts[0].p_lnc}
+        bits = None if parts[0].bits_ln is None else np.concatenate([part.bits_ln for part in parts])
+        return cls(p, [c for part in parts for c in part.strengths], pd.concat([part.losses for part in parts]), bits)
+
+
+def device() -> str:
+    """Where probes are trained."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def standardised(x_lnd: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    """Features with mean 0 and standard deviation 1 over the training rows; a constant one becomes 0."""
+    part = x_lnd[:, train]
+    mean, scale = part.mean(1, keepdim=True), part.std(1, keepdim=True, correction=0)
+    return torch.where(scale > 1e-7 * part.abs().amax(1, keepdim=True), (x_lnd - mean) / scale, 0)
+
+
+def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengths: Sequence[float],
+                layers: Sequence[str], memory_gb: float, coded: Sequence[int] = ()) -> list[Fitted]:
+    """Logistic regressions for several sets of labels of a task, in one solve.
+
+    A problem that does not converge is a warning with task, layer, labels, class and strength in it.
+
+    Parameters
+    ----------
+    x_lnd : (l, n, d) features of the task's examples
+    sets : labels; the first ones are the true ones, for as many seeds as are in `coded`
+    coded : seeds of online codelengths
+    """
+    train = task.true.split["train"]
+    x_lnd = standardised(x_lnd, train)
+    inside = [torch.isin(train, labels.split["train"]).float()[:, None] * labels.mask_nc[train] for labels in sets]
+    y, mask = (torch.cat(parts, 1).to(x_lnd.device) for parts in ([s.y_nc[train] for s in sets], inside))
+    solution = logreg.solve(x_lnd[:, train], y, mask, strengths, memory_gb=memory_gb)
+    c = len(task.true.classes)
+    for layer, strength, k in torch.nonzero(~solution.converged_lsk).tolist():
+        warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {sets[k // c].words} labels, class "
+                      f"{task.true.classes[k % c]!r}, C={strengths[strength]:g}, gradient norm "
+                      f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
+    found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths)
+             for i, labels in enumerate(sets)]
+    for seed, fitted, labels in zip(coded, found, sets, strict=False):
+        fitted.bits_ln = codelength.online(x_lnd, labels, strengths, seed, memory_gb)
+    return found
+
+
+def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float]) -> Fitted:
+    """Each layer with the strength that has the lowest log loss on validation."""
+    rows = labels.split["validation"]
+    y, mask = (t[rows].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc))
+    logits = solution.logits(x_lnd[:, rows])
+    losses = ((torch.nn.functional.softplus(logits) - y[:, None] * logits) * mask[:, None]).sum((1, 3))
+    best = losses.argmin(1)
+    solution = solution.at(best)
+    p = {split: solution.logits(x_lnd[:, labels.split[split]])[:, :, 0].sigmoid().cpu().numpy()
+         for split in ("validation", "test")}
+    return Fitted(p, [strengths[k] for k in best.tolist()], pd.DataFrame())
+
+
+def with_adam(x_lnd: torch.Tensor, labels: Labels, seeds: Sequence[int], setting: adam.Training, layers: Sequence[str]
+              ) -> list[Fitted]:
+    """The probes "linear" (no hidden layer) and "mlp", one Fitted a seed."""
+    y, mask = labels.y_nc.to(x_lnd.device), labels.mask_nc.to(x_lnd.device)
+    fit = adam.fit(x_lnd, y, mask, labels.split["train"], labels.split["validation"], labels.kind, tuple(seeds),
+                   setting)
+    p = {split: fit.probabilities(x_lnd[:, labels.split[split]]).cpu().numpy() for split in ("validation", "test")}
+    place = np.indices(fit.losses[:, 0].shape).reshape(3, -1)
+    return [Fitted({split: values[:, s] for split, values in p.items()}, [], pd.DataFrame({
+        "layer": np.array(layers)[place[0]], "seed": seed, "epoch": place[1] + 1,
+        "split": np.array(["train", "validation"])[place[2]], "loss": fit.losses[:, s].numpy().ravel(),
+    })) for s, seed in enumerate(seeds)]

@@ -1,0 +1,107 @@
+"""The labels that probes are trained on: a task's own, and those of controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from probekit import compare, controls, metrics
+
+SPLITS = ("train", "validation", "test")
+HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro"}  # the metric that a kind of task is judged by
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One set of labels for the n examples of a task.
+
+    Attributes
+    ----------
+    name : "none" (the true labels), or a name out of :data:`probekit.controls.LABELS`
+    y_nc, mask_nc : labels 0 or 1, and 1 where an entry counts
+    split : row numbers by split
+    """
+
+    name: str
+    kind: str
+    classes: list[str]
+    image_n: np.ndarray
+    y_nc: torch.Tensor
+    mask_nc: torch.Tensor
+    split: dict[str, torch.Tensor]
+
+    @property
+    def words(self) -> str:
+        return {"none": "true", "shuffled": "shuffled", "control_task": "control-task"}[self.name]
+
+    def of(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, mask and images of a split."""
+        rows = self.split[split].numpy()
+        return self.y_nc[rows].numpy(), self.mask_nc[rows].numpy(), self.image_n[rows]
+
+    def score(self, p_lnc: np.ndarray, split: str, layers: Sequence[str], resamples: int, by_class: bool = False,
+              threshold_lc: np.ndarray | None = None) -> pd.DataFrame:
+        """:func:`probekit.metrics.table` of probabilities for a split."""
+        return metrics.table(p_lnc, *self.of(split), self.classes, list(layers), self.kind == "binary", resamples, 0,
+                             by_class, threshold_lc).assign(split=split)
+
+    def curve(self, p_lnc: np.ndarray, split: str, resamples: int) -> compare.Curve:
+        """The headline metric of all layers, to be compared with other curves."""
+        counts = metrics.image_counts(p_lnc, *self.of(split))
+        binary, metric = self.kind == "binary", HEADLINE[self.kind]
+        return compare.resample(counts, np.unique(self.of(split)[2]),
+                                lambda total: metrics.scores(total, binary)[metric, None], resamples)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a run: its rows in the examples table, and its labels.
+
+    Entries of a class that no training example is asked for do not count: no probe can learn it.
+    """
+
+    name: str
+    rows: np.ndarray
+    prompts: np.ndarray
+    split_n: np.ndarray
+    true: Labels
+
+    @classmethod
+    def of(cls, examples: pd.DataFrame, name: str) -> Task:
+        """
+        Raises
+        ------
+        ValueError
+            A split has no examples of this task.
+        """
+        about = examples.attrs["tasks"][name]
+        rows = np.flatnonzero((examples.task == name).to_numpy())
+        table = examples.iloc[rows]
+        split = table.split.to_numpy()
+        y, mask = (torch.tensor(np.array(table[column].tolist()), dtype=torch.float32) for column in ("labels", "mask"))
+        numbers = _numbers(split, name)
+        mask *= mask[numbers["train"]].amax(0)
+        return cls(name, rows, table.prompt.to_numpy(), split, Labels(
+            "none", about["kind"], list(about["classes"]), table.image_id.to_numpy(), y, mask, numbers))
+
+    def labels(self, control: str, seed: int = 0) -> Labels:
+        """The labels of a control, see :func:`probekit.controls.labels`; "none" has the true ones."""
+        if control == "none":
+            return self.true
+        own = self.true
+        y, split = controls.labels(control, own.y_nc.numpy(), own.mask_nc.numpy(), self.prompts, self.split_n,
+                                   own.kind == "binary", seed)
+        return Labels(control, own.kind, own.classes, own.image_n, torch.from_numpy(y), own.mask_nc,
+                      _numbers(split, f"{self.name} ({controls.WORDS[control]})"))
+
+
+def _numbers(split_n: np.ndarray, name: str) -> dict[str, torch.Tensor]:
+    found = {split: torch.from_numpy(np.flatnonzero(split_n == split)) for split in SPLITS}
+    empty = [split for split, numbers in found.items() if not len(numbers)]
+    if empty:
+        raise ValueError(f"task {name} has no examples in {', '.join(empty)}: take more images in 01_build_data")
+    return found

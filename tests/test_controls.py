@@ -1,0 +1,98 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit import controls
+from probekit.labels import Task
+
+
+def table(images=60):
+    rng = np.random.default_rng(0)
+    split = np.repeat(["train", "validation", "test"], [images // 2, images // 4, images // 4])
+    rows = []
+    for i in range(images):
+        group = np.flatnonzero(split == split[i])
+        other = group[(np.flatnonzero(group == i)[0] + 1) % len(group)]
+        rows += [{"image_id": i, "file": f"{i}.jpg", "split": split[i], "prompt": f"caption {of}", "task": "caption",
+                  "labels": [int(of == i)], "mask": [1]} for of in (i, other)]
+        shows = rng.integers(0, 2, 4)
+        shows[rng.integers(4)] = 1
+        rows.append({"image_id": i, "file": f"{i}.jpg", "split": split[i], "prompt": "which?", "task": "category",
+                     "labels": shows.tolist(), "mask": [1, *rng.integers(0, 2, 3).tolist()]})
+    examples = pd.DataFrame(rows)
+    examples.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"},
+                               "category": {"kind": "multilabel", "classes": list("abcd"), "question": "?"}}
+    return examples
+
+
+def test_controls_of_the_inputs_change_the_inputs_alone():
+    examples = table()
+    for name in controls.INPUTS:
+        changed = controls.inputs(examples, name)
+        columns = [c for c in examples if c != {"no_text": "prompt"}.get(name, "file")]
+        pd.testing.assert_frame_equal(changed[columns], examples[columns])
+        assert changed.attrs == examples.attrs
+    assert set(controls.inputs(examples, "no_image").file) == {""}
+    assert set(controls.inputs(examples, "no_text").prompt) == {""}
+    assert controls.inputs(examples, "none") is examples
+
+
+def test_a_wrong_image_is_another_one_of_the_same_split_for_all_prompts_of_an_image():
+    examples = table()
+    wrong = controls.inputs(examples, "wrong_image")
+    assert (wrong.file != examples.file).all()
+    assert (wrong.groupby("image_id").file.nunique() == 1).all()
+    split_of = examples.groupby("file").split.first()
+    assert (split_of[wrong.file].to_numpy() == wrong.split).all()
+    assert sorted(wrong.file.unique()) == sorted(examples.file.unique())
+    one = examples[examples.split != "test"]
+    lonely = pd.concat([one, examples[examples.image_id == examples.image_id.max()]])
+    with pytest.raises(ValueError, match="second image in test"):
+        controls.inputs(lonely, "wrong_image")
+
+
+def test_shuffled_labels_are_the_same_labels_elsewhere():
+    task = Task.of(table(), "category")
+    shuffled = task.labels("shuffled")
+    asked = task.true.mask_nc.numpy() > 0
+    assert not asked.all()
+    for rows in task.true.split.values():
+        own, other = task.true.y_nc[rows].numpy(), shuffled.y_nc[rows].numpy()
+        assert (own != other).any() and (own == other)[~asked[rows]].all()
+        for c in range(4):  # a class is there as often as before, among those that are asked for it
+            assert own[asked[rows, c], c].sum() == other[asked[rows, c], c].sum()
+    assert not (task.labels("shuffled", 1).y_nc == shuffled.y_nc).all()
+
+
+def test_the_control_task_of_captions_scores_known_captions_with_their_other_image():
+    task = Task.of(table(200), "caption")
+    control = task.labels("control_task")
+    label = pd.Series(control.y_nc[:, 0].numpy()).groupby(task.prompts)
+    assert (label.nunique() == 1).all() and 0.3 < label.first().mean() < 0.7
+    known = set(task.prompts[control.split["train"].numpy()])
+    original_train = set(task.true.split["train"].tolist())
+    for split in ("validation", "test"):
+        rows = control.split[split].numpy()
+        assert set(task.prompts[rows]) <= known and set(rows.tolist()) <= original_train
+        assert not set(rows) & set(control.split["train"].tolist())
+
+
+def test_the_control_task_of_categories_is_a_function_of_the_rarest_one():
+    task = Task.of(table(), "category")
+    control = task.labels("control_task")
+    rarest = np.where(task.true.y_nc > 0, task.true.y_nc[task.true.split["train"]].sum(0), np.inf).argmin(1)
+    for category in range(4):
+        assert len(np.unique(control.y_nc.numpy()[rarest == category], axis=0)) <= 1
+    assert all((control.split[name] == rows).all() for name, rows in task.true.split.items())
+
+
+def test_baselines_are_the_shares_of_the_training_labels():
+    y = np.array([[1, 0], [1, 1], [0, 1], [1, 1]])
+    mask = np.array([[1, 1], [1, 0], [1, 0], [1, 0]])
+    assert np.allclose(controls.baseline("majority", y, mask, 3), 3 / 5)
+    assert np.allclose(controls.baseline("name_alone", y, mask, 3), [[3 / 4, 0]] * 3)
+
+
+def test_unknown_controls_are_named():
+    with pytest.raises(ValueError, match=r"unknown controls .'no_picture'"):
+        controls.check(["no_picture"])
