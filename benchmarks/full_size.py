@@ -100,7 +100,7 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
 
 
 def cost(found: dict, images: int = 22_000) -> pd.DataFrame:
-    """Hours and dollars-free arithmetic: images x FLOP an image / (FLOP/s x utilisation)."""
+    """Minutes by arithmetic: images x FLOP an image / (FLOP/s x utilisation)."""
     rows = []
     for device, (tflops, memory) in DEVICES.items():
         rate = tflops * UTILISATION / found["tflop_an_image"]

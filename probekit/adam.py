@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ class Training:
 
     Attributes
     ----------
-    hidden : width of a hidden layer with ReLU; 0 has none ("linear"), the probe "mlp" takes :data:`HIDDEN`
+    hidden : width of the hidden layer with ReLU of the probe "mlp"; 0 has none, as the probe "linear"
     patience : stop a probe after so many epochs without a lower validation loss, and take it as it was at its lowest;
         None trains all epochs and takes the last
     """
@@ -24,11 +25,8 @@ class Training:
     batch: int = 16
     lr: float = 1e-3
     dropout: float = 0.1
-    hidden: int = 0
+    hidden: int = 128
     patience: int | None = None
-
-
-HIDDEN = 128
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,18 @@ def _loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, kind: str) 
     return (each * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
 
 
+def _start(sizes: Sequence[int], layers: int, each_seed: Callable, device: torch.device
+           ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and biases as torch.nn.Linear draws them, the same for all layers."""
+
+    def drawn(fan_in: int, *shape: int) -> torch.Tensor:
+        first = each_seed(lambda g: (torch.rand(*shape, generator=g) * 2 - 1) * fan_in**-0.5)
+        return first.expand(layers, *first.shape).clone().to(device).requires_grad_()
+
+    pairs = [(drawn(a, a, b), drawn(a, b)) for a, b in pairwise(sizes)]
+    return [weight for weight, _ in pairs], [bias for _, bias in pairs]
+
+
 def fit(x_lnd: torch.Tensor, y_nc: torch.Tensor, mask_nc: torch.Tensor, train: torch.Tensor, validation: torch.Tensor,
         kind: str, seeds: tuple[int, ...] = (0,), setting: Training = Training()) -> Fit:
     """Train one probe a layer and seed; a layer's probe does not depend on which others are trained beside it.
@@ -86,14 +96,7 @@ def fit(x_lnd: torch.Tensor, y_nc: torch.Tensor, mask_nc: torch.Tensor, train: t
     def each_seed(make) -> torch.Tensor:
         return torch.stack([make(generator) for generator in generators])
 
-    def start(fan_in: int, *shape: int) -> torch.Tensor:
-        first = each_seed(lambda g: (torch.rand(*shape, generator=g) * 2 - 1) * fan_in**-0.5)
-        return first.expand(layers, *first.shape).clone().to(x_lnd.device).requires_grad_()
-
-    weights, biases = [], []
-    for a, b in pairwise(sizes):
-        weights.append(start(a, a, b))
-        biases.append(start(a, b))
+    weights, biases = _start(sizes, layers, each_seed, x_lnd.device)
     parameters = [*weights, *biases]
     optimiser = torch.optim.Adam(parameters, lr=setting.lr)
     lowest = torch.full((layers, len(seeds)), torch.inf, device=x_lnd.device)

@@ -7,6 +7,7 @@ few bits, so that the codelength also counts the effort that accuracy leaves out
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,8 @@ def blocks(image_n: np.ndarray, seed: int) -> list[np.ndarray]:
     return [np.flatnonzero(block_of[number] == k) for k in range(len(ends)) if (block_of[number] == k).any()]
 
 
-def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], seed: int, memory_gb: float) -> np.ndarray:
+def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memory_gb: float,
+           seed: int = 0) -> np.ndarray:
     """Bits (l, n) for the labels of the n training examples together, in the order of ``labels.split["train"]``.
 
     Each block's probe takes the strength with the lowest log loss on validation, the same for all classes.
@@ -54,6 +56,9 @@ def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], seed
         known, sent = train[np.concatenate(parts[:k])], train[parts[k]]
         solution = logreg.solve(x_lnd[:, known], *(t[known].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc)),
                                 strengths, memory_gb=memory_gb)
+        if not bool(solution.converged_lsk.all()):
+            many = int((~solution.converged_lsk).sum())
+            warnings.warn(f"{many} probes of the codelength did not converge", stacklevel=2)
         best = losses(solution, validation).sum(1).argmin(1)
         bits[:, parts[k]] = losses(solution.at(best), sent)[..., 0].cpu() / np.log(2)
     return bits.numpy()
@@ -69,10 +74,10 @@ def table(bits_ln: np.ndarray, labels: Labels, layers: Sequence[str], resamples:
     counts = np.zeros((len(images), len(layers), 2))
     np.add.at(counts[..., 0], number, bits_ln.T)
     np.add.at(counts[..., 1], number, np.broadcast_to(mask.sum(1)[:, None], bits_ln.T.shape))
-    rows = []
-    for metric, over, under in (("codelength", 0, 1), ("compression", 1, 0)):
-        curve = compare.resample(counts, images, lambda t, o=over, u=under: t[..., o] / t[..., u], resamples)
-        lo, hi = compare.bca(curve)
-        rows.append(pd.DataFrame({"layer": list(layers), "metric": metric, "class": "", "value": curve.score_l,
-                                  "lo": lo, "hi": hi, "n": int(mask.sum()), "split": "train"}))
-    return pd.concat(rows)
+    curve = compare.resample(counts, images, lambda total: total[..., 0] / total[..., 1], resamples)
+    lo, hi = compare.bca(curve)
+    row = {"layer": list(layers), "class": "", "n": int(mask.sum()), "split": "train"}
+    return pd.concat([
+        pd.DataFrame(row | {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}),
+        pd.DataFrame(row | {"metric": "compression", "value": 1 / curve.score_l, "lo": 1 / hi, "hi": 1 / lo}),
+    ])

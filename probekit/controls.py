@@ -7,6 +7,7 @@ Three kinds. Controls of the *inputs* give the model something else (:func:`inpu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from zlib import crc32
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 INPUTS = ("no_image", "no_text", "wrong_image")
 LABELS = ("shuffled", "control_task")
 BASELINES = ("majority", "name_alone")
+FEWEST = 10  # prompts that a random label is drawn for
 WORDS = {
     "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
     "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
@@ -25,19 +27,19 @@ MEANING = {  # of a score above chance
     "no_image": "the texts alone give that much of the labels away: only what lies above it needs the image",
     "no_text": "the image alone gives that much of the labels away, whatever is asked about it",
     "wrong_image": "something besides the image predicts the labels: the texts, or which of them are asked",
-    "shuffled": "the test set tells the labels by itself: splits share examples, or the intervals are too narrow",
+    "shuffled": "one in forty such intervals lies above chance by luck; if more do, they are too narrow",
     "control_task": "the probe learns arbitrary labels by heart: judge layers by selectivity, or take a weaker probe",
     "majority": "labels are out of balance: read accuracy against this line, not against one half",
     "name_alone": "which category is asked gives that much of the label away: read local scores against this line",
 }
 
 
-def check(names: list[str]) -> None:
+def check(names: Sequence[str], known: Sequence[str] = INPUTS + LABELS) -> None:
     """Raise ValueError naming what can be chosen where a name is no control."""
-    unknown = [name for name in names if name not in INPUTS + LABELS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown controls {unknown}: take names out of {', '.join(INPUTS + LABELS)}; name models "
-                         "whose weights are to be random in untrained")
+        raise ValueError(f"unknown controls {unknown}: take names out of {', '.join(known)}; name models whose weights "
+                         "are to be random in untrained")
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -58,14 +60,15 @@ def inputs(examples: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
     ValueError
         A split with a single image has no other one.
     """
+    if name in ("none", "untrained"):
+        return examples
+    check([name], INPUTS)
     if name == "no_image":
         changed = examples.assign(file="")
     elif name == "no_text":
         changed = examples.assign(prompt="")
-    elif name == "wrong_image":
-        changed = examples.assign(file=examples.image_id.map(_other_images(examples, seed)))
     else:
-        return examples
+        changed = examples.assign(file=examples.image_id.map(_other_images(examples, seed)))
     changed.attrs = examples.attrs
     return changed
 
@@ -85,17 +88,18 @@ def _other_images(examples: pd.DataFrame, seed: int) -> dict:
 
 
 def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray, split: np.ndarray, binary: bool,
-           seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Other labels for the same states, and the split in which they are learnt and scored.
+           seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Other labels for the same states, which of them count, and the split in which they are learnt and scored.
 
     shuffled
         the true labels, dealt out anew among the examples of each split, each class among those that are asked for it
     control_task
         Hewitt and Liang (2019): a random label for each *type*, the same wherever the type occurs, so that it can only
-        be learnt by heart. In a binary task the type is the prompt (a caption). A caption that is asked twice in
-        training is learnt with one image and scored with the other: the probe meets no new types, as in their design;
-        half of those scored stand for validation. In a multi-label task the type is the rarest category (by training
-        labels) that the image shows, and each type has a random label for each class; the splits stay.
+        be learnt by heart. In a binary task the type is the prompt (a caption): a caption that is asked twice in
+        training is learnt with one image and scored with the other (half of them stand for validation), so that the
+        probe meets no new types, as in their design, and learns from fewer examples than it does for the true labels.
+        In a multi-label task the type is the rarest *other* category that the image shows, and each type has a random
+        label for each class; entries of an image that shows no other category do not count; the splits stay.
 
     Parameters
     ----------
@@ -105,8 +109,14 @@ def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray
     Returns
     -------
     tuple
-        (n, c) labels and (n,) splits; "" where an example takes no part.
+        (n, c) labels, (n, c) mask and (n,) splits; "" where an example takes no part.
+
+    Raises
+    ------
+    ValueError
+        A control task for prompts that do not repeat, or of which there are too few to be learnt by heart.
     """
+    check([name], LABELS)
     rng = np.random.default_rng([seed, crc32(name.encode())])
     if name == "shuffled":
         out = y_nc.copy()
@@ -114,19 +124,34 @@ def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray
             for c in range(y_nc.shape[1]):
                 rows = np.flatnonzero((split == part) & (mask_nc[:, c] > 0))
                 out[rows, c] = y_nc[rng.permutation(rows), c]
-        return out, split
-    if not binary:
-        count = y_nc[split == "train"].sum(0)
-        rarest = np.where(y_nc > 0, np.where(count > 0, count, np.inf), np.inf).argmin(1)
-        return rng.integers(0, 2, (y_nc.shape[1],) * 2).astype(y_nc.dtype)[rarest], split
-    kind = pd.factorize(prompts)[0]
-    out = rng.integers(0, 2, kind.max() + 1).astype(y_nc.dtype)[kind][:, None]
-    train = np.flatnonzero(split == "train")
-    train = train[rng.permutation(len(train))]
+        return out, mask_nc, split
+    if binary:
+        y_n, parts = _by_prompt(prompts, split, rng)
+        return y_n[:, None].astype(y_nc.dtype), mask_nc, parts
+    y, known = _by_other_category(y_nc, split, rng)
+    return y.astype(y_nc.dtype), mask_nc * known.astype(mask_nc.dtype), split
+
+
+def _by_other_category(y_nc: np.ndarray, split: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(n, c) random labels by the rarest category shown besides the one that is asked for, and where there is one."""
+    classes = np.arange(y_nc.shape[1])
+    shown = np.where(y_nc > 0, y_nc[split == "train"].sum(0) + 1.0, np.inf)
+    shown = np.pad(shown, ((0, 0), (0, 1)), constant_values=np.inf)  # one that is never there
+    first, second = shown.argsort(1, kind="stable")[:, :2].T[:, :, None]
+    other = np.where(first == classes, second, first)
+    drawn = rng.integers(0, 2, (len(classes) + 1, len(classes)))
+    return drawn[other, classes], np.isfinite(np.take_along_axis(shown, other, 1))
+
+
+def _by_prompt(prompts: np.ndarray, split: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) random labels by prompt, and splits in which known prompts come back."""
+    kind, train = pd.factorize(prompts)[0], rng.permutation(np.flatnonzero(split == "train"))
     again = train[pd.Series(kind[train]).duplicated().to_numpy()]
+    if len(again) < 2 or len(np.unique(kind[train])) < FEWEST:
+        raise ValueError(f"a control task needs at least {FEWEST} different prompts in training, some of them twice")
     parts = np.full(len(split), "", dtype=object)
     parts[train], parts[again[::2]], parts[again[1::2]] = "train", "validation", "test"
-    return out, parts
+    return rng.integers(0, 2, kind.max() + 1)[kind], parts
 
 
 def baseline(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, n: int) -> np.ndarray:

@@ -275,15 +275,17 @@ def extract_all(settings: Extraction, examples: pd.DataFrame, control: Sequence[
     from probekit.models import best_device, load_vlm
 
     settings.check()
-    if "no_image" in control and ("lm" not in settings.stages or set(settings.poolings) <= {"image_mean"}):
-        raise ValueError("no_image needs the stage lm, and a pooling besides image_mean: there is nothing else to read")
+    controls.check(control, controls.INPUTS)
+    of_text = tuple(p for p in settings.poolings if p != "image_mean" and not p.startswith("token:"))
+    if "no_image" in control and ("lm" not in settings.stages or not of_text):
+        raise ValueError("no_image needs the stage lm, and a pooling besides image_mean and token:<i>")
     device = device or best_device()
     settings = resolved(settings, device)
     folder = folder_of(settings)
     if not (folder / "meta.json").exists():  # shards without it cannot be told how they were made
         for shard in folder.glob("part-*/shard-*"):
             shard.unlink()
-    blind = replace(settings, stages=("lm",), poolings=tuple(p for p in settings.poolings if p != "image_mean"))
+    blind = replace(settings, stages=("lm",), poolings=of_text)
     views = [(name, controls.inputs(examples, name), blind if name == "no_image" else settings)
              for name in ("none", *control)]
     planned = []

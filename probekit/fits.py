@@ -44,7 +44,7 @@ def standardised(x_lnd: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
 
 
 def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengths: Sequence[float],
-                layers: Sequence[str], memory_gb: float, coded: Sequence[int] = ()) -> list[Fitted]:
+                layers: Sequence[str], memory_gb: float, coded: bool = False) -> list[Fitted]:
     """Logistic regressions for several sets of labels of a task, in one solve.
 
     A problem that does not converge is a warning with task, layer, labels, class and strength in it.
@@ -52,8 +52,8 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     Parameters
     ----------
     x_lnd : (l, n, d) features of the task's examples
-    sets : labels; the first ones are the true ones, for as many seeds as are in `coded`
-    coded : seeds of online codelengths
+    sets : labels, the true ones first
+    coded : measure the online codelength of the true labels, too
     """
     train = task.true.split["train"]
     x_lnd = standardised(x_lnd, train)
@@ -67,8 +67,8 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
                       f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
     found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths)
              for i, labels in enumerate(sets)]
-    for seed, fitted, labels in zip(coded, found, sets, strict=False):
-        fitted.bits_ln = codelength.online(x_lnd, labels, strengths, seed, memory_gb)
+    if coded:
+        found[0].bits_ln = codelength.online(x_lnd, sets[0], strengths, memory_gb)
     return found
 
 

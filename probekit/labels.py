@@ -49,12 +49,11 @@ class Labels:
         return metrics.table(p_lnc, *self.of(split), self.classes, list(layers), self.kind == "binary", resamples, 0,
                              by_class, threshold_lc).assign(split=split)
 
-    def curve(self, p_lnc: np.ndarray, split: str, resamples: int) -> compare.Curve:
-        """The headline metric of all layers, to be compared with other curves."""
+    def curve(self, p_lnc: np.ndarray, split: str, metric: str, resamples: int) -> compare.Curve:
+        """A metric of all layers, to be compared with other curves."""
         counts = metrics.image_counts(p_lnc, *self.of(split))
-        binary, metric = self.kind == "binary", HEADLINE[self.kind]
         return compare.resample(counts, np.unique(self.of(split)[2]),
-                                lambda total: metrics.scores(total, binary)[metric, None], resamples)
+                                lambda total: metrics.scores(total, self.kind == "binary")[metric, None], resamples)
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ class Task:
         if control == "none":
             return self.true
         own = self.true
-        y, split = controls.labels(control, own.y_nc.numpy(), own.mask_nc.numpy(), self.prompts, self.split_n,
-                                   own.kind == "binary", seed)
-        return Labels(control, own.kind, own.classes, own.image_n, torch.from_numpy(y), own.mask_nc,
+        y, mask, split = controls.labels(control, own.y_nc.numpy(), own.mask_nc.numpy(), self.prompts, self.split_n,
+                                         own.kind == "binary", seed)
+        return Labels(control, own.kind, own.classes, own.image_n, torch.from_numpy(y), torch.from_numpy(mask),
                       _numbers(split, f"{self.name} ({controls.WORDS[control]})"))
 
 

@@ -52,33 +52,30 @@ class Solution:
 
 
 def solve(x_lnd: torch.Tensor, y_nk: torch.Tensor, mask_nk: torch.Tensor, strengths: Sequence[float],
-          seeds: Sequence[int] = (0,), tolerance: float = TOLERANCE, steps: int = 60, memory_gb: float = 2.0
+          seed: int = 0, tolerance: float = TOLERANCE, steps: int = 60, memory_gb: float = 2.0
           ) -> Solution:
-    """Solve l x s x k problems; one with a single kind of label gets a constant answer.
+    """Solve l x s x k problems; one with a single kind of label has the answer log((yes + 1) / (no + 1)) everywhere.
 
     Parameters
     ----------
     x_lnd : (l, n, d) float32, standardised
     y_nk, mask_nk : labels 0 or 1, and 1 where an example counts
     strengths : inverse strengths C, scikit-learn's
-    seeds : of the random starting points, one for each of len(seeds) equal parts of the columns; what a problem
-        converges to does not depend on it
+    seed : of the random starting point; what a problem converges to does not depend on it
     tolerance : largest gradient norm of a converged problem (its objective is a mean over examples)
     memory_gb : bound on what is held besides x; columns are solved in groups that fit
     """
     n, d = x_lnd.shape[1:]
-    layers = len(x_lnd) if x_lnd.is_cuda else max(1, TOGETHER // (n * d))
-    parts = [_solve_layers(x, y_nk, mask_nk, strengths, seeds, tolerance, steps, memory_gb)
-             for x in x_lnd.split(layers)]
+    layers = int(memory_gb * 1e9 / (40 * d * d)) if x_lnd.is_cuda else TOGETHER // (n * d)  # some ten factors each
+    parts = [_solve_layers(x, y_nk, mask_nk, strengths, seed, tolerance, steps, memory_gb)
+             for x in x_lnd.split(max(1, layers))]
     return Solution(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def _solve_layers(x_lnd: torch.Tensor, y_nk: torch.Tensor, mask_nk: torch.Tensor, strengths: Sequence[float],
-                  seeds: Sequence[int], tolerance: float, steps: int, memory_gb: float) -> Solution:
+                  seed: int, tolerance: float, steps: int, memory_gb: float) -> Solution:
     features, (layers, n, d), k = _Features(x_lnd), x_lnd.shape, y_nk.shape[1]
-    starts = [torch.randn(d + 1, len(strengths), k // len(seeds), generator=torch.Generator().manual_seed(seed))
-              for seed in seeds]
-    start_dp = 0.01 * torch.cat(starts, -1).flatten(1).to(x_lnd)
+    start_dp = 0.01 * torch.randn(d + 1, len(strengths) * k, generator=torch.Generator().manual_seed(seed)).to(x_lnd)
     c_p, column_p = torch.tensor(strengths).repeat_interleave(k).to(x_lnd), torch.arange(k).repeat(len(strengths))
     size = max(1, int(memory_gb * 1e9 / (12 * 4 * layers * max(n, d))))
     found = []
@@ -108,13 +105,17 @@ class _Features:
         return torch.cat([_product(self.xt_ldn, r_lnp), r_lnp.sum(1, keepdim=True)], 1)
 
     def factor(self, power: int) -> torch.Tensor:
-        """Cholesky factor (l, d + 1, d + 1) of the Gram matrix with RATIO**power of regularisation."""
+        """Cholesky factor (l, d + 1, d + 1) of the Gram matrix with RATIO**power of regularisation.
+
+        More, where that is lost in float32's rounding: a preconditioner need not be exact.
+        """
         if power not in self.factors:
             whole = torch.nn.functional.pad(self.gram_ldd, (0, 1, 0, 1))
             whole[:, -1, :-1] = whole[:, :-1, -1] = self.mean_ld
             ridge = torch.full_like(whole[0, 0], RATIO**power)
             ridge[-1] = 1.0  # that of the intercept's ones: x'x / n has 1 there
-            self.factors[power] = torch.linalg.cholesky(whole + ridge.diag())
+            found, failed = torch.linalg.cholesky_ex(whole + ridge.diag())
+            self.factors[power] = self.factor(power + 1) if bool(failed.any()) else found
         return self.factors[power]
 
 
@@ -131,7 +132,7 @@ def _solve(features: _Features, y_np: torch.Tensor, mask_np: torch.Tensor, c_p: 
     counts, positive = mask_np.sum(0), (mask_np * y_np).sum(0)
     constant = (positive == 0) | (positive == counts)
     found_ldp, gradient_lp = torch.zeros_like(w_ldp), torch.zeros_like(w_ldp[:, 0])
-    found_ldp[:, -1, constant] = torch.where(positive == 0, -10.0, 10.0)[constant] * (counts > 0)[constant]
+    found_ldp[:, -1, constant] = ((positive + 1) / (counts - positive + 1)).log()[constant]
     left = torch.nonzero(~constant).ravel()
     part = _Problems(features, y_np, mask_np / counts.clamp(min=1), 1 / (c_p * counts.clamp(min=1))).only(left)
     w = w_ldp[..., left]

@@ -17,8 +17,9 @@ import torch
 from probekit import compare
 
 COUNTS = ("tp", "fp", "fn", "tn", "log_loss")  # the last one is a sum of losses
+PLAIN = (*COUNTS[:4], "prevalence")  # of a class, without an interval
 COMPARED = ("accuracy", "f1_macro", "f1_micro", "average_precision", "log_loss")  # layer against layer
-TUNED = ("accuracy", "f1_macro", "f1_micro")  # with thresholds chosen on validation, too
+TUNED = {True: ("accuracy",), False: ("f1_macro", "f1_micro")}  # binary or not: what thresholds are chosen for
 
 
 def image_counts(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray,
@@ -78,7 +79,7 @@ def scores(counts: np.ndarray, binary: bool) -> dict[tuple[str, int | None], np.
         out[f"{name}_macro", None] = _ratio(np.nansum(by_class, -1), share, np.nan)
         out[f"{name}_micro", None] = micro
         out |= {(name, k): by_class[..., k] for k in range(by_class.shape[-1])}
-    for name, values in zip(COUNTS, (tp, fp, fn, tn), strict=False):
+    for name, values in zip(PLAIN, (tp, fp, fn, tn, _ratio(tp + fn, asked, np.nan)), strict=True):
         out |= {(name, k): values[..., k] for k in range(values.shape[-1])}
     return out
 
@@ -96,12 +97,11 @@ def thresholds(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, binary:
             continue
         order = np.argsort(-p_lnc[:, asked, c], 1)
         p = np.take_along_axis(p_lnc[:, asked, c].astype(np.float64), order, 1)
-        tp, k = y[order].cumsum(1), np.arange(1, len(y) + 1)
+        p = np.pad(p, ((0, 0), (1, 1)), constant_values=((0, 0), (2, 0)))  # to say yes to none, or to all
+        tp, k = np.pad(y[order].cumsum(1), ((0, 0), (1, 0))), np.arange(len(y) + 1)
         score = 2 * tp + len(y) - k - y.sum() if binary else 2 * tp / (k + y.sum())  # accuracy: tp + tn
-        score = np.where(np.diff(p, axis=1, append=-1) < 0, score, -np.inf)  # not between equal ones
-        best = score.argmax(1)[:, None]
-        after = np.take_along_axis(np.pad(p, ((0, 0), (0, 1))), best + 1, 1)
-        out[:, c] = ((np.take_along_axis(p, best, 1) + after) / 2)[:, 0]
+        best = np.where(np.diff(p) < 0, score, -np.inf).argmax(1)[:, None]  # not between equal ones
+        out[:, c] = (np.take_along_axis(p, best, 1) + np.take_along_axis(p, best + 1, 1))[:, 0] / 2
     return out
 
 
@@ -149,40 +149,30 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
 
     `lo` and `hi` are 95 % intervals (:func:`probekit.compare.bca`) from `resamples` bootstrap samples of the images (an
     image's examples stay together; the same samples for every layer, model and task, so that they can be compared).
-    `class` is empty where a metric is about all classes; counts have no interval; `n` is the number of entries that
-    count (of the class, where there are several).
+    `class` is empty where a metric is about all classes; counts, and a class's `prevalence`, have no interval; `n` is
+    the number of entries that count (of the class, where there are several).
 
     Parameters
     ----------
     by_class : scores of each class, average precision, and the columns of :func:`probekit.compare.layers` for the
         metrics :data:`COMPARED`, besides the scores about all classes
-    threshold_lc : adds `<metric>_tuned`, with these thresholds instead of one half, for :data:`TUNED`
+    threshold_lc : adds `<metric>_tuned`, with these thresholds instead of one half: accuracy of binary tasks, F1 of
+        others, as :func:`thresholds` chooses them
     """
-    names, images = ["no", "yes"] if binary else classes, np.unique(image_n)
-    n_c, n = mask_nc.sum(0).astype(int), int(mask_nc.sum())
-    curves: dict[tuple[str, int | None], compare.Curve] = {}
-
-    def add(counts: np.ndarray, kept: Callable[[tuple], bool], suffix: str = "") -> dict[tuple, np.ndarray]:
-        """Curves of what is kept and has a value; all point values."""
-        point = scores(counts.sum(0), binary)
-        drawn = [key for key, v in point.items() if key[0] not in COUNTS[:4] and kept(key) and not np.isnan(v).all()]
-        curve = compare.resample(counts, images, lambda total: np.concatenate(
-            [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
-        for i, (metric, k) in enumerate(drawn):
-            curves[metric + suffix, k] = curve.only(slice(i * len(layers), (i + 1) * len(layers)))
-        return {key: values for key, values in point.items() if kept(key)}
-
-    point = add(image_counts(p_lnc, y_nc, mask_nc, image_n), lambda key: by_class or key[1] is None)
+    counts = image_counts(p_lnc, y_nc, mask_nc, image_n)
+    point, curves = _scored(counts, image_n, binary, lambda key: by_class or key[1] is None, resamples, seed)
     if threshold_lc is not None:
-        tuned = image_counts(p_lnc, y_nc, mask_nc, image_n, threshold_lc)
-        point |= {(f"{metric}_tuned", k): values for (metric, k), values in add(
-            tuned, lambda key: key[0] in TUNED and key[1] is None, "_tuned").items()}
+        counts = image_counts(p_lnc, y_nc, mask_nc, image_n, threshold_lc)
+        tuned = _scored(counts, image_n, binary, lambda key: key in [(name, None) for name in TUNED[binary]], resamples,
+                        seed)
+        for all_of_it, found in zip((point, curves), tuned, strict=True):
+            all_of_it |= {(f"{metric}_tuned", k): values for (metric, k), values in found.items()}
     if by_class:
-        ranked = _ranked(p_lnc, y_nc, mask_nc, image_n, resamples, seed)
-        ranked = {k: curve for k, curve in ranked.items() if k is None or not binary}
-        curves |= {("average_precision", k): curve for k, curve in ranked.items()}
-        point |= {("average_precision", k): curve.score_l for k, curve in ranked.items()}
-    rows = []
+        ranked = {("average_precision", k): curve for k, curve in _ranked(
+            p_lnc, y_nc, mask_nc, image_n, resamples, seed).items() if k is None or not binary}
+        curves |= ranked
+        point |= {key: curve.score_l for key, curve in ranked.items()}
+    names, n_c, n, rows = ["no", "yes"] if binary else classes, mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
     for (metric, k), values in point.items():
         curve = curves.get((metric, k))  # none for counts, and classes that were never asked for
         lo, hi = compare.bca(curve) if curve else (np.nan, np.nan)
@@ -193,6 +183,17 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
         rows.append(row)
     whole = pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:7], *compare.COLUMNS])
     return whole.astype({"plateau": "boolean"})
+
+
+def _scored(counts: np.ndarray, image_n: np.ndarray, binary: bool, kept: Callable[[tuple], bool], resamples: int,
+            seed: int) -> tuple[dict[tuple, np.ndarray], dict[tuple, compare.Curve]]:
+    """The kept scores (l,), and the curves of those that have an interval."""
+    point, layers = scores(counts.sum(0), binary), counts.shape[1]
+    drawn = [key for key, values in point.items() if key[0] not in PLAIN and kept(key) and not np.isnan(values).all()]
+    curve = compare.resample(counts, np.unique(image_n), lambda total: np.concatenate(
+        [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
+    return ({key: values for key, values in point.items() if kept(key)},
+            {key: curve.only(slice(i * layers, (i + 1) * layers)) for i, key in enumerate(drawn)})
 
 
 def _compared(curve: compare.Curve, layers: list[str], smaller: bool) -> pd.DataFrame:

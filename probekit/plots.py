@@ -66,19 +66,20 @@ def _faded(colour: str, alpha: float) -> str:
 
 
 def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logreg", published: bool = False,
-                 chance: float | None = None) -> go.Figure:
+                 chance: float | None = None, split: str = "test") -> go.Figure:
     """A metric by layer: one colour a model, its 95 % interval as a band, its plateau highlighted, controls dashed.
 
     The plateau are the layers that cannot be told from the best one (:func:`probekit.compare.layers`).
 
     Parameters
     ----------
-    table : metrics table (all of it; the test split is shown)
+    table : metrics table (all of it)
     published : overlay the published study's numbers for this task as thin grey lines
     chance : value of the chance line, if one is known
+    split : which one's scores; codelengths are those of "train"
     """
     figure, colours = go.Figure(), colour_of(table)
-    rows = select(table, probe, metric)
+    rows = select(table, probe, metric, split)
     rows = rows[rows.task == task]
     poolings = list(dict.fromkeys(rows.pooling))
     for (model, control, pooling), curve in rows.groupby(["model", "control", "pooling"], sort=False):
@@ -97,7 +98,7 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     if published:
         _published(figure, task, metric)
     lines = {} if chance is None else {"chance": chance}
-    for name in controls.BASELINES:
+    for name in controls.BASELINES if metric in ("accuracy", "log_loss") else ():  # an F1 of guesses says little
         value = rows[rows.control == name].value.max()
         if value == value and not any(abs(value - known) < 0.01 for known in lines.values()):
             lines[controls.WORDS[name]] = value
@@ -107,7 +108,7 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
                          annotation_font_color=GREY, annotation_position=place)
     style(figure, f"{WORDS[metric][0].upper()}{WORDS[metric][1:]} by layer — {TASK_WORDS.get(task, task)}")
     figure.update_xaxes(title=AXIS, dtick=1 if layer_number(rows.layer).max() <= 12 else 4)
-    return figure.update_yaxes(title=f"{WORDS[metric]} (test)")
+    return figure.update_yaxes(title=WORDS[metric] if metric == "codelength" else f"{WORDS[metric]} ({split})")
 
 
 def _named(rows: pd.DataFrame) -> str:
@@ -118,7 +119,8 @@ def _named(rows: pd.DataFrame) -> str:
 def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, control: str, colour: str, symbol: str, metric: str
            ) -> None:
     x, real = layer_number(curve.layer), control == "none"
-    best = curve.value.idxmax()
+    lower = metric in ("codelength", "log_loss")  # is better
+    best = curve.value.idxmin() if lower else curve.value.idxmax()
     if real and curve.plateau.notna().any():  # what is connected is highlighted in one stroke
         figure.add_scatter(x=x, y=curve.value.where(curve.plateau.astype(bool)), mode="lines+markers", legendgroup=name,
                            line={"width": 14, "color": _faded(colour, PLATEAU)}, hoverinfo="skip", showlegend=False,
@@ -130,7 +132,7 @@ def _curve(figure: go.Figure, curve: pd.DataFrame, name: str, control: str, colo
     gap = curve.value - curve.value[best]
     told = np.stack([curve.layer, curve.lo, curve.hi, curve.n, gap, np.full(len(curve), curve.layer[best])], -1)
     hover = (f"<b>{name}</b>, %{{customdata[0]}}<br>{WORDS[metric]} %{{y:.3f}} [%{{customdata[1]:.3f}}, "
-             "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its highest, "
+             "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its best, "
              "%{customdata[5]}<extra></extra>")
     line = {"color": colour, "width": 2.5 if real else 1.5, "dash": DASHES.get(control, "solid")}
     figure.add_scatter(x=x, y=curve.value, name=name, mode="lines+markers" if real else "lines", line=line,
@@ -180,7 +182,8 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
 def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: str, probe: str = "linear") -> go.Figure:
     """Training (solid) and validation (dashed) loss of "linear" or "mlp": each model's best and worst layer.
 
-    Best and worst are judged by `metric` on the validation split; losses are means over the seeds.
+    Best and worst are judged by `metric` on the validation split; losses are means over the seeds that
+    are still trained.
     """
     scores = select(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
     models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
@@ -228,6 +231,11 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
             f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals "
             "over test images. Highlighted layers cannot be told from the best one (99 % confidence). Dashed lines are "
             "controls, which should lie at chance or bound what a score means.")
+        if (table[table.task == task].metric == "codelength").any() and probe == "logreg":
+            figures[f"{task}_codelength"] = (
+                layer_curves(table, task, "codelength", probe, split="train"),
+                "How many bits a label takes, given the states: each block of training labels is sent with a probe "
+                "that has seen the blocks before it. The uniform code takes 1; lower is easier to extract.")
         figures[f"{task}_scores"] = (
             score_heatmap(table, task, [f"{name}_{parts}" for name in ("precision", "recall", "f1")], probe),
             "Each cell is one layer's probe on the test images; darker is better.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from probekit.store import Store
 from probekit.tasks import rows_key, table_key
 
 PROBES = ("logreg", "linear", "mlp")
+VERSION = 2  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Probing:
     ----------
     probes : "logreg" (converged, standardised features, strength chosen on validation), "linear" (the study's), "mlp"
         (the same training with one hidden layer)
-    seeds : starting points of all, dropout and batch order of "linear" and "mlp", labels of the controls
+    seeds : starting points, dropout and batch order of "linear" and "mlp", and the labels of the controls; the true
+        labels have one "logreg", which has no seed
     strengths : values of C that "logreg" chooses from, for each layer the one with the lowest validation log loss
     training : setting of "linear" and "mlp"
     controls : names out of :data:`probekit.controls.LABELS`: the same probes on the same states with other labels
@@ -41,7 +44,7 @@ class Probing:
 
     probes: tuple[str, ...] = ("logreg", "linear")
     seeds: tuple[int, ...] = (0,)
-    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     training: adam.Training = adam.Training()
     controls: tuple[str, ...] = ()
     codelength: bool = True
@@ -53,7 +56,7 @@ class Probing:
         unknown = [name for name in self.probes if name not in PROBES]
         if unknown or not self.probes:
             raise ValueError(f"unknown probes {unknown or self.probes}: take names out of {', '.join(PROBES)}")
-        controls.check(self.controls)
+        controls.check(self.controls, controls.LABELS)
         for name in ("probes", "seeds", "strengths"):
             if len(set(getattr(self, name))) < len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{name}={list(getattr(self, name))}: name each once, and at least one")
@@ -73,13 +76,13 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     settings.check()
     if rows_key(store.examples) != rows_key(controls.inputs(examples, store.control)):
         raise ValueError("the store is open for another examples table: open it for this one")
-    key = paths.fingerprint(settings, store.key, table_key(examples))
+    if control_of(store) != "none":  # other labels are about the real states
+        settings = replace(settings, controls=(), codelength=settings.codelength and store.control == "none")
+    key = paths.fingerprint(VERSION, settings, store.key, table_key(examples))
     own = folder / "-".join([store.folder.parent.name, store.folder.name, store.control])
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
         return Results.read(own, table_key(examples))
     (own / "probe.json").unlink(missing_ok=True)
-    plain = control_of(store) == "none"  # controls of labels are about what the model knows; the others are controls
-    settings = settings if plain else replace(settings, controls=())
     tasks = [Task.of(examples, name) for name in examples.attrs["tasks"]]
     done = Results.join([scored(store, pooling, task, kind, fitted, settings) for pooling in store.poolings
                          for task, kind, fitted in _fit_all(store, pooling, tasks, settings)])
@@ -96,13 +99,14 @@ def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], settings: Probin
              ) -> Iterator[tuple[Task, str, dict[tuple[str, int], Fitted]]]:
     """Every task and kind of probe, fitted to all layers: by control of the labels and seed."""
     parts: dict[tuple[str, str], dict[tuple[str, int], list[Fitted]]] = defaultdict(lambda: defaultdict(list))
+    others = {task.name: _others(task, settings) for task in tasks}
     name = f"probing {store.folder.parent.name} ({store.control}, {pooling})"
     with tqdm(total=len(store.layers_of(pooling)), desc=name, unit="layer") as bar:
-        for layers, x_lnd in _groups(store, pooling, settings.memory_gb / 8):
+        for layers, x_lnd in _groups(store, pooling, settings.memory_gb / 16):
             for task in tasks:
                 x_task = x_lnd[:, task.rows].to(fits.device())
                 for kind in settings.probes:
-                    for key, fitted in _fit(x_task, task, kind, settings, layers).items():
+                    for key, fitted in _fit(x_task, task, kind, settings, layers, others[task.name]).items():
                         parts[task.name, kind][key].append(fitted)
             bar.update(len(layers))
     for task in tasks:
@@ -110,17 +114,31 @@ def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], settings: Probin
             yield task, kind, {key: Fitted.join(found) for key, found in parts[task.name, kind].items()}
 
 
-def _fit(x_lnd: torch.Tensor, task: Task, kind: str, settings: Probing, layers: Sequence[str]
-         ) -> dict[tuple[str, int], Fitted]:
-    keys = [(name, seed) for name in ("none", *settings.controls) for seed in settings.seeds]
+def _others(task: Task, settings: Probing) -> list[tuple[str, int]]:
+    """Controls of the labels that this task has, with their seeds; one that it cannot have is a warning."""
+    found = []
+    for name in settings.controls:
+        try:
+            task.labels(name)
+        except ValueError as error:
+            warnings.warn(f"{task.name} has no {controls.WORDS[name]}: {error}", stacklevel=2)
+        else:
+            found += [(name, seed) for seed in settings.seeds]
+    return found
+
+
+def _fit(x_lnd: torch.Tensor, task: Task, kind: str, settings: Probing, layers: Sequence[str],
+         others: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Fitted]:
+    """One kind of probe, for the true labels and those of controls: by control and seed."""
     if kind == "logreg":
+        keys = [("none", settings.seeds[0]), *others]
         found = fits.with_logreg(x_lnd, task, [task.labels(*key) for key in keys], settings.strengths, layers,
-                                 settings.memory_gb / 2, settings.seeds if settings.codelength else ())
+                                 settings.memory_gb / 4, settings.codelength)
         return dict(zip(keys, found, strict=True))
-    setting = replace(settings.training, hidden=adam.HIDDEN if kind == "mlp" else 0)
+    setting = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
     found = fits.with_adam(x_lnd, task.true, settings.seeds, setting, layers)
     fitted = {("none", seed): one for seed, one in zip(settings.seeds, found, strict=True)}
-    for name, seed in keys[len(settings.seeds) :]:  # each seed has labels of its own
+    for name, seed in others:  # each seed has labels of its own
         fitted[name, seed], = fits.with_adam(x_lnd, task.labels(name, seed), (seed,), setting, layers)
     return fitted
 
@@ -155,31 +173,37 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
                 labels.score(one.p_lnc["test"], "test", layers, b, in_full, cut)]
         if one.strengths:
             rows.append(pd.DataFrame({"layer": layers, "metric": "strength", "class": "", "value": one.strengths,
+                                      "lo": min(settings.strengths), "hi": max(settings.strengths),
                                       "split": "validation"}))
         if one.bits_ln is not None:
             rows.append(codelength.table(one.bits_ln, labels, layers, b))
         tables.append(pd.concat(rows).assign(seed=seed, control=main if name == "none" else name))
         if name == "control_task":
-            tables.append(_selectivity(fitted["none", seed], one, task.true, labels, layers, b).assign(seed=seed))
+            own = fitted.get(("none", seed), fitted["none", settings.seeds[0]])
+            tables += [_selectivity(own, one, task.true, labels, layers, b).assign(seed=seed, control="none"),
+                       _baseline("name_alone", labels, layers, b).query("metric == 'accuracy'").assign(
+                           seed=seed, control=name, metric="chance")]
     if main == "none":
-        tables += [_baseline(name, task.true, layers, b).assign(seed=settings.seeds[0]) for name in controls.BASELINES]
+        tables += [_baseline(name, task.true, layers, b).assign(seed=settings.seeds[0], control=name)
+                   for name in controls.BASELINES]
     about = {"model": store.meta["model"], "pooling": pooling, "task": task.name, "probe": kind}
     table = pd.concat(tables, ignore_index=True)
     losses = pd.concat([one.losses.assign(control=main if name == "none" else name)
                         for (name, _), one in fitted.items()], ignore_index=True)
     decoder = [layer.startswith("lm.") for layer in layers]
     test = fitted["none", settings.seeds[0]].p_lnc["test"][decoder].astype(np.float16)
-    return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses.assign(**about), {
-        "|".join((about["model"], main, pooling, task.name, kind)): test})
+    key = "|".join((about["model"], main, pooling, task.name, kind))
+    return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses.assign(**about),
+                   {key: test} if main in ("none", "untrained") else {})
 
 
 def _selectivity(own: Fitted, control: Fitted, true: Labels, arbitrary: Labels, layers: Sequence[str], resamples: int
                  ) -> pd.DataFrame:
-    """Headline score minus that of the control task (Hewitt and Liang, 2019, equation 3), with its interval."""
-    gap = compare.difference(true.curve(own.p_lnc["test"], "test", resamples),
-                             arbitrary.curve(control.p_lnc["test"], "test", resamples), layers)
-    return gap[["layer", "lo", "hi"]].assign(value=gap.difference, metric="selectivity", split="test", control="none",
-                                             n=len(true.split["test"]), **{"class": ""})
+    """Accuracy minus that of the control task (Hewitt and Liang, 2019, section 2), with its percentile interval."""
+    gap = compare.difference(true.curve(own.p_lnc["test"], "test", "accuracy", resamples),
+                             arbitrary.curve(control.p_lnc["test"], "test", "accuracy", resamples), layers)
+    return gap[["layer", "lo", "hi"]].assign(value=gap.difference, metric="selectivity", split="test",
+                                             n=int(true.of("test")[1].sum()), **{"class": ""})
 
 
 def _baseline(name: str, labels: Labels, layers: Sequence[str], resamples: int) -> pd.DataFrame:
@@ -190,4 +214,4 @@ def _baseline(name: str, labels: Labels, layers: Sequence[str], resamples: int) 
         p = controls.baseline(name, labels.y_nc[train].numpy(), labels.mask_nc[train].numpy(), len(labels.split[split]))
         once = labels.score(p[None].astype(np.float32), split, ["once"], resamples)
         parts.append(pd.DataFrame({"layer": layers}).merge(once.drop(columns="layer"), how="cross"))
-    return pd.concat(parts).assign(control=name)
+    return pd.concat(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -17,15 +16,13 @@ PROBES = {"logreg": "logistic-regression", "linear": "linear (Adam)", "mlp": "on
 WIDE = 0.1  # of an interval
 
 
-def summary(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg", strengths: Sequence[float] = ()
-            ) -> list[str]:
+def summary(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg") -> list[str]:
     """A paragraph a task, model and pooling: best layer, plateau, selectivity, codelength, controls, doubts.
 
     Parameters
     ----------
     table : the metrics table
     tasks : kind and classes by task, as in the examples' ``attrs["tasks"]``
-    strengths : those that "logreg" chose from
     """
     best = best_layers(table, tasks, probe)
     out = []
@@ -39,39 +36,41 @@ def summary(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "logreg", 
             f"validation images) has a test {NAMES[row.metric]} of {_interval(row)}, n = {row.n:,.0f} labels.",
             compare.sentence(curve) if curve.plateau.notna().all() else "",
             _selectivity(own, probe, row["best layer"]), _codelength(own, probe, row["best layer"]),
-            *_controls(own, best, row, probe), *_doubts(own, curve, row, probe, strengths),
+            *_controls(own, best, row, probe), *_doubts(own, curve, row, probe),
         ]
         out.append(" ".join(part for part in parts if part))
     return out
 
 
-def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg") -> pd.DataFrame:
-    """Models, poolings and untrained models against each other at their best layers (chosen on validation), by task.
+def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg", resamples: int = 2000) -> pd.DataFrame:
+    """Models, their untrained twins, poolings and tasks against each other at their best layers (of validation).
 
-    Test images that both were asked about are paired.
+    All pairs that differ in one of them and have the same headline metric; test images that both have are paired.
 
     Returns
     -------
     DataFrame
-        `task`, `a`, `b` (model, control and layer), `difference` of the headline metric with `lo` and `hi`, `p`
-        (two-sided), `p_holm` over all rows of a task
+        `a`, `b` (task, model, pooling, layer), `metric`, their `difference` with `lo` and `hi`, `p` (two-sided),
+        `p_holm` over all rows of a metric
     """
     best = best_layers(whole.metrics, examples.attrs["tasks"], probe)
     best = best[best.control.isin(["none", "untrained"]) & best["best layer"].str.startswith("lm.")]
-    found = []
-    for name, rows in best.groupby("task", sort=False):
-        task, curves = Task.of(examples, name), {}
+    tasks, found = {name: Task.of(examples, name) for name in best.task.unique()}, []
+    for metric, rows in best.groupby("metric", sort=False):
+        curves = {}
         for _, row in rows.iterrows():
-            p_lnc = whole.predictions["|".join((row.model, row.control, row.pooling, name, probe))]
+            p_lnc = whole.predictions["|".join((row.model, row.control, row.pooling, row.task, probe))]
             layer = int(row["best layer"].partition(".")[2])
-            words = [row.model, *[row.control] * (row.control != "none"), row.pooling, row["best layer"]]
-            curves[", ".join(words)] = task.true.curve(p_lnc[[layer]].astype(np.float32), "test", 2000)
-        pairs = [compare.difference(curves[a], curves[b], [name]).assign(task=name, a=a, b=b)
-                 for a, b in combinations(curves, 2)]
-        if pairs:
-            part = pd.concat(pairs, ignore_index=True)
+            curve = tasks[row.task].true.curve(p_lnc[[layer]].astype(np.float32), "test", metric, resamples)
+            model = row.model + " (untrained)" * (row.control == "untrained")
+            curves[row.task, model, row.pooling] = row["best layer"], curve
+        pairs = [(a, b) for a, b in combinations(curves, 2) if sum(x != y for x, y in zip(a, b, strict=True)) == 1]
+        parts = [compare.difference(curves[a][1], curves[b][1], [metric]).assign(
+            a=", ".join([*a, curves[a][0]]), b=", ".join([*b, curves[b][0]])) for a, b in pairs]
+        if parts:
+            part = pd.concat(parts).rename(columns={"layer": "metric"})
             found.append(part.assign(p_holm=compare.holm(part.p)))
-    columns = ["task", "a", "b", "difference", "lo", "hi", "p", "p_holm"]
+    columns = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm"]
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
@@ -92,7 +91,7 @@ def _at(curve: pd.DataFrame, layer: str) -> pd.Series | None:
 
 def _selectivity(own: pd.DataFrame, probe: str, layer: str) -> str:
     here = _at(_curve(own, probe, "selectivity"), layer)
-    return "" if here is None else f"Selectivity there, the score minus that of the control task: {_interval(here)}."
+    return "" if here is None else f"Selectivity there, accuracy minus that of the control task: {_interval(here)}."
 
 
 def _codelength(own: pd.DataFrame, probe: str, layer: str) -> str:
@@ -116,8 +115,9 @@ def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str)
     same = best[(best.task == row.task) & (best.model == row.model) & (best.pooling == row.pooling)]
     for _, control in same[~same.control.isin(["none", *controls.BASELINES])].iterrows():
         here = _at(_curve(own, probe, "accuracy", control.control), control["best layer"])
+        guessed = max(level, _curve(own, probe, "chance", control.control).value.max(), key=np.nan_to_num)
         told = f"{controls.WORDS[control.control]} {here.value:.3f} ({here.lo:.3f} to {here.hi:.3f})"
-        if here.lo > level:
+        if here.lo > guessed:
             high.append(f"{told}, above chance: {controls.MEANING[control.control]}.")
         else:
             low.append(told)
@@ -127,15 +127,15 @@ def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str)
     return out + [told[0].upper() + told[1:] for told in high]
 
 
-def _doubts(own: pd.DataFrame, curve: pd.DataFrame, row: pd.Series, probe: str, strengths: Sequence[float]
-            ) -> list[str]:
+def _doubts(own: pd.DataFrame, curve: pd.DataFrame, row: pd.Series, probe: str) -> list[str]:
     found = []
     if len(curve) > 1 and curve.plateau.notna().all() and curve.plateau.astype(bool).all():
         found.append("no layer can be told from the best, so the curve has no peak")
     if (curve.spread > 0.01).any():
         found.append(f"seeds differ by up to {curve.spread.max():.3f} at a layer, which no interval here counts in")
-    rows = own[(own.control == "none") & (own.probe == probe) & (own.metric == "strength")]
-    if len(strengths) > 1 and rows[rows.layer == row["best layer"]].value.isin([min(strengths), max(strengths)]).any():
+    rows = own[(own.control == "none") & (own.probe == probe) & (own.metric == "strength") & (own.lo < own.hi)]
+    rows = rows[rows.layer == row["best layer"]]  # lo and hi are the ends of the grid
+    if ((rows.value == rows.lo) | (rows.value == rows.hi)).any():
         found.append("the strength that validation chose is at an end of the grid: widen strengths")
     if row.hi - row.lo > WIDE:
         found.append(f"the interval is {row.hi - row.lo:.2f} wide: take more test images")

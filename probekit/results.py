@@ -25,7 +25,7 @@ class Results:
     Attributes
     ----------
     metrics : one row a model, layer, pooling, task, probe, control, split, metric, class and seed
-    losses : of "linear", by epoch
+    losses : of "linear" and "mlp", by epoch
     predictions : ``"<model>|<control>|<pooling>|<task>|<probe>"`` to (l, n, c) float16, the first seed's
         probabilities for the task's test examples
     """
@@ -79,8 +79,11 @@ class Results:
         return cls(*(pd.read_parquet(folder / f"{kind}.parquet") for kind in ("metrics", "losses")), predictions)
 
 
-def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str = "lm") -> pd.DataFrame:
+def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None
+           ) -> pd.DataFrame:
     """One metric about all classes of one stage's layers, in their order, averaged over the seeds.
+
+    The stage is the decoder ("lm") unless another one is named, or the table has no decoder.
 
     How the layers compare (:func:`probekit.compare.layers`) is the first seed's; `spread` is the largest seed's score
     minus the smallest's.
@@ -90,6 +93,7 @@ def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", st
     ValueError
         The table has no scores of this probe.
     """
+    stage = stage or ("lm" if (table.stage == "lm").any() or not len(table) else table.stage.iloc[0])
     rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)
                  & (table.stage == stage)]
     if not len(rows):

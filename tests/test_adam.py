@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def data(kind, layers=3):
 def test_it_is_the_plain_loop_for_each_layer(kind):
     """Without dropout, weights equal those of nn.Linear and torch's Adam, layer by layer."""
     x, y, mask = data(kind)
-    setting = Training(epochs=3, batch=16, dropout=0.0)
+    setting = Training(epochs=3, batch=16, dropout=0.0, hidden=0)
     fit = adam.fit(x, y, mask, TRAIN, VALIDATION, kind, (4,), setting)
     outputs = 2 if kind == "binary" else 4
     for layer in range(3):
@@ -50,15 +52,15 @@ def test_it_is_the_plain_loop_for_each_layer(kind):
 
 def test_layers_and_seeds_do_not_touch_each_other():
     x, y, mask = data("binary")
-    together = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), Training(epochs=2))
-    alone = adam.fit(x[2:], y, mask, TRAIN, VALIDATION, "binary", (1,), Training(epochs=2))
+    together = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), Training(epochs=2, hidden=0))
+    alone = adam.fit(x[2:], y, mask, TRAIN, VALIDATION, "binary", (1,), Training(epochs=2, hidden=0))
     torch.testing.assert_close(together.weights[0][2, 1], alone.weights[0][0, 0])
     assert not torch.allclose(together.weights[0][:, 0], together.weights[0][:, 1])
 
 
 def test_losses_are_kept_and_fall_where_the_label_is():
     x, y, mask = data("binary")
-    fit = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0,), Training(epochs=30, lr=1e-2))
+    fit = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0,), Training(epochs=30, lr=1e-2, hidden=0))
     assert fit.losses.shape == (3, 1, 30, 2)
     train, validation = fit.losses[..., 0], fit.losses[..., 1]
     assert validation[1, 0, -1] < 0.6 * validation[1, 0, 0]
@@ -82,9 +84,9 @@ def test_a_hidden_layer_learns_what_a_line_cannot(kind):
 
 def test_patience_keeps_each_probe_at_its_lowest_validation_loss():
     x, y, mask = data("binary")
-    setting = Training(epochs=80, lr=3e-2)
+    setting = Training(epochs=80, lr=3e-2, hidden=0)
     whole = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), setting)
-    early = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), Training(epochs=80, lr=3e-2, patience=3))
+    early = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), replace(setting, patience=3))
     count = early.losses.shape[2]
     assert count < 80
     for layer in range(3):

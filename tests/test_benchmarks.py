@@ -25,3 +25,14 @@ def test_extraction_against_the_plain_way(tmp_path):
 def test_reading_a_layer_against_reading_its_bytes(tmp_path):
     found = measured(tmp_path, "benchmarks/store.py", "--examples", 3000)
     assert found["layer_mb"] > 5 and found["over_raw"] > 0
+
+
+def test_probes_against_both_loops(tmp_path):
+    found = measured(tmp_path, "benchmarks/probe.py", "--quick")
+    assert found["max_objective_gap"] < 1e-4 and found["spread_logreg"] <= 0.01
+    assert {"speedup_sweep", "speedup_multilabel", "speedup_adam_loop", "peak_rss_mb"} <= {*found}
+
+
+def test_memory_of_probing(tmp_path):
+    found = measured(tmp_path, "benchmarks/memory.py", "--examples", 600, "--layers", 3, "--width", 64)
+    assert found["best_layer"] == "lm.02" and found["peak_rss_mb"] < found["before_mb"] + 500

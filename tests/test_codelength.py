@@ -20,7 +20,7 @@ def study(strength, n=600, seed=0):
 
 def bits(strength):
     x, labels = study(strength)
-    table = codelength.table(codelength.online(x, labels, [0.01, 1.0], 0, 1.0), labels, ["lm.00"], 200)
+    table = codelength.table(codelength.online(x, labels, [0.01, 1.0], 1.0), labels, ["lm.00"], 200)
     return table.set_index("metric").loc["codelength"]
 
 
@@ -41,7 +41,7 @@ def test_an_image_is_in_one_block_and_every_example_in_one():
 
 def test_it_is_the_sum_over_blocks_of_what_probes_trained_before_them_say():
     x, labels = study(1.0, 64)
-    found = codelength.online(x, labels, [0.1], 0, 1.0)
+    found = codelength.online(x, labels, [0.1], 1.0)
     parts = codelength.blocks(labels.image_n[labels.split["train"].numpy()], 0)
     assert (found[0, parts[0]] == 1).all()
     from sklearn.linear_model import LogisticRegression
@@ -52,3 +52,15 @@ def test_it_is_the_sum_over_blocks_of_what_probes_trained_before_them_say():
         p = LogisticRegression(C=0.1, tol=1e-8).fit(x[0, known], y[known]).predict_proba(x[0, parts[k]])
         wanted = -np.log2(p[np.arange(len(p)), y[parts[k]].astype(int)])
         assert found[0, parts[k]] == pytest.approx(wanted, abs=2e-3)
+
+
+def test_many_rare_classes_of_noise_cost_about_a_bit_a_label_too():
+    rng = np.random.default_rng(1)
+    n, c = 800, 40
+    labels = Labels("none", "multilabel", [str(k) for k in range(c)], np.arange(n),
+                    torch.from_numpy(rng.integers(0, 2, (n, c)).astype(np.float32)),
+                    torch.from_numpy((rng.random((n, c)) < 0.075).astype(np.float32)),  # three an image
+                    {"train": torch.arange(500), "validation": torch.arange(500, 650), "test": torch.arange(650, n)})
+    x = torch.from_numpy(rng.normal(size=(1, n, 6)).astype(np.float32))
+    bits = codelength.online(x, labels, [1e-3, 0.1], 1.0)
+    assert 0.95 < bits.sum() / float(labels.mask_nc[:500].sum()) < 1.12

@@ -77,13 +77,37 @@ def test_the_control_task_of_captions_scores_known_captions_with_their_other_ima
         assert not set(rows) & set(control.split["train"].tolist())
 
 
-def test_the_control_task_of_categories_is_a_function_of_the_rarest_one():
+def test_the_control_task_of_categories_is_a_function_of_the_rarest_other_one():
     task = Task.of(table(), "category")
     control = task.labels("control_task")
-    rarest = np.where(task.true.y_nc > 0, task.true.y_nc[task.true.split["train"]].sum(0), np.inf).argmin(1)
-    for category in range(4):
-        assert len(np.unique(control.y_nc.numpy()[rarest == category], axis=0)) <= 1
+    y, count = task.true.y_nc.numpy(), task.true.y_nc[task.true.split["train"]].sum(0).numpy()
+    label: dict[tuple[int, int], set] = {}
+    for i in range(len(y)):
+        for c in range(4):
+            others = [k for k in np.argsort(count, kind="stable") if y[i, k] and k != c]
+            assert control.mask_nc[i, c] == (task.true.mask_nc[i, c] if others else 0)
+            if others:
+                label.setdefault((int(others[0]), c), set()).add(float(control.y_nc[i, c]))
+    assert all(len(values) == 1 for values in label.values())
+    assert {0.0, 1.0} == set.union(*label.values())
     assert all((control.split[name] == rows).all() for name, rows in task.true.split.items())
+
+
+def test_the_control_task_says_nothing_about_the_truth():
+    task, agree = Task.of(table(400), "category"), []
+    for seed in range(40):
+        control = task.labels("control_task", seed)
+        counted = control.mask_nc.numpy() > 0
+        truth, drawn = (t.numpy()[counted] for t in (task.true.y_nc, control.y_nc))
+        agree.append(np.corrcoef(truth, drawn)[0, 1])
+    assert abs(np.mean(agree)) < 0.06
+
+
+def test_too_few_prompts_have_no_control_task():
+    examples = table()
+    examples["prompt"] = examples.prompt.where(examples.task != "caption", "the same")
+    with pytest.raises(ValueError, match="at least 10 different prompts in training"):
+        Task.of(examples, "caption").labels("control_task")
 
 
 def test_baselines_are_the_shares_of_the_training_labels():

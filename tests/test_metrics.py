@@ -92,9 +92,12 @@ def test_thresholds_are_the_best_ones_of_those_that_can_be_taken(is_binary):
     p, score = np.round(p, 2), (reference.accuracy_score if is_binary else reference.f1_score)
     cut = metrics.thresholds(p, y, mask, is_binary)
     for layer in range(3):
-        tried = [score(y[:, 0], p[layer, :, 0] >= t) for t in np.linspace(0, 1, 201)]
+        tried = [score(y[:, 0], p[layer, :, 0] >= t) for t in np.linspace(0, 1.01, 203)]
         assert score(y[:, 0], p[layer, :, 0] >= cut[layer, 0]) >= max(tried) - 1e-9
     assert metrics.thresholds(p, 0 * y, mask, is_binary).tolist() == [[0.5]] * 3
+    rare = np.zeros_like(y)
+    rare[p[0, :, 0].argmin()] = 1  # the least likely one: best is to say no to all
+    assert not is_binary or (p[0] >= metrics.thresholds(p, rare, mask, True)[0]).sum() == 0
 
 
 def test_tuned_scores_take_the_thresholds():

@@ -26,9 +26,13 @@ def planted(folder, layer="lm.02", images=400, seed=0):
     for file in files:
         file.touch()
     sizes = [images // 2, images // 4, images // 4]
-    split = np.repeat(rng.permutation(np.repeat(["train", "validation", "test"], sizes)), 2)
+    split = rng.permutation(np.repeat(["train", "validation", "test"], sizes))
+    this, other = np.arange(images), np.empty(images, int)
+    for name in set(split):  # an image is asked about its own text and another one's of its split
+        other[split == name] = np.roll(this[split == name], 1)
+    split, prompts = np.repeat(split, 2), [f"text {i}?" for i in np.stack([this, other], 1).ravel()]
     table = pd.DataFrame({"image_id": np.repeat(np.arange(images), 2), "split": split, "task": "caption",
-                          "file": [str(f) for f in np.repeat(files, 2)], "prompt": ["one?", "other?"] * images,
+                          "file": [str(f) for f in np.repeat(files, 2)], "prompt": prompts,
                           "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
     parts.Part.plan(own, parts.rows_of(table), ["lm/mean"], 10_000).write(0, states)
@@ -92,11 +96,16 @@ def test_layers_in_small_groups_give_the_same_answer(tmp_path):
     pd.testing.assert_frame_equal(wide.metrics, narrow.metrics, rtol=1e-4)
 
 
-def test_every_seed_has_its_rows(tmp_path):
+def test_every_seed_has_its_rows_where_it_has_an_effect(tmp_path):
     activations, table = planted(tmp_path, images=60)
-    found = probe(activations, table, replace(QUICK, seeds=(0, 3)), tmp_path / "out").metrics
-    found = found[found.control == "none"]
-    assert set(found[found.metric == "accuracy"].groupby(["probe", "layer", "split"]).seed.agg(tuple)) == {(0, 3)}
+    settings = replace(QUICK, seeds=(0, 3), controls=("shuffled",), probes=("logreg", "linear"))
+    found = probe(activations, table, settings, tmp_path / "out").metrics
+    rows = found[(found.metric == "log_loss") & (found.split == "test") & found.control.isin(["none", "shuffled"])]
+    seeds = rows.groupby(["probe", "control"]).seed.agg(lambda s: tuple(sorted(set(s))))
+    assert seeds.to_dict() == {("logreg", "none"): (0,), ("logreg", "shuffled"): (0, 3), ("linear", "none"): (0, 3),
+                               ("linear", "shuffled"): (0, 3)}
+    values = rows.pivot_table(index=["probe", "control", "layer"], columns="seed", values="value")
+    assert (values[0] != values[3]).drop(("logreg", "none")).all()
 
 
 def test_what_does_not_fit_together_is_named(tmp_path):
@@ -154,3 +163,64 @@ def test_a_problem_that_does_not_converge_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(logreg, "solve", partial(logreg.solve, steps=1))
     with pytest.warns(UserWarning, match=r"did not converge: caption, lm\.0\d, true labels, class 'match', C="):
         probe(activations, table, replace(QUICK, probes=("logreg",)), tmp_path / "out")
+
+
+def multilabel(folder, images=500, c=6):
+    """Activations that hold which classes are there, in one layer of two; three classes an image are asked for."""
+    rng = np.random.default_rng(0)
+    y = (rng.random((images, c)) < np.linspace(0.5, 0.15, c)).astype(int)
+    y[np.arange(images), rng.integers(0, c, images)] = 1
+    mask = np.stack([rng.permutation([1] * 3 + [0] * (c - 3)) for _ in range(images)])
+    states = {"lm.00/mean": rng.normal(size=(images, D)), "lm.01/mean": rng.normal(size=(images, D)) * 0.5 + (
+        2 * y - 1) @ rng.normal(size=(c, D))}
+    own = folder / "activations" / "several" / "0"
+    own.mkdir(parents=True)
+    files = [own / f"{i}.jpg" for i in range(images)]
+    for file in files:
+        file.touch()
+    table = pd.DataFrame({"image_id": np.arange(images), "task": "category", "file": [str(f) for f in files],
+                          "split": rng.choice(["train", "validation", "test"], images, p=[0.6, 0.2, 0.2]),
+                          "prompt": "which?", "labels": y.tolist(), "mask": mask.tolist()})
+    table.attrs["tasks"] = {"category": {"kind": "multilabel", "classes": list("abcdef"), "question": "?"}}
+    part = parts.Part.plan(own, parts.rows_of(table), ["lm/mean"], 10_000)
+    part.write(0, {key: values.astype(np.float32) for key, values in states.items()})
+    paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS[:2]}, "model": "several", "untrained": False})
+    return store.Store(own, table, ("lm",), ("mean",)), table
+
+
+def test_controls_and_codelength_of_several_classes(tmp_path):
+    activations, table = multilabel(tmp_path)
+    both = ("shuffled", "control_task")
+    settings = replace(QUICK, probes=("logreg",), controls=both, codelength=True, seeds=(0, 1, 2))
+    found = probe(activations, table, settings, tmp_path / "out").metrics
+    test = found[(found["class"] == "") & (found.split != "validation")]
+    score = test.groupby(["metric", "control", "layer"]).value.mean()
+    assert score["accuracy", "none", "lm.01"] > 0.9 and score["average_precision", "none", "lm.01"] > 0.9
+    assert abs(score["accuracy", "shuffled"] - score["accuracy", "name_alone"]).max() < 0.1
+    assert score["accuracy", "control_task", "lm.00"] < score["chance", "control_task", "lm.00"] + 0.1
+    assert score["selectivity", "none", "lm.01"] == pytest.approx(
+        score["accuracy", "none", "lm.01"] - score["accuracy", "control_task", "lm.01"])
+    assert score["codelength", "none", "lm.01"] < 0.6 and 0.85 < score["codelength", "none", "lm.00"] < 1.2
+    shares = found[(found.metric == "prevalence") & (found.layer == "lm.00")].set_index("class").value
+    rows = table[table.split == "test"]
+    y, mask = (np.array(rows[name].tolist()) for name in ("labels", "mask"))
+    np.testing.assert_allclose(shares, (y * mask).sum(0) / mask.sum(0))
+
+
+def test_a_control_that_a_task_cannot_have_is_left_out_with_a_word(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    single = table.assign(prompt=[f"{i}" for i in range(len(table))])
+    single.attrs = table.attrs
+    parts.Part.plan(activations.folder, parts.rows_of(single), ["lm/mean"], 10_000).write(0, {
+        f"{name}/mean": activations[name, "mean"] for name in LAYERS})
+    view = store.Store(activations.folder, single, ("lm",), ("mean",))
+    settings = replace(QUICK, probes=("logreg",), controls=("shuffled", "control_task"))
+    with pytest.warns(UserWarning, match="caption has no control task: .* some of them twice"):
+        found = probe(view, single, settings, tmp_path / "out").metrics
+    assert "shuffled" in set(found.control) and "control_task" not in set(found.control)
+
+
+def test_controls_of_another_kind_are_refused(tmp_path):
+    activations, table = planted(tmp_path, images=60)
+    with pytest.raises(ValueError, match=r"unknown controls .'no_image'.: take names out of shuffled, control_task"):
+        probe(activations, table, replace(QUICK, controls=("no_image",)), tmp_path)

@@ -23,8 +23,8 @@ def test_the_summary_names_the_planted_layer_its_controls_and_no_false_alarm(tmp
     assert f"the one on lm.02 (chosen on validation images) has a test accuracy of {value:.3f}" in text
     assert "every layer that is truly best is among lm.02 (1 of 4 layers)" in text
     assert re.search(r"fewest at lm\.02 \(0\.\d\d\)", text)
-    assert re.search(r"Selectivity there, the score minus that of the control task: 0\.\d", text)
-    assert "shuffled labels 0." in text.partition("At chance")[2] and "Doubt" not in text
+    assert re.search(r"Selectivity there, accuracy minus that of the control task: 0\.\d", text)
+    assert "shuffled labels 0." in text.partition("At chance")[2] and "no layer can be told" not in text
 
 
 def test_selectivity_is_the_difference_to_the_control_task(tmp_path):
@@ -47,7 +47,7 @@ def test_what_to_doubt_is_said(tmp_path):
     activations, table = planted(tmp_path, layer="none", images=60)
     settings = replace(QUICK, probes=("logreg",), resamples=200, strengths=(1.0, 10.0))
     found = probe(activations, table, settings, tmp_path / "out")
-    text, = report.summary(found.metrics, table.attrs["tasks"], strengths=settings.strengths)
+    text, = report.summary(found.metrics, table.attrs["tasks"])
     doubt = text.partition("Doubt: ")[2]
     assert "no layer can be told from the best" in doubt and "wide: take more test images" in doubt
     assert "at an end of the grid" in doubt
@@ -60,7 +60,7 @@ def test_two_models_are_compared_on_the_same_images(tmp_path):
     both = results.Results(pd.concat([found.metrics, found.metrics.assign(model="other")]), found.losses,
                            found.predictions | other)
     row, = report.versus(both, table).itertuples()
-    assert row.a == "planted, mean, lm.02" and row.b == "other, mean, lm.02"
+    assert row.a == "caption, planted, mean, lm.02" and row.b == "caption, other, mean, lm.02"
     yes = np.mean([y[0] for y, split in zip(table.labels, table.split, strict=True) if split == "test"])
     true = found.metrics[found.metrics.control == "none"]
     own = results.select(true, "logreg", "accuracy").set_index("layer").value["lm.02"]
