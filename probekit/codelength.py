@@ -18,6 +18,7 @@ from probekit import compare, logreg
 from probekit.labels import Labels
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # of the images, as in the paper
+TOLERANCE = 1e-3  # of a probe's gradient: any probe makes a code, and one that is nearer to its optimum no shorter one
 SMALLEST = 8  # images; smaller portions are left out
 
 
@@ -55,7 +56,7 @@ def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memo
     for k in range(1, len(parts)):
         known, sent = train[np.concatenate(parts[:k])], train[parts[k]]
         solution = logreg.solve(x_lnd[:, known], *(t[known].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc)),
-                                strengths, memory_gb=memory_gb)
+                                strengths, tolerance=TOLERANCE, memory_gb=memory_gb)
         if not bool(solution.converged_lsk.all()):
             many = int((~solution.converged_lsk).sum())
             warnings.warn(f"{many} probes of the codelength did not converge", stacklevel=2)

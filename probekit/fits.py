@@ -16,19 +16,27 @@ from probekit.labels import Labels, Task
 
 @dataclass
 class Fitted:
-    """Probabilities (l, n of the split, c) of one set of labels, and what else a probe leaves."""
+    """Probabilities (l, n of the split, c) of one set of labels, and what else a probe leaves.
+
+    Attributes
+    ----------
+    chosen : of "logreg", by layer: `strength`, and `gradient_norm`, the largest of its classes at the end
+    losses : of the others, by layer, seed and epoch
+    bits_ln : of the training examples, see :mod:`probekit.codelength`
+    """
 
     p_lnc: dict[str, np.ndarray]
-    strengths: list[float]
+    chosen: pd.DataFrame
     losses: pd.DataFrame
-    bits_ln: np.ndarray | None = None  # of the training examples, see probekit.codelength
+    bits_ln: np.ndarray | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Fitted]) -> Fitted:
         """Groups of layers, one after the other."""
         p = {split: np.concatenate([part.p_lnc[split] for part in parts]) for split in parts[0].p_lnc}
         bits = None if parts[0].bits_ln is None else np.concatenate([part.bits_ln for part in parts])
-        return cls(p, [c for part in parts for c in part.strengths], pd.concat([part.losses for part in parts]), bits)
+        chosen, losses = (pd.concat([getattr(part, name) for part in parts]) for name in ("chosen", "losses"))
+        return cls(p, chosen, losses, bits)
 
 
 def device() -> str:
@@ -65,14 +73,15 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
         warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {sets[k // c].words} labels, class "
                       f"{task.true.classes[k % c]!r}, C={strengths[strength]:g}, gradient norm "
                       f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
-    found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths)
+    found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)
              for i, labels in enumerate(sets)]
     if coded:
         found[0].bits_ln = codelength.online(x_lnd, sets[0], strengths, memory_gb)
     return found
 
 
-def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float]) -> Fitted:
+def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float],
+            layers: Sequence[str]) -> Fitted:
     """Each layer with the strength that has the lowest log loss on validation."""
     rows = labels.split["validation"]
     y, mask = (t[rows].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc))
@@ -82,7 +91,8 @@ def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, stre
     solution = solution.at(best)
     p = {split: solution.logits(x_lnd[:, labels.split[split]])[:, :, 0].sigmoid().cpu().numpy()
          for split in ("validation", "test")}
-    return Fitted(p, [strengths[k] for k in best.tolist()], pd.DataFrame())
+    return Fitted(p, pd.DataFrame({"layer": list(layers), "strength": [strengths[k] for k in best.tolist()],
+                                   "gradient_norm": solution.gradient_lsk.amax((1, 2)).cpu().numpy()}), pd.DataFrame())
 
 
 def with_adam(x_lnd: torch.Tensor, labels: Labels, seeds: Sequence[int], setting: adam.Training, layers: Sequence[str]
@@ -93,7 +103,7 @@ def with_adam(x_lnd: torch.Tensor, labels: Labels, seeds: Sequence[int], setting
                    setting)
     p = {split: fit.probabilities(x_lnd[:, labels.split[split]]).cpu().numpy() for split in ("validation", "test")}
     place = np.indices(fit.losses[:, 0].shape).reshape(3, -1)
-    return [Fitted({split: values[:, s] for split, values in p.items()}, [], pd.DataFrame({
+    return [Fitted({split: values[:, s] for split, values in p.items()}, pd.DataFrame(), pd.DataFrame({
         "layer": np.array(layers)[place[0]], "seed": seed, "epoch": place[1] + 1,
         "split": np.array(["train", "validation"])[place[2]], "loss": fit.losses[:, s].numpy().ravel(),
     })) for s, seed in enumerate(seeds)]

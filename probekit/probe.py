@@ -171,10 +171,10 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
         in_full = name == "none" and main in ("none", "untrained")
         rows = [labels.score(one.p_lnc["validation"], "validation", layers, b),
                 labels.score(one.p_lnc["test"], "test", layers, b, in_full, cut)]
-        if one.strengths:
-            rows.append(pd.DataFrame({"layer": layers, "metric": "strength", "class": "", "value": one.strengths,
-                                      "lo": min(settings.strengths), "hi": max(settings.strengths),
-                                      "split": "validation"}))
+        if len(one.chosen):
+            chosen = one.chosen.melt("layer", var_name="metric").assign(split="validation", **{"class": ""})
+            chosen.loc[chosen.metric == "strength", ["lo", "hi"]] = min(settings.strengths), max(settings.strengths)
+            rows.append(chosen)
         if one.bits_ln is not None:
             rows.append(codelength.table(one.bits_ln, labels, layers, b))
         tables.append(pd.concat(rows).assign(seed=seed, control=main if name == "none" else name))

@@ -93,7 +93,10 @@ def test_results_are_read_back_and_changed_settings_are_not(tmp_path, monkeypatc
 def test_layers_in_small_groups_give_the_same_answer(tmp_path):
     activations, table = planted(tmp_path, images=60)
     wide, narrow = (probe(activations, table, replace(QUICK, memory_gb=gb), tmp_path / str(gb)) for gb in (4.0, 1e-9))
-    pd.testing.assert_frame_equal(wide.metrics, narrow.metrics, rtol=1e-4)
+    for key, p_lnc in wide.predictions.items():
+        np.testing.assert_allclose(p_lnc, narrow.predictions[key], atol=1e-3)
+    kept = wide.metrics.metric.isin(["accuracy", "log_loss", "f1_macro"])  # a rank can flip in the last digit
+    pd.testing.assert_frame_equal(wide.metrics[kept], narrow.metrics[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_every_seed_has_its_rows_where_it_has_an_effect(tmp_path):
@@ -201,6 +204,8 @@ def test_controls_and_codelength_of_several_classes(tmp_path):
     assert score["selectivity", "none", "lm.01"] == pytest.approx(
         score["accuracy", "none", "lm.01"] - score["accuracy", "control_task", "lm.01"])
     assert score["codelength", "none", "lm.01"] < 0.6 and 0.85 < score["codelength", "none", "lm.00"] < 1.2
+    norms = found[(found.metric == "gradient_norm") & (found.control == "none")]
+    assert set(norms.layer) == {"lm.00", "lm.01"} and (norms.value <= 1e-5).all()
     shares = found[(found.metric == "prevalence") & (found.layer == "lm.00")].set_index("class").value
     rows = table[table.split == "test"]
     y, mask = (np.array(rows[name].tolist()) for name in ("labels", "mask"))
