@@ -18,11 +18,11 @@ from probekit import compare, logreg
 from probekit.labels import Labels
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # of the images, as in the paper
-TOLERANCE = 1e-3  # of a probe's gradient: any probe makes a code, and one that is nearer to its optimum no shorter one
+TOLERANCE = 1e-3  # of a probe's gradient: whatever probe there is makes a code, so it need not be at its optimum
 SMALLEST = 8  # images; smaller portions are left out
 
 
-def blocks(image_n: np.ndarray, seed: int) -> list[np.ndarray]:
+def blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     """Places of the examples, block by block; an image's examples are in one block, images in random order."""
     images, number = np.unique(image_n, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(images))
@@ -32,8 +32,7 @@ def blocks(image_n: np.ndarray, seed: int) -> list[np.ndarray]:
     return [np.flatnonzero(block_of[number] == k) for k in range(len(ends)) if (block_of[number] == k).any()]
 
 
-def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memory_gb: float,
-           seed: int = 0) -> np.ndarray:
+def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memory_gb: float) -> np.ndarray:
     """Bits (l, n) for the labels of the n training examples together, in the order of ``labels.split["train"]``.
 
     Each block's probe takes the strength with the lowest log loss on validation, the same for all classes.
@@ -43,7 +42,7 @@ def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memo
     x_lnd : (l, all n, d) standardised features
     """
     train, validation = labels.split["train"], labels.split["validation"]
-    parts = blocks(labels.image_n[train.numpy()], seed)
+    parts = blocks(labels.image_n[train.numpy()])
     bits = torch.zeros(len(x_lnd), len(train))
     bits[:, parts[0]] = labels.mask_nc[train[parts[0]]].sum(1)
 

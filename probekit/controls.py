@@ -46,7 +46,7 @@ def check(names: Sequence[str], known: Sequence[str] = INPUTS + LABELS) -> None:
 
 
 def inputs(examples: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
-    """The examples with other inputs and their own labels; "none" and "untrained" leave them as they are.
+    """The examples with other inputs and their own labels; "none" leaves them as they are.
 
     no_image
         the prompt alone, in the same chat template; ``file`` is ""
@@ -60,7 +60,7 @@ def inputs(examples: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
     ValueError
         A split with a single image has no other one.
     """
-    if name in ("none", "untrained"):
+    if name == "none":
         return examples
     check([name], INPUTS)
     if name == "no_image":

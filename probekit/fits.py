@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from probekit import adam, codelength, logreg
+from probekit import adam, codelength, controls, logreg
 from probekit.labels import Labels, Task
 
 
@@ -70,7 +70,8 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     solution = logreg.solve(x_lnd[:, train], y, mask, strengths, memory_gb=memory_gb)
     c = len(task.true.classes)
     for layer, strength, k in torch.nonzero(~solution.converged_lsk).tolist():
-        warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {sets[k // c].words} labels, class "
+        words = controls.WORDS.get(sets[k // c].name, "true labels")
+        warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {words}, class "
                       f"{task.true.classes[k % c]!r}, C={strengths[strength]:g}, gradient norm "
                       f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
     found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)

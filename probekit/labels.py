@@ -34,10 +34,6 @@ class Labels:
     mask_nc: torch.Tensor
     split: dict[str, torch.Tensor]
 
-    @property
-    def words(self) -> str:
-        return {"none": "true", "shuffled": "shuffled", "control_task": "control-task"}[self.name]
-
     def of(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Labels, mask and images of a split."""
         rows = self.split[split].numpy()

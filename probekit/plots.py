@@ -226,6 +226,10 @@ def study_figures(table: pd.DataFrame, losses: pd.DataFrame, tasks: dict[str, di
             figures[f"{task}_f1_micro"] = (
                 layer_curves(table, task, "f1_micro", probe, published),
                 f"{about['question']} F1 over the pooled counts of all categories, which is what the study reports.")
+        if not binary:  # where the guesses from the training labels can be drawn, too
+            figures[f"{task}_accuracy"] = (
+                layer_curves(table, task, "accuracy", probe, published, 0.5),
+                f"{about['question']} The share of right answers over all categories that are asked.")
         figures[f"{task}_{metric}"] = (
             layer_curves(table, task, metric, probe, published, 0.5 if binary else None),
             f"{about['question']} The {WORDS[metric]} of a probe on each layer; bands are 95 % bootstrap intervals "

@@ -21,6 +21,7 @@ from probekit.store import Store
 from probekit.tasks import rows_key, table_key
 
 PROBES = ("logreg", "linear", "mlp")
+LabelSets = dict[tuple[str, int], Labels]  # by control and seed
 VERSION = 2  # of what the tables hold: those of older versions are made anew
 
 
@@ -84,8 +85,10 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
         return Results.read(own, table_key(examples))
     (own / "probe.json").unlink(missing_ok=True)
     tasks = [Task.of(examples, name) for name in examples.attrs["tasks"]]
-    done = Results.join([scored(store, pooling, task, kind, fitted, settings) for pooling in store.poolings
-                         for task, kind, fitted in _fit_all(store, pooling, tasks, settings)])
+    sets = {task.name: _label_sets(task, settings) for task in tasks}
+    done = Results.join([scored(store, pooling, task, kind, fitted, sets[task.name], settings)
+                         for pooling in store.poolings
+                         for task, kind, fitted in _fit_all(store, pooling, tasks, sets, settings)])
     done.write(own, table_key(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings), "store": store.record})
     return done
@@ -95,18 +98,17 @@ def control_of(store: Store) -> str:
     return "untrained" if store.meta["untrained"] and store.control == "none" else store.control
 
 
-def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], settings: Probing
+def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], sets: dict[str, LabelSets], settings: Probing
              ) -> Iterator[tuple[Task, str, dict[tuple[str, int], Fitted]]]:
     """Every task and kind of probe, fitted to all layers: by control of the labels and seed."""
     parts: dict[tuple[str, str], dict[tuple[str, int], list[Fitted]]] = defaultdict(lambda: defaultdict(list))
-    others = {task.name: _others(task, settings) for task in tasks}
     name = f"probing {store.folder.parent.name} ({store.control}, {pooling})"
     with tqdm(total=len(store.layers_of(pooling)), desc=name, unit="layer") as bar:
         for layers, x_lnd in _groups(store, pooling, settings.memory_gb / 16):
             for task in tasks:
                 x_task = x_lnd[:, task.rows].to(fits.device())
                 for kind in settings.probes:
-                    for key, fitted in _fit(x_task, task, kind, settings, layers, others[task.name]).items():
+                    for key, fitted in _fit(x_task, task, kind, settings, layers, sets[task.name]).items():
                         parts[task.name, kind][key].append(fitted)
             bar.update(len(layers))
     for task in tasks:
@@ -114,32 +116,29 @@ def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], settings: Probin
             yield task, kind, {key: Fitted.join(found) for key, found in parts[task.name, kind].items()}
 
 
-def _others(task: Task, settings: Probing) -> list[tuple[str, int]]:
-    """Controls of the labels that this task has, with their seeds; one that it cannot have is a warning."""
-    found = []
+def _label_sets(task: Task, settings: Probing) -> LabelSets:
+    """The true labels first, then those of the controls for each seed; a control that it cannot have is a warning."""
+    found = {("none", settings.seeds[0]): task.true}
     for name in settings.controls:
         try:
-            task.labels(name)
+            found |= {(name, seed): task.labels(name, seed) for seed in settings.seeds}
         except ValueError as error:
             warnings.warn(f"{task.name} has no {controls.WORDS[name]}: {error}", stacklevel=2)
-        else:
-            found += [(name, seed) for seed in settings.seeds]
     return found
 
 
 def _fit(x_lnd: torch.Tensor, task: Task, kind: str, settings: Probing, layers: Sequence[str],
-         others: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Fitted]:
+         sets: LabelSets) -> dict[tuple[str, int], Fitted]:
     """One kind of probe, for the true labels and those of controls: by control and seed."""
     if kind == "logreg":
-        keys = [("none", settings.seeds[0]), *others]
-        found = fits.with_logreg(x_lnd, task, [task.labels(*key) for key in keys], settings.strengths, layers,
-                                 settings.memory_gb / 4, settings.codelength)
-        return dict(zip(keys, found, strict=True))
+        found = fits.with_logreg(x_lnd, task, [*sets.values()], settings.strengths, layers, settings.memory_gb / 4,
+                                 settings.codelength)
+        return dict(zip(sets, found, strict=True))
     setting = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
     found = fits.with_adam(x_lnd, task.true, settings.seeds, setting, layers)
     fitted = {("none", seed): one for seed, one in zip(settings.seeds, found, strict=True)}
-    for name, seed in others:  # each seed has labels of its own
-        fitted[name, seed], = fits.with_adam(x_lnd, task.labels(name, seed), (seed,), setting, layers)
+    for name, seed in [*sets][1:]:  # each seed has labels of its own
+        fitted[name, seed], = fits.with_adam(x_lnd, sets[name, seed], (seed,), setting, layers)
     return fitted
 
 
@@ -161,12 +160,12 @@ def _groups(store: Store, pooling: str, gigabytes: float) -> Iterator[tuple[list
 
 
 def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple[str, int], Fitted],
-           settings: Probing) -> Results:
+           sets: LabelSets, settings: Probing) -> Results:
     """Tables of one task and kind of probe, all controls and seeds, and the first seed's test predictions."""
     layers, main, b = store.layers_of(pooling), control_of(store), settings.resamples
     tables = []
     for (name, seed), one in fitted.items():
-        labels = task.labels(name, seed)
+        labels = sets.get((name, seed), task.true)  # those of "linear" and "mlp" are true for every seed
         cut = metrics.thresholds(one.p_lnc["validation"], *labels.of("validation")[:2], labels.kind == "binary")
         in_full = name == "none" and main in ("none", "untrained")
         rows = [labels.score(one.p_lnc["validation"], "validation", layers, b),

@@ -103,15 +103,10 @@ def _codelength(own: pd.DataFrame, probe: str, layer: str) -> str:
             f"{rows.idxmin()} ({rows.min():.2f}).")
 
 
-def chance(own: pd.DataFrame, probe: str) -> float:
-    """Accuracy that needs no states: one half, or the better of the baselines."""
-    scores = [_curve(own, probe, "accuracy", name).value.max() for name in controls.BASELINES]
-    return float(np.nanmax([0.5, *scores]))
-
-
 def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str) -> list[str]:
     """Accuracy of each control at the layer that is best for it on validation, against chance."""
-    level, low, high = chance(own, probe), [], []
+    guesses = {name: _curve(own, probe, "accuracy", name) for name in controls.BASELINES}
+    level, low, high = np.nanmax([0.5, *(guess.value.max() for guess in guesses.values())]), [], []
     same = best[(best.task == row.task) & (best.model == row.model) & (best.pooling == row.pooling)]
     for _, control in same[~same.control.isin(["none", *controls.BASELINES])].iterrows():
         here = _at(_curve(own, probe, "accuracy", control.control), control["best layer"])
@@ -122,6 +117,8 @@ def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str)
         else:
             low.append(told)
     out = [f"Without the states the labels can be guessed with an accuracy of {level:.3f}."]
+    high += [f"{controls.WORDS[name]} {guess.value.iloc[0]:.3f}, above one half: {controls.MEANING[name]}."
+             for name, guess in guesses.items() if len(guess) and guess.lo.iloc[0] > 0.5]
     if low:
         out.append(f"At chance, as it should be, at the best layer of each: {'; '.join(low)}.")
     return out + [told[0].upper() + told[1:] for told in high]

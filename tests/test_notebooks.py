@@ -49,7 +49,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for _, rows in table.groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text()
-    assert page.count("<figure") == 12
+    assert page.count("<figure") == 14
     executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
     assert [p.stem[:2] for p in executed] == ["01", "02", "03", "04", "05"]
     for path in executed:
@@ -91,4 +91,4 @@ def test_real_photographs_go_the_whole_way(home):
     test = table[(table.split == "test") & (table.metric == "accuracy") & (table["class"].isna())]
     assert test.groupby(["task", "probe"]).layer.nunique().eq(9).all() and test.value.between(0, 1).all()
     assert set(table[table.task == "category"]["class"].dropna()) >= {"person", "dog", "car"}
-    assert (home / "figures" / "photos" / "index.html").read_text().count("<figure") == 12
+    assert (home / "figures" / "photos" / "index.html").read_text().count("<figure") == 14

@@ -85,7 +85,7 @@ def test_heatmap_and_losses(tables):
 
 def test_the_page_needs_no_network(tables, tmp_path):
     figures = plots.study_figures(*tables, TASKS)
-    assert len(figures) == 6
+    assert len(figures) == 7
     page = plots.write_page(figures, tmp_path, "A <title>", "lead", ["one <sentence>"])
     text = page.read_text()
     assert "A &lt;title&gt;" in text and "<p>one &lt;sentence&gt;</p>" in text

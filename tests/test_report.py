@@ -67,3 +67,14 @@ def test_two_models_are_compared_on_the_same_images(tmp_path):
     np.testing.assert_allclose(row.difference, own - (1 - yes), atol=1e-6)
     assert row.lo < row.difference < row.hi and row.p < 0.01
     assert not len(report.versus(found, table))
+
+
+def test_a_guess_that_beats_one_half_is_said_with_its_meaning(tmp_path):
+    activations, table = planted(tmp_path)
+    attrs, labels = table.attrs, [[1] if i % 4 else y for i, y in enumerate(table.labels)]  # nearly all are yes
+    table = table.assign(labels=labels)
+    table.attrs = attrs
+    found = probe(activations, table, replace(QUICK, probes=("logreg",), resamples=200), tmp_path / "out")
+    text, = report.summary(found.metrics, attrs["tasks"])
+    assert re.search(r"Majority label 0\.8\d\d, above one half: labels are out of balance", text)
+    assert re.search(r"guessed with an accuracy of 0\.8", text)
