@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 BLOCK = 2_000_000  # counts that are resampled at a time: 16 MB, and about 20 times that within metrics.scores
 ROUNDING = 1e-9  # scores closer than this are equal
@@ -103,7 +103,7 @@ def bca(curve: Curve, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     Percentiles are as good for scores of many examples, and miss more often for few: below some 100 images, and for the
     F1 of a class with a dozen. With under 50 images, or a handful of a class, these intervals are too narrow as well.
     """
-    tails = norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    tails = ndtri([(1 - level) / 2, (1 + level) / 2])
     skew, bounds = np.broadcast_to(curve.acceleration_l, curve.score_l.shape), []
     for score, column, a in zip(curve.score_l, curve.resampled_bl.T, skew, strict=True):
         drawn = column[np.isfinite(column)]
@@ -111,8 +111,8 @@ def bca(curve: Curve, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
             bounds.append((np.nan, np.nan))
             continue
         below = (drawn < score - ROUNDING).mean() / 2 + (drawn <= score + ROUNDING).mean() / 2
-        z = norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
-        bounds.append(np.quantile(drawn, norm.cdf(z + (z + tails) / (1 - a * (z + tails)))))
+        z = ndtri(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
+        bounds.append(np.quantile(drawn, ndtr(z + (z + tails) / (1 - a * (z + tails)))))
     return tuple(np.array(bounds).T)
 
 

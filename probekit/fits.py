@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ import torch
 
 from probekit import adam, codelength, controls, logreg
 from probekit.labels import Labels, Task
+from probekit.linear import Linear
 
 
 @dataclass
@@ -23,12 +24,14 @@ class Fitted:
     chosen : of "logreg", by layer: `strength`, and `gradient_norm`, the largest of its classes at the end
     losses : of the others, by layer, seed and epoch
     bits_ln : of the training examples, see :mod:`probekit.codelength`
+    linear : the probes of the true labels themselves, of each layer
     """
 
     p_lnc: dict[str, np.ndarray]
     chosen: pd.DataFrame
     losses: pd.DataFrame
     bits_ln: np.ndarray | None = None
+    linear: dict[str, Linear] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: Sequence[Fitted]) -> Fitted:
@@ -36,7 +39,7 @@ class Fitted:
         p = {split: np.concatenate([part.p_lnc[split] for part in parts]) for split in parts[0].p_lnc}
         bits = None if parts[0].bits_ln is None else np.concatenate([part.bits_ln for part in parts])
         chosen, losses = (pd.concat([getattr(part, name) for part in parts]) for name in ("chosen", "losses"))
-        return cls(p, chosen, losses, bits)
+        return cls(p, chosen, losses, bits, {layer: probe for part in parts for layer, probe in part.linear.items()})
 
 
 def device() -> str:
@@ -44,11 +47,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def standardised(x_lnd: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
-    """Features with mean 0 and standard deviation 1 over the training rows; a constant one becomes 0."""
+def spread(x_lnd: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (l, d) over the training rows; that of a constant feature is infinite."""
     part = x_lnd[:, train]
-    mean, scale = part.mean(1, keepdim=True), part.std(1, keepdim=True, correction=0)
-    return torch.where(scale > 1e-7 * part.abs().amax(1, keepdim=True), (x_lnd - mean) / scale, 0)
+    mean, scale = part.mean(1), part.std(1, correction=0)
+    return mean, torch.where(scale > 1e-7 * part.abs().amax(1), scale, torch.inf)
 
 
 def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengths: Sequence[float],
@@ -64,7 +67,8 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     coded : measure the online codelength of the true labels, too
     """
     train = task.true.split["train"]
-    x_lnd = standardised(x_lnd, train)
+    mean, scale = spread(x_lnd, train)
+    x_lnd = (x_lnd - mean[:, None]) / scale[:, None]
     inside = [torch.isin(train, labels.split["train"]).float()[:, None] * labels.mask_nc[train] for labels in sets]
     y, mask = (torch.cat(parts, 1).to(x_lnd.device) for parts in ([s.y_nc[train] for s in sets], inside))
     solution = logreg.solve(x_lnd[:, train], y, mask, strengths, memory_gb=memory_gb)
@@ -74,16 +78,20 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
         warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {words}, class "
                       f"{task.true.classes[k % c]!r}, C={strengths[strength]:g}, gradient norm "
                       f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
-    found = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)
-             for i, labels in enumerate(sets)]
+    chosen = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)
+              for i, labels in enumerate(sets)]
+    found, true = [fitted for fitted, _ in chosen], chosen[0][1]
+    parts = (true.weight_ldsk[:, :, 0], true.intercept_lsk[:, 0], mean, scale)
+    whole = Linear(*(values.cpu().numpy() for values in parts))
+    found[0].linear = {layer: whole.only(k) for k, layer in enumerate(layers)}
     if coded:
         found[0].bits_ln = codelength.online(x_lnd, sets[0], strengths, memory_gb)
     return found
 
 
 def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float],
-            layers: Sequence[str]) -> Fitted:
-    """Each layer with the strength that has the lowest log loss on validation."""
+            layers: Sequence[str]) -> tuple[Fitted, logreg.Solution]:
+    """Each layer with the strength that has the lowest log loss on validation, and the solution for those."""
     rows = labels.split["validation"]
     y, mask = (t[rows].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc))
     logits = solution.logits(x_lnd[:, rows])
@@ -92,19 +100,33 @@ def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, stre
     solution = solution.at(best)
     p = {split: solution.logits(x_lnd[:, labels.split[split]])[:, :, 0].sigmoid().cpu().numpy()
          for split in ("validation", "test")}
-    return Fitted(p, pd.DataFrame({"layer": list(layers), "strength": [strengths[k] for k in best.tolist()],
-                                   "gradient_norm": solution.gradient_lsk.amax((1, 2)).cpu().numpy()}), pd.DataFrame())
+    about = pd.DataFrame({"layer": list(layers), "strength": [strengths[k] for k in best.tolist()],
+                          "gradient_norm": solution.gradient_lsk.amax((1, 2)).cpu().numpy()})
+    return Fitted(p, about, pd.DataFrame()), solution
 
 
-def with_adam(x_lnd: torch.Tensor, labels: Labels, seeds: Sequence[int], setting: adam.Training, layers: Sequence[str]
-              ) -> list[Fitted]:
-    """The probes "linear" (no hidden layer) and "mlp", one Fitted a seed."""
-    y, mask = labels.y_nc.to(x_lnd.device), labels.mask_nc.to(x_lnd.device)
-    fit = adam.fit(x_lnd, y, mask, labels.split["train"], labels.split["validation"], labels.kind, tuple(seeds),
-                   setting)
-    p = {split: fit.probabilities(x_lnd[:, labels.split[split]]).cpu().numpy() for split in ("validation", "test")}
-    place = np.indices(fit.losses[:, 0].shape).reshape(3, -1)
-    return [Fitted({split: values[:, s] for split, values in p.items()}, pd.DataFrame(), pd.DataFrame({
-        "layer": np.array(layers)[place[0]], "seed": seed, "epoch": place[1] + 1,
-        "split": np.array(["train", "validation"])[place[2]], "loss": fit.losses[:, s].numpy().ravel(),
-    })) for s, seed in enumerate(seeds)]
+def with_adam(x_lnd: torch.Tensor, sets: Sequence[Labels], seeds: Sequence[int], setting: adam.Training,
+              layers: Sequence[str]) -> list[Fitted]:
+    """The probes "linear" (no hidden layer) and "mlp", one Fitted for each set of labels with its seed.
+
+    Sets that are learnt from the same examples are trained side by side.
+    """
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for i, labels in enumerate(sets):
+        rows = tuple(labels.split[split].numpy().tobytes() for split in ("train", "validation"))
+        groups.setdefault(rows, []).append(i)
+    found: dict[int, Fitted] = {}
+    for group in groups.values():
+        y, mask = (torch.stack([getattr(sets[i], name) for i in group]).to(x_lnd.device)
+                   for name in ("y_nc", "mask_nc"))
+        split, own = sets[group[0]].split, [seeds[i] for i in group]
+        fit = adam.fit(x_lnd, y, mask, split["train"], split["validation"], sets[0].kind, own, setting)
+        for s, i in enumerate(group):
+            probes = fit.only(s)
+            p = {name: probes.probabilities(x_lnd[:, sets[i].split[name]])[:, 0].cpu().numpy()
+                 for name in ("validation", "test")}
+            place = np.indices(fit.losses[:, s].shape).reshape(3, -1)
+            found[i] = Fitted(p, pd.DataFrame(), pd.DataFrame({
+                "layer": np.array(layers)[place[0]], "seed": seeds[i], "epoch": place[1] + 1,
+                "split": np.array(["train", "validation"])[place[2]], "loss": fit.losses[:, s].numpy().ravel()}))
+    return [found[i] for i in range(len(sets))]

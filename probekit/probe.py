@@ -13,16 +13,18 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from probekit import adam, codelength, compare, controls, fits, metrics, paths
+from probekit import adam, codelength, compare, controls, fits, geometry, metrics, paths
 from probekit.fits import Fitted
 from probekit.labels import Labels, Task
+from probekit.linear import Linear
 from probekit.results import Results
 from probekit.store import Store
 from probekit.tasks import rows_key, table_key
 
 PROBES = ("logreg", "linear", "mlp")
+PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
 LabelSets = dict[tuple[str, int], Labels]  # by control and seed
-VERSION = 2  # of what the tables hold: those of older versions are made anew
+VERSION = 3  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,44 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     if control_of(store) != "none":  # other labels are about the real states
         settings = replace(settings, controls=(), codelength=settings.codelength and store.control == "none")
     key = paths.fingerprint(VERSION, settings, store.key, table_key(examples))
-    own = folder / "-".join([store.folder.parent.name, store.folder.name, store.control])
+    own = folder_of(store, folder)
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
         return Results.read(own, table_key(examples))
     (own / "probe.json").unlink(missing_ok=True)
     tasks = [Task.of(examples, name) for name in examples.attrs["tasks"]]
     sets = {task.name: _label_sets(task, settings) for task in tasks}
-    done = Results.join([scored(store, pooling, task, kind, fitted, sets[task.name], settings)
-                         for pooling in store.poolings
-                         for task, kind, fitted in _fit_all(store, pooling, tasks, sets, settings)])
+    done = Results.join([part for pooling in store.poolings
+                         for part in _probe_pooling(store, pooling, tasks, sets, settings)])
     done.write(own, table_key(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings), "store": store.record})
     return done
 
 
+def folder_of(store: Store, folder: Path) -> Path:
+    """Where a store's own tables lie in the folder of a run's results."""
+    return folder / "-".join([store.folder.parent.name, store.folder.name, store.control])
+
+
 def control_of(store: Store) -> str:
     return "untrained" if store.meta["untrained"] and store.control == "none" else store.control
+
+
+def _probe_pooling(store: Store, pooling: str, tasks: Sequence[Task], sets: dict[str, LabelSets], settings: Probing
+                   ) -> Iterator[Results]:
+    """A part for each task and kind of probe; the last one says how the layers relate."""
+    linear, main = {}, control_of(store)
+    for task, kind, fitted in _fit_all(store, pooling, tasks, sets, settings):
+        yield scored(store, pooling, task, kind, fitted, sets[task.name], settings)
+        own = {layer: one for layer, one in fitted["none", settings.seeds[0]].linear.items() if layer.startswith("lm.")}
+        linear |= {task.name: Linear.join([*own.values()])} if own else {}
+    if linear and main in PREDICTED:
+        about = {"model": store.meta["model"], "control": main, "pooling": pooling}
+        transfer, near = geometry.relate(store, pooling, [task for task in tasks if task.name in linear], linear)
+        prefix = "|".join(about.values())
+        yield Results(pd.DataFrame(), pd.DataFrame(), transfer.assign(**about), {},
+                      {f"{prefix}|{name}": values for name, values in near.items()},
+                      {f"{prefix}|{name}|{part}": values for name, one in linear.items()
+                       for part, values in vars(one).items()})
 
 
 def _fit_all(store: Store, pooling: str, tasks: Sequence[Task], sets: dict[str, LabelSets], settings: Probing
@@ -135,11 +159,10 @@ def _fit(x_lnd: torch.Tensor, task: Task, kind: str, settings: Probing, layers: 
                                  settings.codelength)
         return dict(zip(sets, found, strict=True))
     setting = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
-    found = fits.with_adam(x_lnd, task.true, settings.seeds, setting, layers)
-    fitted = {("none", seed): one for seed, one in zip(settings.seeds, found, strict=True)}
-    for name, seed in [*sets][1:]:  # each seed has labels of its own
-        fitted[name, seed], = fits.with_adam(x_lnd, sets[name, seed], (seed,), setting, layers)
-    return fitted
+    keys = [("none", seed) for seed in settings.seeds] + [*sets][1:]
+    labels, seeds = [sets.get(key, task.true) for key in keys], [seed for _, seed in keys]
+    found = fits.with_adam(x_lnd, labels, seeds, setting, layers)
+    return dict(zip(keys, found, strict=True))
 
 
 def _groups(store: Store, pooling: str, gigabytes: float) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -167,7 +190,7 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
     for (name, seed), one in fitted.items():
         labels = sets.get((name, seed), task.true)  # those of "linear" and "mlp" are true for every seed
         cut = metrics.thresholds(one.p_lnc["validation"], *labels.of("validation")[:2], labels.kind == "binary")
-        in_full = name == "none" and main in ("none", "untrained")
+        in_full = name == "none" and main in PREDICTED
         rows = [labels.score(one.p_lnc["validation"], "validation", layers, b),
                 labels.score(one.p_lnc["test"], "test", layers, b, in_full, cut)]
         if len(one.chosen):
@@ -187,13 +210,13 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
                    for name in controls.BASELINES]
     about = {"model": store.meta["model"], "pooling": pooling, "task": task.name, "probe": kind}
     table = pd.concat(tables, ignore_index=True)
-    losses = pd.concat([one.losses.assign(control=main if name == "none" else name)
-                        for (name, _), one in fitted.items()], ignore_index=True)
+    losses = pd.concat([one.losses.assign(control=main if name == "none" else name, **about)
+                        for (name, _), one in fitted.items() if len(one.losses)] or [pd.DataFrame()])
     decoder = [layer.startswith("lm.") for layer in layers]
     test = fitted["none", settings.seeds[0]].p_lnc["test"][decoder].astype(np.float16)
     key = "|".join((about["model"], main, pooling, task.name, kind))
-    return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses.assign(**about),
-                   {key: test} if main in ("none", "untrained") else {})
+    return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses,
+                   predictions={key: test} if main in PREDICTED else {})
 
 
 def _selectivity(own: Fitted, control: Fitted, true: Labels, arbitrary: Labels, layers: Sequence[str], resamples: int

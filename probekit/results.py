@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from probekit import compare, paths
 from probekit.labels import HEADLINE
+from probekit.linear import Linear
 
 COLUMNS = ["model", "stage", "layer", "pooling", "task", "probe", "control", "split", "metric", "class", "value", "lo",
            "hi", "n", "seed", *compare.COLUMNS]
+
+
+TABLES, ARRAYS = ("metrics", "losses", "transfer"), ("predictions", "neighbours", "linear")
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,33 @@ class Results:
     ----------
     metrics : one row a model, layer, pooling, task, probe, control, split, metric, class and seed
     losses : of "linear" and "mlp", by epoch
+    transfer : the score of each layer's probe (`probe_layer`) on the states of each layer, see
+        :func:`probekit.geometry.relate`; of decoder layers and "logreg"
     predictions : ``"<model>|<control>|<pooling>|<task>|<probe>"`` to (l, n, c) float16, the first seed's
         probabilities for the task's test examples
+    neighbours : ``"<model>|<control>|<pooling>|<task>"`` to (l, n, 5), the nearest test examples of each
+    linear : ``"<model>|<control>|<pooling>|<task>|<part>"`` to a part of :class:`probekit.linear.Linear`
     """
 
     metrics: pd.DataFrame
     losses: pd.DataFrame
-    predictions: dict[str, np.ndarray]
+    transfer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    neighbours: dict[str, np.ndarray] = field(default_factory=dict)
+    linear: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def probes(self, key: str) -> Linear:
+        """The logistic regressions of ``"<model>|<control>|<pooling>|<task>"``.
+
+        Raises
+        ------
+        KeyError
+            There are none.
+        """
+        try:
+            return Linear(**{name.name: self.linear[f"{key}|{name.name}"] for name in fields(Linear)})
+        except KeyError:
+            raise KeyError(f"no logreg probes of {key}: run 03_probe with probes that include logreg") from None
 
     @classmethod
     def join(cls, parts: Sequence[Results]) -> Results:
@@ -47,19 +70,21 @@ class Results:
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"{twice.partition('|')[0]} is there twice: models of one run need different names")
-        return cls(pd.concat([p.metrics for p in parts], ignore_index=True)[COLUMNS].astype({"plateau": "boolean"}),
-                   pd.concat([p.losses for p in parts], ignore_index=True),
-                   {key: values for p in parts for key, values in p.predictions.items()})
+        tables = {name: _joined([getattr(p, name) for p in parts]) for name in TABLES}
+        tables["metrics"] = tables["metrics"][COLUMNS].astype({"plateau": "boolean"})
+        return cls(**tables, **{name: {key: values for p in parts for key, values in getattr(p, name).items()}
+                                for name in ARRAYS})
 
     def write(self, folder: Path, examples_key: str) -> None:
         """Write the tables to `folder`, with the key of the examples table that they belong to."""
         (folder / "results.json").unlink(missing_ok=True)  # it vouches for the rest, so it comes last
-        paths.write_atomic(folder / "metrics.parquet", self.metrics.to_parquet)
-        paths.write_atomic(folder / "losses.parquet", self.losses.to_parquet)
-        # safetensors writes the memory as it lies: an array in another order would come back scrambled
-        predictions = {key: np.ascontiguousarray(values) for key, values in self.predictions.items()}
-        paths.write_atomic(folder / "predictions.safetensors", lambda part: save_file(predictions, part))
-        paths.write_json(folder / "results.json", {"examples": examples_key})
+        for name in TABLES:
+            paths.write_atomic(folder / f"{name}.parquet", getattr(self, name).to_parquet)
+        for name in ARRAYS:  # safetensors writes the memory as it lies: an array in another order would be scrambled
+            arrays = {key: np.ascontiguousarray(values) for key, values in getattr(self, name).items()}
+            paths.write_atomic(folder / f"{name}.safetensors", lambda part, arrays=arrays: save_file(arrays, part))
+        order = {name: list(getattr(self, name)) for name in ARRAYS}  # which the files do not keep
+        paths.write_json(folder / "results.json", {"examples": examples_key, "order": order})
 
     @classmethod
     def read(cls, folder: Path, examples_key: str) -> Results:
@@ -68,15 +93,24 @@ class Results:
         Raises
         ------
         FileNotFoundError, ValueError
-            Nothing there, or the results of another examples table.
+            Nothing there, or the results of another examples table or of an older version.
         """
         if not (folder / "results.json").exists():
             raise FileNotFoundError(f"{folder} holds no probe results: run 03_probe for this run first")
-        if paths.read_json(folder / "results.json")["examples"] != examples_key:
+        record = paths.read_json(folder / "results.json")
+        if record["examples"] != examples_key:
             raise ValueError(f"{folder} was made from another examples table: run 02_extract and 03_probe again")
-        with safe_open(folder / "predictions.safetensors", framework="numpy") as file:
-            predictions = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-        return cls(*(pd.read_parquet(folder / f"{kind}.parquet") for kind in ("metrics", "losses")), predictions)
+        try:
+            arrays = {name: load_file(folder / f"{name}.safetensors") for name in ARRAYS}
+            return cls(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},
+                       **{name: {key: arrays[name][key] for key in record["order"][name]} for name in ARRAYS})
+        except (FileNotFoundError, KeyError) as error:
+            raise FileNotFoundError(f"{folder} lacks a part of the results ({error}): run 03_probe again") from None
+
+
+def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One below the other; empty ones would change the types of columns that they lack."""
+    return pd.concat([table for table in tables if len(table)] or [pd.DataFrame()], ignore_index=True)
 
 
 def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None

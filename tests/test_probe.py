@@ -131,9 +131,12 @@ def test_results_belong_to_their_examples_and_names_to_one_model(tmp_path):
     found.write(tmp_path / "run", tasks.table_key(table))
     read = results.Results.read(tmp_path / "run", tasks.table_key(table))
     pd.testing.assert_frame_equal(read.metrics, found.metrics)
+    for name in results.ARRAYS:
+        assert getattr(read, name).keys() == getattr(found, name).keys() and len(getattr(read, name))
+        for key, values in getattr(read, name).items():
+            np.testing.assert_array_equal(values, getattr(found, name)[key])
     labels = np.array([y[0] for y, split in zip(table.labels, table.split, strict=True) if split == "test"])
     for key, p_lnc in read.predictions.items():
-        np.testing.assert_array_equal(p_lnc, found.predictions[key])
         shares = ((p_lnc[..., 0] >= 0.5) == labels).mean(1)  # the stored predictions are those that were scored
         np.testing.assert_allclose(shares, accuracy(read, key.rpartition("|")[2]), atol=1e-6)
     other = table.assign(split=table.split.to_numpy()[::-1])

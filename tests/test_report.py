@@ -58,7 +58,7 @@ def test_two_models_are_compared_on_the_same_images(tmp_path):
     key, = found.predictions
     other = {key.replace("planted", "other"): np.full_like(found.predictions[key], 0.4)}
     both = results.Results(pd.concat([found.metrics, found.metrics.assign(model="other")]), found.losses,
-                           found.predictions | other)
+                           predictions=found.predictions | other)
     row, = report.versus(both, table).itertuples()
     assert row.a == "caption, planted, mean, lm.02" and row.b == "caption, other, mean, lm.02"
     yes = np.mean([y[0] for y, split in zip(table.labels, table.split, strict=True) if split == "test"])
