@@ -44,6 +44,11 @@ class Fit:
     losses: torch.Tensor
     kind: str
 
+    def only(self, s: int) -> Fit:
+        """The probes of one seed."""
+        parts = [[values[:, s : s + 1] for values in of] for of in (self.weights, self.biases)]
+        return Fit(*parts, self.losses[:, s : s + 1], self.kind)
+
     def probabilities(self, x_lnd: torch.Tensor) -> torch.Tensor:
         """(l, s, n, c) probability of label 1."""
         logits = _logits(x_lnd[:, None], self.weights, self.biases)
@@ -78,19 +83,21 @@ def _start(sizes: Sequence[int], layers: int, each_seed: Callable, device: torch
     return [weight for weight, _ in pairs], [bias for _, bias in pairs]
 
 
-def fit(x_lnd: torch.Tensor, y_nc: torch.Tensor, mask_nc: torch.Tensor, train: torch.Tensor, validation: torch.Tensor,
-        kind: str, seeds: tuple[int, ...] = (0,), setting: Training = Training()) -> Fit:
-    """Train one probe a layer and seed; a layer's probe does not depend on which others are trained beside it.
+def fit(x_lnd: torch.Tensor, y_snc: torch.Tensor, mask_snc: torch.Tensor, train: torch.Tensor,
+        validation: torch.Tensor, kind: str, seeds: Sequence[int] = (0,), setting: Training = Training()) -> Fit:
+    """Train one probe a layer and seed; none depends on which others are trained beside it.
 
     Parameters
     ----------
     x_lnd : (l, n, d) float32
-    y_nc, mask_nc : (n, c) float32 labels, and 1 where an entry counts
+    y_snc, mask_snc : (s, n, c) float32 labels of each seed, and 1 where an entry counts; (n, c) if all have the same
     train, validation : row numbers
     kind : "binary" (two outputs, cross-entropy) or "multilabel" (c outputs, masked binary cross-entropy)
     """
     layers, _, d = x_lnd.shape
-    sizes = [d, *[setting.hidden] * bool(setting.hidden), 2 if kind == "binary" else y_nc.shape[1]]
+    sizes = [d, *[setting.hidden] * bool(setting.hidden), 2 if kind == "binary" else y_snc.shape[-1]]
+    y_snc, mask_snc = (values.expand(len(seeds), *values.shape[-2:]) for values in (y_snc, mask_snc))
+    own = torch.arange(len(seeds))[:, None]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def each_seed(make) -> torch.Tensor:
@@ -107,14 +114,14 @@ def fit(x_lnd: torch.Tensor, y_nc: torch.Tensor, mask_nc: torch.Tensor, train: t
         for rows_sb in order_sn.split(setting.batch, dim=1):
             keep = each_seed(lambda g, b=rows_sb.shape[1]: torch.rand(b, d, generator=g)) >= setting.dropout
             dropped = x_lnd[:, rows_sb] * keep.to(x_lnd) / (1 - setting.dropout)
-            loss_ls = _loss(_logits(dropped, weights, biases), y_nc[rows_sb], mask_nc[rows_sb], kind)
+            loss_ls = _loss(_logits(dropped, weights, biases), y_snc[own, rows_sb], mask_snc[own, rows_sb], kind)
             optimiser.zero_grad()
             loss_ls.sum().backward()
             optimiser.step()
             running = running + loss_ls.detach() * rows_sb.shape[1] / len(train)
         with torch.no_grad():
             logits = _logits(x_lnd[:, None, validation], weights, biases)
-            checked = _loss(logits, y_nc[validation], mask_nc[validation], kind)
+            checked = _loss(logits, y_snc[:, validation], mask_snc[:, validation], kind)
             stopped = since >= (setting.patience or torch.inf)
             losses.append(torch.where(stopped[..., None], torch.nan, torch.stack([running, checked], -1)))
             better = ~stopped & ((checked < lowest) if setting.patience else torch.ones_like(stopped))
