@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from probekit import inputs
 from probekit.architectures import reads_with_encoder
-from probekit.hooks import decoder_tapped, encoder_tapped
+from probekit.hooks import Take, decoder_tapped, encoder_tapped
 from probekit.models import Vlm
 from probekit.pool import Pooler, Prefix
 from probekit.prepare import Prepared
@@ -65,6 +65,26 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
     return states
 
 
+@torch.inference_mode()
+def read(vlm: Vlm, prepared: Sequence[Prepared], take: Take) -> None:
+    """Run images of one shape, each with its first prompt, and hand over the states of all tokens.
+
+    Parameters
+    ----------
+    take : called as ``take(layer, hidden_ntd)`` for each layer of the decoder, padded on the right
+    """
+    tokens = inputs.joined(vlm, [one.tokens[0] for one in prepared])
+    with decoder_tapped(vlm, take):
+        vlm.model(**tokens, **inputs.pictures(vlm, prepared), **_options(vlm, len(prepared)))
+
+
+def _options(vlm: Vlm, n: int) -> dict:
+    if not reads_with_encoder(vlm.config):
+        return {"use_cache": False}
+    token = torch.zeros(n, 1, dtype=torch.long, device=vlm.device)  # nobody reads the decoder: a single token will do
+    return {"use_cache": False, "decoder_input_ids": token}
+
+
 # ------------------------------------------------------------------------------------------------------- the passes
 
 
@@ -78,9 +98,7 @@ def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
     def take(layer: str, hidden_ntd: torch.Tensor) -> None:
         states.update({f"{layer}/{name}": values for name, values in pooler.pool(hidden_ntd).items()})
 
-    options = {"use_cache": False}
-    if reads_with_encoder(vlm.config):  # nobody reads the decoder: let it have a single token
-        options["decoder_input_ids"] = torch.zeros(len(shown), 1, dtype=torch.long, device=vlm.device)
+    options = _options(vlm, len(shown))
     with decoder_tapped(vlm, take):
         if encode_once:
             if "mm_encoder_outputs" not in vlm.takes:  # one that swallows any keyword would not see the image

@@ -21,6 +21,7 @@ from probekit import coco, paths
 CAPTION_PROMPT = "This image contains: {caption}.\nIs this right?"
 CATEGORY_PROMPT = "This image contains the following types of object:"
 CATEGORY_LIST_PROMPT = CATEGORY_PROMPT + " {categories}"
+VERSION = 2  # of what a build leaves: older ones are made anew
 ASKED = 3  # categories that an image is asked for, as in the study
 
 
@@ -252,11 +253,12 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     unknown = [t for t in build.tasks if t not in TASKS]
     if unknown:
         raise ValueError(f"unknown tasks {unknown}: take names out of {', '.join(TASKS)}")
-    record, file = folder / "build.json", folder / "examples.parquet"
-    if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == paths.fingerprint(build):
+    record, file, made_as = folder / "build.json", folder / "examples.parquet", paths.fingerprint(VERSION, build)
+    if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == made_as:
         return load(folder)
     record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
-    chosen, bad = choose(build, data or coco.read(paths.resolve(build.folder), list(build.coco_splits) or None))
+    data = data or coco.read(paths.resolve(build.folder), list(build.coco_splits) or None)
+    chosen, bad = choose(build, data)
     tables, about = [], {}
     for name in build.tasks:
         task, rng = TASKS[name], np.random.default_rng([build.seed, crc32(name.encode())])
@@ -271,8 +273,10 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     examples.attrs["tasks"] = about
     paths.write_atomic(file, examples.to_parquet)
     bad.to_csv(folder / "left_out_images.csv", index=False)
-    paths.write_json(record, {"fingerprint": paths.fingerprint(build), "settings": asdict(build),
-                              "left_out_images": len(bad)})
+    there = data.instances[data.instances.image_id.isin(chosen.images.index)]
+    sizes = data.images[["width", "height"]]
+    paths.write_atomic(folder / "instances.parquet", there.join(sizes, on="image_id").to_parquet)
+    paths.write_json(record, {"fingerprint": made_as, "settings": asdict(build), "left_out_images": len(bad)})
     return load(folder)
 
 
@@ -282,6 +286,14 @@ def load(folder: Path) -> pd.DataFrame:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: run 01_build_data for this run first")
     return pd.read_parquet(file)
+
+
+def instances(folder: Path) -> pd.DataFrame:
+    """The instances of a run's images: `image_id, category, x, y, w, h, area, iscrowd`, the image's `width, height`.
+
+    All in pixels of the image file.
+    """
+    return pd.read_parquet(folder / "instances.parquet")
 
 
 def rows_key(examples: pd.DataFrame) -> str:

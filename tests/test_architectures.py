@@ -15,7 +15,7 @@ from architectures import ROWS, make
 from conftest import REPOSITORY
 from PIL import Image
 
-from probekit import architectures, forward, presets
+from probekit import architectures, forward, grid, presets
 from probekit.extract import Extraction, extract
 from probekit.models import describe, load_vlm
 
@@ -90,7 +90,16 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
             "batches": "padded right" if batched == "plain" else "one prompt each", "sharing": shared,
             "encoder once": "yes" if choice.way in ("shared", "encoded") else "no",
             "vision": f"{len(vlm.vision[1])} blocks" if vlm.vision else f"no: {vlm.special.no_vision or 'no stack'}",
-            "projector": "yes" if "projector" in stages else "no"}
+            "projector": "yes" if "projector" in stages else "no", "heat map": _heat_map(vlm)}
+
+
+def _heat_map(vlm) -> str:
+    """Is it known where in the image the image tokens lie? Checked by changing a quarter of the image."""
+    try:
+        grid.check(vlm, pictures()[0], "Is there a dog?")
+    except grid.NoGrid:
+        return "no"
+    return "yes"
 
 
 def _reason(words: str, way: str) -> str:

@@ -1,0 +1,120 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from probekit import forward, grid, inputs, localise
+from probekit.grid import Grid, NoGrid, covered
+from probekit.linear import Linear
+
+HALVES = np.array([[0, 0, 0.5, 1], [0.5, 0, 1, 1.0]])
+
+
+def scene(width=160, height=120):
+    small = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
+
+
+def random_linear(vlm, classes=3):
+    rng = np.random.default_rng(1)
+    shape = len(vlm.layers), vlm.width
+    return Linear(rng.normal(size=(*shape, classes)).astype(np.float32),
+                  rng.normal(size=(shape[0], classes)).astype(np.float32), rng.normal(size=shape).astype(np.float32),
+                  rng.uniform(0.5, 2, shape).astype(np.float32))
+
+
+def test_tokens_lie_where_the_image_is(vlm):
+    prepared = vlm.preparer.prepare(scene(), ["Which?"])
+    cells = Grid(vlm)(prepared, (160, 120))
+    assert len(cells) == prepared.shown[0].sum()
+    areas = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
+    assert areas.sum() == pytest.approx(1, abs=0.02)  # both models see the whole image
+    grid.check(vlm, scene(), "Which?")
+
+
+def test_a_patch_that_changes_changes_its_token(vlm):
+    image = scene()
+    prepared = vlm.preparer.prepare(image, ["Which?"])
+    cells, before = Grid(vlm)(prepared, image.size), grid._embedded(vlm, prepared)
+    for k in (0, len(cells) // 2, len(cells) - 1):
+        left, top, right, bottom = np.round(cells[k] * [160, 120, 160, 120]).astype(int).clip(0)
+        pixels = np.array(image)
+        pixels[top:bottom, left:right] = 255 - pixels[top:bottom, left:right]
+        changed = (grid._embedded(vlm, vlm.preparer.prepare(Image.fromarray(pixels), ["Which?"])) - before).norm(dim=1)
+        assert int(changed.argmax()) == k
+
+
+def test_a_wrong_map_is_found_out(vlm, monkeypatch):
+    honest = Grid.__call__
+    monkeypatch.setattr(Grid, "__call__", lambda *arguments: honest(*arguments)[::-1])
+    with pytest.raises(NoGrid, match="there is no heat map"):
+        grid.check(vlm, scene(), "Which?")
+
+
+def test_covered_counts_what_lies_in_any_box():
+    boxes = np.array([[0.0, 0, 0.25, 1], [0.0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(covered(HALVES, boxes), [0.75, 0])
+    beyond = np.array([[-1.0, 0, 0, 1], [-0.5, 0, 0.5, 1]])  # padding: outside, and half outside
+    np.testing.assert_allclose(covered(beyond, boxes), [np.nan, 0.75])
+
+
+def test_heat_is_the_probe_of_every_token_in_whatever_batch(vlm):
+    linear = random_linear(vlm)
+    prompts = ["Which?", "Which of these things are there, do you think?"]
+    prepared = [vlm.preparer.prepare(scene().rotate(90 * k), [prompt]) for k, prompt in enumerate(prompts)]
+    cells = [Grid(vlm)(one, scene().size) for one in prepared]
+    together = localise.heat(vlm, prepared, linear, cells)
+    for one, cell, both in zip(prepared, cells, together, strict=True):
+        alone, = localise.heat(vlm, [one], linear, [cell])
+        np.testing.assert_allclose(alone.logit_ltc, both.logit_ltc, atol=2e-3)
+        pooled = forward.run(vlm, [one], ["image_mean"])  # log-odds of the mean are the mean of the log-odds
+        for k, layer in enumerate(vlm.layers):
+            weight, intercept = linear.raw(k)
+            expected = pooled[f"{layer}/image_mean"][0].double() @ weight.double() + intercept
+            np.testing.assert_allclose(both.logit_ltc[k].mean(0), expected, atol=1e-3, rtol=1e-3)
+    tokens = inputs.joined(vlm, [prepared[0].tokens[0]])
+    with torch.inference_mode():
+        hidden = vlm.model(**tokens, **inputs.pictures(vlm, prepared[:1]), use_cache=False,
+                           output_hidden_states=True).hidden_states[3][0, torch.from_numpy(prepared[0].shown[0])]
+    weight, intercept = linear.raw(3)
+    np.testing.assert_allclose(together[0].logit_ltc[3], hidden @ weight + intercept, atol=2e-3)
+
+
+def test_shares_of_planted_heat():
+    logits = np.zeros((2, 2, 3))
+    logits[0, :, 0] = [4, 0]  # layer 0: all of class 0's heat on the left
+    logits[1, :, 0] = [0, 4]
+    logits[:, :, 1] = [0, 1]
+    found = localise.Heat(logits, HALVES)
+    left = np.array([[0, 0, 0.5, 1.0]])
+    told = localise.shares(found, 0, [1], left)
+    np.testing.assert_allclose(told["heat_in_boxes"], [1, 0])
+    np.testing.assert_allclose(told["others_in_boxes"], [0, 0])
+    np.testing.assert_allclose(told["area_in_boxes"], 0.5)
+    np.testing.assert_allclose(told["localisation"], [1, 0])
+    assert localise.shares(found, 0, [1], np.array([[0, 0, 1, 1.0]])) is None  # a box around everything tells nothing
+    beside = localise.Heat(logits, np.array([[-0.5, 0, 0, 1], [0, 0, 1, 1.0]]))  # heat on padding is nowhere
+    np.testing.assert_allclose(localise.shares(beside, 1, [], left)["heat_in_boxes"], 0.5, atol=1e-6)
+
+
+def test_the_table_averages_pairs_and_finds_the_layer():
+    rng = np.random.default_rng(0)
+    n, image = 120, np.repeat(np.arange(60), 2)
+    own = rng.uniform(0.1, 0.3, (n, 4)) + np.array([0, 0, 0.4, 0])
+    others = rng.uniform(0.1, 0.3, (n, 4))
+    found = {"heat_in_boxes": own, "others_in_boxes": others, "area_in_boxes": np.full((n, 4), 0.2),
+             "localisation": own - others}
+    table = localise.table(found, image, [f"lm.{k:02d}" for k in range(4)], 500)
+    assert set(table.metric) == set(localise.METRICS) and (table.n == n).all()
+    heat = table[table.metric == "heat_in_boxes"].reset_index()
+    np.testing.assert_allclose(heat.value, own.mean(0))
+    assert (heat.lo < heat.value).all() and (heat.value < heat.hi).all() and heat.hi[2] - heat.lo[2] < 0.05
+    gain = table[table.metric == "localisation"]
+    assert gain[gain.plateau.astype(bool)].layer.tolist() == ["lm.02"]
+    assert (gain.lo.iloc[[0, 1, 3]] < 0.02).all()
+
+
+def test_boxes_are_shares_of_the_image():
+    one = pd.DataFrame([{"x": 10, "y": 20, "w": 30, "h": 40, "width": 100, "height": 80}])
+    np.testing.assert_allclose(localise.boxes_of(one), [[0.1, 0.25, 0.4, 0.75]])
