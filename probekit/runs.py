@@ -1,0 +1,131 @@
+"""All that is on disk of a run, opened together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from probekit import coco, localise, paths, tasks
+from probekit.grid import Grid
+from probekit.models import Vlm, load_vlm
+from probekit.results import Results
+
+
+def names() -> list[str]:
+    """Runs that have probe results, the newest first."""
+    found = (paths.DATA / "probes").glob("*/results.json")
+    return [file.parent.name for file in sorted(found, key=lambda file: -file.stat().st_mtime)]
+
+
+@dataclass
+class Run:
+    """A run with probe results.
+
+    Attributes
+    ----------
+    examples, instances : see :mod:`probekit.tasks`
+    results : see :class:`probekit.results.Results`
+    kept : the heat of its inspection set
+    """
+
+    name: str
+    examples: pd.DataFrame
+    results: Results
+    folder: Path
+    kept: localise.Kept
+    _live: dict[str, tuple[Vlm, Grid]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str) -> Run:
+        """
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            A step of the run has not been done, or belongs to another examples table.
+        """
+        examples, folder = tasks.load(paths.DATA / "tasks" / name), paths.DATA / "probes" / name
+        return cls(name, examples, Results.read(folder, tasks.table_key(examples)), folder, localise.Kept(folder))
+
+    @property
+    def tasks(self) -> dict[str, dict]:
+        """Kind, classes and question by task."""
+        return self.examples.attrs["tasks"]
+
+    @cached_property
+    def instances(self) -> pd.DataFrame:
+        return tasks.instances(paths.DATA / "tasks" / self.name)
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """What the run was made with, by step."""
+        build = paths.read_json(paths.DATA / "tasks" / self.name / "build.json")["settings"]
+        found = {f"data: {key}": value for key, value in build.items()}
+        for meta in self.stores:
+            name = meta["model"] + " (untrained)" * meta["untrained"]
+            found[f"extraction: {name}"] = ", ".join(
+                f"{key}={value}" for key, value in (meta["settings"] | {"device": meta["device"]}).items())
+            found[f"versions: {name}"] = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
+        return found
+
+    @cached_property
+    def stores(self) -> list[dict]:
+        """What is recorded of each model's extraction."""
+        records = paths.read_json(paths.DATA / "activations" / f"{self.name}.json")["stores"]
+        return [paths.read_json(paths.resolve(record["folder"]) / "meta.json") for record in records
+                if record["control"] == "none"]
+
+    def write_tables(self, folder: Path) -> dict[str, str]:
+        """Write the tables as CSV files, five digits a number; returns what each file holds."""
+        about = {"metrics": "a row a model, stage, layer, pooling, task, probe, control, split, metric, class and seed",
+                 "losses": "a row a probe trained with Adam, epoch and split",
+                 "transfer": "the score of each layer's probe on the states of each layer"}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in about:
+            paths.write_atomic(folder / f"{name}.csv", lambda part, name=name: getattr(self.results, name).to_csv(
+                part, index=False, float_format=lambda v: f"{v:.5g}" if abs(v) < 1e5 else f"{v:.0f}"))
+        return {f"{name}.csv": text for name, text in about.items()}
+
+    def tests(self, task: str) -> pd.DataFrame:
+        """The test examples of a task, in the order of its predictions."""
+        rows = self.examples[(self.examples.task == task) & (self.examples.split == "test")]
+        return rows.reset_index(drop=True)
+
+    def boxes(self, image_id: int, category: str) -> np.ndarray:
+        """(b, 4) left, top, right, bottom of an image's instances of a category, in shares of its size."""
+        own = self._by_image.get(image_id, self.instances[:0])
+        return localise.boxes_of(own[(own.category == category) & (own.iscrowd == 0)])
+
+    def shown(self, image_id: int) -> list[str]:
+        """The categories that an image has instances of."""
+        return sorted(set(self._by_image.get(image_id, self.instances[:0]).category))
+
+    @cached_property
+    def _by_image(self) -> dict[int, pd.DataFrame]:
+        tests = set(self.examples.image_id[self.examples.split == "test"])
+        return dict([*self.instances[self.instances.image_id.isin(tests)].groupby("image_id")])
+
+    def heat(self, key: str, row: pd.Series, live: bool = True) -> localise.Heat | None:
+        """What the probes of ``"<model>|<control>|<pooling>|<task>"`` say of each image token of a test example.
+
+        Stored heat is read; else, if `live`, the model runs once, over this example alone; it is loaded at the first.
+        """
+        found = self.kept.get(key, row.image_id)
+        if found is not None or not live:
+            return found
+        model, control, *_ = key.split("|")
+        meta = next(meta for meta in self.stores
+                    if meta["model"] == model and meta["untrained"] == (control == "untrained"))["settings"]
+        if (model, control) not in self._live:
+            for vlm, _ in self._live.values():
+                vlm.release()
+            vlm = load_vlm(meta["model"], meta["revision"], meta["dtype"], None, meta["untrained"], meta["seed"])
+            self._live = {(model, control): (vlm, Grid(vlm))}
+        vlm, grid = self._live[model, control]
+        image = coco.load_rgb(paths.resolve(row.file), meta["longest_side"])
+        prepared = vlm.preparer.prepare(image, [row.prompt])
+        found, = localise.heat(vlm, [prepared], self.results.probes(key), [grid(prepared, image.size)])
+        return found
