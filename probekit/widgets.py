@@ -1,151 +1,245 @@
-"""The explorer in JupyterLab: one example, one layer, and what the probe makes of it there."""
+"""The explorer in JupyterLab: one example, one layer, what the probe makes of it there, and where in the image."""
 
 from __future__ import annotations
 
 import html
 import traceback
 from collections.abc import Callable
-from io import BytesIO
 
 import ipywidgets as w
 import numpy as np
-import pandas as pd
 
-from probekit import coco, paths
-from probekit.plots import GREY, GRID, INK, PALETTE
-from probekit.results import Results
+from probekit import runs
+from probekit.finding import ORDERS, find
+from probekit.localise import POOLINGS, Heat, shares
+from probekit.plots import pictures
+from probekit.plots.style import PALETTE
 
-CURVE = (560, 300)  # pixels
-TABLE = ("<style>.probekit td,.probekit th{padding:2px 14px 2px 0;text-align:left;line-height:1.3}"
-         ".probekit{border-collapse:collapse}</style>")
-MARGIN = (58, 14, 18, 40)  # left, right, top, bottom
-
-
-def curve_svg(p_lc: np.ndarray, names: list[str], layer: int, labels: np.ndarray) -> str:
-    """Probability of "yes" by layer as an SVG picture, one line a class, the chosen layer marked.
-
-    Parameters
-    ----------
-    p_lc : (l, c) probabilities
-    names, labels : (c,) what the lines are called, and their true labels
-    layer : place of the chosen layer
-    """
-    (width, height), (left, right, top, bottom) = CURVE, MARGIN
-    x = left + np.arange(len(p_lc)) * (width - left - right) / max(1, len(p_lc) - 1)
-    parts = []
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        y = top + (1 - value) * (height - top - bottom)
-        dash = ' stroke-dasharray="4 4"' if value == 0.5 else ""
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" '
-                     f'stroke="{GREY if dash else GRID}"{dash}/>'
-                     f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
-    step = max(1, len(p_lc) // 10)
-    parts += [f'<text x="{x[k]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{k}</text>'
-              for k in range(0, len(p_lc), step)]
-    parts.append(f'<rect x="{x[layer] - 5:.1f}" y="{top}" width="10" height="{height - top - bottom}" fill="#ffe8b3"/>'
-                 f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">decoder layer</text>'
-                     f'<text transform="translate(12 {height / 2}) rotate(-90)" text-anchor="middle">p(yes)</text>')
-    for c, name in enumerate(names):
-        y = top + (1 - p_lc[:, c]) * (height - top - bottom)
-        colour, dash = PALETTE[c % len(PALETTE)], "" if labels[c] else ' stroke-dasharray="6 4"'
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"{dash}/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{6 if k == layer else 3}" fill="{colour}"><title>'
-                  f'{html.escape(name)}, layer {k}: {p_lc[k, c]:.3f}</title></circle>'
-                  for k, (a, b) in enumerate(zip(x, y, strict=True))]
-    return (f'<svg width="100%" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" style="font:12px '
-            f'sans-serif;fill:{INK};background:white;max-width:{width}px">{"".join(parts)}</svg>')
+TABLE = ("<style>.probekit td,.probekit th{padding:1px 14px 1px 0;text-align:left;line-height:1.35}"
+         ".probekit{border-collapse:collapse}.probekit-near{display:flex;gap:8px}"
+         ".probekit-near div{width:104px;font-size:11px;line-height:1.25;overflow-wrap:anywhere}</style>")
+ANY = "any"
 
 
 class Explorer:
-    """Choose model, task, probe, example and layer; see image, prompt, labels and the probability by layer.
+    """Choose run, model, task, example and layer; see image, prompt, labels, the probability by layer, and the heat.
 
     Parameters
     ----------
-    results : of a run
-    examples : its examples table
+    run : name of a run; others can be chosen
 
     Attributes
     ----------
     view : the widget to display
     """
 
-    def __init__(self, results: Results, examples: pd.DataFrame):
-        self.predictions = results.predictions
-        keys = [key.split("|") for key in self.predictions]
-        self.tests = {name: examples[(examples.task == name) & (examples.split == "test")].reset_index(drop=True)
-                      for name in examples.attrs["tasks"]}
-        self.about = examples.attrs["tasks"]
-        self.model = w.Dropdown(description="model", options=list(dict.fromkeys("|".join(k[:3]) for k in keys)))
-        self.model.options = [(_model_words(v), v) for v in self.model.options]
-        self.task = w.Dropdown(description="task", options=list(dict.fromkeys(k[3] for k in keys)))
-        self.probe = w.Dropdown(description="probe", options=sorted({k[4] for k in keys}, reverse=True))
-        wide = w.Layout(width="98%")
-        self.example = w.IntSlider(description="example", min=0, max=0, layout=wide)
-        self.layer = w.IntSlider(description="layer", min=0, max=0, layout=wide)
-        self.image = w.Image(format="jpeg", layout=w.Layout(width="320px", height="auto"))
-        self.words, self.curve, self.trouble = w.HTML(), w.HTML(), w.HTML()
+    def __init__(self, run: str):
+        self.data = runs.Run.open(run)
+        self._quiet = False
+        self._make()
+        self._wire()
+        self._fill()
+        self.layer.value = self.layer.max
+        self._show_layer()
+
+    # ------------------------------------------------------------------------------------------------------- widgets
+
+    def _make(self) -> None:
+        wide, narrow = w.Layout(width="98%"), w.Layout(width="250px")
+        self.run = w.Dropdown(description="run", options=[*dict.fromkeys([self.data.name, *runs.names()])],
+                              layout=narrow)
+        self.model, self.task, self.probe = (w.Dropdown(description=name, layout=narrow)
+                                             for name in ("model", "task", "probe"))
+        self.order = w.Dropdown(description="order", options=list(ORDERS), layout=narrow)
+        self.category = w.Dropdown(description="shows", options=[ANY], layout=narrow)
+        self.search = w.Text(description="search", placeholder="words in the prompt", continuous_update=False,
+                             layout=narrow)
+        self.found = w.Label()
+        self.example, self.layer = (w.IntSlider(description=name, min=0, max=0, layout=wide)
+                                    for name in ("example", "layer"))
+        self.image, self.near = w.Image(format="jpeg", layout=w.Layout(width="100%")), w.Image(format="jpeg")
+        self.where = w.Dropdown(description="category", options=[], layout=w.Layout(width="210px"))
+        self.warm, self.boxes, self.live = (
+            w.Checkbox(value=value, description=name, indent=False, layout=w.Layout(width="auto"))
+            for name, value in (("heat", True), ("boxes", True), ("run the model where none is kept", False)))
+        self.seen = w.VBox([w.HBox([self.where, self.warm, self.boxes]), self.live])
+        self.words, self.curve, self.share, self.trouble, self.near_words = (w.HTML() for _ in range(5))
+        left = w.VBox([self.image, self.seen, self.share], layout=w.Layout(flex="0 0 400px"))
+        right = w.VBox([self.example, self.layer, self.curve, self.words], layout=w.Layout(flex="1 1 380px"))
+        self.view = w.VBox([
+            w.HBox([self.run, self.model, self.task, self.probe], layout=w.Layout(flex_flow="row wrap")),
+            w.HBox([self.order, self.category, self.search, self.found], layout=w.Layout(flex_flow="row wrap")),
+            self.trouble, w.HBox([left, right]), w.HTML("<b>Nearest in this layer</b>"), self.near, self.near_words])
+
+    def _wire(self) -> None:
+        self.run.observe(self._shown(self._open), "value")
         for chooser in (self.model, self.task, self.probe):
             chooser.observe(self._shown(self._choose), "value")
+        for chooser in (self.order, self.category, self.search):
+            chooser.observe(self._shown(self._find), "value")
         self.example.observe(self._shown(self._show_example), "value")
         self.layer.observe(self._shown(self._show_layer), "value")
-        left = w.VBox([self.image, self.words], layout=w.Layout(flex="0 0 340px"))
-        right = w.VBox([self.example, self.layer, self.curve], layout=w.Layout(flex="1 1 360px"))
-        self.view = w.VBox([w.HBox([self.model, self.task, self.probe]), w.HBox([left, right]), self.trouble])
-        self._choose()
-        self.layer.value = self.layer.max
+        self.live.observe(self._shown(self._show_example), "value")
+        for chooser in (self.where, self.warm, self.boxes):
+            chooser.observe(self._shown(self._show_layer), "value")
 
     def _shown(self, work: Callable[[], None]) -> Callable:
-        """Run `work` on a change; an exception is shown below the widgets, where it would vanish otherwise."""
+        """Run `work` on a change, without what it changes itself calling back; an exception is shown in the notebook,
+        where it would vanish otherwise.
+        """
 
         def callback(change) -> None:
+            if self._quiet:
+                return
+            self._quiet = True
             try:
                 work()
                 self.trouble.value = ""
             except Exception:
                 self.trouble.value = f"<pre style='color:#b00020'>{html.escape(traceback.format_exc())}</pre>"
+            finally:
+                self._quiet = False
 
         return callback
 
+    # ------------------------------------------------------------------------------------------------ what is chosen
+
+    @property
+    def key(self) -> str:
+        return f"{self.model.value}|{self.task.value}"
+
     @property
     def p_lnc(self) -> np.ndarray:
-        key = f"{self.model.value}|{self.task.value}|{self.probe.value}"
-        if key not in self.predictions:
+        found = self.data.results.predictions.get(f"{self.key}|{self.probe.value}")
+        if found is None:
             raise KeyError(f"no {self.probe.value} probe of {_model_words(self.model.value)}, {self.task.value}")
-        return self.predictions[key]
+        return found
+
+    @property
+    def place(self) -> int:
+        """Of the chosen example among the test examples of its task."""
+        if not len(self.places):
+            raise ValueError("no example is like that: take other words, or another category")
+        return int(self.places[self.example.value])
+
+    def _open(self) -> None:
+        self.data = runs.Run.open(self.run.value)
+        self._fill()
+
+    def _fill(self) -> None:
+        """What a run has to choose from."""
+        self._quiet, keys = True, [key.split("|") for key in self.data.results.predictions]
+        models = list(dict.fromkeys("|".join(key[:3]) for key in keys))
+        several = len({model.split("|")[2] for model in models}) > 1
+        _offer(self.model, [(_model_words(model, several), model) for model in models])
+        _offer(self.task, list(dict.fromkeys(key[3] for key in keys)))
+        _offer(self.probe, sorted({key[4] for key in keys}, key=lambda name: name != "logreg"))
+        _offer(self.category, [ANY, *sorted(self.data.instances.category.unique())])
+        self._choose()
+        self._quiet = False
+
+    @property
+    def about(self) -> dict:
+        """Kind and classes of the chosen task."""
+        return self.data.tasks[self.task.value]
 
     def _choose(self) -> None:
-        layers, n, _ = self.p_lnc.shape
-        self.example.max, self.layer.max = n - 1, layers - 1
+        local = self.about["kind"] == "multilabel"
+        self.seen.layout.display = None if local else "none"
+        if local and self.where.options != tuple(self.about["classes"]):
+            _offer(self.where, self.about["classes"])
+        self.rows = self.data.tests(self.task.value)
+        self.asked = [np.flatnonzero(mask) for mask in self.rows["mask"]]
+        self.layer.max = len(self.p_lnc) - 1
+        self._find()
+
+    def _find(self) -> None:
+        shown = self.data.instances
+        images = None if self.category.value == ANY else set(
+            shown.image_id[shown.category == self.category.value])
+        self.places = find(self.rows, self.p_lnc, self.order.value, self.search.value, images)
+        self.found.value = f"{len(self.places):,} of {len(self.rows):,} examples"
+        self.example.value, self.example.max = 0, max(0, len(self.places) - 1)
         self._show_example()
 
+    # ---------------------------------------------------------------------------------------------------- what is seen
+
     def _show_example(self) -> None:
-        row = self.tests[self.task.value].iloc[self.example.value]
-        buffer = BytesIO()
-        coco.load_rgb(paths.resolve(row.file), longest_side=480).save(buffer, "jpeg", quality=88)
-        self.image.value = buffer.getvalue()
+        row, task, pooling = self.rows.iloc[self.place], self.about, self.model.value.rpartition("|")[2]
+        local, self.there = task["kind"] == "multilabel", self.data.shown(row.image_id)
+        if local and self.where.value not in self.there:
+            asked = [task["classes"][k] for k in self.asked[self.place] if row.labels[k]]
+            self.where.value = next(iter([*asked, *self.there]), task["classes"][0])
+        self._heat: Heat | None = None
+        if local and pooling in POOLINGS and self.probe.value == "logreg":
+            self._heat = self.data.heat(self.key, row, self.live.value)
         self._show_layer()
 
     def _show_layer(self) -> None:
-        row = self.tests[self.task.value].iloc[self.example.value]
-        asked = np.flatnonzero(row["mask"])
-        names = [self.about[self.task.value]["classes"][k] for k in asked]
-        p_lc = self.p_lnc[:, self.example.value, asked].astype(float)
-        labels = np.array(row.labels)[asked]
-        self.curve.value = curve_svg(p_lc, names, self.layer.value, labels)
+        row, place, layer = self.rows.iloc[self.place], self.place, self.layer.value
+        self._show_photo(row, layer)  # first what takes the browser longest
+        asked, task = self.asked[place], self.about
+        names = [task["classes"][k] for k in asked]
+        p_lc, labels = self.p_lnc[:, place, asked].astype(float), np.array(row.labels)[asked]
+        self.curve.value = pictures.curve_svg(p_lc, names, layer, labels)
         told = "".join(
             f"<tr><td>{_swatch(c)}{html.escape(name)}</td><td>{'yes' if y else 'no'}</td>"
             f"<td>{p:.2f}</td><td>{'✓' if (p >= 0.5) == bool(y) else '✗'}</td></tr>"
-            for c, (name, y, p) in enumerate(zip(names, labels, p_lc[self.layer.value], strict=True)))
-        head = "<tr><th>scored</th><th>truth</th><th>p(yes)</th><th>right?</th></tr>"
-        self.words.value = (f"{TABLE}<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}</p>"
+            for c, (name, y, p) in enumerate(zip(names, labels, p_lc[layer], strict=True)))
+        head = f"<tr><th>scored</th><th>truth</th><th>p(yes), lm.{layer:02d}</th><th>right?</th></tr>"
+        self.words.value = (f"{TABLE}<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}<br>"
+                            f"<b>In the image</b> {html.escape(', '.join(self.there)) or 'nothing that is asked'}</p>"
                             f"<table class='probekit'>{head}{told}</table>")
+        self._show_near(place, layer)
+
+    def _show_photo(self, row, layer: int) -> None:
+        task, name, heat, cells = self.about, self.where.value, None, None
+        local = task["kind"] == "multilabel"
+        boxes = self.data.boxes(row.image_id, name) if local else np.zeros((0, 4))
+        told = "Image tokens stand before the caption: what they hold has a place only for local tasks." * (not local)
+        if self._heat is not None:
+            of = task["classes"].index(name)
+            values, cells = self._heat.above(of)[layer], self._heat.cell_t4
+            heat = values / max(values.max(), 1e-9) if self.warm.value else None
+            share = shares(self._heat, of, [], boxes) if len(boxes) else None
+            told = (f"<b>{share['heat_in_boxes'][layer]:.0%}</b> of the heat of {html.escape(name)} at lm.{layer:02d} "
+                    f"is in its boxes, which hold {share['area_in_boxes'][layer]:.0%} of the tokens."
+                    if share else f"“{html.escape(name)}” has no box here.")
+        elif local:
+            told = "No heat is kept for this example (03_probe keeps that of logreg probes on mean-pooled states)."
+        self.share.value = told
+        image = pictures.overlaid(pictures.photo(row.file), heat, cells, boxes if self.boxes.value else boxes[:0])
+        self.image.value = pictures.jpeg(image)
+
+    def _show_near(self, place: int, layer: int) -> None:
+        found = self.data.results.neighbours.get(self.key)
+        near = self.rows.iloc[found[layer, place]] if found is not None else self.rows.iloc[:0]
+        own = self.rows.iloc[place]
+        strip = pictures.thumbnails(near.file.tolist())
+        self.near.value = pictures.jpeg(strip)
+        self.near.layout.width = f"{strip.width}px" if len(near) else "0"
+        self.near_words.value = "<div class='probekit-near'>" + "".join(
+            f"<div>{self._truth(row)}{'<br><i>same image</i>' if row.image_id == own.image_id else ''}</div>"
+            for row in near.itertuples()) + "</div>"
+
+    def _truth(self, row) -> str:
+        """What a neighbour is, in few words: of a global task its label and prompt, of a local one what it shows."""
+        task = self.about
+        if task["kind"] == "binary":
+            return f"<b>{'yes' if row.labels[0] else 'no'}</b> {html.escape(row.prompt[:90])}"
+        return html.escape(", ".join(name for name, y in zip(task["classes"], row.labels, strict=True) if y))
+
+
+def _offer(chooser: w.Dropdown, options: list) -> None:
+    """Other options, and the first of them chosen."""
+    chooser.options = options
+    chooser.index = 0
 
 
 def _swatch(c: int) -> str:
     return f"<span style='color:{PALETTE[c % len(PALETTE)]}'>■</span> "
 
 
-def _model_words(key: str) -> str:
+def _model_words(key: str, pooling_too: bool = True) -> str:
     model, control, pooling = key.split("|")
-    return f"{model}{'' if control == 'none' else f' ({control})'}, {pooling}"
+    return f"{model}{'' if control == 'none' else f' ({control})'}{f', {pooling}' if pooling_too else ''}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -41,3 +44,73 @@ def data(tmp_path, monkeypatch) -> Path:
     """An empty data folder in place of the project's."""
     monkeypatch.setattr(paths, "DATA", tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small_data(scene_folder, tmp_path_factory) -> Path:
+    """A data folder with the run "small", made by the real steps: a model and its untrained twin, two poolings."""
+    from probekit.adam import Training
+    from probekit.extract import Extraction, extract
+    from probekit.localise import localise
+    from probekit.probe import Probing, probe
+    from probekit.results import Results
+
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "DATA", folder)
+        examples = tasks.build_examples(tasks.Build(str(scene_folder), train=36, validation=12, test=12),
+                                        folder / "tasks" / "small")
+        stores = [extract(Extraction("tiny-qwen2-vl", untrained=untrained, poolings=("mean", "last"),
+                                     stages=("lm", "vision", "projector")), examples) for untrained in (False, True)]
+        paths.write_json(folder / "activations" / "small.json", {"stores": [store.record for store in stores]})
+        settings = Probing(strengths=(0.01, 1.0), training=Training(epochs=3), controls=("control_task",), resamples=50)
+        probes = folder / "probes" / "small"
+        whole = Results.join([probe(store, examples, settings, probes) for store in stores])
+        whole = localise(stores, examples, tasks.instances(folder / "tasks" / "small"), "category", whole, probes, 8,
+                         50, "cpu")
+        whole.write(probes, tasks.table_key(examples))
+    return folder
+
+
+@pytest.fixture
+def small_run(small_data, monkeypatch):
+    from probekit.runs import Run
+
+    monkeypatch.setattr(paths, "DATA", small_data)
+    return Run.open("small")
+
+
+# ------------------------------------------------------------------------------------------- the notebooks as a whole
+
+
+SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50, "heat_images": 15}
+
+
+def small_parameters() -> dict:
+    """The demo's parameters at a small size."""
+    return yaml.safe_load((REPOSITORY / "notebooks" / "params" / "demo.yaml").read_text()) | SMALL
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A project folder of its own: the notebooks and demo models of this one, its own data and figures."""
+    root = tmp_path_factory.mktemp("home")
+    (root / "data").mkdir()
+    (root / "notebooks").symlink_to(REPOSITORY / "notebooks")
+    (root / "data" / "models").symlink_to(REPOSITORY / "data" / "models")
+    return root
+
+
+def call(home, *arguments, cwd=None, **parameters) -> subprocess.CompletedProcess:
+    (home / "small.yaml").write_text(yaml.safe_dump(small_parameters()))
+    command = [sys.executable, "-m", "probekit", "run", "--params", str(home / "small.yaml"), *arguments]
+    command += [word for k, v in parameters.items() for word in ("-p", f"{k}={v}")]
+    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd or home, check=False)
+
+
+@pytest.fixture(scope="session")
+def demo(home) -> Path:
+    done = call(home, run="small")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home

@@ -1,42 +1,8 @@
 """The notebooks through their real entry point, at a small size."""
 
-import os
-import subprocess
-import sys
-
 import nbformat
 import pandas as pd
-import pytest
-import yaml
-from conftest import DEMO_MODELS, REAL_COCO, REPOSITORY, needs_real_coco
-
-SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A project folder of its own: the notebooks and demo models of this one, its own data and figures."""
-    root = tmp_path_factory.mktemp("home")
-    (root / "data").mkdir()
-    (root / "notebooks").symlink_to(REPOSITORY / "notebooks")
-    (root / "data" / "models").symlink_to(REPOSITORY / "data" / "models")
-    return root
-
-
-def call(home, *arguments, cwd=None, **parameters):
-    demo = yaml.safe_load((REPOSITORY / "notebooks" / "params" / "demo.yaml").read_text())
-    (home / "small.yaml").write_text(yaml.safe_dump(demo | SMALL))
-    command = [sys.executable, "-m", "probekit", "run", "--params", str(home / "small.yaml"), *arguments]
-    command += [word for k, v in parameters.items() for word in ("-p", f"{k}={v}")]
-    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd or home, check=False)
-
-
-@pytest.fixture(scope="module")
-def demo(home):
-    done = call(home, run="small")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return home
+from conftest import DEMO_MODELS, REAL_COCO, call, needs_real_coco
 
 
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
