@@ -69,14 +69,19 @@ class Run:
             found[f"extraction: {name}"] = ", ".join(
                 f"{key}={value}" for key, value in (meta["settings"] | {"device": meta["device"]}).items())
             found[f"versions: {name}"] = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-        return found
+        probed = [paths.read_json(file) for file in sorted(self.folder.glob("*/probe.json"))]
+        own = next((one["settings"] for one in probed if one["store"] in self._records), {})
+        return found | {f"probes: {key}": value for key, value in own.items()}
+
+    @cached_property
+    def _records(self) -> list[dict]:
+        stores = paths.read_json(paths.DATA / "activations" / f"{self.name}.json")["stores"]
+        return [record for record in stores if record["control"] == "none"]
 
     @cached_property
     def stores(self) -> list[dict]:
         """What is recorded of each model's extraction."""
-        records = paths.read_json(paths.DATA / "activations" / f"{self.name}.json")["stores"]
-        return [paths.read_json(paths.resolve(record["folder"]) / "meta.json") for record in records
-                if record["control"] == "none"]
+        return [paths.read_json(paths.resolve(record["folder"]) / "meta.json") for record in self._records]
 
     def write_tables(self, folder: Path) -> dict[str, str]:
         """Write the tables as CSV files, five digits a number; returns what each file holds."""

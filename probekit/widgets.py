@@ -21,6 +21,10 @@ TABLE = ("<style>.probekit td,.probekit th{padding:1px 14px 1px 0;text-align:lef
 ANY = "any"
 
 
+class NothingFound(ValueError):
+    """No example has the words and the category that were asked for."""
+
+
 class Explorer:
     """Choose run, model, task, example and layer; see image, prompt, labels, the probability by layer, and the heat.
 
@@ -95,6 +99,8 @@ class Explorer:
             try:
                 work()
                 self.trouble.value = ""
+            except NothingFound as nothing:
+                self.trouble.value = f"<i>{nothing}</i>"
             except Exception:
                 self.trouble.value = f"<pre style='color:#b00020'>{html.escape(traceback.format_exc())}</pre>"
             finally:
@@ -119,7 +125,7 @@ class Explorer:
     def place(self) -> int:
         """Of the chosen example among the test examples of its task."""
         if not len(self.places):
-            raise ValueError("no example is like that: take other words, or another category")
+            raise NothingFound("no example is like that: take other words, or another category")
         return int(self.places[self.example.value])
 
     def _open(self) -> None:

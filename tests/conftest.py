@@ -83,7 +83,8 @@ def small_run(small_data, monkeypatch):
 # ------------------------------------------------------------------------------------------- the notebooks as a whole
 
 
-SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50, "heat_images": 15}
+SMALL = {"train": 60, "validation": 20, "test": 20, "shard_images": 40, "resamples": 50, "heat_images": 15,
+         "pictures": False}
 
 
 def small_parameters() -> dict:

@@ -96,7 +96,7 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
 def _heat_map(vlm) -> str:
     """Is it known where in the image the image tokens lie? Checked by changing a quarter of the image."""
     try:
-        grid.check(vlm, pictures()[0], "Is there a dog?")
+        grid.check(vlm, pictures()[0].resize((240, 200)), "Is there a dog?")
     except grid.NoGrid:
         return "no"
     return "yes"

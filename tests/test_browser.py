@@ -78,11 +78,11 @@ def test_the_saved_page_works_from_disk_without_a_network(demo):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto((demo / "figures" / "small" / "index.html").as_uri())
         figures = page.locator("figure").count()
-        page.wait_for_function(f"() => document.querySelectorAll('.main-svg .plot').length >= {figures}")
+        page.wait_for_function(f"() => document.querySelectorAll('.main-svg .cartesianlayer').length >= {figures}")
         assert figures > 20
         explorer = page.locator("figure[id^=explorer]").first
         explorer.scroll_into_view_if_needed()
-        title, heat = explorer.locator(".gtitle").inner_text(), explorer.locator(".hm image").first
+        title, heat = explorer.locator(".gtitle").text_content(), explorer.locator(".hm image").first
         there = heat.get_attribute("href") or heat.get_attribute("xlink:href")
         explorer.locator(".slider-rail-touch-rect").click(position={"x": 30, "y": 5})
         settled(page)
@@ -90,7 +90,8 @@ def test_the_saved_page_works_from_disk_without_a_network(demo):
         explorer.locator(".updatemenu-header").click()
         explorer.locator(".updatemenu-dropdown-button").nth(1).click()
         settled(page)
-        assert explorer.locator(".gtitle").inner_text() != title
+        assert explorer.locator(".gtitle").text_content() != title
+        assert not any("trace" in name for name in explorer.locator(".legendtext").all_text_contents())
         paper = page.locator("figure .main-svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor")
         page.locator("#theme").click()
         settled(page)

@@ -66,7 +66,7 @@ def test_parameter_files_name_declared_parameters_alone(path):
 def test_a_wrong_parameter_is_refused_by_name(capsys):
     params = str(REPOSITORY / "notebooks" / "params" / "demo.yaml")
     for text, told in (("trian=5", "did you mean 'train'"), ("longest_side=wide", "expected int, or null"),
-                       ("max_bad=1e-2", "1.0e-3 a number"), ("png=maybe", "expected bool"),
+                       ("max_bad=1e-2", "1.0e-3 a number"), ("pictures=maybe", "expected bool"),
                        ("models=tiny-qwen2-vl", "a list is [a, b]"), ("strengths=[1e-5]", "expected list, like [1e-05"),
                        ("train=1.5", "expected int"), ("run=2024", "expected str"), ("seeds=0", "expected list"),
                        ("train", "train=VALUE"), ("train=[", "not YAML")):

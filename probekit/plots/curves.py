@@ -92,7 +92,7 @@ def _level_lines(figure: go.Figure, rows: pd.DataFrame, metric: str, chance: flo
         if value == value and not any(abs(value - known) < 0.01 for known in lines.values()):
             lines[controls.WORDS[name]] = value
     for name, value in lines.items():
-        place = "bottom left" if name == "chance" else "top left"
+        place = "bottom right" if name == "chance" else "top right"
         figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text=name,
                          annotation_font_color=GREY, annotation_position=place)
 
@@ -248,7 +248,7 @@ def localisation_curves(table: pd.DataFrame, task: str) -> go.Figure:
     figure.add_trace(look.key("probes of absent categories, same boxes", line={"dash": "dot", "color": GREY}))
     area = rows[(rows.metric == "area_in_boxes") & (rows.control == "none")].value.mean()
     figure.add_hline(y=area, line={"color": GREY, "width": 1.5}, annotation_text="share of area",
-                     annotation_font_color=GREY, annotation_position="bottom left")
+                     annotation_font_color=GREY, annotation_position="bottom right")
     look.fit_legend(look.style(
         figure, "Where in the image: heat of the local probe within the boxes" + look.pooling_named(table)))
     figure.update_yaxes(title="share of heat in the boxes", rangemode="tozero")

@@ -141,7 +141,8 @@ class _Example:
             "sizing": "stretch", "layer": "below"}]}
         last = self._at(len(x) - 1)
         heat = {"x": last["x"][0], "y": self._rows(), "z": last["z"][0]}
-        return [heat, {"x": outline[0] or [None], "y": outline[1] or [None]}, *lines, {"x": last["x"][1]}], layout
+        drawn = {"x": outline[0] or [None], "y": outline[1] or [None], "showlegend": False}
+        return [heat, drawn, *lines, {"x": last["x"][1], "y": [0, 1], "showlegend": False}], layout
 
     def _rows(self) -> np.ndarray:
         height = len(self.z[0]) if self.z else 1

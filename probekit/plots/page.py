@@ -36,8 +36,7 @@ def write_page(figures: dict[str, Drawn], folder: Path, title: str, lead: str, s
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plotly.min.js").write_text(get_plotlyjs())
-    body, contents = [_heading("What came out"), '<div class="said">', *(f"<p>{_bold(text)}</p>" for text in said),
-                      "</div>"], ["What came out"]
+    body, contents = [_heading("What came out"), *map(_folded, said)], ["What came out"]
     for section, group in groupby(figures.items(), lambda item: item[1].section):
         body.append(_heading(section))
         contents.append(section)
@@ -67,10 +66,12 @@ def _heading(section: str) -> str:
     return f'<h2 id="{_anchor(section)}">{html.escape(section)}</h2>'
 
 
-def _bold(text: str) -> str:
-    """What a paragraph is about, up to its first colon, in bold."""
-    about, colon, rest = text.partition(":")
-    return f"<b>{html.escape(about)}{colon}</b>{html.escape(rest)}" if rest else html.escape(text)
+def _folded(text: str) -> str:
+    """A paragraph's first sentence, with what it is about in bold; a click shows the others."""
+    first, stop, rest = text.partition(". ")
+    about, colon, told = first.partition(":")
+    first = f"<b>{html.escape(about)}{colon}</b>{html.escape(told + stop)}" if told else html.escape(first + stop)
+    return f"<details><summary>{first}</summary><p>{html.escape(rest)}</p></details>" if rest else f"<p>{first}</p>"
 
 
 def _figure(name: str, drawn: Drawn, folder: Path) -> str:
@@ -99,15 +100,14 @@ def write_images(figures: dict[str, Drawn], folder: Path, formats: Sequence[str]
     Pictures are as wide as half a page (640 pixels, so that 14 pixels of text are 5 points in a column of 85 mm) or,
     where a figure has several panels, as a whole one (1,000).
     """
-    drawn = [_still(one.figure) for one in figures.values()]
-    for kind in formats:
-        try:
-            plotly.io.write_images(
-                drawn, [folder / f"{name}.{kind}" for name in figures], format=kind, scale=scale,
-                width=[figure.layout.meta["width"] for figure in drawn],
-                height=[figure.layout.height for figure in drawn])
-        except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido, and of a missing Chrome
-            return f"no pictures ({str(error).strip().splitlines()[0]}): pip install 'probekit[export]' and a Chrome"
+    drawn = [_still(one.figure) for one in figures.values()] * len(formats)
+    try:
+        plotly.io.write_images(
+            drawn, [folder / f"{name}.{kind}" for kind in formats for name in figures], scale=scale,
+            width=[figure.layout.meta["width"] for figure in drawn],
+            height=[figure.layout.height for figure in drawn])
+    except (ValueError, RuntimeError) as error:  # what plotly makes of a missing kaleido, and of a missing Chrome
+        return f"no pictures ({str(error).strip().splitlines()[0]}): pip install 'probekit[export]' and a Chrome"
     for name in figures if "png" in formats else ():  # flat colours: 256 of them make a quarter of the size
         file = folder / f"{name}.png"
         Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
