@@ -6,6 +6,7 @@ import pytest
 from conftest import DEMO_MODELS, REPOSITORY
 
 from probekit import extract, results, scenes, tasks
+from probekit.localise import METRICS, localise
 from probekit.probe import Probing, probe
 
 spec = importlib.util.spec_from_file_location("train", REPOSITORY / "data" / "models" / "train.py")
@@ -30,16 +31,23 @@ def test_the_models_are_small_and_hold_no_pickle():
 
 
 def test_the_curves_tell_the_truth(data, tmp_path):
-    """Global semantics: chance at the embeddings, high later, chance everywhere without training; local: early."""
+    """Global semantics: chance at the embeddings, high later, chance everywhere without training; local: early.
+
+    And where in the image: the trained model's probes find a category in its boxes, not in those of any object.
+    """
     folder = scenes.write(tmp_path / "coco", n=500, seed=11)
     examples = tasks.build_examples(
         tasks.Build(str(folder), train=300, validation=60, test=140, tasks=("caption", "category")), tmp_path / "tasks"
     )
-    score = {}
+    score, where = {}, {}
     for untrained in (False, True):
         store = extract.extract(extract.Extraction("tiny-qwen2-vl", untrained=untrained), examples, "cpu")
         settings = Probing(probes=("logreg",), resamples=20, codelength=False)
-        table = probe(store, examples, settings, tmp_path / "probes").metrics
+        whole = probe(store, examples, settings, tmp_path / "probes")
+        whole = localise([store], examples, tasks.instances(tmp_path / "tasks"), "category", whole, tmp_path / "probes",
+                         0, 100, "cpu")
+        where[untrained] = whole.metrics[whole.metrics.metric.isin(METRICS)].set_index(["metric", "layer"])
+        table = whole.metrics[whole.metrics.metric == "accuracy"]
         table = table[table.control == ("untrained" if untrained else "none")]
         score[untrained] = results.select(table, "logreg", "accuracy").set_index(["task", "layer"]).value
     assert score[False]["caption"].max() >= 0.75
@@ -47,3 +55,7 @@ def test_the_curves_tell_the_truth(data, tmp_path):
     assert score[True]["caption"].max() <= 0.6
     assert score[False]["category"]["lm.00"] >= 0.7
     assert score[False]["category"].max() - score[True]["category"].max() > 0.2
+    trained, random = where[False], where[True]
+    best = trained.loc["localisation"].value.idxmax()
+    assert trained.lo["heat_in_boxes", best] > 4 * trained.value["area_in_boxes", best]
+    assert trained.lo["localisation", best] > 0.25 and random.hi["localisation", best] < 0.1

@@ -53,7 +53,8 @@ def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
 
 @needs_real_coco
 def test_real_photographs_go_the_whole_way(home):
-    done = call(home, run="photos", dataset=REAL_COCO, train=200, validation=50, test=50, models="[tiny-qwen2-vl]")
+    done = call(home, run="photos", dataset=REAL_COCO, train=200, validation=50, test=50, models="[tiny-qwen2-vl]",
+                controls="[wrong_image, shuffled]", codelength="no", strengths="[0.001, 0.1]", stages="[lm]")
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(home / "figures" / "photos" / "metrics.csv")
     test = table[(table.split == "test") & (table.metric == "accuracy") & table["class"].isna() & (table.stage == "lm")]
