@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from probekit import metrics
 from probekit.labels import HEADLINE, Task
@@ -37,11 +36,13 @@ def relate(store: Store, pooling: str, tasks: Sequence[Task], linear: dict[str, 
     for b, layer in enumerate(layers):
         x_nd = store[layer, pooling]
         for task in tasks:
-            metric, (y_nc, mask_nc, image_n) = HEADLINE[task.true.kind], task.true.of("test")
+            metric, (y_nc, mask_nc, _) = HEADLINE[task.true.kind], task.true.of("test")
             x_test = x_nd[task.rows[task.true.split["test"].numpy()]]
-            p_lnc = expit(linear[task.name].everywhere(b, x_test))
-            counts = metrics.image_counts(p_lnc, y_nc, mask_nc, image_n)
-            value = metrics.scores(counts.sum(0), task.true.kind == "binary")[metric, None]
+            yes = linear[task.name].everywhere(b, x_test) >= 0
+            y, m = y_nc > 0, mask_nc > 0
+            counts = [(answer & m).sum(1) for answer in (yes & y, yes & ~y, ~yes & y, ~yes & ~y)]
+            counts_lc5 = np.stack([*counts, np.zeros_like(counts[0])], -1)  # no log losses
+            value = metrics.scores(counts_lc5, task.true.kind == "binary")[metric, None]
             rows.append(pd.DataFrame({"task": task.name, "layer": layer, "probe_layer": layers, "metric": metric,
                                       "value": value}))
             near.setdefault(task.name, []).append(nearest(linear[task.name].standardised(b, x_test)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -103,31 +105,36 @@ def _ends(share_hw: np.ndarray, axis: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def check(vlm: Vlm, image: Image.Image, prompt: str) -> None:
-    """Change one quarter of an image after the other, and see that the tokens that lie there change the most.
+def check(vlm: Vlm, images: Sequence[Image.Image], prompt: str) -> None:
+    """Change one quarter of each image after the other, and see that the tokens that lie there change the most.
+
+    Judged by the mean over the images; tokens that lie outside of an image do not count.
 
     Raises
     ------
     NoGrid
         They do not, as with learnt queries, each of which looks at the whole image.
     """
-    image = image.resize((max(image.width, 64), max(image.height, 64)))
-    prepared = vlm.preparer.prepare(image, [prompt])
-    cells_t4, before = Grid(vlm)(prepared, image.size), _embedded(vlm, prepared)
-    x, y = cells_t4[:, [0, 2]].mean(1), cells_t4[:, [1, 3]].mean(1)
-    for right in (False, True):
-        for lower in (False, True):
+    grid, quarters = Grid(vlm), {(right, lower): [] for right in (False, True) for lower in (False, True)}
+    for image in images:
+        image = image.resize((max(image.width, 64), max(image.height, 64)))
+        prepared = vlm.preparer.prepare(image, [prompt])
+        cells_t4, before = grid(prepared, image.size), _embedded(vlm, prepared)
+        x, y = cells_t4[:, [0, 2]].mean(1), cells_t4[:, [1, 3]].mean(1)
+        seen = (x > 0) & (x < 1) & (y > 0) & (y < 1)
+        for (right, lower), found in quarters.items():
             pixels = np.array(image)
             rows, columns = (slice(side // 2, None) if far else slice(None, side // 2)
                              for side, far in ((image.height, lower), (image.width, right)))
-            noise = np.random.default_rng(0).integers(0, 256, pixels[rows, columns].shape, np.uint8)
-            pixels[rows, columns] = noise
+            pixels[rows, columns] = np.random.default_rng(0).integers(0, 256, pixels[rows, columns].shape, np.uint8)
             changed = (_embedded(vlm, vlm.preparer.prepare(Image.fromarray(pixels), [prompt])) - before).norm(dim=1)
             inside = ((x > 0.5) == right) & ((y > 0.5) == lower)
-            near, far = (float(changed[mask].mean()) for mask in (inside, ~inside))
-            if not near > far:
-                raise NoGrid(f"image tokens of {vlm.name} do not lie where its image processor suggests: there is no "
-                             "heat map for it")
+            found.append([float(changed[mask].mean()) for mask in (inside & seen, ~inside & seen)])
+    for found in quarters.values():
+        near, far = np.mean(found, 0)
+        if not near > far:
+            raise NoGrid(f"image tokens of {vlm.name} do not lie where its image processor suggests: there is no heat "
+                         "map for it")
 
 
 def _embedded(vlm: Vlm, prepared: Prepared) -> torch.Tensor:

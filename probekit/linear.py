@@ -29,6 +29,11 @@ class Linear:
         """Layers of one width, one after the other."""
         return cls(*(np.concatenate(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
+    @property
+    def learnt(self) -> np.ndarray:
+        """Numbers of the classes that a probe could learn: others have a single kind of training label."""
+        return np.flatnonzero((self.weight_ldc != 0).any((0, 1)))
+
     def only(self, layer: int) -> Linear:
         return Linear(*(values[[layer]] for values in vars(self).values()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from probekit.prepare import Prepared
 from probekit.probe import control_of, folder_of
 from probekit.results import COLUMNS, Results
 from probekit.store import Store
-from probekit.tasks import table_key
 
-VERSION = 1
+VERSION = 2
+CHECKED = 4  # images that show whether tokens lie where they are drawn
+LEAVE_OUT = 'localise="" leaves it out'
 POOLINGS = ("mean", "image_mean")  # of these a probe's log-odds are the mean over tokens
 METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
 
@@ -34,16 +37,18 @@ class Heat:
 
     Attributes
     ----------
-    logit_ltc : log-odds of each class, (l, t, c); for mean-pooled probes the example's own are their mean over tokens
+    logit_ltc : log-odds of each class, (l, t, c); for ``image_mean`` the example's own are their mean over tokens, for
+        ``mean`` that over image and text tokens
     cell_t4 : see :class:`probekit.grid.Grid`
     """
 
     logit_ltc: np.ndarray
     cell_t4: np.ndarray
 
-    def above(self, c: int) -> np.ndarray:
-        """(l, t) heat of a class: its log-odds above the mean of the image's tokens, 0 for the others."""
-        values = self.logit_ltc[:, :, c].astype(np.float32)
+    @cached_property
+    def above_ltc(self) -> np.ndarray:
+        """Heat: log-odds above the mean of the image's tokens, 0 for the others."""
+        values = self.logit_ltc.astype(np.float32)
         return np.maximum(values - values.mean(1, keepdims=True), 0)
 
 
@@ -75,28 +80,20 @@ def boxes_of(instances: pd.DataFrame) -> np.ndarray:
     return corners / instances[["width", "height", "width", "height"]].to_numpy()
 
 
-def shares(found: Heat, c: int, absent: Sequence[int], boxes_b4: np.ndarray) -> dict[str, np.ndarray] | None:
-    """Which share of a class's heat lies in its boxes, by layer (l,); None where the boxes cover all or no tokens.
+def shares(found: Heat, boxes_b4: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """Which share of each class's heat lies in the boxes (l, c), and which share of the tokens.
 
-    Parameters
-    ----------
-    absent : classes that the image does not show: their heat in the same boxes is what any probe would find there,
-        because objects stand out from a background, whatever they are
+    None where the boxes cover all of the tokens, or none.
     """
     inside_t = covered(found.cell_t4, boxes_b4)
     counts = np.isfinite(inside_t)
     inside_t = np.nan_to_num(inside_t)
     if not 0 < inside_t.sum() < counts.sum():
         return None
-
-    def share(k: int) -> np.ndarray:
-        heat_lt = found.above(k) * counts
-        return heat_lt @ inside_t / heat_lt.sum(1).clip(1e-12)
-
-    own, area = share(c), inside_t.sum() / counts.sum()
-    others = np.mean([share(k) for k in absent], 0) if len(absent) else np.full(len(own), area)
-    return {"heat_in_boxes": own, "others_in_boxes": others, "area_in_boxes": np.full(len(own), area),
-            "localisation": own - others}
+    heat = found.above_ltc.swapaxes(1, 2)
+    total = heat @ counts.astype(np.float32)
+    inside = heat @ (inside_t * counts).astype(np.float32)
+    return np.divide(inside, total, out=np.zeros_like(inside), where=total > 0), inside_t.sum() / counts.sum()
 
 
 # ------------------------------------------------------------------------------------------------------- a whole split
@@ -106,12 +103,12 @@ def run(vlm: Vlm, rows: pd.DataFrame, linear: Linear, longest_side: int | None, 
         ) -> Iterator[tuple[int, Heat]]:
     """The place in `rows` (columns `file`, `prompt`; an image each) and the heat of every example, batch by batch."""
     works = loading.ahead(vlm.preparer, longest_side, [parts.rows_of(rows)], 0)
-    grid, first = Grid(vlm), True
+    grid, checked = Grid(vlm), False
     for batch in loading.batches(works, batch_tokens, lambda: "plain"):
         images = [coco.load_rgb(paths.resolve(rows.file.iloc[work.rows[0]]), longest_side) for work in batch]
-        if first:
-            check(vlm, images[0], rows.prompt.iloc[0])
-            first = False
+        if not checked:
+            check(vlm, images[:CHECKED], rows.prompt.iloc[0])
+            checked = True
         prepared = [work.prepared for work in batch]
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
         for work, one in zip(batch, heat(vlm, prepared, linear, cells), strict=True):
@@ -144,39 +141,72 @@ def table(found: dict[str, np.ndarray], image_n: np.ndarray, layers: Sequence[st
 def _localise(store: Store, rows: pd.DataFrame, classes: Sequence[str], instances: pd.DataFrame, linear: Linear,
               keep: int, resamples: int, device: str | None) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """The table of one store and task, and the heat of the first `keep` examples, by ``"<image_id>|<part>"``."""
-    about = store.meta["settings"]
-    vlm = load_vlm(about["model"], about["revision"], about["dtype"], device, about["untrained"], about["seed"])
-    boxes, kept, image_n = dict([*instances[instances.iscrowd == 0].groupby("image_id")]), {}, []
+    kept, image_n, layers = {}, [], [layer for layer in store.layers if layer.startswith("lm.")]
     found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    name = f"{store.folder.parent.name}: where in the image"
+    there, nothing = dict([*instances[instances.image_id.isin(rows.image_id)].groupby("image_id")]), instances[:0]
+    about = store.meta["settings"]
+    try:
+        vlm = load_vlm(about["model"], about["revision"], about["dtype"], device, about["untrained"], about["seed"])
+    except OSError as error:
+        raise OSError(f"{error}; for heat maps the model runs once more: {LEAVE_OUT}") from error
     try:
         seen = run(vlm, rows, linear, about["longest_side"], about["batch_tokens"])
-        for place, one in tqdm(seen, total=len(rows), desc=name, unit="image"):
+        for place, one in tqdm(seen, total=len(rows), desc=f"{store.folder.parent.name}: where", unit="image"):
             image = rows.image_id.iloc[place]
             if place < keep:
                 kept |= {f"{image}|logit": one.logit_ltc.astype(np.float16), f"{image}|cell": one.cell_t4}
-            own = boxes.get(image, instances[:0])
-            absent = [k for k, name in enumerate(classes) if name not in set(own.category)]
-            for category, of_it in own[own.category.isin(classes)].groupby("category"):
-                told = shares(one, list(classes).index(category), absent, boxes_of(of_it))
-                for metric, values in (told or {}).items():
+            for told in _pairs(one, there.get(image, nothing), classes, linear.learnt):
+                image_n.append(image)
+                for metric, values in told.items():
                     found[metric].append(values)
-                image_n += [image] * (told is not None)
     finally:
         vlm.release()
     if len(set(image_n)) < 2:
-        raise ValueError("fewer than two test images show a category whose boxes cover a part of them: take more")
-    layers = [layer for layer in store.layers if layer.startswith("lm.")]
+        raise ValueError("fewer than two test images show a category of the task in a box that covers a part of them: "
+                         f"take more test images; {LEAVE_OUT}")
     return table({metric: np.array(values) for metric, values in found.items()}, np.array(image_n), layers,
                  resamples), kept
+
+
+def _pairs(found: Heat, own: pd.DataFrame, classes: Sequence[str], learnt: np.ndarray
+           ) -> Iterator[dict[str, np.ndarray]]:
+    """The metrics by layer (l,) of each category that an image shows in boxes, and that probes could learn.
+
+    Categories with a crowd, whose extent no box tells, are passed over; what is shown as a crowd alone is not absent.
+    """
+    shown, crowds = set(own.category), set(own.category[own.iscrowd != 0])
+    absent = [k for k in learnt if classes[k] not in shown]
+    for k in [k for k in learnt if classes[k] in shown - crowds]:
+        told = shares(found, boxes_of(own[own.category == classes[k]]))
+        if told and absent:
+            share_lc, area = told
+            others = share_lc[:, absent].mean(1)
+            yield {"heat_in_boxes": share_lc[:, k], "others_in_boxes": others,
+                   "area_in_boxes": np.full(len(others), area), "localisation": share_lc[:, k] - others}
+
+
+def _made(own: Path, make: Callable[[], tuple[pd.DataFrame, dict[str, np.ndarray]]]) -> str:
+    """Make table and heat and write them to `own`, where they are not there yet; the reason where there is nothing."""
+    if not (own / "heat.json").exists():
+        for older in own.parent.glob(f"{own.name.rpartition('-')[0]}-*/*"):
+            older.unlink()
+        nothing = ""
+        try:
+            told, kept = make()
+            paths.write_atomic(own / "localisation.parquet", told.to_parquet)
+            paths.write_atomic(own / "heat.safetensors", lambda part: save_file(kept, part))
+        except NoGrid as error:
+            nothing = str(error)
+        paths.write_json(own / "heat.json", {"nothing": nothing})
+    return paths.read_json(own / "heat.json")["nothing"]
 
 
 def localise(stores: Sequence[Store], examples: pd.DataFrame, instances: pd.DataFrame, task: str, whole: Results,
              folder: Path, keep: int = 100, resamples: int = 2000, device: str | None = None) -> Results:
     """Ask the probes of a local task of every image token of all test images; what `folder` holds is read back.
 
-    The models run once more, over the test images. A model whose tokens have no known place in the image is passed over
-    with a line that says so.
+    The models run once more, over the test images. What has no heat (a model whose tokens have no known place in the
+    image, a store without "logreg" probes of decoder layers) is passed over with a line that says so.
 
     Parameters
     ----------
@@ -184,41 +214,40 @@ def localise(stores: Sequence[Store], examples: pd.DataFrame, instances: pd.Data
     instances : see :func:`probekit.tasks.instances`
     task : name of a multilabel task whose classes are categories
     whole : results of the run, with its "logreg" probes; poolings :data:`POOLINGS` are read
-    folder : of the run's results: `heat.json` there names the files with the kept heat
+    folder : of the run's results
     keep : test examples whose heat is stored for the explorer
 
     Returns
     -------
     Results
-        With the rows of :data:`METRICS` added to its metrics.
+        With the rows of :data:`METRICS` added to its metrics, and the files of the kept heat.
     """
+    about = examples.attrs["tasks"].get(task, {"kind": "", "classes": []})
+    if about["kind"] != "multilabel" or not set(about["classes"]) & set(instances.category):
+        tqdm.write(f"no heat maps: this run has no task {task!r} about categories of its images")
+        return whole
     rows = examples[(examples.task == task) & (examples.split == "test")].reset_index(drop=True)
-    classes, tables, files = examples.attrs["tasks"][task]["classes"], [], {}
-    for store in [store for store in stores if store.control == "none"]:
-        for pooling in [name for name in store.poolings if name in POOLINGS]:
-            key = "|".join((store.meta["model"], control_of(store), pooling, task))
-            own = folder_of(store, folder) / f"heat-{pooling}-{task}"
-            made_as = paths.fingerprint(VERSION, paths.read_json(own.parent / "probe.json")["fingerprint"], keep,
-                                        resamples, table_key(examples))
-            record = own / "heat.json"
-            if not (record.exists() and paths.read_json(record)["fingerprint"] == made_as):
-                record.unlink(missing_ok=True)
-                try:
-                    told, kept = _localise(store, rows, classes, instances, whole.probes(key), keep, resamples, device)
-                except NoGrid as error:
-                    tqdm.write(str(error))
-                    continue
-                paths.write_atomic(own / "localisation.parquet", told.to_parquet)
-                paths.write_atomic(own / "heat.safetensors", lambda part, kept=kept: save_file(kept, part))
-                paths.write_json(record, {"fingerprint": made_as})
-            model, control, *_ = key.split("|")
-            tables.append(pd.read_parquet(own / "localisation.parquet").assign(
-                model=model, control=control, pooling=pooling, task=task, stage="lm", probe="logreg", split="test",
-                seed=0))
-            files[key] = paths.relative(own / "heat.safetensors")
-    paths.write_json(folder / "heat.json", {"files": files})
+    tables, files = [], {}
+    fingerprints = {paths.fingerprint(one["record"]): one["fingerprint"] for one in whole.stores}
+    for store, pooling in product([store for store in stores if store.control == "none"], POOLINGS):
+        model, control = store.meta["model"], control_of(store)
+        key = "|".join((model, control, pooling, task))
+        if pooling not in store.poolings:
+            continue
+        if f"{key}|weight_ldc" not in whole.linear:
+            tqdm.write(f"no heat maps of {key}: it has no logreg probes of decoder layers")
+            continue
+        made_as = paths.fingerprint(VERSION, fingerprints[paths.fingerprint(store.record)], keep, resamples)
+        own = folder_of(store, folder) / f"heat-{pooling}-{task}-{made_as}"
+        if nothing := _made(own, partial(_localise, store, rows, about["classes"], instances, whole.probes(key), keep,
+                                         resamples, device)):
+            tqdm.write(nothing)
+            continue
+        tables.append(pd.read_parquet(own / "localisation.parquet").assign(
+            model=model, control=control, pooling=pooling, task=task, stage="lm", probe="logreg", split="test", seed=0))
+        files[key] = paths.relative(own / "heat.safetensors")
     metrics = pd.concat([whole.metrics, *tables], ignore_index=True)[COLUMNS].astype({"plateau": "boolean"})
-    return replace(whole, metrics=metrics)
+    return replace(whole, metrics=metrics, heat=files)
 
 
 class Kept:
@@ -226,18 +255,17 @@ class Kept:
 
     Parameters
     ----------
-    folder : of the run's results
+    files : by ``"<model>|<control>|<pooling>|<task>"``; those that are gone are passed over
     """
 
-    def __init__(self, folder: Path):
-        record = folder / "heat.json"
-        files = paths.read_json(record)["files"] if record.exists() else {}
-        self.files = {key: safe_open(paths.resolve(file), framework="numpy") for key, file in files.items()}
+    def __init__(self, files: Mapping[str, str]):
+        there = {key: paths.resolve(file) for key, file in files.items() if paths.resolve(file).exists()}
+        self.files = {key: safe_open(file, framework="numpy") for key, file in there.items()}
         self.names = {key: set(file.keys()) for key, file in self.files.items()}
 
     def get(self, key: str, image_id: int) -> Heat | None:
-        """The heat of a test image for ``"<model>|<control>|<pooling>|<task>"``; None where none is stored."""
-        file = self.files.get(key)
-        if file is None or f"{image_id}|logit" not in self.names[key]:
+        """The heat of a test image; None where none is stored."""
+        if f"{image_id}|logit" not in self.names.get(key, ()):
             return None
+        file = self.files[key]
         return Heat(file.get_tensor(f"{image_id}|logit"), file.get_tensor(f"{image_id}|cell"))

@@ -24,7 +24,7 @@ from probekit.tasks import rows_key, table_key
 PROBES = ("logreg", "linear", "mlp")
 PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
 LabelSets = dict[tuple[str, int], Labels]  # by control and seed
-VERSION = 3  # of what the tables hold: those of older versions are made anew
+VERSION = 4  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     sets = {task.name: _label_sets(task, settings) for task in tasks}
     done = Results.join([part for pooling in store.poolings
                          for part in _probe_pooling(store, pooling, tasks, sets, settings)])
+    done = replace(done, stores=({"record": store.record, "meta": store.meta, "settings": asdict(settings),
+                                  "fingerprint": key},))
     done.write(own, table_key(examples))
-    paths.write_json(own / "probe.json", {"fingerprint": key, "settings": asdict(settings), "store": store.record})
+    paths.write_json(own / "probe.json", {"fingerprint": key})
     return done
 
 
@@ -216,7 +218,7 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
     test = fitted["none", settings.seeds[0]].p_lnc["test"][decoder].astype(np.float16)
     key = "|".join((about["model"], main, pooling, task.name, kind))
     return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses,
-                   predictions={key: test} if main in PREDICTED else {})
+                   predictions={key: test} if main in PREDICTED and len(test) else {})
 
 
 def _selectivity(own: Fitted, control: Fitted, true: Labels, arbitrary: Labels, layers: Sequence[str], resamples: int

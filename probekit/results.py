@@ -35,6 +35,8 @@ class Results:
         probabilities for the task's test examples
     neighbours : ``"<model>|<control>|<pooling>|<task>"`` to (l, n, 5), the nearest test examples of each
     linear : ``"<model>|<control>|<pooling>|<task>|<part>"`` to a part of :class:`probekit.linear.Linear`
+    stores : for each store that was probed its `record`, its `meta` and the `settings` of the probes
+    heat : ``"<model>|<control>|<pooling>|<task>"`` to the file with the heat of the test images that are kept
     """
 
     metrics: pd.DataFrame
@@ -43,6 +45,8 @@ class Results:
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     neighbours: dict[str, np.ndarray] = field(default_factory=dict)
     linear: dict[str, np.ndarray] = field(default_factory=dict)
+    stores: tuple[dict, ...] = ()
+    heat: dict[str, str] = field(default_factory=dict)
 
     def probes(self, key: str) -> Linear:
         """The logistic regressions of ``"<model>|<control>|<pooling>|<task>"``.
@@ -72,8 +76,9 @@ class Results:
             raise ValueError(f"{twice.partition('|')[0]} is there twice: models of one run need different names")
         tables = {name: _joined([getattr(p, name) for p in parts]) for name in TABLES}
         tables["metrics"] = tables["metrics"][COLUMNS].astype({"plateau": "boolean"})
-        return cls(**tables, **{name: {key: values for p in parts for key, values in getattr(p, name).items()}
-                                for name in ARRAYS})
+        return cls(**tables, stores=tuple(store for p in parts for store in p.stores),
+                   **{name: {key: values for p in parts for key, values in getattr(p, name).items()}
+                      for name in (*ARRAYS, "heat")})
 
     def write(self, folder: Path, examples_key: str) -> None:
         """Write the tables to `folder`, with the key of the examples table that they belong to."""
@@ -84,7 +89,8 @@ class Results:
             arrays = {key: np.ascontiguousarray(values) for key, values in getattr(self, name).items()}
             paths.write_atomic(folder / f"{name}.safetensors", lambda part, arrays=arrays: save_file(arrays, part))
         order = {name: list(getattr(self, name)) for name in ARRAYS}  # which the files do not keep
-        paths.write_json(folder / "results.json", {"examples": examples_key, "order": order})
+        paths.write_json(folder / "results.json", {"examples": examples_key, "order": order, "stores": self.stores,
+                                                   "heat": self.heat})
 
     @classmethod
     def read(cls, folder: Path, examples_key: str) -> Results:
@@ -103,7 +109,8 @@ class Results:
         try:
             arrays = {name: load_file(folder / f"{name}.safetensors") for name in ARRAYS}
             return cls(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},
-                       **{name: {key: arrays[name][key] for key in record["order"][name]} for name in ARRAYS})
+                       **{name: {key: arrays[name][key] for key in record["order"][name]} for name in ARRAYS},
+                       stores=tuple(record["stores"]), heat=record["heat"])
         except (FileNotFoundError, KeyError) as error:
             raise FileNotFoundError(f"{folder} lacks a part of the results ({error}): run 03_probe again") from None
 
@@ -111,6 +118,11 @@ class Results:
 def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One below the other; empty ones would change the types of columns that they lack."""
     return pd.concat([table for table in tables if len(table)] or [pd.DataFrame()], ignore_index=True)
+
+
+def stage_of(table: pd.DataFrame) -> str:
+    """The decoder ("lm"), or what comes first in a table without one."""
+    return "lm" if (table.stage == "lm").any() or not len(table) else table.stage.iloc[0]
 
 
 def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None
@@ -127,11 +139,12 @@ def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", st
     ValueError
         The table has no scores of this probe.
     """
-    stage = stage or ("lm" if (table.stage == "lm").any() or not len(table) else table.stage.iloc[0])
+    stage = stage or stage_of(table)
     rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)
                  & (table.stage == stage)]
     if not len(rows):
-        raise ValueError(f"no {metric} of {probe} probes in this run; it has {', '.join(table.probe.unique())}")
+        known = ", ".join(table.probe.unique())
+        raise ValueError(f"no {metric} of {probe} probes in this run; it has {known}: set probe to one of them")
     keys = ["task", "model", "control", "pooling", "metric", "layer"]
     seeds = rows.groupby(keys, sort=False)
     spread = (seeds.value.max() - seeds.value.min()).rename("spread")

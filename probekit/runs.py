@@ -35,9 +35,8 @@ class Run:
     name: str
     examples: pd.DataFrame
     results: Results
-    folder: Path
     kept: localise.Kept
-    _live: dict[str, tuple[Vlm, Grid]] = field(default_factory=dict)
+    _live: dict[tuple[str, str], tuple[Vlm, Grid]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str) -> Run:
@@ -47,8 +46,9 @@ class Run:
         FileNotFoundError, ValueError
             A step of the run has not been done, or belongs to another examples table.
         """
-        examples, folder = tasks.load(paths.DATA / "tasks" / name), paths.DATA / "probes" / name
-        return cls(name, examples, Results.read(folder, tasks.table_key(examples)), folder, localise.Kept(folder))
+        examples = tasks.load(paths.DATA / "tasks" / name)
+        results = Results.read(paths.DATA / "probes" / name, tasks.table_key(examples))
+        return cls(name, examples, results, localise.Kept(results.heat))
 
     @property
     def tasks(self) -> dict[str, dict]:
@@ -64,24 +64,15 @@ class Run:
         """What the run was made with, by step."""
         build = paths.read_json(paths.DATA / "tasks" / self.name / "build.json")["settings"]
         found = {f"data: {key}": value for key, value in build.items()}
-        for meta in self.stores:
-            name = meta["model"] + " (untrained)" * meta["untrained"]
-            found[f"extraction: {name}"] = ", ".join(
-                f"{key}={value}" for key, value in (meta["settings"] | {"device": meta["device"]}).items())
-            found[f"versions: {name}"] = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-        probed = [paths.read_json(file) for file in sorted(self.folder.glob("*/probe.json"))]
-        own = next((one["settings"] for one in probed if one["store"] in self._records), {})
-        return found | {f"probes: {key}": value for key, value in own.items()}
-
-    @cached_property
-    def _records(self) -> list[dict]:
-        stores = paths.read_json(paths.DATA / "activations" / f"{self.name}.json")["stores"]
-        return [record for record in stores if record["control"] == "none"]
-
-    @cached_property
-    def stores(self) -> list[dict]:
-        """What is recorded of each model's extraction."""
-        return [paths.read_json(paths.resolve(record["folder"]) / "meta.json") for record in self._records]
+        for one in self.results.stores:
+            record, meta = one["record"], one["meta"]
+            if record["control"] == "none":
+                name = meta["model"] + " (untrained)" * meta["untrained"]
+                own = meta["settings"] | {"device": meta["device"], "stages": record["stages"],
+                                          "poolings": record["poolings"]}
+                found[f"extraction: {name}"] = ", ".join(f"{key}={value}" for key, value in own.items())
+                found[f"versions: {name}"] = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
+        return found | {f"probes: {key}": value for key, value in self.results.stores[0]["settings"].items()}
 
     def write_tables(self, folder: Path) -> dict[str, str]:
         """Write the tables as CSV files, five digits a number; returns what each file holds."""
@@ -117,20 +108,38 @@ class Run:
         """What the probes of ``"<model>|<control>|<pooling>|<task>"`` say of each image token of a test example.
 
         Stored heat is read; else, if `live`, the model runs once, over this example alone; it is loaded at the first.
+
+        Raises
+        ------
+        NoGrid
+            It is not known where in the image the model's tokens lie.
         """
         found = self.kept.get(key, row.image_id)
         if found is not None or not live:
             return found
         model, control, *_ = key.split("|")
-        meta = next(meta for meta in self.stores
-                    if meta["model"] == model and meta["untrained"] == (control == "untrained"))["settings"]
         if (model, control) not in self._live:
             for vlm, _ in self._live.values():
                 vlm.release()
-            vlm = load_vlm(meta["model"], meta["revision"], meta["dtype"], None, meta["untrained"], meta["seed"])
-            self._live = {(model, control): (vlm, Grid(vlm))}
+            self._live = {}
+            vlm = self._load(model, control)
+            localise.check(vlm, [coco.load_rgb(paths.resolve(file)) for file in self._some_files], row.prompt)
+            self._live[model, control] = vlm, Grid(vlm)
         vlm, grid = self._live[model, control]
-        image = coco.load_rgb(paths.resolve(row.file), meta["longest_side"])
+        image = coco.load_rgb(paths.resolve(row.file), self._meta(model, control)["longest_side"])
         prepared = vlm.preparer.prepare(image, [row.prompt])
         found, = localise.heat(vlm, [prepared], self.results.probes(key), [grid(prepared, image.size)])
         return found
+
+    def _meta(self, model: str, control: str) -> dict:
+        """Settings of a model's extraction."""
+        return next(one["meta"]["settings"] for one in self.results.stores if one["record"]["control"] == "none"
+                    and (one["meta"]["model"], one["meta"]["untrained"]) == (model, control == "untrained"))
+
+    def _load(self, model: str, control: str) -> Vlm:
+        told = self._meta(model, control)
+        return load_vlm(told["model"], told["revision"], told["dtype"], None, told["untrained"], told["seed"])
+
+    @cached_property
+    def _some_files(self) -> list[str]:
+        return self.examples.file[self.examples.split == "test"].unique()[: localise.CHECKED].tolist()

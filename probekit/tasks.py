@@ -293,7 +293,10 @@ def instances(folder: Path) -> pd.DataFrame:
 
     All in pixels of the image file.
     """
-    return pd.read_parquet(folder / "instances.parquet")
+    file = folder / "instances.parquet"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: run 01_build_data again, this run is of an older version")
+    return pd.read_parquet(file)
 
 
 def rows_key(examples: pd.DataFrame) -> str:

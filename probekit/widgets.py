@@ -11,6 +11,7 @@ import numpy as np
 
 from probekit import runs
 from probekit.finding import ORDERS, find
+from probekit.grid import NoGrid
 from probekit.localise import POOLINGS, Heat, shares
 from probekit.plots import pictures
 from probekit.plots.style import PALETTE
@@ -38,8 +39,7 @@ class Explorer:
     """
 
     def __init__(self, run: str):
-        self.data = runs.Run.open(run)
-        self._quiet = False
+        self.data, self._quiet = runs.Run.open(run), False
         self._make()
         self._wire()
         self._fill()
@@ -129,13 +129,18 @@ class Explorer:
         return int(self.places[self.example.value])
 
     def _open(self) -> None:
-        self.data = runs.Run.open(self.run.value)
+        try:
+            self.data = runs.Run.open(self.run.value)
+        finally:  # where it cannot be opened, the one that is shown stays
+            self.run.value = self.data.name
         self._fill()
 
     def _fill(self) -> None:
         """What a run has to choose from."""
         self._quiet, keys = True, [key.split("|") for key in self.data.results.predictions]
         models = list(dict.fromkeys("|".join(key[:3]) for key in keys))
+        if not models:
+            raise ValueError(f"{self.data.name} has no predictions of decoder layers: extract with the stage lm")
         several = len({model.split("|")[2] for model in models}) > 1
         _offer(self.model, [(_model_words(model, several), model) for model in models])
         _offer(self.task, list(dict.fromkeys(key[3] for key in keys)))
@@ -175,10 +180,18 @@ class Explorer:
         local, self.there = task["kind"] == "multilabel", self.data.shown(row.image_id)
         if local and self.where.value not in self.there:
             asked = [task["classes"][k] for k in self.asked[self.place] if row.labels[k]]
-            self.where.value = next(iter([*asked, *self.there]), task["classes"][0])
+            known = [name for name in self.there if name in task["classes"]]
+            self.where.value = next(iter([*asked, *known]), task["classes"][0])
         self._heat: Heat | None = None
-        if local and pooling in POOLINGS and self.probe.value == "logreg":
-            self._heat = self.data.heat(self.key, row, self.live.value)
+        self._why_cold = "" if local else "Image tokens stand before the caption: only local tasks have heat."
+        if local and (pooling not in POOLINGS or self.probe.value != "logreg"):
+            self._why_cold = f"Heat is of logreg probes on states pooled as {' or '.join(POOLINGS)}."
+        elif local:
+            try:
+                self._heat = self.data.heat(self.key, row, self.live.value)
+                self._why_cold = "No heat is kept for this example: tick “run the model where none is kept”."
+            except NoGrid as error:
+                self._why_cold = html.escape(str(error))
         self._show_layer()
 
     def _show_layer(self) -> None:
@@ -200,19 +213,16 @@ class Explorer:
 
     def _show_photo(self, row, layer: int) -> None:
         task, name, heat, cells = self.about, self.where.value, None, None
-        local = task["kind"] == "multilabel"
+        local, told = task["kind"] == "multilabel", self._why_cold
         boxes = self.data.boxes(row.image_id, name) if local else np.zeros((0, 4))
-        told = "Image tokens stand before the caption: what they hold has a place only for local tasks." * (not local)
         if self._heat is not None:
             of = task["classes"].index(name)
-            values, cells = self._heat.above(of)[layer], self._heat.cell_t4
+            values, cells = self._heat.above_ltc[layer, :, of], self._heat.cell_t4
             heat = values / max(values.max(), 1e-9) if self.warm.value else None
-            share = shares(self._heat, of, [], boxes) if len(boxes) else None
-            told = (f"<b>{share['heat_in_boxes'][layer]:.0%}</b> of the heat of {html.escape(name)} at lm.{layer:02d} "
-                    f"is in its boxes, which hold {share['area_in_boxes'][layer]:.0%} of the tokens."
-                    if share else f"“{html.escape(name)}” has no box here.")
-        elif local:
-            told = "No heat is kept for this example (03_probe keeps that of logreg probes on mean-pooled states)."
+            share = shares(self._heat, boxes)
+            told = (f"<b>{share[0][layer, of]:.0%}</b> of the heat of {html.escape(name)} at lm.{layer:02d} is in its "
+                    f"boxes, which hold {share[1]:.0%} of the tokens."
+                    if share else f"No box here tells {html.escape(name)} from the rest of the image.")
         self.share.value = told
         image = pictures.overlaid(pictures.photo(row.file), heat, cells, boxes if self.boxes.value else boxes[:0])
         self.image.value = pictures.jpeg(image)

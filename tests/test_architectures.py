@@ -95,9 +95,9 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
 
 def _heat_map(vlm) -> str:
     """Is it known where in the image the image tokens lie? Checked by changing a quarter of the image."""
-    blocks = np.random.default_rng(0).integers(0, 255, (6, 8, 3)).astype(np.uint8)  # a picture with large shapes
+    blocks = np.random.default_rng(0).integers(0, 255, (4, 6, 8, 3)).astype(np.uint8)  # pictures with large shapes
     try:
-        grid.check(vlm, Image.fromarray(blocks).resize((160, 120)), "Is there a dog?")
+        grid.check(vlm, [Image.fromarray(block).resize((320, 240)) for block in blocks], "Is there a dog?")
     except grid.NoGrid:
         return "no"
     return "yes"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,7 +32,7 @@ def test_tokens_lie_where_the_image_is(vlm):
     assert len(cells) == prepared.shown[0].sum()
     areas = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
     assert areas.sum() == pytest.approx(1, abs=0.02)  # both models see the whole image
-    grid.check(vlm, scene(), "Which?")
+    grid.check(vlm, [scene()], "Which?")
 
 
 def test_a_patch_that_changes_changes_its_token(vlm):
@@ -49,7 +51,7 @@ def test_a_wrong_map_is_found_out(vlm, monkeypatch):
     honest = Grid.__call__
     monkeypatch.setattr(Grid, "__call__", lambda *arguments: honest(*arguments)[::-1])
     with pytest.raises(NoGrid, match="there is no heat map"):
-        grid.check(vlm, scene(), "Which?")
+        grid.check(vlm, [scene(), scene(200, 100)], "Which?")
 
 
 def test_covered_counts_what_lies_in_any_box():
@@ -81,21 +83,70 @@ def test_heat_is_the_probe_of_every_token_in_whatever_batch(vlm):
     np.testing.assert_allclose(together[0].logit_ltc[3], hidden @ weight + intercept, atol=2e-3)
 
 
-def test_shares_of_planted_heat():
+def planted_heat(cells=HALVES):
     logits = np.zeros((2, 2, 3))
     logits[0, :, 0] = [4, 0]  # layer 0: all of class 0's heat on the left
     logits[1, :, 0] = [0, 4]
     logits[:, :, 1] = [0, 1]
-    found = localise.Heat(logits, HALVES)
+    return localise.Heat(logits, cells)
+
+
+def test_shares_of_planted_heat():
     left = np.array([[0, 0, 0.5, 1.0]])
-    told = localise.shares(found, 0, [1], left)
+    share, area = localise.shares(planted_heat(), left)
+    np.testing.assert_allclose(share, [[1, 0, 0], [0, 0, 0]])
+    assert area == 0.5
+    assert localise.shares(planted_heat(), np.array([[0, 0, 1, 1.0]])) is None  # a box around everything tells nothing
+    assert localise.shares(planted_heat(), np.zeros((0, 4))) is None
+    beside = planted_heat(np.array([[-0.5, 0, 0, 1], [0, 0, 1, 1.0]]))  # heat on padding is nowhere
+    np.testing.assert_allclose(localise.shares(beside, left)[0][:, 1], 0.5, atol=1e-6)
+
+
+def test_pairs_are_of_what_is_shown_in_boxes_and_could_be_learnt():
+    row = {"category": "cup", "x": 0, "y": 0, "w": 50, "h": 100, "width": 100, "height": 100, "iscrowd": 0}
+    classes, all_learnt = ["cup", "car", "kite"], np.arange(3)
+
+    def pairs(rows, learnt=all_learnt):
+        return [*localise._pairs(planted_heat(), pd.DataFrame(rows), classes, learnt)]
+
+    told, = pairs([row])
     np.testing.assert_allclose(told["heat_in_boxes"], [1, 0])
     np.testing.assert_allclose(told["others_in_boxes"], [0, 0])
     np.testing.assert_allclose(told["area_in_boxes"], 0.5)
     np.testing.assert_allclose(told["localisation"], [1, 0])
-    assert localise.shares(found, 0, [1], np.array([[0, 0, 1, 1.0]])) is None  # a box around everything tells nothing
-    beside = localise.Heat(logits, np.array([[-0.5, 0, 0, 1], [0, 0, 1, 1.0]]))  # heat on padding is nowhere
-    np.testing.assert_allclose(localise.shares(beside, 1, [], left)["heat_in_boxes"], 0.5, atol=1e-6)
+    assert len(pairs([row, row | {"category": "car", "x": 50}])) == 2
+    assert pairs([row | {"iscrowd": 1}]) == []  # nobody knows where a crowd ends
+    assert pairs([row], np.array([1, 2])) == []  # no probe could learn it
+    right, = pairs([row | {"x": 50}, row | {"category": "kite", "iscrowd": 1}])  # a crowd of kites is not absent
+    np.testing.assert_allclose(right["others_in_boxes"], [1, 1])
+
+
+def test_what_has_no_heat_is_passed_over_with_a_word(small_run, tmp_path, monkeypatch, capsys):
+    from probekit.grid import NoGrid
+    from probekit.store import Store
+
+    examples, whole = small_run.examples, small_run.results
+    stores = [Store.open(one["record"], examples) for one in whole.stores]
+
+    def heat(task, results=whole, keep=3):
+        return localise.localise(stores, examples, small_run.instances, task, results, tmp_path, keep, 50, "cpu")
+
+    for task in ("caption", "no_such_task"):
+        assert heat(task) is whole
+    assert "no task 'caption' about categories" in capsys.readouterr().out
+    without = dataclasses.replace(whole, linear={})
+    assert heat("category", without).heat == {} and "no logreg probes" in capsys.readouterr().out
+
+    def broken(*arguments):
+        raise NoGrid("its tokens lie nowhere")
+
+    monkeypatch.setattr(localise, "check", broken)
+    assert heat("category").heat == {} and "lie nowhere" in capsys.readouterr().out
+    monkeypatch.setattr(localise, "load_vlm", None)
+    assert heat("category").heat == {} and "lie nowhere" in capsys.readouterr().out  # it is not loaded for that again
+    monkeypatch.setattr(localise, "load_vlm", lambda *arguments: (_ for _ in ()).throw(OSError("no weights here")))
+    with pytest.raises(OSError, match=r'no weights here.*localise="" leaves it out'):
+        heat("category", keep=4)
 
 
 def test_the_table_averages_pairs_and_finds_the_layer():

@@ -1,6 +1,7 @@
 """The project itself: environments, notebooks, documentation, command line."""
 
 import ast
+import importlib
 import re
 import sys
 
@@ -98,7 +99,7 @@ def test_the_doctor_names_the_mend(monkeypatch):
 
 
 def test_the_package_is_thin():
-    for path in (REPOSITORY / "probekit").glob("*.py"):
+    for path in (REPOSITORY / "probekit").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 350, path.name
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
@@ -112,3 +113,13 @@ def test_the_tree_in_the_readme_is_the_tree():
             assert path.stem in text, f"README.md does not name {path.name}"
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (REPOSITORY / name).exists(), name
+
+
+def test_the_python_in_the_readme_names_what_is_there():
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.S)
+    assert blocks
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")

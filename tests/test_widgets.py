@@ -56,10 +56,10 @@ def test_heat_that_is_not_kept_is_made_when_asked_for(explorer):
     explorer.example.value = 3
     stored = explorer._heat
     explorer.example.value = len(explorer.rows) - 1
-    assert explorer._heat is None and "No heat is kept" in explorer.share.value
+    assert explorer._heat is None and "tick “run the model" in explorer.share.value
     explorer.live.value = True
     assert explorer._heat.logit_ltc.shape == stored.logit_ltc.shape and "of the tokens" in explorer.share.value
-    explorer.data.kept.files.clear()
+    explorer.data.kept.names.clear()
     explorer.example.value = 3  # made anew, it is what was stored
     np.testing.assert_allclose(explorer._heat.logit_ltc, stored.logit_ltc, atol=0.02, rtol=2e-3)
     explorer.model.value = "tiny-qwen2-vl|untrained|mean"
@@ -102,3 +102,26 @@ def test_one_change_draws_once(explorer, monkeypatch):
     explorer.task.value = "category"  # sets the sliders, too
     explorer.search.value = "types"
     assert len(drawn) == 4
+
+
+def test_a_run_that_cannot_be_opened_leaves_the_one_that_is_shown(explorer):
+    explorer.run.options = [*explorer.run.options, "nowhere"]
+    explorer.run.value = "nowhere"
+    assert "run 01_build_data" in explorer.trouble.value and explorer.run.value == "small"
+    explorer.layer.value = 2
+    assert explorer.trouble.value == ""
+
+
+def test_a_model_without_a_known_grid_says_so_and_shows_the_rest(explorer, monkeypatch):
+    from probekit import localise
+    from probekit.grid import NoGrid
+
+    def broken(*arguments):
+        raise NoGrid("its tokens lie nowhere")
+
+    monkeypatch.setattr(localise, "check", broken)
+    explorer.task.value = "category"
+    explorer.example.value = len(explorer.rows) - 1
+    explorer.live.value = True
+    assert "lie nowhere" in explorer.share.value and explorer.trouble.value == ""
+    assert explorer.rows.prompt.iloc[-1] in explorer.words.value

@@ -37,10 +37,11 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     everything = select(table[table.task == task], probe, metric, split)
     pooling = pooling or everything.pooling.iloc[0]
     rows = everything[(everything.pooling == pooling) & ~everything.control.isin(controls.BASELINES)]
+    models = list(colours)
     for (model, control), curve in rows.groupby(["model", "control"], sort=False):
-        curve = curve.reset_index(drop=True)
+        curve, again = curve.reset_index(drop=True), models.index(model) // len(look.PALETTE)
         name = model + (f" {controls.WORDS[control].removesuffix(' model')}" if control != "none" else "")
-        traces = curve_traces(curve, name, control, colours[model], SYMBOLS[0], metric)
+        traces = curve_traces(curve, name, control, colours[model], SYMBOLS[again % len(SYMBOLS)], metric)
         figure.add_traces(traces)
         deepest += [int(layer_number(curve.layer).max())] * len(traces)
     for control in [name for name in DASHES if name in set(rows.control)]:
@@ -52,8 +53,7 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
         figure.add_trace(trace)
         deepest += [None] * (len(figure.data) - 1 - len(deepest)) + [max(trace.x)]
     _level_lines(figure, everything[everything.pooling == pooling], metric, chance)
-    named = f" ({pooling} pooling)" if everything.pooling.nunique() > 1 else ""
-    look.fit_legend(look.style(figure, look.headed(metric, task) + named))
+    look.fit_legend(look.style(figure, look.headed(metric, task) + look.pooling_named(everything, pooling)))
     figure.update_yaxes(title=WORDS[metric] if metric == "codelength" else f"{WORDS[metric]} ({split})")
     return look.depth_menu(figure, deepest + [None] * (len(figure.data) - len(deepest)), relative)
 
@@ -124,8 +124,8 @@ def global_and_local(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "
     The global task is the first binary one, local ones are multilabel. On the right each point is a layer; filled ones
     are those that no other layer beats at both: along them one is traded for the other.
     """
-    rows = select(table[table.control == "none"], probe, "accuracy")
-    rows = rows[rows.pooling == rows.pooling.iloc[0]]
+    every = select(table[table.control == "none"], probe, "accuracy")
+    rows = every[every.pooling == every.pooling.iloc[0]]
     whole = next(name for name, about in tasks.items() if about["kind"] == "binary")
     local = [name for name, about in tasks.items() if about["kind"] == "multilabel"]
     models, colours = list(dict.fromkeys(rows.model)), look.colour_of(table)
@@ -154,7 +154,7 @@ def global_and_local(table: pd.DataFrame, tasks: dict[str, dict], probe: str = "
         figure.add_trace(look.key(f"{name} ({kind})", line={"dash": dash, "color": GREY, "width": 2.5}))
     figure.add_trace(look.key("no other layer is better at both", marker={"color": GREY, "size": 9}).update(
         mode="markers"))
-    title = f"Global against local semantics{look.pooling_named(table)}"
+    title = f"Global against local semantics{look.pooling_named(every, rows.pooling.iloc[0])}"
     look.style(figure, title, 200 + 270 * len(models), FULL, True)
     figure.update_xaxes(title=look.LAYER_AXIS, row=len(models), col=1)
     figure.update_xaxes(dtick=look.ticks(rows.layer.nunique()), col=1)
@@ -197,7 +197,7 @@ def stage_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
                 figure.add_trace(trace.update(x=xs, showlegend=bool(trace.showlegend) and first))
     for start, end in ((0, 1), (1.36, 2.36)):
         figure.add_vrect(x0=start - 0.06, x1=end + 0.06, fillcolor=GREY, opacity=0.08, line_width=0, layer="below")
-    look.style(figure, look.headed(metric, task) + look.pooling_named(own), width=FULL)
+    look.style(figure, look.headed(metric, task) + look.pooling_named(own, pooling), width=FULL)
     figure.update_xaxes(tickvals=[(a + b) / 2 for _, a, b in STAGES.values()], ticks="", showgrid=False,
                         ticktext=[f"{name}, first to last block" * (a < b) or name for name, a, b in STAGES.values()])
     return figure.update_yaxes(title=f"{WORDS[metric]} (test)")
@@ -212,9 +212,11 @@ def pooling_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "lo
     for i, model in enumerate(models, 1):
         for k, pooling in enumerate(poolings):
             curve = rows[(rows.model == model) & (rows.pooling == pooling)].reset_index(drop=True)
+            if not len(curve):
+                continue
             shade = faded(colours[model], 1 - 0.7 * k / len(poolings))
             for trace in curve_traces(curve, f"{model}, {pooling}", "none", colours[model], SYMBOLS[k % len(SYMBOLS)],
-                                      metric)[-2 if len(curve) else None :]:
+                                      metric)[-2:]:
                 trace.update(showlegend=False, **({} if trace.fill else {"line": {"color": shade}}))
                 figure.add_trace(trace, 1, i)
     for k, pooling in enumerate(poolings):
@@ -225,14 +227,14 @@ def pooling_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "lo
     return figure.update_yaxes(title=f"{WORDS[metric]} (test)", col=1)
 
 
-def localisation_curves(table: pd.DataFrame, task: str) -> go.Figure:
+def localisation_curves(table: pd.DataFrame, task: str, relative: bool = False) -> go.Figure:
     """The share of a category's heat that lies in its boxes, by layer, against the share of tokens that lie there.
 
     See :mod:`probekit.localise`. Dotted: the same for probes of categories that the image does not show, in the same
     boxes. Dashed: the untrained model.
     """
-    rows = table[(table.task == task) & table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])]
-    rows = rows[rows.pooling == rows.pooling.iloc[0]]
+    every = table[(table.task == task) & table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])]
+    rows, dotted = every[every.pooling == every.pooling.iloc[0]], "probes of absent categories, same boxes"
     figure, colours, deepest = go.Figure(), look.colour_of(table), []
     for (model, control, metric), curve in rows.groupby(["model", "control", "metric"], sort=False):
         curve = curve.reset_index(drop=True)
@@ -243,16 +245,18 @@ def localisation_curves(table: pd.DataFrame, task: str) -> go.Figure:
         traces = curve_traces(curve, name, control, colours[model], SYMBOLS[0], metric, "dot" if others else "")
         for trace in traces[-1:] if others else traces:
             trace.update(showlegend=not (others or trace.fill))
-            figure.add_trace(trace.update(opacity=0.8, line={"width": 1.5}, mode="lines") if others else trace)
+            if others:
+                trace.update(opacity=0.8, line={"width": 1.5}, mode="lines", legendgroup=dotted)
+            figure.add_trace(trace)
             deepest.append(int(layer_number(curve.layer).max()))
-    figure.add_trace(look.key("probes of absent categories, same boxes", line={"dash": "dot", "color": GREY}))
+    figure.add_trace(look.key(dotted, line={"dash": "dot", "color": GREY}))
     area = rows[(rows.metric == "area_in_boxes") & (rows.control == "none")].value.mean()
     figure.add_hline(y=area, line={"color": GREY, "width": 1.5}, annotation_text="share of area",
                      annotation_font_color=GREY, annotation_position="bottom right")
-    look.fit_legend(look.style(
-        figure, "Where in the image: heat of the local probe within the boxes" + look.pooling_named(table)))
+    title = "Where in the image: heat of the local probe within the boxes"
+    look.fit_legend(look.style(figure, title + look.pooling_named(every, rows.pooling.iloc[0])))
     figure.update_yaxes(title="share of heat in the boxes", rangemode="tozero")
-    return look.depth_menu(figure, [*deepest, None])
+    return look.depth_menu(figure, [*deepest, None], relative)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -266,7 +270,8 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
     """
     scores = select(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
     models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
-    colours, scores = look.colour_of(table), scores[scores.pooling == pooling]
+    named, colours = look.pooling_named(scores, pooling), look.colour_of(table)
+    scores = scores[scores.pooling == pooling]
     kept = losses[(losses.task == task) & (losses.control == "none") & (losses.pooling == pooling)
                   & (losses.probe == probe)]
     mean = {key: own.groupby("epoch").loss.mean() for key, own in kept.groupby(["model", "layer", "split"])}
@@ -290,8 +295,7 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
     shown = list(range(len(values[layers[0]])))
     steps = [{"label": layer.partition(".")[2], "method": "restyle", "args": [{"y": y}, shown]}
              for layer, y in values.items()]
-    look.style(figure, f"Loss of the {probe} probe — {TASK_WORDS.get(task, task)}{look.pooling_named(scores)}", 490,
-               FULL, True)
+    look.style(figure, f"Loss of the {probe} probe — {TASK_WORDS.get(task, task)}{named}", 490, FULL, True)
     figure.update_layout(margin={"b": 110}, sliders=[{
         "steps": steps, "active": first, "currentvalue": {"prefix": "decoder layer "}, "pad": {"t": 44}}])
     every = [v for y in values.values() for line in y for v in line if v is not None]

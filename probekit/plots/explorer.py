@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from probekit.finding import ORDERS, find
-from probekit.localise import POOLINGS
 from probekit.plots import pictures
 from probekit.plots import style as look
 from probekit.plots.figures import Drawn
@@ -22,20 +21,21 @@ PHOTO = 400  # pixels
 
 def explorers(run: Run) -> dict[str, Drawn]:
     """An :func:`explorer` for each trained model of a run that has logreg probes."""
-    models = dict.fromkeys(key.partition("|")[0] for key in run.results.predictions if key.endswith("|logreg"))
+    models = [model for model in dict.fromkeys(key.partition("|")[0] for key in run.results.predictions)
+              if _keys(run, model)]
     return {f"explorer_{model}": Drawn(explorer(run, model), (
-        f"{model}. Choose an example above the photo, and move the slider through the layers. Left: heat of the "
-        "category in the title, as this layer's local probe says of each image token, with the category's boxes. "
-        "Right: the probability that each probe gives its class; full lines are truly yes, dashed ones truly no. “Most "
-        "surprising” examples are surely wrong at the last layer, “earliest decided” ones never change an answer after "
-        "an early layer."), "Single examples") for model in models}
+        f"{model}, logreg probes. Choose an example above the photo, and move the slider through the layers. Left: "
+        "heat of the category in the title, as this layer's local probe says of each image token, with the category's "
+        "boxes. Right: the probability that each probe gives its class; full lines are truly yes, dashed ones truly "
+        "no. “Most surprising” examples are surely wrong at the last layer, “earliest decided” ones never change an "
+        "answer after an early layer."), "Single examples") for model in models}
 
 
 def explorer(run: Run, model: str, each: int = 2) -> go.Figure:
     """Photo with heat and boxes (left), probability by layer (right), a slider for the layer, a menu for the example.
 
-    Examples are the first ones of :data:`probekit.finding.ORDERS` but for "as drawn": of the first local task with
-    stored heat, and of the first global one.
+    Examples are the first ones of :data:`probekit.finding.ORDERS` but for "as drawn": of the first local task and of
+    the first global one.
 
     Parameters
     ----------
@@ -71,25 +71,24 @@ def explorer(run: Run, model: str, each: int = 2) -> go.Figure:
 
 
 def _keys(run: Run, model: str) -> list[tuple[str, str]]:
-    """Task and key of the examples: the first local task with heat, and the first global task, of one pooling."""
+    """Task and key of the examples: the first local task, with heat where there is one, and the first global task."""
+    keys = [key.rpartition("|")[0] for key in run.results.predictions if key.endswith("|logreg")]
+    keys = sorted((key for key in keys if key.startswith(f"{model}|none|")), key=lambda key: key not in run.kept.files)
     found = {}
-    for key in run.results.predictions:
-        name, control, pooling, task, probe = key.split("|")
-        if (name, control, probe) == (model, "none", "logreg"):
-            kind, key = run.tasks[task]["kind"], key.rpartition("|")[0]
-            if kind == "binary" or (pooling in POOLINGS and key in run.kept.files):
-                found.setdefault(kind, (task, key))
+    for key in keys:
+        task = key.rpartition("|")[2]
+        found.setdefault(run.tasks[task]["kind"], (task, key))
     return [found[kind] for kind in ("multilabel", "binary") if kind in found]
 
 
 def _chosen(run: Run, task: str, key: str, each: int) -> list[tuple[str, int]]:
-    """Order and place of the examples, each image once; of local tasks those whose heat is stored."""
+    """Order and place of the examples, each image once; those with stored heat, where some have it."""
     rows, out, seen = run.tests(task), [], set()
-    local = run.tasks[task]["kind"] == "multilabel"
+    warm = any(run.kept.get(key, image) is not None for image in rows.image_id.unique())
     for order in [name for name in ORDERS if name != "as drawn"]:
         for place in find(rows, run.results.predictions[f"{key}|logreg"], order):
             row = rows.iloc[place]
-            if row.image_id in seen or (local and run.kept.get(key, row.image_id) is None):
+            if row.image_id in seen or (warm and run.kept.get(key, row.image_id) is None):
                 continue
             seen.add(row.image_id)
             out.append((order, int(place)))
@@ -112,12 +111,13 @@ class _Example:
         self.ratio = self.image.width / self.image.height
         self.label = f"{label} — image {row.image_id}"
         self.z, self.boxes, heat = None, np.zeros((0, 4)), ""
-        found = run.kept.get(key, row.image_id) if about["kind"] == "multilabel" else None
+        found = run.kept.get(key, row.image_id)
         if found is not None:
             there = [k for k in asked if row.labels[k]] or [*asked]
             k, height = there[0], max(2, round(COLUMNS / self.ratio))
             self.boxes, heat = run.boxes(row.image_id, about["classes"][k]), f" · heat of “{about['classes'][k]}”"
-            rasters = [pictures.raster(values, found.cell_t4, COLUMNS, height)[::-1] for values in found.above(k)]
+            rasters = [pictures.raster(values_t, found.cell_t4, COLUMNS, height)[::-1]
+                       for values_t in found.above_ltc[:, :, k]]
             self.z = [(100 * raster / max(raster.max(), 1e-9)).round().astype(int) / 100 for raster in rasters]
         text = row.prompt if len(row.prompt) < 96 else row.prompt[:95] + "…"
         self.title = f"“{text.replace(chr(10), ' ')}”{heat}"

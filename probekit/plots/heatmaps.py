@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from probekit.plots import style as look
 from probekit.plots.style import FULL, SCORES, TASK_WORDS, WORDS, layer_number
-from probekit.results import select
+from probekit.results import select, stage_of
 
 COUNTS = {"tp": ("yes, rightly", "#0072B2"), "tn": ("no, rightly", "#56B4E9"), "fp": ("yes, wrongly", "#D55E00"),
           "fn": ("no, wrongly", "#E69F00")}
@@ -30,7 +30,8 @@ def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str
             texttemplate="%{z:.2f}" if grid.shape[1] <= 14 else None,
             hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>",
         )
-    look.style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}{look.pooling_named(rows)}",
+    named = look.pooling_named(rows, pooling)
+    look.style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}{named}",
                150 + 170 * len(models), FULL)
     figure.update_xaxes(dtick=look.ticks(rows.layer.nunique()), showgrid=False)
     figure.update_xaxes(title=look.LAYER_AXIS, row=len(models), col=1)
@@ -46,7 +47,8 @@ def _coloured(figure: go.Figure, low: float, high: float, title: str) -> go.Figu
 def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> go.Figure:
     """F1 of each category (rows, the best known on top) by layer (columns), a panel a model."""
     rows = table[(table.task == task) & (table.control == "none") & (table.split == "test") & (table.probe == probe)
-                 & (table["class"] != "") & (table.stage == "lm")]
+                 & (table["class"] != "") & (table.stage == stage_of(table))]
+    named = look.pooling_named(rows, rows.pooling.iloc[0])
     rows = rows[(rows.pooling == rows.pooling.iloc[0]) & (rows.seed == rows.seed.min())]
     wide = rows.pivot_table(index=["model", "class", "layer"], columns="metric", values="value").reset_index()
     wide["support"] = wide.tp + wide.fn
@@ -55,7 +57,7 @@ def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> g
     figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03)
     for i, model in enumerate(models, 1):
         part = {what: wide[wide.model == model].pivot_table(index="class", columns="layer", values=what).reindex(names)
-                for what in ("f1", "precision", "recall", "support", "lo", "hi") if what in wide}
+                for what in ("f1", "precision", "recall", "support")}
         told = np.stack([part[what].to_numpy() for what in ("precision", "recall", "support")], -1)
         figure.add_heatmap(
             z=part["f1"].to_numpy(), x=layer_number(part["f1"].columns.to_series()), y=names, row=1, col=i, xgap=1,
@@ -63,7 +65,7 @@ def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> g
             hovertemplate=f"<b>%{{y}}</b>, {model}, layer %{{x}}<br>F1 %{{z:.3f}}<br>precision %{{customdata[0]:.3f}}, "
                           "recall %{customdata[1]:.3f}<br>asked about and there: %{customdata[2]:,.0f}<extra></extra>")
     line = 24 if len(names) <= 24 else 15
-    look.style(figure, f"F1 of each category by layer — {TASK_WORDS.get(task, task)}{look.pooling_named(table)}",
+    look.style(figure, f"F1 of each category by layer — {TASK_WORDS.get(task, task)}{named}",
                150 + line * len(names), FULL)
     figure.update_yaxes(dtick=1, showgrid=False, tickfont={"size": 12 if len(names) <= 24 else 10})
     figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(rows.layer.nunique()), showgrid=False)
@@ -73,7 +75,8 @@ def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> g
 def confusion_counts(table: pd.DataFrame, task: str, probe: str = "logreg") -> go.Figure:
     """Right and wrong answers by layer, stacked, a panel a model; of a multilabel task over all that is asked."""
     rows = table[(table.task == task) & (table.control == "none") & (table.split == "test") & (table.probe == probe)
-                 & table.metric.isin([*COUNTS]) & (table.stage == "lm") & (table["class"] != "no")]
+                 & table.metric.isin([*COUNTS]) & (table.stage == stage_of(table)) & (table["class"] != "no")]
+    named = look.pooling_named(rows, rows.pooling.iloc[0])
     rows = rows[(rows.pooling == rows.pooling.iloc[0]) & (rows.seed == rows.seed.min())]
     total = rows.groupby(["model", "layer", "metric"], sort=False).value.sum().unstack()
     models = list(dict.fromkeys(rows.model))
@@ -86,8 +89,7 @@ def confusion_counts(table: pd.DataFrame, task: str, probe: str = "logreg") -> g
                            legendgroup=metric, showlegend=i == 1, row=1, col=i, customdata=share,
                            hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>{words}: %{{y:,.0f}} (%{{customdata:.1%}})"
                                          "<extra></extra>")
-    look.style(figure, f"Right and wrong answers by layer — {TASK_WORDS.get(task, task)}{look.pooling_named(table)}",
-               450, FULL, True)
+    look.style(figure, f"Right and wrong answers by layer — {TASK_WORDS.get(task, task)}{named}", 450, FULL, True)
     figure.update_layout(barmode="stack", bargap=0.15)
     figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(rows.layer.nunique()))
     return figure.update_yaxes(title="test labels", col=1)
@@ -98,8 +100,8 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
 
     See :func:`probekit.geometry.relate`.
     """
-    rows = transfer[(transfer.task == task) & (transfer.control == "none")]
-    rows = rows[rows.pooling == rows.pooling.iloc[0]]
+    every = transfer[(transfer.task == task) & (transfer.control == "none")]
+    rows = every[every.pooling == every.pooling.iloc[0]]
     models, metric = list(dict.fromkeys(rows.model)), rows.metric.iloc[0]
     figure = make_subplots(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
     for i, model in enumerate(models, 1):
@@ -109,7 +111,8 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
             z=grid.to_numpy(), x=place, y=place, row=1, col=i, coloraxis="coloraxis", xgap=1, ygap=1,
             hovertemplate=f"<b>{model}</b><br>the probe of layer %{{y}} on the states of layer %{{x}}<br>"
                           f"{WORDS[metric]} %{{z:.3f}}<extra></extra>")
-    look.style(figure, f"Does a layer’s probe work on another? — {TASK_WORDS.get(task, task)}", 500, FULL)
+    look.style(figure, f"Does a layer’s probe work on another? — {TASK_WORDS.get(task, task)}"
+               f"{look.pooling_named(every, rows.pooling.iloc[0])}", 500, FULL)
     step = look.ticks(rows.layer.nunique())
     figure.update_xaxes(title="states of layer", dtick=step, showgrid=False, constrain="domain")
     figure.update_yaxes(dtick=step, showgrid=False)

@@ -99,9 +99,9 @@ def headed(metric: str, task: str) -> str:
     return f"{sentence_case(WORDS[metric])} by layer — {TASK_WORDS.get(task, task)}"
 
 
-def pooling_named(rows: pd.DataFrame) -> str:
-    """The pooling that a figure shows, where the run has several and the figure room for one."""
-    return f" ({rows.pooling.iloc[0]} pooling)" if rows.pooling.nunique() > 1 else ""
+def pooling_named(rows: pd.DataFrame, drawn: str) -> str:
+    """The pooling that is drawn, where there are rows of several."""
+    return f" ({drawn} pooling)" if rows.pooling.nunique() > 1 else ""
 
 
 def band(x: Sequence, lo: Sequence, hi: Sequence, colour: str, **options) -> go.Scatter:
