@@ -28,7 +28,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 def test_a_second_run_reuses_what_is_there_from_any_folder(demo, tmp_path):
     shards = sorted(demo.glob("data/activations/*/*/part-*/shard-*"))
     before = {p: p.stat().st_mtime_ns for p in shards}
-    assert len(before) == 2 * 8 + 3  # 3 of images, 5 of prompts without one, which the untrained model is not asked
+    assert len(before) == 2 * 9 + 3  # 3 of images, 6 of prompts without one, which the untrained model is not asked
     done = call(demo, cwd=tmp_path, run="small")
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/part-*/shard-*"))} == before
@@ -40,7 +40,7 @@ def test_from_starts_in_the_middle(demo):
     assert done.returncode == 0, done.stderr[-3000:]
     newest = max((demo / "data" / "runs").iterdir())
     assert [p.stem[:2] for p in sorted(newest.glob("*.ipynb"))] == ["04", "05"]
-    assert "linear probes" in (demo / "figures" / "small" / "index.html").read_text()
+    assert "A light probe (linear)" in (demo / "figures" / "small" / "index.html").read_text()
 
 
 def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
@@ -53,7 +53,7 @@ def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
 
 @needs_real_coco
 def test_real_photographs_go_the_whole_way(home):
-    done = call(home, run="photos", dataset=REAL_COCO, train=200, validation=50, test=50, models="[tiny-qwen2-vl]",
+    done = call(home, run="photos", dataset=REAL_COCO, train=120, validation=40, test=40, models="[tiny-qwen2-vl]",
                 controls="[wrong_image, shuffled]", codelength="no", strengths="[0.001, 0.1]", stages="[lm]")
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(home / "figures" / "photos" / "metrics.csv")
