@@ -18,9 +18,33 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
     models = commands.add_parser("models", help="list the checkpoints that have a name here, or describe one")
     models.add_argument("id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone")
+    download = commands.add_parser("download", help="fetch a sample of MS COCO, not all of its images")
+    download.add_argument("what", choices=["coco"])
+    download.add_argument("--split", default="val2017", help="split of --images")
+    download.add_argument("--images", type=int, default=2000, help="how many images of it")
+    download.add_argument("--train", type=int, default=0, help="how many images of train2017 besides")
+    download.add_argument("--folder", default="data/coco")
+    download.add_argument("--seed", type=int, default=0, help="of the sample")
+    download.add_argument("--archive", help="another address of the annotation archive")
     commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
     options = parser.parse_args(arguments)
-    return {"doctor": _doctor, "models": _models, "run": _run}[options.command](options)
+    known = {"doctor": _doctor, "download": _download, "models": _models, "run": _run}
+    return known[options.command](options)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from probekit.download import ARCHIVE, Server, coco_images
+
+    wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
+    try:
+        lost = coco_images(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
+    except (OSError, ValueError) as error:
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
+    print(f"{sum(wanted.values()) - len(lost):,} images in {options.folder}: take it as the dataset of a run")
+    for row in lost.itertuples():
+        print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
+    return 1 if len(lost) else 0
 
 
 def _models(options: argparse.Namespace) -> int:

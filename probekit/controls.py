@@ -12,15 +12,18 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 INPUTS = ("no_image", "no_text", "wrong_image")
 LABELS = ("shuffled", "control_task")
-BASELINES = ("majority", "name_alone")
+BASELINES = ("majority", "name_alone", "bag_of_words")  # the last one of binary tasks alone
 FEWEST = 10  # prompts that a random label is drawn for
 WORDS = {
     "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
     "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
-    "name_alone": "category's name alone",
+    "name_alone": "category's name alone", "bag_of_words": "bag of words",
 }
 MEANING = {  # of a score above chance
     "untrained": "random weights carry that much of the input to the probe: only what lies above it was learnt",
@@ -31,6 +34,8 @@ MEANING = {  # of a score above chance
     "control_task": "the probe learns arbitrary labels by heart: judge layers by selectivity, or take a weaker probe",
     "majority": "labels are out of balance: read accuracy against this line, not against one half",
     "name_alone": "which category is asked gives that much of the label away: read local scores against this line",
+    "bag_of_words": "the words of the texts alone give that much of the labels away: only what lies above it is about "
+                    "the image",
 }
 
 
@@ -152,6 +157,20 @@ def _by_prompt(prompts: np.ndarray, split: np.ndarray, rng: np.random.Generator)
     parts = np.full(len(split), "", dtype=object)
     parts[train], parts[again[::2]], parts[again[1::2]] = "train", "validation", "test"
     return rng.integers(0, 2, kind.max() + 1)[kind], parts
+
+
+def bag_of_words(prompts: np.ndarray, y_n: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Probabilities (n,) of label 1 from the words of the prompts alone: counts, and a logistic regression.
+
+    Parameters
+    ----------
+    train : (n,) True at training examples
+    """
+    y = y_n[train] > 0
+    if y.all() or not y.any():
+        return np.full(len(y_n), y.mean())
+    reader = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=2000))
+    return reader.fit(prompts[train], y).predict_proba(prompts)[:, 1]
 
 
 def baseline(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, n: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,11 @@ class Task:
         mask *= mask[numbers["train"]].amax(0)
         return cls(name, rows, table.prompt.to_numpy(), split, Labels(
             "none", about["kind"], list(about["classes"]), table.image_id.to_numpy(), y, mask, numbers))
+
+    @cached_property
+    def p_words_n(self) -> np.ndarray:
+        """(n,) what the words of the prompts alone say, see :func:`probekit.controls.bag_of_words`."""
+        return controls.bag_of_words(self.prompts, self.true.y_nc[:, 0].numpy(), self.split_n == "train")
 
     def labels(self, control: str, seed: int = 0) -> Labels:
         """The labels of a control, see :func:`probekit.controls.labels`; "none" has the true ones."""

@@ -24,7 +24,7 @@ from probekit.tasks import rows_key, table_key
 PROBES = ("logreg", "linear", "mlp")
 PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
 LabelSets = dict[tuple[str, int], Labels]  # by control and seed
-VERSION = 4  # of what the tables hold: those of older versions are made anew
+VERSION = 5  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,9 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
                        _baseline("name_alone", labels, layers, b).query("metric == 'accuracy'").assign(
                            seed=seed, control=name, metric="chance")]
     if main == "none":
-        tables += [_baseline(name, task.true, layers, b).assign(seed=settings.seeds[0], control=name)
-                   for name in controls.BASELINES]
+        words = {"bag_of_words": task.p_words_n} if task.true.kind == "binary" else {}
+        tables += [_baseline(name, task.true, layers, b, words.get(name)).assign(seed=settings.seeds[0], control=name)
+                   for name in controls.BASELINES if name in words or name != "bag_of_words"]
     about = {"model": store.meta["model"], "pooling": pooling, "task": task.name, "probe": kind}
     table = pd.concat(tables, ignore_index=True)
     losses = pd.concat([one.losses.assign(control=main if name == "none" else name, **about)
@@ -230,12 +231,15 @@ def _selectivity(own: Fitted, control: Fitted, true: Labels, arbitrary: Labels, 
                                              n=int(true.of("test")[1].sum()), **{"class": ""})
 
 
-def _baseline(name: str, labels: Labels, layers: Sequence[str], resamples: int) -> pd.DataFrame:
-    """The same scores at every layer: a baseline looks at none."""
+def _baseline(name: str, labels: Labels, layers: Sequence[str], resamples: int, p_n: np.ndarray | None = None
+              ) -> pd.DataFrame:
+    """The same scores at every layer: a baseline looks at none. `p_n` are its probabilities, where it has some."""
     train = labels.split["train"]
     parts = []
     for split in ("validation", "test"):
-        p = controls.baseline(name, labels.y_nc[train].numpy(), labels.mask_nc[train].numpy(), len(labels.split[split]))
+        rows = labels.split[split].numpy()
+        p = p_n[rows, None] if p_n is not None else controls.baseline(
+            name, labels.y_nc[train].numpy(), labels.mask_nc[train].numpy(), len(rows))
         once = labels.score(p[None].astype(np.float32), split, ["once"], resamples)
         parts.append(pd.DataFrame({"layer": layers}).merge(once.drop(columns="layer"), how="cross"))
     return pd.concat(parts)

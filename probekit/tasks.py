@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
 
-from probekit import coco, paths
+from probekit import captions, coco, paths
 
 CAPTION_PROMPT = "This image contains: {caption}.\nIs this right?"
 CATEGORY_PROMPT = "This image contains the following types of object:"
@@ -80,39 +81,49 @@ def clean_caption(caption: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def caption_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
-    """Each image with one of its captions (label 1) and with the one of another image of its split (label 0).
+def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "random") -> pd.DataFrame:
+    """Each image with one of its captions (label 1) and with a wrong one (label 0), see :mod:`probekit.captions`.
 
-    The wrong captions are the right ones, dealt out anew: every caption is asked once as right and once as wrong,
-    so that a caption alone says nothing about its label.
+    random
+        the one of another image of its split
+    similar
+        the most similar one of another image, paraphrases excluded
+    same_categories
+        the one of another image that shows the same categories; images without such another are left out
+    swapped
+        its own right one with two words exchanged; images with none that can be exchanged are left out
+
+    Wrong captions are the right ones, dealt out anew: every caption is asked once as right and once as wrong (if
+    swapped, with the same words), so that a caption alone, or its words, say nothing about its label.
     """
     parts = []
     for _, images in chosen.images.groupby("split", sort=False):
         own = [chosen.captions[i] for i in images.index]
         right = [said[rng.integers(len(said))] for said in own]
-        wrong = _deal_out(right, own, rng)
+        wrong = _wrong_captions(chosen, images, right, own, negatives, rng)
+        kept = [i for i, text in enumerate(wrong) if text is not None]
+        images = images.iloc[kept]
         for label, texts in ((1, right), (0, wrong)):
-            prompts = [CAPTION_PROMPT.format(caption=text) for text in texts]
+            prompts = [CAPTION_PROMPT.format(caption=texts[i]) for i in kept]
             parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
     return pd.concat(parts)
 
 
-def _deal_out(right: list[str], own: list[list[str]], rng: np.random.Generator) -> list[str]:
-    """A permutation of `right` in which no entry is one of the captions in the same place of `own`."""
-    known = [{text.lower() for text in said} for said in own]
-    order = rng.permutation(len(right))
-
-    def clashes(i: int) -> bool:
-        return right[order[i]].lower() in known[i]
-
-    for _ in range(200):
-        wrong = [i for i in range(len(right)) if clashes(i)]
-        if not wrong:
-            return [right[i] for i in order]
-        for i in wrong:
-            j = rng.integers(len(right))
-            order[i], order[j] = order[j], order[i]
-    raise ValueError(f"no wrong caption could be found for {len(wrong)} of {len(right)} images: take more images")
+def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own: list[list[str]], negatives: str,
+                    rng: np.random.Generator) -> list[str | None]:
+    if negatives == "swapped":
+        known = captions.nouns(text for said in own for text in said)
+        texts = [captions.swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
+        return [text and clean_caption(text) for text in texts]
+    if negatives == "similar":
+        given = captions.similar(right, own, rng)
+    elif negatives == "same_categories":
+        shows = chosen.shows_nc.loc[images.index].to_numpy()
+        given = captions.same_kind(right, own, [row.tobytes() for row in shows], rng)
+    else:
+        known = [{text.lower() for text in said} for said in own]
+        given = captions.dealt(len(right), lambda i, j: right[j].lower() in known[i], rng)
+    return [None if j < 0 else right[j] for j in given]
 
 
 def _category_rows(chosen: Chosen) -> pd.DataFrame:
@@ -174,8 +185,14 @@ def category_list_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame
     return rows.assign(prompt=[CATEGORY_LIST_PROMPT.format(categories=text) for text in lists])
 
 
+BELONGS = "Does this caption belong to this image?"
 TASKS = {
-    "caption": Task("binary", caption_task, "Does this caption belong to this image?"),
+    "caption": Task("binary", caption_task, BELONGS),
+    "caption_similar": Task("binary", partial(caption_task, negatives="similar"), f"{BELONGS} (or a similar one?)"),
+    "caption_same_categories": Task("binary", partial(caption_task, negatives="same_categories"),
+                                    f"{BELONGS} (or one with the same categories?)"),
+    "caption_swapped": Task("binary", partial(caption_task, negatives="swapped"),
+                            f"{BELONGS} (or are two words exchanged?)"),
     "category": Task("multilabel", category_task, "Which categories are there (not listed in the prompt)?"),
     "category_list": Task("multilabel", category_list_task, "Which categories are there (listed in the prompt)?"),
 }

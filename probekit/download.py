@@ -1,0 +1,241 @@
+"""MS COCO from its servers: the annotation archive once, then only the images that are sampled."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import requests
+from tqdm.auto import tqdm
+from urllib3.exceptions import HTTPError
+
+from probekit import coco, paths
+
+ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
+IMAGE_BYTES = 160_000  # of a COCO photograph, on average
+CHUNK = 1 << 18
+LOCAL = threading.local()
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to talk to a server.
+
+    Attributes
+    ----------
+    archive : address of the zip file that holds ``annotations/{captions,instances}_<split>.json``
+    workers : images that are fetched at a time
+    timeout : seconds without a byte before a try is given up; an image may take ten times as long
+    tries : of each file; between them 1, 2, 4, ... times `pause` seconds
+    """
+
+    archive: str = ARCHIVE
+    workers: int = 16
+    timeout: float = 30.0
+    tries: int = 5
+    pause: float = 1.0
+
+
+class NotThere(OSError):
+    """The server says that there is no such file: another try would not help."""
+
+
+def coco_images(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, server: Server = Server()
+                ) -> pd.DataFrame:
+    """Fetch a sample of COCO into `folder`, in COCO's own layout; what is there and sound is not fetched again.
+
+    The annotation files that are left hold the sampled images alone, so that the folder can be used as it is. The
+    sample of a seed grows: more images of a split are those that are there, and others.
+
+    Parameters
+    ----------
+    wanted : split, such as "val2017", to the number of images (all, where there are fewer)
+
+    Returns
+    -------
+    DataFrame
+        Images that could not be had: `split`, `file`, `reason`; they are left out of the annotations.
+
+    Raises
+    ------
+    ValueError
+        The archive lacks a split, or names a file that would lie outside of the folder.
+    OSError
+        The archive cannot be had.
+    """
+    folder = paths.resolve(folder)
+    archive = folder / "archives" / _safe_name(server.archive.rpartition("/")[2])
+    _sound_archive(archive, server)
+    plans = {split: _sampled(archive, split, n, seed) for split, n in wanted.items()}
+    jobs = [(split, image) for split, plan in plans.items() for image in plan["captions"]["images"]]
+    missing = [job for job in jobs if not (folder / job[0] / _safe_name(job[1]["file_name"])).exists()]
+    tqdm.write(f"{len(jobs):,} images, {len(jobs) - len(missing):,} of them there; to fetch about "
+               f"{len(missing) * IMAGE_BYTES / 1e9:.2f} GB into {folder}")
+    failed = []
+    with ThreadPoolExecutor(server.workers) as pool, tqdm(total=len(jobs), desc="images", unit="image") as bar:
+        for (split, image), reason in zip(jobs, pool.map(lambda job: _image(folder, *job, server), jobs), strict=True):
+            bar.update()
+            if reason:
+                failed.append({"split": split, "image_id": image["id"], "file": image["file_name"], "reason": reason})
+    lost = pd.DataFrame(failed, columns=["split", "image_id", "file", "reason"])
+    for split, plan in plans.items():
+        out = set(lost.image_id[lost.split == split])
+        for kind, content in plan.items():
+            _write_annotations(folder / "annotations" / f"{kind}_{split}.json", content, out)
+    return lost
+
+
+def _safe_name(name: str) -> str:
+    """A plain file name, or an error: nothing is written outside of the folder."""
+    if not re.fullmatch(r"\w[\w.\-]*", name, re.ASCII):
+        raise ValueError(f"{name!r} is no plain file name: this is not an official COCO file")
+    return name
+
+
+def _write_annotations(file: Path, content: dict, out: set[int]) -> None:
+    kept = content | {"images": [image for image in content["images"] if image["id"] not in out],
+                      "annotations": [a for a in content["annotations"] if a["image_id"] not in out]}
+    paths.write_atomic(file, lambda part: part.write_text(json.dumps(kept)))
+
+
+# ------------------------------------------------------------------------------------------------------- annotations
+
+
+def _sound_archive(archive: Path, server: Server) -> None:
+    """The archive on disk, all of it: what an earlier call has fetched of it is continued."""
+    if archive.exists():
+        return
+    part = archive.with_name(archive.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch() -> None:
+        have = part.stat().st_size if part.exists() else 0
+        asked = {"Range": f"bytes={have}-"} if have else {}
+        with _get(server.archive, server, asked) as answer:
+            goes_on = answer.status_code == 206
+            whole = int(answer.headers.get("Content-Length", 0)) + have * goes_on
+            with part.open("ab" if goes_on else "wb") as file, tqdm(
+                    total=whole or None, initial=have * goes_on, desc=archive.name, unit="B", unit_scale=True) as bar:
+                for chunk in _arriving(answer):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if whole and part.stat().st_size < whole:
+            raise OSError(f"{part.stat().st_size:,} of {whole:,} bytes came")
+        try:
+            with zipfile.ZipFile(part) as opened:
+                broken = opened.testzip()
+        except zipfile.BadZipFile as error:
+            part.unlink()
+            raise OSError(f"not a zip file ({error})") from None
+        if broken:
+            part.unlink()
+            raise OSError(f"{broken} is damaged")
+
+    _tried(fetch, server, server.archive)
+    part.rename(archive)
+
+
+def _sampled(archive: Path, split: str, n: int, seed: int) -> dict[str, dict]:
+    """Captions and instances of n images of a split that have captions, drawn with a seed."""
+    found = {}
+    with zipfile.ZipFile(archive) as opened:
+        names = {Path(name).name: name for name in opened.namelist()}
+        for kind in ("captions", "instances"):
+            if f"{kind}_{split}.json" not in names:
+                known = sorted(name.removeprefix("captions_").removesuffix(".json") for name in names
+                               if name.startswith("captions_"))
+                raise ValueError(f"{archive.name} has no {kind}_{split}.json: take splits out of {', '.join(known)}")
+            found[kind] = json.loads(opened.read(names[f"{kind}_{split}.json"]))
+    told = {a["image_id"] for a in found["captions"]["annotations"]}
+    ids = np.array(sorted(image["id"] for image in found["captions"]["images"] if image["id"] in told))
+    chosen = set(np.random.default_rng(seed).permutation(ids)[:n].tolist())
+    return {kind: content | {"images": [image for image in content["images"] if image["id"] in chosen],
+                             "annotations": [a for a in content["annotations"] if a["image_id"] in chosen]}
+            for kind, content in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def _image(folder: Path, split: str, image: dict, server: Server) -> str | None:
+    """Fetch one image and check it; the reason where it cannot be had."""
+    file = folder / split / _safe_name(image["file_name"])
+    size = image["width"], image["height"]
+
+    def fetch() -> None:
+        with _get(image["coco_url"], server) as answer:
+            body = b"".join(_arriving(answer, 10 * server.timeout))
+            told = int(answer.headers.get("Content-Length", len(body)))
+        if len(body) < told:
+            raise OSError(f"{len(body):,} of {told:,} bytes came")
+
+        def write(part: Path) -> None:
+            part.write_bytes(body)
+            found = coco.load_rgb(part).size
+            if found != size:
+                raise OSError(f"it has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}")
+
+        paths.write_atomic(file, write)
+
+    if file.exists():
+        try:
+            if coco.load_rgb(file).size == size:
+                return None
+        except OSError:
+            pass  # damaged: fetched again
+    try:
+        _tried(fetch, server, image["coco_url"])
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _get(url: str, server: Server, headers: Mapping[str, str] | None = None) -> requests.Response:
+    """An answer that is to be read in chunks.
+
+    Raises
+    ------
+    OSError
+        No connection, or an error of the server; :class:`NotThere` where it has no such file.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise NotThere(f"{url} is no web address")
+    if not hasattr(LOCAL, "session"):
+        LOCAL.session = requests.Session()  # one a thread
+    answer = LOCAL.session.get(url, headers=headers, timeout=server.timeout, stream=True)
+    if answer.status_code in (401, 403, 404, 410):
+        answer.close()
+        raise NotThere(f"the server answers {answer.status_code} {answer.reason}")
+    answer.raise_for_status()
+    return answer
+
+
+def _arriving(answer: requests.Response, seconds: float = float("inf")) -> Iterator[bytes]:
+    """What arrives, as it arrives: a server that sends a byte now and then is found out."""
+    start = time.monotonic()
+    while chunk := answer.raw.read1(CHUNK):
+        yield chunk
+        if time.monotonic() - start > seconds:
+            raise OSError(f"not all came within {seconds:g} seconds")
+
+
+def _tried(work: Callable[[], None], server: Server, what: str) -> None:
+    """Do `work`, again where the network fails."""
+    for k in range(server.tries):
+        try:
+            return work()
+        except NotThere as error:
+            raise OSError(f"{what}: {error}") from None
+        except (OSError, HTTPError) as error:  # what requests raises is an OSError
+            last = error
+            time.sleep(server.pause * 2**k if k + 1 < server.tries else 0)
+    raise OSError(f"{what}: {last} ({server.tries} tries)")

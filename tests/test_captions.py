@@ -1,0 +1,104 @@
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import REAL_COCO, needs_real_coco
+
+from probekit import captions, coco, controls, scenes, tasks
+
+KINDS = ("random", "similar", "same_categories", "swapped")
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    folder = scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
+    return tasks.choose(tasks.Build(str(folder), train=140, validation=50, test=50), coco.read(folder))[0]
+
+
+def said(prompt: str) -> str:
+    return prompt.partition(": ")[2].partition(".\n")[0]
+
+
+def words(text: str) -> Counter:
+    return Counter(re.findall(r"\w+", text.lower()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
+    rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+    rows["said"], rows["right"] = rows.prompt.map(said), [labels[0] for labels in rows.labels]
+    for image, both in rows.groupby(level=0):
+        assert sorted(both.right) == [0, 1]
+        wrong = both.said[both.right == 0].item()
+        assert wrong.lower() not in {text.lower() for text in chosen.captions[image]}
+        if kind == "swapped":
+            assert words(wrong) == words(both.said[both.right == 1].item())
+        elif kind != "random":
+            assert not captions.paraphrases(wrong, [captions.content(text) for text in chosen.captions[image]])
+    if kind != "swapped":  # every caption is asked once as right and once as wrong, within its split
+        for _, part in rows.groupby("split"):
+            assert Counter(part.said[part.right == 1]) == Counter(part.said[part.right == 0])
+    if kind == "same_categories":
+        by_caption = {text: image for image in rows.index for text in chosen.captions[image]}
+        for image, text in rows.said[rows.right == 0].items():
+            assert (chosen.shows_nc.loc[image] == chosen.shows_nc.loc[by_caption[text]]).all()
+    again = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+    assert list(again.prompt) == list(rows.prompt)
+
+
+def test_similar_captions_are_more_similar_than_random_ones(chosen):
+    def overlap(kind: str) -> float:
+        rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+        pairs = [[captions.content(said(text)) for text in both.prompt] for _, both in rows.groupby(level=0)]
+        return float(np.mean([len(a & b) / len(a | b) for a, b in pairs]))
+
+    assert overlap("similar") > 2 * overlap("random")
+
+
+def test_nearest_is_the_plain_product():
+    texts = [f"a {colour} {thing} on the {place}" for colour in ("red", "blue", "green")
+             for thing in ("cup", "car", "kite") for place in ("table", "grass", "road", "beach")] * 10
+    places, cosines = captions.nearest(texts, 40)
+    x = captions.TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
+    for i in (0, 17, 300, len(texts) - 1):
+        full = (x[i] @ x.T).toarray()[0]
+        full[i] = -1
+        np.testing.assert_allclose(cosines[i], np.sort(full)[::-1][:40], atol=1e-5)
+        np.testing.assert_allclose(full[places[i]], cosines[i], atol=1e-5)
+
+
+def test_what_holds_both_ways_round_is_not_swapped():
+    known = captions.nouns(["A dog is here", "a cat, a car and a cup", "the picture of a man", "a large beach"])
+    assert known == {"dog", "cat", "car", "cup", "picture", "man"}
+
+    def swapped(text, own=()):
+        return captions.swapped(text, own, known, np.random.default_rng(0))
+
+    assert swapped("A dog and a cat") is None
+    assert swapped("A dog chases a cat") == "A cat chases a dog"
+    assert swapped("A dog chases a cat", ["a cat chases a dog"]) is None
+    assert swapped("A red dog and a blue cat") in ("A blue dog and a red cat", "A red cat and a blue dog")
+    assert swapped("An orange cup is above a red car") == "An orange car is above a red cup"  # not “a orange car”
+    assert swapped("Waves") is None
+    assert swapped("A picture of a tall man") is None
+
+
+def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):
+    for kind in KINDS:
+        rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+        y, prompts = np.array([labels[0] for labels in rows.labels]), rows.prompt.to_numpy()
+        train = (rows.split == "train").to_numpy()
+        right = ((controls.bag_of_words(prompts, y, train) >= 0.5) == y)[~train]
+        error = (0.25 / len(right)) ** 0.5
+        assert right.mean() <= 0.5 + 3 * error, kind
+    leak = np.where(y, "surely " + prompts, prompts)
+    assert ((controls.bag_of_words(leak, y, train) >= 0.5) == y)[~train].all()
+
+
+@needs_real_coco
+def test_real_captions_have_wrong_ones_of_every_kind():
+    build = tasks.Build(str(REAL_COCO), train=200, validation=50, test=50)
+    chosen = tasks.choose(build, coco.read(REAL_COCO))[0]
+    images = {kind: len(tasks.caption_task(chosen, np.random.default_rng(0), kind)) // 2 for kind in KINDS}
+    assert images["random"] == images["similar"] == 300 and images["swapped"] > 150 and images["same_categories"] > 40
