@@ -1,13 +1,7 @@
 """Figures from the tables of a run, in one style, and the page that shows them all."""
 
-from probekit.plots.curves import (
-    global_and_local,
-    layer_curves,
-    localisation_curves,
-    loss_curves,
-    pooling_curves,
-    stage_curves,
-)
+from probekit.plots.comparisons import global_and_local, pooling_curves, stage_curves, task_curves
+from probekit.plots.curves import layer_curves, localisation_curves, loss_curves
 from probekit.plots.explorer import explorer, explorers
 from probekit.plots.figures import Drawn, all_figures
 from probekit.plots.heatmaps import category_heatmap, confusion_counts, score_heatmap, transfer_heatmap
@@ -15,4 +9,4 @@ from probekit.plots.page import write_images, write_page
 
 __all__ = ["Drawn", "all_figures", "category_heatmap", "confusion_counts", "explorer", "explorers", "global_and_local",
            "layer_curves", "localisation_curves", "loss_curves", "pooling_curves", "score_heatmap", "stage_curves",
-           "transfer_heatmap", "write_images", "write_page"]
+           "task_curves", "transfer_heatmap", "write_images", "write_page"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from probekit.plots import curves, heatmaps
+from probekit.plots import comparisons, curves, heatmaps
 from probekit.plots.style import WORDS
 from probekit.results import HEADLINE, Results
 
@@ -36,10 +36,17 @@ def all_figures(whole: Results, tasks: dict[str, dict], probe: str = "logreg", p
     """
     table, figures = whole.metrics, {}
     if {"binary", "multilabel"} <= {about["kind"] for about in tasks.values()}:
-        figures["global_and_local"] = Drawn(curves.global_and_local(table, tasks, probe), (
+        figures["global_and_local"] = Drawn(comparisons.global_and_local(table, tasks, probe), (
             "Left: both kinds of semantics by layer, both by accuracy, with chance at one half where labels are "
             "balanced; stars are where each peaks. Right: each point is a layer, at its scores in both. A way that "
             "leads up and to the right gains both; where it turns left or down, one is traded for the other."),
+            "Global and local")
+    asked = [name for name in tasks if name.startswith("caption")]
+    if len(asked) > 1:
+        figures["negatives"] = Drawn(comparisons.task_curves(table, asked, probe), (
+            "The same question with wrong captions of several kinds, from easy to hard: of any other image (caption), "
+            "the most similar of another one, of one with the same categories, and the right one with two words "
+            "exchanged. Dotted: what a bag of words says of the captions alone; only what lies above it needs the image."),
             "Global and local")
     for task, about in tasks.items():
         figures |= _of_task(table, whole, task, about, probe, published, relative)
@@ -89,10 +96,10 @@ def _scores(table: pd.DataFrame, own: pd.DataFrame, task: str, about: dict, prob
             "How many bits a label takes, given the states: each block of training labels is sent with a probe that "
             "has seen the blocks before it. The uniform code takes 1; lower is easier to extract."))
     if own.pooling.nunique() > 1:
-        found["poolings"] = (curves.pooling_curves(table, task, metric, probe),
+        found["poolings"] = (comparisons.pooling_curves(table, task, metric, probe),
                              "How tokens become one vector: the same probe on each pooling. Bands are 95 % intervals.")
     if own.stage.nunique() > 1:
-        found["stages"] = (curves.stage_curves(table, task, metric, probe), (
+        found["stages"] = (comparisons.stage_curves(table, task, metric, probe), (
             "From the image's patches to the last decoder layer: image encoder and projector see the image alone, so "
             "they can know which categories are there, but nothing of a caption."))
     return found

@@ -25,7 +25,11 @@ WORDS = {
     "average_precision": "mean average precision", "codelength": "codelength (bits a label)",
     "selectivity": "selectivity", "log_loss": "log loss (nats)", "f1": "F1",
 }
-TASK_WORDS = {"caption": "global: does the caption belong?", "category": "local: which categories?",
+TASK_WORDS = {"caption": "global: does the caption belong?",
+              "caption_similar": "global: does the caption belong, or a similar one?",
+              "caption_same_categories": "global: the caption, or one with the same categories?",
+              "caption_swapped": "global: the caption, or two of its words exchanged?",
+              "category": "local: which categories?",
               "category_list": "local: which categories, listed in the prompt?"}
 LAYER_AXIS = "decoder layer (0 = input embeddings)"
 DEPTH_AXIS = "relative depth (0 = input embeddings, 1 = last layer)"
