@@ -15,6 +15,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
 NEAREST = 30  # captions that are looked at for each
+TRIES = 300  # places that are tried for what cannot stay where it is
 CHUNK = 256  # captions that are compared with all others at a time
 PARAPHRASE = 0.75  # share of content words from which on a caption may be true of the other's image, too
 STOP = ENGLISH_STOP_WORDS
@@ -28,6 +29,13 @@ SAME = frozenset(("and", "with", "near", "beside", "by", "next", "to", "a", "an"
 def content(caption: str) -> frozenset[str]:
     """Its words, without those that any caption may have."""
     return frozenset(re.findall(r"[a-z0-9']+", caption.lower())) - STOP
+
+
+def _contents(own: Sequence[Sequence[str]]) -> list[list[frozenset[str]]]:
+    """The content words of each image's captions; images that stand there several times share them."""
+    found = {id(said): said for said in own}
+    words = {key: [content(text) for text in said] for key, said in found.items()}
+    return [words[id(said)] for said in own]
 
 
 def paraphrases(caption: str, known: Sequence[frozenset[str]]) -> bool:
@@ -53,14 +61,15 @@ def dealt(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator,
         None could be found.
     """
     order = rng.permutation(n) if order is None else order.copy()
-    for _ in range(200):
+    for _ in range(20):
         wrong = [i for i in range(n) if clashes(i, order[i])]
         if not wrong:
             return order
         for i in wrong:
-            j = rng.integers(n)
+            tried = rng.integers(n, size=TRIES).tolist()
+            j = next((j for j in tried if not clashes(i, order[j]) and not clashes(j, order[i])), tried[0])
             order[i], order[j] = order[j], order[i]
-    raise ValueError(f"no wrong caption could be found for {len(wrong)} of {n} images: take more images")
+    raise ValueError(f"nothing wrong could be found for {len(wrong)} of {n} images: take more images, or other ones")
 
 
 def nearest(captions: Sequence[str], k: int = NEAREST) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +97,7 @@ def similar(right: Sequence[str], own: Sequence[Sequence[str]], rng: np.random.G
     The closest pairs are dealt out first; what is left over at the end is dealt out at random. Captions that may be
     true of the image, being those of its own or paraphrases of them, are passed over.
     """
-    known = [[content(text) for text in said] for said in own]
+    known = _contents(own)
     places, cosines = nearest(right)
     rows = np.repeat(np.arange(len(right)), places.shape[1])
     pairs = np.stack([rows, places.ravel()], 1)[np.argsort(-cosines.ravel(), kind="stable")]
@@ -103,7 +112,7 @@ def similar(right: Sequence[str], own: Sequence[Sequence[str]], rng: np.random.G
 def same_kind(right: Sequence[str], own: Sequence[Sequence[str]], kinds: Sequence, rng: np.random.Generator
               ) -> np.ndarray:
     """A permutation (n,) within images of the same kind, such as the same categories; -1 where there is none."""
-    known, given = [[content(text) for text in said] for said in own], np.full(len(right), -1)
+    known, given = _contents(own), np.full(len(right), -1)
     groups: dict[object, list[int]] = defaultdict(list)
     for i, kind in enumerate(kinds):
         groups[kind].append(i)

@@ -17,11 +17,12 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 
-from probekit import captions, coco, paths
+from probekit import captions, coco, objects, paths
 
 CAPTION_PROMPT = "This image contains: {caption}.\nIs this right?"
 CATEGORY_PROMPT = "This image contains the following types of object:"
 CATEGORY_LIST_PROMPT = CATEGORY_PROMPT + " {categories}"
+OBJECT_PROMPT = "Objects: {categories}.\nIs there a {category} in this image?"
 VERSION = 2  # of what a build leaves: older ones are made anew
 ASKED = 3  # categories that an image is asked for, as in the study
 
@@ -185,6 +186,33 @@ def category_list_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame
     return rows.assign(prompt=[CATEGORY_LIST_PROMPT.format(categories=text) for text in lists])
 
 
+def category_dense_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
+    """Which categories are there? Every category of every image counts; most are absent."""
+    shows = chosen.shows_nc.loc[chosen.images.index].to_numpy(dtype=int)
+    return chosen.images.assign(labels=shows.tolist(), mask=np.ones_like(shows).tolist(), prompt=CATEGORY_PROMPT)
+
+
+def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random") -> pd.DataFrame:
+    """Is this object there? Each image is asked for one that is and one that is not, all listed before, shuffled.
+
+    Parameters
+    ----------
+    absent : which ones, see :func:`probekit.objects.asked`; images that show none or all are left out
+    """
+    names, parts = np.array(chosen.shows_nc.columns), []
+    for _, images in chosen.images.groupby("split", sort=False):
+        shows = chosen.shows_nc.loc[images.index].to_numpy()
+        kept = shows.any(1) & ~shows.all(1)
+        images, shows = images[kept], shows[kept]
+        lists = [", ".join(rng.permutation(names)) for _ in range(len(images))]
+        for label, places in zip((1, 0), objects.asked(shows, absent, rng), strict=True):
+            prompts = [OBJECT_PROMPT.format(categories=text, category=name)
+                       for text, name in zip(lists, names[places], strict=True)]
+            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
+    return pd.concat(parts)
+
+
+THERE = "Is this object in the image?"
 BELONGS = "Does this caption belong to this image?"
 TASKS = {
     "caption": Task("binary", caption_task, BELONGS),
@@ -194,6 +222,11 @@ TASKS = {
     "caption_swapped": Task("binary", partial(caption_task, negatives="swapped"),
                             f"{BELONGS} (or are two words exchanged?)"),
     "category": Task("multilabel", category_task, "Which categories are there (not listed in the prompt)?"),
+    "category_dense": Task("multilabel", category_dense_task, "Which categories are there (all of them asked)?"),
+    "object": Task("binary", object_task, THERE),
+    "object_popular": Task("binary", partial(object_task, absent="popular"), f"{THERE} (absent ones are frequent)"),
+    "object_adversarial": Task("binary", partial(object_task, absent="adversarial"),
+                               f"{THERE} (absent ones go with what is there)"),
     "category_list": Task("multilabel", category_list_task, "Which categories are there (listed in the prompt)?"),
 }
 
