@@ -11,9 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
+from probekit.chosen import Chosen
+
+PROMPT = "This image contains: {caption}.\nIs this right?"
 NEAREST = 30  # captions that are looked at for each
 TRIES = 300  # places that are tried for what cannot stay where it is
 CHUNK = 256  # captions that are compared with all others at a time
@@ -183,3 +187,59 @@ def _says_the_same(low: Sequence[str], i: int, j: int) -> bool:
 
 def _described(low: Sequence[str], i: int) -> bool:
     return i > 0 and low[i - 1] not in DETERMINERS and low[i - 1] not in SAME
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+def clean(caption: str) -> str:
+    """One line, no final punctuation (the prompt brings its own), none doubled, no blank before a mark."""
+    text = re.sub(r"\s+", " ", caption).strip()
+    text = re.sub(r"\s+([.,;:!?])", r"\1", text)
+    text = re.sub(r"([.,;:!?])[.,;:!?]+", r"\1", text)
+    return text.rstrip(" .,;:!?")
+
+
+def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "random") -> pd.DataFrame:
+    """Each image with one of its captions (label 1) and with a wrong one (label 0).
+
+    random
+        the one of another image of its split
+    similar
+        the most similar one of another image, paraphrases excluded
+    same_categories
+        the one of another image that shows the same categories; images without such another are left out
+    swapped
+        its own right one with two words exchanged; images with none that can be exchanged are left out
+
+    Wrong captions are the right ones, dealt out anew: every caption is asked once as right and once as wrong (if
+    swapped, with the same words), so that a caption alone, or its words, say nothing about its label.
+    """
+    parts = []
+    for _, images in chosen.images.groupby("split", sort=False):
+        own = [chosen.captions[i] for i in images.index]
+        right = [said[rng.integers(len(said))] for said in own]
+        wrong = _wrong_captions(chosen, images, right, own, negatives, rng)
+        kept = [i for i, text in enumerate(wrong) if text is not None]
+        images = images.iloc[kept]
+        for label, texts in ((1, right), (0, wrong)):
+            prompts = [PROMPT.format(caption=texts[i]) for i in kept]
+            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
+    return pd.concat(parts)
+
+
+def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own: list[list[str]], negatives: str,
+                    rng: np.random.Generator) -> list[str | None]:
+    if negatives == "swapped":
+        known = nouns(text for said in own for text in said)
+        texts = [swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
+        return [text and clean(text) for text in texts]
+    if negatives == "similar":
+        given = similar(right, own, rng)
+    elif negatives == "same_categories":
+        shows = chosen.shows_nc.loc[images.index].to_numpy()
+        given = same_kind(right, own, [row.tobytes() for row in shows], rng)
+    else:
+        known = [{text.lower() for text in said} for said in own]
+        given = dealt(len(right), lambda i, j: right[j].lower() in known[i], rng)
+    return [None if j < 0 else right[j] for j in given]

@@ -1,14 +1,13 @@
 """From COCO to examples: which images, which prompts, which labels.
 
-A task is a function from the chosen images to rows of the examples table, with the kind of probe that reads them.
+A task is a function from the chosen images to rows of the examples table (:mod:`probekit.captions`,
+:mod:`probekit.objects`), with the kind of probe that reads them.
 A row is one example: `image_id, file, split, task, prompt, labels, mask`. `labels` and `mask` have one entry for each
 class of the task (`labels` 0 or 1, counted only where `mask` is 1); a binary task has one class.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,9 @@ import numpy as np
 import pandas as pd
 
 from probekit import captions, coco, objects, paths
+from probekit.chosen import Chosen, Task
 
-CAPTION_PROMPT = "This image contains: {caption}.\nIs this right?"
-CATEGORY_PROMPT = "This image contains the following types of object:"
-CATEGORY_LIST_PROMPT = CATEGORY_PROMPT + " {categories}"
-OBJECT_PROMPT = "Objects: {categories}.\nIs there a {category} in this image?"
-VERSION = 2  # of what a build leaves: older ones are made anew
-ASKED = 3  # categories that an image is asked for, as in the study
+VERSION = 3  # of what a build leaves: older ones are made anew
 
 
 @dataclass(frozen=True)
@@ -52,182 +47,27 @@ class Build:
     max_bad: float = 0.01
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a task is built from: images with their `split`, their captions, and which categories each one shows."""
-
-    images: pd.DataFrame
-    captions: pd.Series
-    shows_nc: pd.DataFrame
-    seed: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """`kind` is ``"binary"`` or ``"multilabel"``; `build(chosen, rng)` returns the rows."""
-
-    kind: str
-    build: Callable[[Chosen, np.random.Generator], pd.DataFrame]
-    question: str
-
-
-def clean_caption(caption: str) -> str:
-    """One line, no final punctuation (the prompt brings its own), none doubled, no blank before a mark."""
-    text = re.sub(r"\s+", " ", caption).strip()
-    text = re.sub(r"\s+([.,;:!?])", r"\1", text)
-    text = re.sub(r"([.,;:!?])[.,;:!?]+", r"\1", text)
-    return text.rstrip(" .,;:!?")
-
-
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "random") -> pd.DataFrame:
-    """Each image with one of its captions (label 1) and with a wrong one (label 0), see :mod:`probekit.captions`.
-
-    random
-        the one of another image of its split
-    similar
-        the most similar one of another image, paraphrases excluded
-    same_categories
-        the one of another image that shows the same categories; images without such another are left out
-    swapped
-        its own right one with two words exchanged; images with none that can be exchanged are left out
-
-    Wrong captions are the right ones, dealt out anew: every caption is asked once as right and once as wrong (if
-    swapped, with the same words), so that a caption alone, or its words, say nothing about its label.
-    """
-    parts = []
-    for _, images in chosen.images.groupby("split", sort=False):
-        own = [chosen.captions[i] for i in images.index]
-        right = [said[rng.integers(len(said))] for said in own]
-        wrong = _wrong_captions(chosen, images, right, own, negatives, rng)
-        kept = [i for i, text in enumerate(wrong) if text is not None]
-        images = images.iloc[kept]
-        for label, texts in ((1, right), (0, wrong)):
-            prompts = [CAPTION_PROMPT.format(caption=texts[i]) for i in kept]
-            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
-    return pd.concat(parts)
-
-
-def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own: list[list[str]], negatives: str,
-                    rng: np.random.Generator) -> list[str | None]:
-    if negatives == "swapped":
-        known = captions.nouns(text for said in own for text in said)
-        texts = [captions.swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
-        return [text and clean_caption(text) for text in texts]
-    if negatives == "similar":
-        given = captions.similar(right, own, rng)
-    elif negatives == "same_categories":
-        shows = chosen.shows_nc.loc[images.index].to_numpy()
-        given = captions.same_kind(right, own, [row.tobytes() for row in shows], rng)
-    else:
-        known = [{text.lower() for text in said} for said in own]
-        given = captions.dealt(len(right), lambda i, j: right[j].lower() in known[i], rng)
-    return [None if j < 0 else right[j] for j in given]
-
-
-def _category_rows(chosen: Chosen) -> pd.DataFrame:
-    """Labels and masks, the same for all category tasks; images that show none of the categories are left out."""
-    rng = np.random.default_rng([chosen.seed, 1])
-    shows = chosen.shows_nc.loc[chosen.images.index]
-    images = chosen.images[shows.any(axis=1).to_numpy()]
-    masks = np.zeros((len(images), shows.shape[1]), dtype=int)
-    labels = shows.loc[images.index].to_numpy(dtype=int)
-    for split in images.split.unique():
-        rows = np.flatnonzero((images.split == split).to_numpy())
-        masks[rows] = balanced_mask(labels[rows], rng)
-    return images.assign(labels=labels.tolist(), mask=masks.tolist())
-
-
-def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, asked: int = ASKED) -> np.ndarray:
-    """Choose which categories each image is asked for: one or two that it shows, the rest absent ones.
-
-    Present ones are drawn with a chance inverse to how often a category occurs; absent ones go where a category
-    has been asked as present more often than as absent, so that its name does not give its label away.
-
-    Parameters
-    ----------
-    labels_nc : (n, c) of 0 and 1, at least one 1 a row
-
-    Returns
-    -------
-    (n, c) of 0 and 1, `asked` ones a row (fewer only where there are fewer categories)
-    """
-    n, c = labels_nc.shape
-    mask_nc = np.zeros((n, c), dtype=int)
-    rarity = 1 / np.maximum(labels_nc.sum(0), 1)
-    several = rng.permutation(np.flatnonzero(labels_nc.sum(1) > 1))
-    takes_two = np.isin(np.arange(n), several[: n // 2])
-    for row in range(n):
-        present = np.flatnonzero(labels_nc[row])
-        weight = rarity[present] / rarity[present].sum()
-        mask_nc[row, rng.choice(present, size=1 + takes_two[row], replace=False, p=weight)] = 1
-    owed = mask_nc.sum(0).astype(float)
-    for row in rng.permutation(n):
-        absent = np.flatnonzero(labels_nc[row] == 0)
-        order = absent[np.argsort(-(owed[absent] + rng.random(len(absent))), kind="stable")]
-        pick = order[: asked - mask_nc[row].sum()]
-        mask_nc[row, pick] = 1
-        owed[pick] -= 1
-    return mask_nc
-
-
-def category_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
-    """Which categories are there? The prompt does not name them."""
-    return _category_rows(chosen).assign(prompt=CATEGORY_PROMPT)
-
-
-def category_list_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
-    """Which categories are there? The prompt lists all of them, shuffled anew for each image."""
-    rows = _category_rows(chosen)
-    names = list(chosen.shows_nc.columns)
-    lists = [", ".join(rng.permutation(names)) for _ in range(len(rows))]
-    return rows.assign(prompt=[CATEGORY_LIST_PROMPT.format(categories=text) for text in lists])
-
-
-def category_dense_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
-    """Which categories are there? Every category of every image counts; most are absent."""
-    shows = chosen.shows_nc.loc[chosen.images.index].to_numpy(dtype=int)
-    return chosen.images.assign(labels=shows.tolist(), mask=np.ones_like(shows).tolist(), prompt=CATEGORY_PROMPT)
-
-
-def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random") -> pd.DataFrame:
-    """Is this object there? Each image is asked for one that is and one that is not, all listed before, shuffled.
-
-    Parameters
-    ----------
-    absent : which ones, see :func:`probekit.objects.asked`; images that show none or all are left out
-    """
-    names, parts = np.array(chosen.shows_nc.columns), []
-    for _, images in chosen.images.groupby("split", sort=False):
-        shows = chosen.shows_nc.loc[images.index].to_numpy()
-        kept = shows.any(1) & ~shows.all(1)
-        images, shows = images[kept], shows[kept]
-        lists = [", ".join(rng.permutation(names)) for _ in range(len(images))]
-        for label, places in zip((1, 0), objects.asked(shows, absent, rng), strict=True):
-            prompts = [OBJECT_PROMPT.format(categories=text, category=name)
-                       for text, name in zip(lists, names[places], strict=True)]
-            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
-    return pd.concat(parts)
-
-
-THERE = "Is this object in the image?"
-BELONGS = "Does this caption belong to this image?"
+BELONGS, THERE = "Does this caption belong to this image?", "Is this object in the image?"
+WHICH = "Which categories are there"
 TASKS = {
-    "caption": Task("binary", caption_task, BELONGS),
-    "caption_similar": Task("binary", partial(caption_task, negatives="similar"), f"{BELONGS} (or a similar one?)"),
-    "caption_same_categories": Task("binary", partial(caption_task, negatives="same_categories"),
+    "caption": Task("binary", captions.caption_task, BELONGS),
+    "caption_similar": Task("binary", partial(captions.caption_task, negatives="similar"),
+                            f"{BELONGS} (or a similar one?)"),
+    "caption_same_categories": Task("binary", partial(captions.caption_task, negatives="same_categories"),
                                     f"{BELONGS} (or one with the same categories?)"),
-    "caption_swapped": Task("binary", partial(caption_task, negatives="swapped"),
+    "caption_swapped": Task("binary", partial(captions.caption_task, negatives="swapped"),
                             f"{BELONGS} (or are two words exchanged?)"),
-    "category": Task("multilabel", category_task, "Which categories are there (not listed in the prompt)?"),
-    "category_dense": Task("multilabel", category_dense_task, "Which categories are there (all of them asked)?"),
-    "object": Task("binary", object_task, THERE),
-    "object_popular": Task("binary", partial(object_task, absent="popular"), f"{THERE} (absent ones are frequent)"),
-    "object_adversarial": Task("binary", partial(object_task, absent="adversarial"),
+    "category": Task("multilabel", objects.category_task, f"{WHICH} (not listed in the prompt)?"),
+    "category_list": Task("multilabel", objects.category_list_task, f"{WHICH} (listed in the prompt)?"),
+    "category_dense": Task("multilabel", objects.category_dense_task, f"{WHICH} (all of them asked)?"),
+    "object": Task("binary", objects.object_task, THERE),
+    "object_popular": Task("binary", partial(objects.object_task, absent="popular"),
+                           f"{THERE} (absent ones are frequent)"),
+    "object_adversarial": Task("binary", partial(objects.object_task, absent="adversarial"),
                                f"{THERE} (absent ones go with what is there)"),
-    "category_list": Task("multilabel", category_list_task, "Which categories are there (listed in the prompt)?"),
 }
 
 
@@ -267,7 +107,7 @@ def choose(build: Build, data: coco.Coco) -> tuple[Chosen, pd.DataFrame]:
 
 def _captions_of(data: coco.Coco, images: pd.DataFrame) -> pd.Series:
     rows = data.captions[data.captions.image_id.isin(images.index)]
-    return rows.caption.map(clean_caption).groupby(rows.image_id).agg(list)
+    return rows.caption.map(captions.clean).groupby(rows.image_id).agg(list)
 
 
 def _shown_categories(data: coco.Coco, images: pd.DataFrame, wanted: str | tuple[str, ...]) -> pd.DataFrame:

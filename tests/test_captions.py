@@ -26,7 +26,7 @@ def words(text: str) -> Counter:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
-    rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+    rows = captions.caption_task(chosen, np.random.default_rng(0), kind)
     rows["said"], rows["right"] = rows.prompt.map(said), [labels[0] for labels in rows.labels]
     for image, both in rows.groupby(level=0):
         assert sorted(both.right) == [0, 1]
@@ -43,13 +43,13 @@ def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
         by_caption = {text: image for image in rows.index for text in chosen.captions[image]}
         for image, text in rows.said[rows.right == 0].items():
             assert (chosen.shows_nc.loc[image] == chosen.shows_nc.loc[by_caption[text]]).all()
-    again = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+    again = captions.caption_task(chosen, np.random.default_rng(0), kind)
     assert list(again.prompt) == list(rows.prompt)
 
 
 def test_similar_captions_are_more_similar_than_random_ones(chosen):
     def overlap(kind: str) -> float:
-        rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+        rows = captions.caption_task(chosen, np.random.default_rng(0), kind)
         pairs = [[captions.content(said(text)) for text in both.prompt] for _, both in rows.groupby(level=0)]
         return float(np.mean([len(a & b) / len(a | b) for a, b in pairs]))
 
@@ -86,7 +86,7 @@ def test_what_holds_both_ways_round_is_not_swapped():
 
 def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):
     for kind in KINDS:
-        rows = tasks.caption_task(chosen, np.random.default_rng(0), kind)
+        rows = captions.caption_task(chosen, np.random.default_rng(0), kind)
         y, prompts = np.array([labels[0] for labels in rows.labels]), rows.prompt.to_numpy()
         train = (rows.split == "train").to_numpy()
         right = ((controls.bag_of_words(prompts, y, train) >= 0.5) == y)[~train]
@@ -100,5 +100,5 @@ def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):
 def test_real_captions_have_wrong_ones_of_every_kind():
     build = tasks.Build(str(REAL_COCO), train=200, validation=50, test=50)
     chosen = tasks.choose(build, coco.read(REAL_COCO))[0]
-    images = {kind: len(tasks.caption_task(chosen, np.random.default_rng(0), kind)) // 2 for kind in KINDS}
+    images = {kind: len(captions.caption_task(chosen, np.random.default_rng(0), kind)) // 2 for kind in KINDS}
     assert images["random"] == images["similar"] == 300 and images["swapped"] > 150 and images["same_categories"] > 40

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from conftest import REAL_COCO, needs_real_coco
 
-from probekit import coco, tasks
+from probekit import captions, coco, objects, tasks
 
 
 def arrays(table):
@@ -11,11 +11,11 @@ def arrays(table):
 
 
 def test_clean_caption():
-    assert tasks.clean_caption("  A dog ,\n a cat..  ") == "A dog, a cat"
-    assert tasks.clean_caption("Two cups.") == "Two cups"
-    assert tasks.clean_caption("Is it,, really?") == "Is it, really"
-    assert tasks.clean_caption("What?? A cat!!") == "What? A cat"
-    assert tasks.clean_caption("No. 5 bus") == "No. 5 bus"
+    assert captions.clean("  A dog ,\n a cat..  ") == "A dog, a cat"
+    assert captions.clean("Two cups.") == "Two cups"
+    assert captions.clean("Is it,, really?") == "Is it, really"
+    assert captions.clean("What?? A cat!!") == "What? A cat"
+    assert captions.clean("No. 5 bus") == "No. 5 bus"
 
 
 def test_splits_share_no_image_and_images_stay_together(examples):
@@ -27,7 +27,7 @@ def test_splits_share_no_image_and_images_stay_together(examples):
 
 def test_captions_are_right_and_wrong_as_said(examples, scene_folder):
     data = coco.read(scene_folder)
-    own = data.captions.groupby("image_id").caption.agg(lambda c: {tasks.clean_caption(t) for t in c})
+    own = data.captions.groupby("image_id").caption.agg(lambda c: {captions.clean(t) for t in c})
     rows = examples[examples.task == "caption"]
     for row in rows.itertuples():
         caption = row.prompt.removeprefix("This image contains: ").removesuffix(".\nIs this right?")
@@ -58,7 +58,7 @@ def test_categories_follow_the_instances(examples, scene_folder):
 def test_the_list_names_every_category_in_changing_order(examples):
     classes = set(examples.attrs["tasks"]["category_list"]["classes"])
     prompts = examples[examples.task == "category_list"].prompt
-    lists = prompts.str.removeprefix(tasks.CATEGORY_PROMPT + " ").str.split(", ")
+    lists = prompts.str.removeprefix(objects.PROMPT + " ").str.split(", ")
     assert all(set(names) == classes for names in lists)
     assert prompts.nunique() > 0.9 * len(prompts)
 
@@ -68,7 +68,7 @@ def test_the_asked_categories_do_not_give_their_labels_away():
     often = np.geomspace(0.5, 0.02, 20)  # as uneven as COCO: the first category is in every second image
     labels = (rng.random((3000, 20)) < often).astype(int)
     labels = labels[labels.any(1)]
-    mask = tasks.balanced_mask(labels, rng)
+    mask = objects.balanced_mask(labels, rng)
     yes, asked = (labels * mask).sum(0), mask.sum(0)
     name_alone = np.maximum(yes, asked - yes).sum() / asked.sum()
     assert name_alone < 0.53
