@@ -12,7 +12,6 @@ PROMPT = "This image contains the following types of object:"
 LIST_PROMPT = PROMPT + " {categories}"
 QUERY_PROMPT = "Objects: {categories}.\nIs there a {category} in this image?"
 ASKED = 3  # categories that an image is asked for, as in the study
-
 SAMPLINGS = ("random", "popular", "adversarial")
 
 

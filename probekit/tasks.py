@@ -191,10 +191,10 @@ def instances(folder: Path) -> pd.DataFrame:
 
 def rows_key(examples: pd.DataFrame) -> str:
     """Fingerprint of what a model is given: images and prompts, in their order."""
-    return paths.fingerprint(list(examples.file), list(examples.prompt))
+    return paths.fingerprint(examples.file.tolist(), examples.prompt.tolist())
 
 
 def table_key(examples: pd.DataFrame) -> str:
     """Fingerprint of the whole table, labels and splits included."""
-    return paths.fingerprint(rows_key(examples), [list(examples[c]) for c in ("task", "split", "labels", "mask")],
+    return paths.fingerprint(rows_key(examples), [examples[c].tolist() for c in ("task", "split", "labels", "mask")],
                              examples.attrs["tasks"])
