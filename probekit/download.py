@@ -118,6 +118,19 @@ def _sound_archive(archive: Path, server: Server) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
 
     def fetch() -> None:
+        if not zipfile.is_zipfile(part):  # else all of it came, and was not yet looked through
+            receive()
+        try:
+            with zipfile.ZipFile(part) as opened:
+                broken = opened.testzip()
+        except zipfile.BadZipFile as error:
+            part.unlink()
+            raise OSError(f"not a zip file ({error})") from None
+        if broken:
+            part.unlink()
+            raise OSError(f"{broken} is damaged")
+
+    def receive() -> None:
         have = part.stat().st_size if part.exists() else 0
         asked = {"Range": f"bytes={have}-"} if have else {}
         with _get(server.archive, server, asked) as answer:
@@ -130,15 +143,6 @@ def _sound_archive(archive: Path, server: Server) -> None:
                     bar.update(len(chunk))
         if whole and part.stat().st_size < whole:
             raise OSError(f"{part.stat().st_size:,} of {whole:,} bytes came")
-        try:
-            with zipfile.ZipFile(part) as opened:
-                broken = opened.testzip()
-        except zipfile.BadZipFile as error:
-            part.unlink()
-            raise OSError(f"not a zip file ({error})") from None
-        if broken:
-            part.unlink()
-            raise OSError(f"{broken} is damaged")
 
     _tried(fetch, server, server.archive)
     part.rename(archive)

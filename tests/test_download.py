@@ -175,3 +175,12 @@ def test_the_command_says_what_it_did(server, tmp_path, capsys):
     server.archive = b""
     assert main([*command[:-1], f"{server.url}/images/0/absent.jpg"]) == 2
     assert "404" in capsys.readouterr().err
+
+
+def test_an_archive_that_was_fetched_but_not_yet_looked_through_is_not_asked_for_again(server, tmp_path):
+    source = put(server, ["ok"] * 2)
+    part = tmp_path / "archives" / "archive.zip.part"
+    part.parent.mkdir()
+    part.write_bytes(server.archive)
+    assert not len(download.coco_images(tmp_path, {"val2017": 2}, server=source))
+    assert server.asked["/archive.zip"] == 0 and not part.exists()
