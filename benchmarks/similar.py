@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit import captions
+from probekit import similar
 
 
 def simulated(images: int, each: int, rng: np.random.Generator) -> list[list[str]]:
@@ -36,7 +36,7 @@ def main() -> None:
     own = simulated(options.images, options.captions, rng)
     right, owner = [text for said in own for text in said], [said for said in own for _ in said]
     start = time.perf_counter()
-    given = captions.similar(right, owner, rng)
+    given = similar.similar(right, owner, rng)
     minutes = (time.perf_counter() - start) / 60
     assert sorted(given) == list(range(len(right)))
     told = {"captions": len(right), "minutes": round(minutes, 1),

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
-from probekit.chosen import Chosen
+from probekit.chosen import Chosen, rows
+from probekit.dealing import dealt
+from probekit.similar import STOP, content, contents, paraphrases, similar
 
 PROMPT = "This image contains: {caption}.\nIs this right?"
-NEAREST = 30  # captions that are looked at for each
-TRIES = 300  # places that are tried for what cannot stay where it is
-CHUNK = 256  # captions that are compared with all others at a time
-PARAPHRASE = 0.75  # share of content words from which on a caption may be true of the other's image, too
-STOP = ENGLISH_STOP_WORDS
 COLOURS = frozenset(("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray",
                      "grey", "silver", "gold"))
 DETERMINERS = frozenset(("a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "his", "her", "their",
@@ -30,100 +25,17 @@ DETERMINERS = frozenset(("a", "an", "the", "one", "two", "three", "four", "five"
 SAME = frozenset(("and", "with", "near", "beside", "by", "next", "to", "a", "an", "the", ","))  # hold both ways round
 
 
-def content(caption: str) -> frozenset[str]:
-    """Its words, without those that any caption may have."""
-    return frozenset(re.findall(r"[a-z0-9']+", caption.lower())) - STOP
-
-
-def _contents(own: Sequence[Sequence[str]]) -> list[list[frozenset[str]]]:
-    """The content words of each image's captions; images that stand there several times share them."""
-    found = {id(said): said for said in own}
-    words = {key: [content(text) for text in said] for key, said in found.items()}
-    return [words[id(said)] for said in own]
-
-
-def paraphrases(caption: str, known: Sequence[frozenset[str]]) -> bool:
-    """Does it say nearly what one of the captions (their content words) says, and so may be true with it?"""
-    own = content(caption)
-    return any(len(own & other) >= PARAPHRASE * max(1, len(own | other)) for other in known)
-
-
-# ------------------------------------------------------------------------------------------------------- dealing out
-
-
-def dealt(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator, order: np.ndarray | None = None
-          ) -> np.ndarray:
-    """A permutation (n,) in which no place i gets a j that clashes with it.
-
-    Parameters
-    ----------
-    order : begin with this one, and change only what clashes; at random without
-
-    Raises
-    ------
-    ValueError
-        None could be found.
-    """
-    order = rng.permutation(n) if order is None else order.copy()
-    for _ in range(20):
-        wrong = [i for i in range(n) if clashes(i, order[i])]
-        if not wrong:
-            return order
-        for i in wrong:
-            tried = rng.integers(n, size=TRIES).tolist()
-            j = next((j for j in tried if not clashes(i, order[j]) and not clashes(j, order[i])), tried[0])
-            order[i], order[j] = order[j], order[i]
-    raise ValueError(f"nothing wrong could be found for {len(wrong)} of {n} images: take more images, or other ones")
-
-
-def nearest(captions: Sequence[str], k: int = NEAREST) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar other captions of each by TF-IDF: places (n, k), -1 where there are fewer, and cosines (n, k).
-
-    Captions are compared in chunks, so memory grows with their number and not with its square.
-    """
-    x = TfidfVectorizer(stop_words="english", sublinear_tf=True, dtype=np.float32).fit_transform(captions)
-    xt = scipy.sparse.csc_matrix(x.T)
-    places, cosines = np.full((len(captions), k), -1, np.int32), np.zeros((len(captions), k), np.float32)
-    for at in range(0, len(captions), CHUNK):
-        similar = (x[at : at + CHUNK] @ xt).tocsr()
-        for i, (start, end) in enumerate(zip(similar.indptr[:-1], similar.indptr[1:], strict=True), at):
-            others = similar.indices[start:end] != i
-            index, value = similar.indices[start:end][others], similar.data[start:end][others]
-            top = np.argpartition(-value, k - 1)[:k] if len(value) > k else np.arange(len(value))
-            top = top[np.argsort(-value[top], kind="stable")]
-            places[i, : len(top)], cosines[i, : len(top)] = index[top], value[top]
-    return places, cosines
-
-
-def similar(right: Sequence[str], own: Sequence[Sequence[str]], rng: np.random.Generator) -> np.ndarray:
-    """A permutation (n,) that gives each image the most similar caption of another one that is left.
-
-    The closest pairs are dealt out first; what is left over at the end is dealt out at random. Captions that may be
-    true of the image, being those of its own or paraphrases of them, are passed over.
-    """
-    known = _contents(own)
-    places, cosines = nearest(right)
-    rows = np.repeat(np.arange(len(right)), places.shape[1])
-    pairs = np.stack([rows, places.ravel()], 1)[np.argsort(-cosines.ravel(), kind="stable")]
-    given, taken = np.full(len(right), -1), np.zeros(len(right), bool)
-    for i, j in pairs[pairs[:, 1] >= 0].tolist():
-        if given[i] < 0 and not taken[j] and not paraphrases(right[j], known[i]):
-            given[i], taken[j] = j, True
-    given[given < 0] = rng.permutation(np.flatnonzero(~taken))
-    return dealt(len(right), lambda i, j: i == j or paraphrases(right[j], known[i]), rng, given)
-
-
 def same_kind(right: Sequence[str], own: Sequence[Sequence[str]], kinds: Sequence, rng: np.random.Generator
               ) -> np.ndarray:
     """A permutation (n,) within images of the same kind, such as the same categories; -1 where there is none."""
-    known, given = _contents(own), np.full(len(right), -1)
+    known, words, given = contents(own), [content(text) for text in right], np.full(len(right), -1)
     groups: dict[object, list[int]] = defaultdict(list)
     for i, kind in enumerate(kinds):
         groups[kind].append(i)
     for group in (np.array(group) for group in groups.values() if len(group) > 1):
         try:
             given[group] = group[dealt(len(group), lambda a, b, group=group: a == b or paraphrases(
-                right[group[b]], known[group[a]]), rng)]
+                words[group[b]], known[group[a]]), rng)]
         except ValueError:
             continue  # they say the same of each other
     return given
@@ -201,31 +113,39 @@ def clean(caption: str) -> str:
 
 
 def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "random") -> pd.DataFrame:
-    """Each image with one of its captions (label 1) and with a wrong one (label 0).
+    """Each image with some of its captions (label 1) and with as many wrong ones (label 0).
 
     random
-        the one of another image of its split
+        those of other images of its split
     similar
-        the most similar one of another image, paraphrases excluded
+        the most similar ones of other images, paraphrases excluded
     same_categories
-        the one of another image that shows the same categories; images without such another are left out
+        those of other images that show the same categories; images without such another are left out
     swapped
-        its own right one with two words exchanged; images with none that can be exchanged are left out
+        its own right ones with two words exchanged; captions in which none can be exchanged are left out
 
     Wrong captions are the right ones, dealt out anew: every caption is asked once as right and once as wrong (if
-    swapped, with the same words), so that a caption alone, or its words, say nothing about its label.
+    swapped, with the same words), so that a caption alone, or its words, say nothing about its label. How many an image
+    is asked about is in :attr:`~probekit.chosen.Build.captions`; images that have fewer are asked about all they have.
     """
     parts = []
-    for _, images in chosen.images.groupby("split", sort=False):
+    for images in chosen.of_each_split():
+        images = images[images.index.isin(chosen.captions.index)]
         own = [chosen.captions[i] for i in images.index]
-        right = [said[rng.integers(len(said))] for said in own]
+        right = [[said[k] for k in _drawn(len(said), chosen.build.captions, rng)] for said in own]
+        images = images.loc[np.repeat(images.index, [len(texts) for texts in right])]
+        own = [said for said, texts in zip(own, right, strict=True) for _ in texts]
+        right = [text for texts in right for text in texts]
         wrong = _wrong_captions(chosen, images, right, own, negatives, rng)
         kept = [i for i, text in enumerate(wrong) if text is not None]
-        images = images.iloc[kept]
         for label, texts in ((1, right), (0, wrong)):
             prompts = [PROMPT.format(caption=texts[i]) for i in kept]
-            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
+            parts.append(rows(images.iloc[kept], prompts, [label] * len(kept)))
     return pd.concat(parts)
+
+
+def _drawn(n: int, count: int, rng: np.random.Generator) -> list[int]:
+    return [int(rng.integers(n))] if count == 1 else rng.permutation(n)[:count].tolist()
 
 
 def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own: list[list[str]], negatives: str,
@@ -235,7 +155,7 @@ def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own:
         texts = [swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
         return [text and clean(text) for text in texts]
     if negatives == "similar":
-        given = similar(right, own, rng)
+        given = similar(right, own, rng, chosen.build.similarity)
     elif negatives == "same_categories":
         shows = chosen.shows_nc.loc[images.index].to_numpy()
         given = same_kind(right, own, [row.tobytes() for row in shows], rng)

@@ -2,27 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a task is built from: images with their `split`, their captions, and which categories each one shows."""
+class Build:
+    """Settings of an examples table.
 
+    Attributes
+    ----------
+    folder : COCO folder (see :mod:`probekit.coco`), or one of the other kinds that :mod:`probekit.folders` reads
+    coco_splits : which of its splits to draw images from; () takes all
+    train, validation, test : numbers of images
+    tasks : names out of :data:`probekit.tasks.TASKS`, and files or folders of statements (:mod:`probekit.statements`)
+    categories : ``"all"``, ``"frequent40"`` (the 40 that most of the chosen training images show), or their names
+    labels_from : ``"instances"``, or ``"captions"``: the words of an image's first caption, as in the study
+    smallest : share of an image's area below which an instance is too small to be asked about
+    captions : right captions an image (1 to 5), and as many wrong ones
+    similarity : what "similar" captions are judged by: ``"tfidf"``, or a sentence-embedding model (hub id or folder)
+    max_bad : largest share of unreadable images that is left out without stopping
+    """
+
+    folder: str
+    coco_splits: tuple[str, ...] = ()
+    train: int = 1600
+    validation: int = 400
+    test: int = 400
+    tasks: tuple[str, ...] = ("caption", "category", "category_list")
+    categories: str | tuple[str, ...] = "all"
+    seed: int = 0
+    max_bad: float = 0.01
+    labels_from: str = "instances"
+    smallest: float = 0.001
+    captions: int = 1
+    similarity: str = "tfidf"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a task is built from.
+
+    Attributes
+    ----------
+    build : the settings
+    images : DataFrame, indexed by `image_id`: `file`, `split`, `width`, `height` in pixels
+    captions : Series of lists, by `image_id`: the captions of an image in their order; images without one are not in it
+    shows_nc : DataFrame of booleans, images by categories: is the category there?
+    unclear_nc : the same shape: it is there, but too small to be asked about (`shows_nc` says no)
+    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, `colour`, and `tiny`
+    statements : by the name of their task: DataFrame of `image_id`, `text`, `label` (0 or 1)
+    """
+
+    build: Build
     images: pd.DataFrame
     captions: pd.Series
     shows_nc: pd.DataFrame
-    seed: int
+    unclear_nc: pd.DataFrame
+    instances: pd.DataFrame
+    statements: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def of_each_split(self) -> list[pd.DataFrame]:
+        """The images of train, validation and test, apart: what is asked in one takes nothing from another."""
+        return [images for _, images in self.images.groupby("split", sort=False)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`kind` is ``"binary"`` or ``"multilabel"``; `build(chosen, rng)` returns the rows."""
+    """What is asked about images.
+
+    Attributes
+    ----------
+    kind : ``"binary"`` (is this right?) or ``"multilabel"`` (which of these?)
+    build : from the chosen images to the rows; called with a generator that depends on seed and name of the task
+    question : in words
+    classes : what the entries of `labels` stand for; None takes "match" (binary) or the categories (multilabel)
+    """
 
     kind: str
     build: Callable[[Chosen, np.random.Generator], pd.DataFrame]
     question: str
+    classes: Sequence[str] | None = None
+
+
+def rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: Sequence | None = None) -> pd.DataFrame:
+    """Examples as a task returns them: one a row of `images`.
+
+    Parameters
+    ----------
+    images : (n,) rows of :attr:`Chosen.images`; an image may be there several times
+    prompts : (n,)
+    labels : (n,) 0 or 1 of a binary task, or (n, c)
+    masks : (n, c) 1 where a label counts; None counts all
+    """
+    y = np.asarray(labels, dtype=int)
+    y = y[:, None] if y.ndim == 1 else y
+    mask = np.ones_like(y) if masks is None else np.asarray(masks, dtype=int)
+    return images[["file", "split"]].assign(prompt=list(prompts), labels=y.tolist(), mask=mask.tolist())

@@ -29,7 +29,8 @@ class Coco:
     ----------
     images : DataFrame, indexed by `image_id`: `coco_split`, `file` (path), `width`, `height` in pixels
     captions : DataFrame: `image_id`, `caption`
-    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`
+    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, and `colour`
+        where it is known (drawn scenes)
     categories : names in the order of their COCO ids
     """
 
@@ -93,9 +94,10 @@ def _read_split(folder: Path, split: str) -> tuple:
         [(a["image_id"], a["caption"]) for a in told["annotations"]], columns=["image_id", "caption"]
     )
     instances = pd.DataFrame([
-        (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0))
+        (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0),
+         a.get("attributes", {}).get("colour"))
         for a in found["annotations"]
-    ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd"])
+    ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
     return images, captions, instances, tuple(kinds.values())
 
 

@@ -1,21 +1,95 @@
-"""Local semantics: which objects to ask about, so that an object's name does not give the answer away."""
+"""Local semantics: which objects to ask about, so that an object's name does not give the answer away.
+
+A category is there where one of its instances covers at least a share `smallest` of the image, crowds included (they
+say that there are many of it). Where there are none but smaller ones, it is neither there nor not, and never asked.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from probekit.captions import dealt
-from probekit.chosen import Chosen
+from probekit.chosen import Chosen, rows
+from probekit.dealing import dealt
 
 PROMPT = "This image contains the following types of object:"
 LIST_PROMPT = PROMPT + " {categories}"
 QUERY_PROMPT = "Objects: {categories}.\nIs there a {category} in this image?"
 ASKED = 3  # categories that an image is asked for, as in the study
 SAMPLINGS = ("random", "popular", "adversarial")
+PLURALS = (("y", "ies"), ("fe", "ves"), ("person", "people"), ("mouse", "mice"))
 
 
-def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+# ------------------------------------------------------------------------------------------------------- what is there
+
+
+def shown(instances: pd.DataFrame, images: pd.Index, names: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Which image shows which category, and of which it shows but tiny instances.
+
+    Parameters
+    ----------
+    instances : `image_id`, `category`, and `tiny`: is it too small to be asked about?
+
+    Returns
+    -------
+    shows_nc, unclear_nc : DataFrames of booleans, images by names
+    """
+    def table(rows: pd.DataFrame) -> pd.DataFrame:
+        counts = pd.crosstab(rows.image_id, rows.category).reindex(index=images, columns=list(names), fill_value=0)
+        return pd.DataFrame(counts.to_numpy() > 0, images, list(names), dtype=bool)
+
+    shows = table(instances[~instances.tiny])
+    return shows, table(instances[instances.tiny]) & ~shows
+
+
+def said(captions: pd.Series, images: pd.Index, names: Sequence[str], first: bool = True) -> pd.DataFrame:
+    """Which image's captions name which category, or its plural, word for word: the published study's labels.
+
+    Parameters
+    ----------
+    captions : lists of captions, by image
+    first : look at the first one alone, as the study did; else at all
+
+    Returns
+    -------
+    DataFrame of booleans, images by names
+    """
+    texts = [" . ".join(captions.get(i, [])[: 1 if first else None]).lower() for i in images]
+    found = {name: [bool(re.search(_named(name), text)) for text in texts] for name in names}
+    return pd.DataFrame(found, index=images, columns=list(names), dtype=bool)
+
+
+def _named(name: str) -> str:
+    low = name.lower()
+    forms = {low, low + "s", low + "es", *(low.removesuffix(end) + more for end, more in PLURALS if low.endswith(end))}
+    return rf"\b(?:{'|'.join(sorted(map(re.escape, forms)))})\b"
+
+
+def agreement(said_nc: pd.DataFrame, shows_nc: pd.DataFrame, unclear_nc: pd.DataFrame) -> pd.DataFrame:
+    """How far labels from captions agree with those from instances, over all images, by category and for all.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by category, "all" first: `images` (that show it), `precision` (of those whose caption names it, the
+        share that shows it), `recall` (of those that show it, the share whose caption names it). NaN of nothing.
+    """
+    told, there = (table.to_numpy(bool) & ~unclear_nc.to_numpy(bool) for table in (said_nc, shows_nc))
+    both, told, there = ((told & there).sum(0), told.sum(0), there.sum(0))
+    both, told, there = (np.concatenate([[count.sum()], count]) for count in (both, told, there))
+    with np.errstate(invalid="ignore"):
+        return pd.DataFrame({"images": there, "precision": both / told, "recall": both / there},
+                            index=pd.Index(["all", *shows_nc.columns], name="category"))
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator, unclear_nc: np.ndarray | None = None
+          ) -> tuple[np.ndarray, np.ndarray]:
     """One object that each image shows, and one that it does not.
 
     The absent objects are the present ones, dealt out anew: each is asked equally often with both answers. The names
@@ -31,6 +105,7 @@ def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator) -> tuple[
     Parameters
     ----------
     shows_nc : (n, c) which image shows which object; at least one a row, and not all
+    unclear_nc : (n, c) what is neither there nor not, and not asked
 
     Returns
     -------
@@ -47,20 +122,21 @@ def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator) -> tuple[
     weight = shows / np.maximum(shows.sum(0), 1) if absent == "random" else shows.astype(float)
     chance = (weight / weight.sum(1, keepdims=True)).cumsum(1)
     present = (rng.random((len(shows), 1)) >= chance).sum(1).clip(max=shows.shape[1] - 1)
-    start = _adversarial(shows, present, rng) if absent == "adversarial" else None
-    order = dealt(len(shows), lambda i, j: bool(shows[i, present[j]]), rng, start)
+    barred = shows if unclear_nc is None else shows | unclear_nc.astype(bool)
+    start = _adversarial(shows, barred, present, rng) if absent == "adversarial" else None
+    order = dealt(len(shows), lambda i, j: bool(barred[i, present[j]]), rng, start)
     return present, present[order]
 
 
-def _adversarial(shows: np.ndarray, present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _adversarial(shows: np.ndarray, barred: np.ndarray, present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A permutation (n,) that deals the objects to the images with whose own they go most often, the closest first."""
     together = shows.T.astype(float) @ shows / np.maximum(shows.sum(0), 1)  # given one, the share with another
-    goes = np.where(shows, -np.inf, shows @ together.T + 1e-9 * rng.random(shows.shape))
+    goes = np.where(barred, -np.inf, shows @ together.T + 1e-9 * rng.random(shows.shape))
     left = [list(rng.permutation(np.flatnonzero(present == c))) for c in range(shows.shape[1])]
     given = np.full(len(shows), -1)
     for place in np.argsort(-goes, axis=None, kind="stable"):
         i, c = divmod(int(place), shows.shape[1])
-        if given[i] < 0 and left[c] and not shows[i, c]:
+        if given[i] < 0 and left[c] and not barred[i, c]:
             given[i] = left[c].pop()
     given[given < 0] = [j for rest in left for j in rest]
     return given
@@ -71,18 +147,20 @@ def _adversarial(shows: np.ndarray, present: np.ndarray, rng: np.random.Generato
 
 def _category_rows(chosen: Chosen) -> pd.DataFrame:
     """Labels and masks, the same for all category tasks; images that show none of the categories are left out."""
-    rng = np.random.default_rng([chosen.seed, 1])
-    shows = chosen.shows_nc.loc[chosen.images.index]
-    images = chosen.images[shows.any(axis=1).to_numpy()]
-    masks = np.zeros((len(images), shows.shape[1]), dtype=int)
-    labels = shows.loc[images.index].to_numpy(dtype=int)
-    for split in images.split.unique():
-        rows = np.flatnonzero((images.split == split).to_numpy())
-        masks[rows] = balanced_mask(labels[rows], rng)
-    return images.assign(labels=labels.tolist(), mask=masks.tolist())
+    rng, parts = np.random.default_rng([chosen.build.seed, 1]), []
+    for images in chosen.of_each_split():
+        shows, unclear = _there(chosen, images)
+        images, shows, unclear = (table[shows.any(1)] for table in (images, shows, unclear))
+        parts.append(rows(images, [PROMPT] * len(images), shows, balanced_mask(shows.astype(int), rng, ASKED, unclear)))
+    return pd.concat(parts)
 
 
-def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = ASKED) -> np.ndarray:
+def _there(chosen: Chosen, images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    return chosen.shows_nc.loc[images.index].to_numpy(), chosen.unclear_nc.loc[images.index].to_numpy()
+
+
+def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = ASKED,
+                  unclear_nc: np.ndarray | None = None) -> np.ndarray:
     """Choose which categories each image is asked for: one or two that it shows, the rest absent ones.
 
     Present ones are drawn with a chance inverse to how often a category occurs; absent ones go where a category
@@ -91,6 +169,7 @@ def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = 
     Parameters
     ----------
     labels_nc : (n, c) of 0 and 1, at least one 1 a row
+    unclear_nc : (n, c) what is neither there nor not, and not asked
 
     Returns
     -------
@@ -106,8 +185,9 @@ def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = 
         weight = rarity[present] / rarity[present].sum()
         mask_nc[row, rng.choice(present, size=1 + takes_two[row], replace=False, p=weight)] = 1
     owed = mask_nc.sum(0).astype(float)
+    barred_nc = labels_nc > 0 if unclear_nc is None else (labels_nc > 0) | unclear_nc.astype(bool)
     for row in rng.permutation(n):
-        absent = np.flatnonzero(labels_nc[row] == 0)
+        absent = np.flatnonzero(~barred_nc[row])
         order = absent[np.argsort(-(owed[absent] + rng.random(len(absent))), kind="stable")]
         pick = order[: count - mask_nc[row].sum()]
         mask_nc[row, pick] = 1
@@ -117,21 +197,20 @@ def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = 
 
 def category_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? The prompt does not name them."""
-    return _category_rows(chosen).assign(prompt=PROMPT)
+    return _category_rows(chosen)
 
 
 def category_list_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? The prompt lists all of them, shuffled anew for each image."""
-    rows = _category_rows(chosen)
-    names = list(chosen.shows_nc.columns)
-    lists = [", ".join(rng.permutation(names)) for _ in range(len(rows))]
-    return rows.assign(prompt=[LIST_PROMPT.format(categories=text) for text in lists])
+    found, names = _category_rows(chosen), list(chosen.shows_nc.columns)
+    lists = [", ".join(rng.permutation(names)) for _ in range(len(found))]
+    return found.assign(prompt=[LIST_PROMPT.format(categories=text) for text in lists])
 
 
 def category_dense_task(chosen: Chosen, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? Every category of every image counts; most are absent."""
-    shows = chosen.shows_nc.loc[chosen.images.index].to_numpy(dtype=int)
-    return chosen.images.assign(labels=shows.tolist(), mask=np.ones_like(shows).tolist(), prompt=PROMPT)
+    shows, unclear = _there(chosen, chosen.images)
+    return rows(chosen.images, [PROMPT] * len(shows), shows, ~unclear)
 
 
 def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random") -> pd.DataFrame:
@@ -142,13 +221,13 @@ def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random"
     absent : which ones, see :func:`asked`; images that show none or all are left out
     """
     names, parts = np.array(chosen.shows_nc.columns), []
-    for _, images in chosen.images.groupby("split", sort=False):
-        shows = chosen.shows_nc.loc[images.index].to_numpy()
-        kept = shows.any(1) & ~shows.all(1)
-        images, shows = images[kept], shows[kept]
+    for images in chosen.of_each_split():
+        shows, unclear = _there(chosen, images)
+        kept = shows.any(1) & ~(shows | unclear).all(1)
+        images, shows, unclear = images[kept], shows[kept], unclear[kept]
         lists = [", ".join(rng.permutation(names)) for _ in range(len(images))]
-        for label, places in zip((1, 0), asked(shows, absent, rng), strict=True):
+        for label, places in zip((1, 0), asked(shows, absent, rng, unclear), strict=True):
             prompts = [QUERY_PROMPT.format(categories=text, category=name)
                        for text, name in zip(lists, names[places], strict=True)]
-            parts.append(images.assign(prompt=prompts, labels=[[label]] * len(images), mask=[[1]] * len(images)))
+            parts.append(rows(images, prompts, [label] * len(images)))
     return pd.concat(parts)

@@ -1,50 +1,29 @@
 """From COCO to examples: which images, which prompts, which labels.
 
 A task is a function from the chosen images to rows of the examples table (:mod:`probekit.captions`,
-:mod:`probekit.objects`), with the kind of probe that reads them.
+:mod:`probekit.objects`, :mod:`probekit.boxes`, :mod:`probekit.statements`), with the kind of probe that reads them.
 A row is one example: `image_id, file, split, task, prompt, labels, mask`. `labels` and `mask` have one entry for each
 class of the task (`labels` 0 or 1, counted only where `mask` is 1); a binary task has one class.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
 
-from probekit import captions, coco, objects, paths
-from probekit.chosen import Chosen, Task
+from probekit import boxes, captions, coco, folders, objects, paths, statements
+from probekit.chosen import Build, Chosen, Task
 
-VERSION = 3  # of what a build leaves: older ones are made anew
-
-
-@dataclass(frozen=True)
-class Build:
-    """Settings of an examples table.
-
-    Attributes
-    ----------
-    folder : COCO folder (see :mod:`probekit.coco`)
-    coco_splits : which of its splits to draw images from; () takes all
-    train, validation, test : numbers of images
-    tasks : names out of :data:`TASKS`
-    categories : ``"all"``, ``"frequent40"`` (the 40 that most of the chosen training images show), or their names
-    max_bad : largest share of unreadable images that is left out without stopping
-    """
-
-    folder: str
-    coco_splits: tuple[str, ...] = ()
-    train: int = 1600
-    validation: int = 400
-    test: int = 400
-    tasks: tuple[str, ...] = ("caption", "category", "category_list")
-    categories: str | tuple[str, ...] = "all"
-    seed: int = 0
-    max_bad: float = 0.01
+VERSION = 4  # of what a build leaves: older ones are made anew
+SPLITS = ("train", "validation", "test")
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -68,7 +47,53 @@ TASKS = {
                            f"{THERE} (absent ones are frequent)"),
     "object_adversarial": Task("binary", partial(objects.object_task, absent="adversarial"),
                                f"{THERE} (absent ones go with what is there)"),
+    "relation": Task("binary", boxes.relation_task, "Is the one left of, right of, above, below the other?"),
+    "size": Task("binary", boxes.size_task, "Is the one larger, or smaller, than the other?"),
+    "count": Task("multilabel", boxes.count_task, "How many of them are there?", boxes.COUNTS),
+    "attribute": Task("multilabel", boxes.attribute_task, "Which colour does it have?", boxes.COLOURS),
 }
+
+
+def named(names: tuple[str, ...]) -> dict[str, Task]:
+    """Tasks by name: of :data:`TASKS`, and one for each file of statements.
+
+    Raises
+    ------
+    ValueError
+        Neither a task nor a file, or two of the same name.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        of_files = {} if name in TASKS else statements.files(name)
+        if name not in TASKS and not of_files:
+            raise ValueError(f"unknown tasks ['{name}']: take names out of {', '.join(TASKS)}, or a file of statements "
+                             f"({', '.join(statements.KINDS)}) or a folder of them")
+        new = {name: TASKS[name]} if name in TASKS else {
+            stem: statements.statement_task(stem, file) for stem, file in of_files.items()}
+        twice = [stem for stem in new if stem in found or (of_files and stem in TASKS)]
+        if twice:
+            raise ValueError(f"there are two tasks of the name {twice[0]!r}: name each once, and rename files")
+        found |= new
+    return found
+
+
+def _files(names: tuple[str, ...]) -> dict[str, Path]:
+    return {stem: file for name in names if name not in TASKS for stem, file in statements.files(name).items()}
+
+
+def _made_as(build: Build) -> str:
+    """Fingerprint of what a build comes from: settings, statements, and the code of tasks of the user's own."""
+    read = {stem: sha256(file.read_bytes()).hexdigest() for stem, file in _files(build.tasks).items()}
+    made_by = [getattr(TASKS[name].build, "func", TASKS[name].build) for name in build.tasks if name in TASKS]
+    code = [_source(function) for function in made_by if not function.__module__.startswith("probekit.")]
+    return paths.fingerprint(VERSION, build, read, code)
+
+
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed in where no source is kept
+        return function.__code__.co_code.hex()
 
 
 # ------------------------------------------------------------------------------------------------------------ build
@@ -76,6 +101,8 @@ TASKS = {
 
 def choose(build: Build, data: coco.Coco) -> tuple[Chosen, pd.DataFrame]:
     """Draw the images of a build, leave out the unreadable ones, and split them by image.
+
+    Drawn are images that have captions, and those that statements are about before any other.
 
     Returns
     -------
@@ -86,23 +113,54 @@ def choose(build: Build, data: coco.Coco) -> tuple[Chosen, pd.DataFrame]:
     ValueError
         Too few images, or more unreadable ones than `max_bad` allows; the message lists them.
     """
-    usable = data.images[data.images.index.isin(data.captions.image_id)].sort_index()
+    _check(build)
+    said = {name: _usable(file, data) for name, file in _files(build.tasks).items()}
+    about = np.unique(np.concatenate([[], *(table.image_id for table in said.values())]))
+    usable = data.images[data.images.index.isin(data.captions.image_id) | data.images.index.isin(about)].sort_index()
     wanted = build.train + build.validation + build.test
     if wanted > len(usable):
         raise ValueError(f"{wanted:,} images are asked for, {build.folder} has {len(usable):,} with captions: lower "
                          "train, validation and test, or name more coco_splits")
     rng = np.random.default_rng([build.seed, 0])
-    images = usable.iloc[rng.permutation(len(usable))[:wanted]]
-    names = np.repeat(["train", "validation", "test"], [build.train, build.validation, build.test])
-    images = images.assign(split=names)[["file", "split"]]
+    images = usable.iloc[rng.permutation(len(usable))]
+    if len(about):
+        first = images.index.isin(about)
+        images = pd.concat([images[first], images[~first]])[:wanted]
+        images = images.iloc[rng.permutation(wanted)]
+    images = images[:wanted].assign(split=np.repeat(SPLITS, [build.train, build.validation, build.test]))
     bad = coco.unreadable(images)
     if len(bad) > build.max_bad * wanted:
         listed = "\n".join(f"  {b.file}: {b.reason}" for b in bad.head(50).itertuples())
         raise ValueError(f"{len(bad)} of {wanted:,} images cannot be read, more than max_bad={build.max_bad:.1%}; "
                          f"mend them or raise max_bad:\n{listed}")
-    images = images.drop(index=bad.image_id)
-    shows_nc = _shown_categories(data, images, build.categories)
-    return Chosen(images, _captions_of(data, images), shows_nc, build.seed), bad
+    images = images.drop(index=bad.image_id)[["file", "split", "width", "height"]]
+    told, instances = _captions_of(data, images), _instances_of(data, images, build.smallest)
+    names = _categories(data, build)
+    shows, unclear = objects.shown(instances, images.index, names)
+    if build.labels_from == "captions":
+        shows, unclear = objects.said(told, images.index, names), unclear & False
+    if build.categories == "frequent40":
+        often = shows[(images.split == "train").to_numpy()].sum().nlargest(40).index
+        shows, unclear = (table[[name for name in names if name in often]] for table in (shows, unclear))
+    return Chosen(build, images, told, shows, unclear, instances, said), bad
+
+
+def _check(build: Build) -> None:
+    if not 1 <= build.captions <= 5:
+        raise ValueError(f"captions={build.captions}: 1 to 5 right captions an image, and as many wrong ones")
+    if build.labels_from not in ("instances", "captions"):
+        raise ValueError(f"labels_from={build.labels_from!r}: take instances or captions")
+    if not 0 <= build.smallest < 1:
+        raise ValueError(f"smallest={build.smallest}: a share of the image's area, from 0 to below 1")
+
+
+def _usable(file: Path, data: coco.Coco) -> pd.DataFrame:
+    every = statements.read(file)
+    table = statements.found(every, data.images)
+    if table.empty:
+        raise ValueError(f"none of the images that {file} names ({every.image[0]}, ...) is in this dataset "
+                         f"({Path(data.images.file.iloc[0]).name}, ...): name the dataset that it is about")
+    return table
 
 
 def _captions_of(data: coco.Coco, images: pd.DataFrame) -> pd.Series:
@@ -110,22 +168,22 @@ def _captions_of(data: coco.Coco, images: pd.DataFrame) -> pd.Series:
     return rows.caption.map(captions.clean).groupby(rows.image_id).agg(list)
 
 
-def _shown_categories(data: coco.Coco, images: pd.DataFrame, wanted: str | tuple[str, ...]) -> pd.DataFrame:
-    """(n, c) table of booleans: does the image hold an instance of the category?"""
+def _instances_of(data: coco.Coco, images: pd.DataFrame, smallest: float) -> pd.DataFrame:
     rows = data.instances[data.instances.image_id.isin(images.index)]
-    shows = pd.crosstab(rows.image_id, rows.category).astype(bool)
-    shows = shows.reindex(index=images.index, columns=list(data.categories), fill_value=False)
-    if wanted == "all":
-        return shows
-    if wanted == "frequent40":
-        often = shows[(images.split == "train").to_numpy()].sum().nlargest(40).index
-        return shows[[name for name in data.categories if name in often]]
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    size = (images.width * images.height).reindex(rows.image_id).to_numpy()
+    return rows.assign(tiny=rows.area.to_numpy(dtype=float) < smallest * size)
+
+
+def _categories(data: coco.Coco, build: Build) -> list[str]:
+    """The names that are asked about, or may be."""
+    if build.categories in ("all", "frequent40"):
+        return list(data.categories)
+    names = [build.categories] if isinstance(build.categories, str) else list(build.categories)
     unknown = [name for name in names if name not in data.categories]
-    if unknown:
+    if unknown and (data.categories or build.labels_from == "instances"):
         raise ValueError(f"unknown categories {unknown}: take \"all\", \"frequent40\" or names out of "
-                         f"{', '.join(data.categories)}")
-    return shows[names]
+                         f"{', '.join(data.categories) or 'a dataset that has instances'}")
+    return names
 
 
 def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) -> pd.DataFrame:
@@ -133,28 +191,24 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
 
     Parameters
     ----------
-    data : the COCO folder of the settings, where it has been read already
+    data : the dataset of the settings, where it has been read already
 
     Returns
     -------
     DataFrame
         The examples, those of one image next to each other; ``attrs["tasks"]`` holds kind and classes of each task.
     """
-    unknown = [t for t in build.tasks if t not in TASKS]
-    if unknown:
-        raise ValueError(f"unknown tasks {unknown}: take names out of {', '.join(TASKS)}")
-    record, file, made_as = folder / "build.json", folder / "examples.parquet", paths.fingerprint(VERSION, build)
+    asked, made_as = named(build.tasks), _made_as(build)
+    record, file = folder / "build.json", folder / "examples.parquet"
     if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == made_as:
         return load(folder)
     record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
-    data = data or coco.read(paths.resolve(build.folder), list(build.coco_splits) or None)
+    data = data or folders.read(paths.resolve(build.folder), build.coco_splits)
     chosen, bad = choose(build, data)
     tables, about = [], {}
-    for name in build.tasks:
-        task, rng = TASKS[name], np.random.default_rng([build.seed, crc32(name.encode())])
-        rows = task.build(chosen, rng).reset_index(names="image_id")
-        tables.append(rows.assign(task=name))
-        classes = ["match"] if task.kind == "binary" else list(chosen.shows_nc.columns)
+    for name, task in asked.items():
+        tables.append(_examples(name, task, chosen))
+        classes = ["match"] if task.kind == "binary" else list(task.classes or chosen.shows_nc.columns)
         about[name] = {"kind": task.kind, "classes": classes, "question": task.question}
     examples = pd.concat(tables, ignore_index=True)
     place = pd.Series(range(len(chosen.images)), index=chosen.images.index)
@@ -163,11 +217,34 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     examples.attrs["tasks"] = about
     paths.write_atomic(file, examples.to_parquet)
     bad.to_csv(folder / "left_out_images.csv", index=False)
-    there = data.instances[data.instances.image_id.isin(chosen.images.index)]
-    sizes = data.images[["width", "height"]]
-    paths.write_atomic(folder / "instances.parquet", there.join(sizes, on="image_id").to_parquet)
+    there = chosen.instances.join(chosen.images[["width", "height"]], on="image_id")
+    paths.write_atomic(folder / "instances.parquet", there.to_parquet)
+    said = objects.said(chosen.captions, chosen.images.index, chosen.shows_nc.columns)
+    clear = objects.shown(chosen.instances, chosen.images.index, chosen.shows_nc.columns)
+    objects.agreement(said, *clear).to_csv(folder / "caption_words.csv")
     paths.write_json(record, {"fingerprint": made_as, "settings": asdict(build), "left_out_images": len(bad)})
     return load(folder)
+
+
+def _examples(name: str, task: Task, chosen: Chosen) -> pd.DataFrame:
+    """The rows of one task.
+
+    Raises
+    ------
+    ValueError
+        A local task without categories, or a split for which there is nothing to ask.
+    """
+    if chosen.shows_nc.empty and task.kind == "multilabel":
+        raise ValueError(f"task {name} asks about categories, and {chosen.build.folder} has none: take caption tasks, "
+                         "or labels_from: captions with categories named")
+    rows = task.build(chosen, np.random.default_rng([chosen.build.seed, crc32(name.encode())]))
+    counts = rows.split.value_counts()
+    lacking = [split for split in SPLITS if split in set(chosen.images.split) and split not in counts.index]
+    if lacking:
+        raise ValueError(f"task {name} finds nothing to ask in {', '.join(lacking)} (images there: "
+                         f"{', '.join(str((chosen.images.split == split).sum()) for split in lacking)}): take more "
+                         "images, or leave it out")
+    return rows.reset_index(names="image_id").assign(task=name)
 
 
 def load(folder: Path) -> pd.DataFrame:

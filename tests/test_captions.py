@@ -1,11 +1,12 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import REAL_COCO, needs_real_coco
 
-from probekit import captions, coco, controls, scenes, tasks
+from probekit import captions, coco, controls, scenes, similar, tasks
 
 KINDS = ("random", "similar", "same_categories", "swapped")
 
@@ -35,7 +36,7 @@ def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
         if kind == "swapped":
             assert words(wrong) == words(both.said[both.right == 1].item())
         elif kind != "random":
-            assert not captions.paraphrases(wrong, [captions.content(text) for text in chosen.captions[image]])
+            assert not similar.paraphrases(similar.content(wrong), similar.contents([chosen.captions[image]])[0])
     if kind != "swapped":  # every caption is asked once as right and once as wrong, within its split
         for _, part in rows.groupby("split"):
             assert Counter(part.said[part.right == 1]) == Counter(part.said[part.right == 0])
@@ -50,22 +51,26 @@ def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
 def test_similar_captions_are_more_similar_than_random_ones(chosen):
     def overlap(kind: str) -> float:
         rows = captions.caption_task(chosen, np.random.default_rng(0), kind)
-        pairs = [[captions.content(said(text)) for text in both.prompt] for _, both in rows.groupby(level=0)]
+        pairs = [[similar.content(said(text)) for text in both.prompt] for _, both in rows.groupby(level=0)]
         return float(np.mean([len(a & b) / len(a | b) for a, b in pairs]))
 
     assert overlap("similar") > 2 * overlap("random")
 
 
-def test_nearest_is_the_plain_product():
-    texts = [f"a {colour} {thing} on the {place}" for colour in ("red", "blue", "green")
-             for thing in ("cup", "car", "kite") for place in ("table", "grass", "road", "beach")] * 10
-    places, cosines = captions.nearest(texts, 40)
-    x = captions.TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
-    for i in (0, 17, 300, len(texts) - 1):
-        full = (x[i] @ x.T).toarray()[0]
-        full[i] = -1
-        np.testing.assert_allclose(cosines[i], np.sort(full)[::-1][:40], atol=1e-5)
-        np.testing.assert_allclose(full[places[i]], cosines[i], atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_captions_an_image_are_as_often_right_as_wrong(chosen, kind):
+    several = replace(chosen, build=replace(chosen.build, captions=3))
+    rows = captions.caption_task(several, np.random.default_rng(0), kind)
+    rows["said"], rows["right"] = rows.prompt.map(said), [labels[0] for labels in rows.labels]
+    by_image = rows.groupby([rows.index, "right"]).size().unstack()
+    assert (by_image[0] == by_image[1]).all() and by_image[1].max() == 3
+    if kind in ("random", "similar"):
+        assert (by_image[1] == 3).all()
+    for image, own in rows[rows.right == 1].groupby(level=0):
+        assert set(own.said) <= set(chosen.captions[image])
+    if kind != "swapped":
+        for _, part in rows.groupby("split"):
+            assert Counter(part.said[part.right == 1]) == Counter(part.said[part.right == 0])
 
 
 def test_what_holds_both_ways_round_is_not_swapped():

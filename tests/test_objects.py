@@ -1,6 +1,7 @@
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from probekit import coco, controls, objects, scenes, tasks
@@ -38,6 +39,37 @@ def test_samplings_are_what_they_say():
     assert close["adversarial"] > close["popular"] + 0.05
     with pytest.raises(ValueError, match="take one of random, popular, adversarial"):
         objects.asked(there, "rare", rng)
+
+
+def test_what_is_too_small_is_not_asked_about():
+    there, rng = shows(), np.random.default_rng(1)
+    unclear = ~there & (rng.random(there.shape) < 0.3)
+    rows = np.arange(len(there))
+    for absent in objects.SAMPLINGS:
+        present, missing = objects.asked(there, absent, rng, unclear)
+        assert there[rows, present].all() and not (there | unclear)[rows, missing].any()
+    mask = objects.balanced_mask(there.astype(int), rng, 3, unclear)
+    assert not (mask.astype(bool) & unclear).any() and (mask.sum(1) == 3).all()
+
+
+def test_crowds_count_and_tiny_instances_neither_way():
+    instances = pd.DataFrame([("a", "cup", False), ("a", "car", True), ("b", "cup", True), ("b", "cup", False),
+                              ("c", "kite", True)], columns=["image_id", "category", "tiny"])
+    there, unclear = objects.shown(instances, pd.Index(["a", "b", "c", "d"]), ["car", "cup", "kite"])
+    assert there.to_numpy().tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert unclear.to_numpy().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def test_labels_from_captions_are_whole_words():
+    told = pd.Series({1: ["Two people and a hot dog", "A cat"], 2: ["A catfish", "Knives"], 3: ["A knife. A person"]})
+    names = ["person", "cat", "hot dog", "knife"]
+    first = objects.said(told, pd.Index([1, 2, 3, 4]), names)
+    assert first.to_numpy().tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
+    every = objects.said(told, pd.Index([1, 2, 3, 4]), names, first=False)
+    assert every.cat.tolist() == [1, 0, 0, 0] and every.knife.tolist() == [0, 1, 1, 0]
+    there = pd.DataFrame([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], first.index, names, dtype=bool)
+    told = objects.agreement(first, there, there & False)
+    assert told.loc["all"].tolist() == [4, 0.5, 0.5] and told.precision["person"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["object", "object_popular", "object_adversarial"])

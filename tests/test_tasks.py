@@ -1,7 +1,10 @@
+import importlib.util
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL_COCO, needs_real_coco
+from conftest import REAL_COCO, REPOSITORY, needs_real_coco
 
 from probekit import captions, coco, objects, tasks
 
@@ -121,3 +124,39 @@ def test_real_coco_builds_with_all_and_with_frequent_categories(tmp_path):
         assert len(table.attrs["tasks"]["category"]["classes"]) == count
         y, mask = arrays(table[table.task == "category"])
         assert (mask.sum(1) == 3).all() and 0.45 < (y * mask).sum() / mask.sum() < 0.52
+
+
+def test_the_task_of_the_readme_runs(scene_folder, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    code = next(block for block in blocks if "def many_task" in block)
+    assert len(code.splitlines()) < 40
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS.copy())
+    build = tasks.Build(str(scene_folder), train=40, validation=10, test=10, tasks=("caption", "many"))
+
+    def made(text: str) -> pd.DataFrame:
+        (tmp_path / "mine.py").write_text(text)
+        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        return tasks.build_examples(build, tmp_path / "out")
+
+    table = made(code)
+    own = table[table.task == "many"]
+    counts = coco.read(scene_folder).instances.image_id.value_counts()
+    assert len(own) > 20 and [y[0] for y in own.labels] == (counts[own.image_id] > 2).astype(int).tolist()
+    assert np.mean([y[0] for y in own.labels]) == 0.5
+    other = made(code.replace("count > 2", "count > 3").replace("count <= 2", "count <= 3"))
+    assert other.labels[other.task == "many"].tolist() != own.labels.tolist()  # not read back: its code is another
+
+
+def test_labels_from_captions_are_what_the_study_had(scene_folder, tmp_path):
+    settings = {"train": 40, "validation": 10, "test": 10, "tasks": ("category_dense",)}
+    by_words = tasks.build_examples(tasks.Build(str(scene_folder), labels_from="captions", **settings), tmp_path / "a")
+    truth = tasks.build_examples(tasks.Build(str(scene_folder), **settings), tmp_path / "b")
+    (said, _), (there, _) = arrays(by_words), arrays(truth)
+    assert (said <= there).all() and said.sum() < there.sum()
+    told = pd.read_csv(tmp_path / "a" / "caption_words.csv", index_col="category").loc["all"]
+    assert told.precision == 1 and told.recall == pytest.approx(said.sum() / there.sum())
+    with pytest.raises(ValueError, match="take instances or captions"):
+        tasks.build_examples(tasks.Build(str(scene_folder), labels_from="tags", **settings), tmp_path / "a")
+    with pytest.raises(ValueError, match="1 to 5 right captions"):
+        tasks.build_examples(tasks.Build(str(scene_folder), captions=6, **settings), tmp_path / "a")

@@ -1,0 +1,86 @@
+import json
+import shutil
+
+import pytest
+
+from probekit import folders, tasks
+
+SAID = ["A red cup.", "A blue car, and a kite"]
+
+
+@pytest.fixture
+def photos(scene_folder, tmp_path):
+    for k in range(30):
+        shutil.copy(scene_folder / "scenes" / f"{k:012d}.jpg", tmp_path / f"{1000 + k}.jpg")
+    return tmp_path
+
+
+def check(data, count=30, each=2):
+    assert len(data.images) == count and len(data.instances) == 0 and data.categories == ()
+    told = data.captions.groupby("image_id").caption.agg(list)
+    assert len(told) == count and (told.map(len) == each).all()
+    assert data.images.width.eq(320).all() and data.images.height.eq(240).all()
+
+
+def table(separator, header, line):
+    return "\n".join([header, *(line.format(k=1000 + k, c=c, text=f"{text} {k}", s=separator)
+                                for k in range(30) for c, text in enumerate(SAID))])
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("captions.txt", table(",", "image,caption", '{k}.jpg,"{text}"')),
+    ("results.csv", table("|", "image_name| comment_number| comment", '{k}.jpg| {c}| {text} "so" .')),
+    ("Flickr.token", table("\t", "", "{k}.jpg#{c}\t{text}").lstrip()),
+    ("metadata.csv", table(",", "file_name,text", '{k}.jpg,"{text}"')),
+    ("metadata.jsonl", "\n".join(json.dumps({"file_name": f"{1000 + k}.jpg", "captions": SAID}) for k in range(30))),
+    ("metadata.jsonl", "\n".join(json.dumps({"file_name": f"{1000 + k}.jpg", "text": text})
+                                 for k in range(30) for text in SAID)),
+])
+def test_common_forms_are_read(photos, name, content):
+    (photos / name).write_text(content)
+    check(folders.read(photos))
+
+
+def test_splits_of_an_image_folder(photos):
+    for split, low, high in (("train", 0, 20), ("test", 20, 30)):
+        (photos / split).mkdir()
+        for k in range(low, high):
+            (photos / f"{1000 + k}.jpg").rename(photos / split / f"{1000 + k}.jpg")
+        (photos / split / "metadata.jsonl").write_text("\n".join(
+            json.dumps({"file_name": f"{1000 + k}.jpg", "captions": SAID}) for k in range(low, high)))
+    check(folders.read(photos))
+    check(folders.read(photos, ["test"]), 10)
+    with pytest.raises(ValueError, match=r"no folders \['val'\]: take out of \['test', 'train'\]"):
+        folders.read(photos, ["val"])
+
+
+def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
+    (photos / "captions.txt").write_text(table(",", "image,caption", '{k}.jpg,"{text}"'))
+    settings = {"folder": str(photos), "train": 18, "validation": 6, "test": 6}
+    made = tasks.build_examples(tasks.Build(tasks=("caption", "caption_similar"), **settings), tmp_path / "out")
+    assert made.groupby(["task", "split"]).size().unstack().loc["caption"].tolist() == [12, 36, 12]
+    with pytest.raises(ValueError, match=r"task category asks about categories, and .* has none"):
+        tasks.build_examples(tasks.Build(tasks=("category",), **settings), tmp_path / "out")
+    named = tasks.Build(tasks=("category",), categories=("cup", "car"), labels_from="captions", **settings)
+    assert tasks.build_examples(named, tmp_path / "out").labels.map(list).tolist() == [[1, 0]] * 30
+
+
+def test_statements_need_images_alone(photos, tmp_path):
+    (photos / "own.csv").write_text("image,text,label\n" + "\n".join(
+        f"{1000 + k}.jpg,Is there a cup?,{['yes', 'no'][c]}" for k in range(30) for c in range(2)))
+    build = tasks.Build(str(photos), train=18, validation=6, test=6, tasks=(str(photos / "own.csv"),))
+    assert len(tasks.build_examples(build, tmp_path / "out")) == 60
+
+
+def test_what_is_missing_is_named(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist: name a folder"):
+        folders.read(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images: expected annotations"):
+        folders.read(tmp_path / "empty")
+    (photos / "metadata.csv").write_text("picture,words\n1000.jpg,x\n")
+    with pytest.raises(ValueError, match="has the columns picture, words: one of file_name"):
+        folders.read(photos)
+    (photos / "metadata.csv").write_text("file_name,text\n7.png,x\n")
+    with pytest.raises(ValueError, match="names none of the 30 images"):
+        folders.read(photos)

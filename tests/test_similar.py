@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from probekit import similar
+
+SCENES = [f"a {colour} {thing} on the {place}" for colour in ("red", "blue", "green")
+          for thing in ("cup", "car", "kite") for place in ("table", "grass", "road", "beach")]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny sentence-embedding model with random weights, saved as the hub's are."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = sorted({word for text in SCENES for word in text.split()} | {"guy", "man", "horse", "rides", "horseback"})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=64, initializer_range=0.5)
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    reader = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[reader, Pooling(32)]).save(str(folder / "whole"))
+    return str(folder / "whole")
+
+
+def test_nearest_is_the_plain_product():
+    texts = SCENES * 10
+    places, cosines = similar.nearest(texts, 40)
+    x = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
+    for i in (0, 17, 300, len(texts) - 1):
+        full = (x[i] @ x.T).toarray()[0]
+        full[i] = -1
+        np.testing.assert_allclose(cosines[i], np.sort(full)[::-1][:40], atol=1e-5)
+        np.testing.assert_allclose(full[places[i]], cosines[i], atol=1e-5)
+
+
+def test_nearest_finds_the_closest_of_long_captions_by_their_heaviest_words():
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{k}" for k in range(2000)])
+    p = 1 / (np.arange(2000) + 2.7)
+    texts = [" ".join(rng.choice(words, 9, p=p / p.sum())) for _ in range(3000)]
+    places, cosines = similar.nearest(texts, 5)
+    x = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
+    full = (x[:300] @ x.T).toarray()
+    full[np.arange(300), np.arange(300)] = -1
+    assert (full.max(1) - cosines[:300, 0] < 1e-5).mean() > 0.95
+    assert (np.take_along_axis(full, places[:300].astype(int), 1) - cosines[:300] < 1e-5).all()
+
+
+def test_a_model_of_sentences_judges_instead(encoder):
+    own = [[SCENES[k], SCENES[k + 1]] for k in range(0, len(SCENES), 2)]
+    right = [said[0] for said in own]
+    places, cosines = similar.nearest_embedded(right, own, encoder, 4)
+    from sentence_transformers import SentenceTransformer
+
+    v = SentenceTransformer(encoder).encode(SCENES, normalize_embeddings=True)
+    for i in range(len(right)):
+        full = v[2 * i] @ v[::2].T
+        full[(full >= v[2 * i] @ v[2 * i + 1] - 1e-6) | (np.arange(len(right)) == i)] = -np.inf
+        best = np.sort(full)[::-1][:4]
+        np.testing.assert_allclose(cosines[i], np.where(np.isfinite(best), best, 0), atol=1e-5)
+        assert ((places[i] >= 0) == np.isfinite(best)).all()
+    given = similar.similar(right, own, np.random.default_rng(0), encoder)
+    assert sorted(given) == list(range(len(right))) and (given != np.arange(len(right))).all()
+
+
+def test_no_model_of_sentences_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"take .tfidf., or the hub id or folder"):
+        similar.nearest_embedded(["a", "b"], [["a"], ["b"]], str(tmp_path / "nothing"))
