@@ -183,7 +183,7 @@ class Explorer:
             known = [name for name in self.there if name in task["classes"]]
             self.where.value = next(iter([*asked, *known]), task["classes"][0])
         self._heat: Heat | None = None
-        self._why_cold = "" if local else "Image tokens stand before the caption: only local tasks have heat."
+        self._why_cold = "" if local else "Image tokens stand before the text: only category tasks have heat."
         if local and (pooling not in POOLINGS or self.probe.value != "logreg"):
             self._why_cold = f"Heat is of logreg probes on states pooled as {' or '.join(POOLINGS)}."
         elif local:
