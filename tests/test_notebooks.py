@@ -46,7 +46,7 @@ def test_from_starts_in_the_middle(demo):
 def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
     done = call(home, run="broken", dataset="data/coco/nowhere")
     assert done.returncode == 1
-    assert "coco.read" in done.stderr and "does not exist" in done.stderr
+    assert "folders.read" in done.stderr and "does not exist" in done.stderr
     path = done.stderr.strip().rpartition(": ")[2]
     assert path.endswith("01_build_data.ipynb") and nbformat.read(path, 4).cells
 
