@@ -158,6 +158,9 @@ def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own:
         given = similar(right, own, rng, chosen.build.similarity)
     elif negatives == "same_categories":
         shows = chosen.shows_nc.loc[images.index].to_numpy()
+        if not shows.shape[1]:
+            raise ValueError(f"{chosen.build.folder} has no categories that could be the same: leave "
+                             "caption_same_categories out")
         given = same_kind(right, own, [row.tobytes() for row in shows], rng)
     else:
         known = [{text.lower() for text in said} for said in own]

@@ -61,6 +61,8 @@ def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
     assert made.groupby(["task", "split"]).size().unstack().loc["caption"].tolist() == [12, 36, 12]
     with pytest.raises(ValueError, match=r"task category asks about categories, and .* has none"):
         tasks.build_examples(tasks.Build(tasks=("category",), **settings), tmp_path / "out")
+    with pytest.raises(ValueError, match="no categories that could be the same"):
+        tasks.build_examples(tasks.Build(tasks=("caption_same_categories",), **settings), tmp_path / "out")
     named = tasks.Build(tasks=("category",), categories=("cup", "car"), labels_from="captions", **settings)
     assert tasks.build_examples(named, tmp_path / "out").labels.map(list).tolist() == [[1, 0]] * 30
 
