@@ -76,10 +76,10 @@ class Task:
 
     Attributes
     ----------
-    kind : ``"binary"`` (is this right?) or ``"multilabel"`` (which of these?)
+    kind : ``"binary"`` (is this right?), ``"multilabel"`` (which of these categories?) or ``"one_of"`` (which one?)
     build : from the chosen images to the rows; called with a generator that depends on seed and name of the task
     question : in words
-    classes : what the entries of `labels` stand for; None takes "match" (binary) or the categories (multilabel)
+    classes : what the entries of `labels` stand for; None takes "match" (binary) or the categories
     """
 
     kind: str

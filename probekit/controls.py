@@ -92,7 +92,7 @@ def _other_images(examples: pd.DataFrame, seed: int) -> dict:
 # ------------------------------------------------------------------------------------------------------------- labels
 
 
-def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray, split: np.ndarray, binary: bool,
+def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray, split: np.ndarray, kind: str,
            seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Other labels for the same states, which of them count, and the split in which they are learnt and scored.
 
@@ -100,16 +100,17 @@ def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray
         the true labels, dealt out anew among the examples of each split, each class among those that are asked for it
     control_task
         Hewitt and Liang (2019): a random label for each *type*, the same wherever the type occurs, so that it can only
-        be learnt by heart. In a binary task the type is the prompt (a caption): a caption that is asked twice in
-        training is learnt with one image and scored with the other (half of them stand for validation), so that the
-        probe meets no new types, as in their design, and learns from fewer examples than it does for the true labels.
-        In a multi-label task the type is the rarest *other* category that the image shows, and each type has a random
-        label for each class; entries of an image that shows no other category do not count; the splits stay.
+        be learnt by heart, and each type has one for each class. The type is the prompt (a caption): a caption that is
+        asked twice in training is learnt with one image and scored with the other (half of them stand for validation),
+        so that the probe meets no new types, as in their design, and learns from fewer examples than it does for the
+        true labels. In a multi-label task the type is the rarest *other* category that the image shows; entries of an
+        image that shows no other category do not count; the splits stay.
 
     Parameters
     ----------
     y_nc, mask_nc : (n, c) labels 0 or 1, and 1 where an entry counts
     prompts, split : (n,)
+    kind : of the task, see :class:`probekit.chosen.Task`
 
     Returns
     -------
@@ -130,11 +131,11 @@ def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray
                 rows = np.flatnonzero((split == part) & (mask_nc[:, c] > 0))
                 out[rows, c] = y_nc[rng.permutation(rows), c]
         return out, mask_nc, split
-    if binary:
-        y_n, parts = _by_prompt(prompts, split, rng)
-        return y_n[:, None].astype(y_nc.dtype), mask_nc, parts
-    y, known = _by_other_category(y_nc, split, rng)
-    return y.astype(y_nc.dtype), mask_nc * known.astype(mask_nc.dtype), split
+    if kind == "multilabel":
+        y, known = _by_other_category(y_nc, split, rng)
+        return y.astype(y_nc.dtype), mask_nc * known.astype(mask_nc.dtype), split
+    y, parts = _by_prompt(prompts, split, y_nc.shape[1], rng)
+    return y.astype(y_nc.dtype), mask_nc, parts
 
 
 def _by_other_category(y_nc: np.ndarray, split: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -148,15 +149,16 @@ def _by_other_category(y_nc: np.ndarray, split: np.ndarray, rng: np.random.Gener
     return drawn[other, classes], np.isfinite(np.take_along_axis(shown, other, 1))
 
 
-def _by_prompt(prompts: np.ndarray, split: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) random labels by prompt, and splits in which known prompts come back."""
+def _by_prompt(prompts: np.ndarray, split: np.ndarray, c: int, rng: np.random.Generator
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """(n, c) random labels by prompt, and splits (n,) in which known prompts come back."""
     kind, train = pd.factorize(prompts)[0], rng.permutation(np.flatnonzero(split == "train"))
     again = train[pd.Series(kind[train]).duplicated().to_numpy()]
     if len(again) < 2 or len(np.unique(kind[train])) < FEWEST:
         raise ValueError(f"a control task needs at least {FEWEST} different prompts in training, some of them twice")
     parts = np.full(len(split), "", dtype=object)
     parts[train], parts[again[::2]], parts[again[1::2]] = "train", "validation", "test"
-    return rng.integers(0, 2, kind.max() + 1)[kind], parts
+    return rng.integers(0, 2, (kind.max() + 1, c))[kind], parts
 
 
 def bag_of_words(prompts: np.ndarray, y_n: np.ndarray, train: np.ndarray) -> np.ndarray:

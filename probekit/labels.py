@@ -13,7 +13,7 @@ import torch
 from probekit import compare, controls, metrics
 
 SPLITS = ("train", "validation", "test")
-HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro"}  # the metric that a kind of task is judged by
+HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro", "one_of": "f1_macro"}  # what a kind of task is judged by
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Task:
             return self.true
         own = self.true
         y, mask, split = controls.labels(control, own.y_nc.numpy(), own.mask_nc.numpy(), self.prompts, self.split_n,
-                                         own.kind == "binary", seed)
+                                         own.kind, seed)
         return Labels(control, own.kind, own.classes, own.image_n, torch.from_numpy(y), torch.from_numpy(mask),
                       _numbers(split, f"{self.name} ({controls.WORDS[control]})"))
 

@@ -49,8 +49,8 @@ TASKS = {
                                f"{THERE} (absent ones go with what is there)"),
     "relation": Task("binary", boxes.relation_task, "Is the one left of, right of, above, below the other?"),
     "size": Task("binary", boxes.size_task, "Is the one larger, or smaller, than the other?"),
-    "count": Task("multilabel", boxes.count_task, "How many of them are there?", boxes.COUNTS),
-    "attribute": Task("multilabel", boxes.attribute_task, "Which colour does it have?", boxes.COLOURS),
+    "count": Task("one_of", boxes.count_task, "How many of them are there?", boxes.COUNTS),
+    "attribute": Task("one_of", boxes.attribute_task, "Which colour does it have?", boxes.COLOURS),
 }
 
 
@@ -234,7 +234,7 @@ def _examples(name: str, task: Task, chosen: Chosen) -> pd.DataFrame:
     ValueError
         A local task without categories, or a split for which there is nothing to ask.
     """
-    if chosen.shows_nc.empty and task.kind == "multilabel":
+    if chosen.shows_nc.empty and task.kind != "binary":
         raise ValueError(f"task {name} asks about categories, and {chosen.build.folder} has none: take caption tasks, "
                          "or labels_from: captions with categories named")
     rows = task.build(chosen, np.random.default_rng([chosen.build.seed, crc32(name.encode())]))

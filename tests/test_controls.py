@@ -77,6 +77,21 @@ def test_the_control_task_of_captions_scores_known_captions_with_their_other_ima
         assert not set(rows) & set(control.split["train"].tolist())
 
 
+def test_the_control_task_of_one_answer_is_a_function_of_the_question():
+    rng = np.random.default_rng(0)
+    examples = pd.DataFrame({"image_id": range(300), "split": np.repeat(["train", "validation", "test"], 100),
+                             "task": "count", "prompt": [f"Number of {k % 12}:" for k in range(300)],
+                             "labels": np.eye(4, dtype=int)[rng.integers(4, size=300)].tolist(),
+                             "mask": [[1, 1, 1, 1]] * 300})
+    examples.attrs["tasks"] = {"count": {"kind": "one_of", "classes": list("1234"), "question": "?"}}
+    task = Task.of(examples, "count")
+    control = task.labels("control_task")
+    drawn = pd.DataFrame(control.y_nc.numpy()).groupby(task.prompts)
+    assert (drawn.nunique() == 1).all(axis=None) and 0.2 < drawn.first().to_numpy().mean() < 0.8
+    assert (control.mask_nc == task.true.mask_nc).all()  # every example counts
+    assert set(control.split["test"].tolist()) < set(task.true.split["train"].tolist())
+
+
 def test_the_control_task_of_categories_is_a_function_of_the_rarest_other_one():
     task = Task.of(table(), "category")
     control = task.labels("control_task")

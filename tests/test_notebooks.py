@@ -61,4 +61,4 @@ def test_real_photographs_go_the_whole_way(home):
     assert test.groupby(["task", "probe"]).layer.nunique().eq(9).all() and test.value.between(0, 1).all()
     assert set(table[table.task == "category"]["class"].dropna()) >= {"person", "dog", "car"}
     names = {path.stem for path in (home / "figures" / "photos").glob("*.html")}
-    assert names >= {"global_and_local", "category_categories", "category_localisation", "explorer_tiny-qwen2-vl"}
+    assert names >= {"global_and_local", "category_classes", "category_localisation", "explorer_tiny-qwen2-vl"}

@@ -127,7 +127,7 @@ def test_heatmaps_hold_what_the_table_holds(small_run):
     assert [t.z.shape for t in heat.data] == [(3, 9)]
     own = table[(table.control == "none") & (table.probe == "logreg") & (table.pooling == "mean")
                 & (table.task == "category") & (table.stage == "lm") & (table.split == "test")]
-    categories = plots.category_heatmap(table, "category").data[0]
+    categories = plots.class_heatmap(table, "category").data[0]
     for row, name in enumerate(categories.y):
         f1 = own[(own["class"] == name) & (own.metric == "f1")].sort_values("layer").value
         np.testing.assert_allclose(categories.z[row], f1)
@@ -174,7 +174,7 @@ def test_the_page_needs_no_network_and_says_it_all(page):
     assert (folder / "plotly.min.js").stat().st_size > 1e6
     wanted = {"global_and_local", "caption_accuracy", "caption_selectivity", "caption_codelength", "caption_poolings",
               "caption_stages", "caption_scores", "caption_confusion", "caption_transfer", "caption_losses",
-              "category_categories", "category_localisation", "category_list_f1_macro", "explorer_tiny-qwen2-vl"}
+              "category_classes", "category_localisation", "category_list_f1_macro", "explorer_tiny-qwen2-vl"}
     assert wanted <= set(figures)
     for name, drawn in figures.items():
         assert f'id="{name}"' in text and (folder / f"{name}.html").exists()

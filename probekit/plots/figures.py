@@ -84,7 +84,7 @@ def _scores(table: pd.DataFrame, own: pd.DataFrame, task: str, about: dict, prob
                      f"{about['question']} The {WORDS[metric]} of a probe on each layer. {BANDS}")
     if not binary:  # where the guesses from the training labels can be drawn, too
         found["accuracy"] = (curve("accuracy", published=published, chance=0.5),
-                             f"The share of right answers over all categories that are asked. {BANDS}")
+                             f"The share of right answers over everything that is asked. {BANDS}")
     if not binary and published:  # what the study calls macro-F1 is micro-F1
         found["f1_micro"] = (curve("f1_micro", published=True),
                              "F1 over the pooled counts of all categories, which is what the study reports.")
@@ -114,9 +114,10 @@ def _details(table: pd.DataFrame, own: pd.DataFrame, whole: Results, task: str, 
     found["scores"] = (heatmaps.score_heatmap(table, task, metrics, probe),
                        "Each cell is one layer's probe on the test images; darker is better.")
     if not binary:
-        found["categories"] = (heatmaps.category_heatmap(table, task, probe), (
-            "A row a category, the best known on top; hover for precision, recall and how many labels that rests on. "
-            "With few labels a cell is noise."))
+        what = "category" if about["kind"] == "multilabel" else "answer"
+        found["classes"] = (heatmaps.class_heatmap(table, task, probe, what), (
+            f"One row for each {what}, the best known on top; hover for precision, recall and how many labels that "
+            "rests on. With few labels a cell is noise."))
     found["confusion"] = (heatmaps.confusion_counts(table, task, probe), (
         "How many answers are right and wrong, and which way. Oranges that differ in height are a probe that prefers "
         "yes, or no."))

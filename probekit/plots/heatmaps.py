@@ -44,8 +44,8 @@ def _coloured(figure: go.Figure, low: float, high: float, title: str) -> go.Figu
                                            "colorbar": {"thickness": 12, "title": {"text": title, "side": "right"}}})
 
 
-def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> go.Figure:
-    """F1 of each category (rows, the best known on top) by layer (columns), a panel a model."""
+def class_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg", what: str = "category") -> go.Figure:
+    """F1 of each class (rows, the best known on top) by layer (columns), a panel a model."""
     rows = table[(table.task == task) & (table.control == "none") & (table.split == "test") & (table.probe == probe)
                  & (table["class"] != "") & (table.stage == stage_of(table))]
     named = look.pooling_named(rows, rows.pooling.iloc[0])
@@ -56,16 +56,16 @@ def category_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg") -> g
     models, names = list(dict.fromkeys(rows.model)), list(best.index)
     figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03)
     for i, model in enumerate(models, 1):
-        part = {what: wide[wide.model == model].pivot_table(index="class", columns="layer", values=what).reindex(names)
-                for what in ("f1", "precision", "recall", "support")}
-        told = np.stack([part[what].to_numpy() for what in ("precision", "recall", "support")], -1)
+        part = {name: wide[wide.model == model].pivot_table(index="class", columns="layer", values=name).reindex(names)
+                for name in ("f1", "precision", "recall", "support")}
+        told = np.stack([part[name].to_numpy() for name in ("precision", "recall", "support")], -1)
         figure.add_heatmap(
             z=part["f1"].to_numpy(), x=layer_number(part["f1"].columns.to_series()), y=names, row=1, col=i, xgap=1,
             ygap=1, coloraxis="coloraxis", customdata=told,
             hovertemplate=f"<b>%{{y}}</b>, {model}, layer %{{x}}<br>F1 %{{z:.3f}}<br>precision %{{customdata[0]:.3f}}, "
                           "recall %{customdata[1]:.3f}<br>asked about and there: %{customdata[2]:,.0f}<extra></extra>")
     line = 24 if len(names) <= 24 else 15
-    look.style(figure, f"F1 of each category by layer — {TASK_WORDS.get(task, task)}{named}",
+    look.style(figure, f"F1 of each {what} by layer — {TASK_WORDS.get(task, task)}{named}",
                150 + line * len(names), FULL)
     figure.update_yaxes(dtick=1, showgrid=False, tickfont={"size": 12 if len(names) <= 24 else 10})
     figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(rows.layer.nunique()), showgrid=False)

@@ -30,7 +30,13 @@ TASK_WORDS = {"caption": "global: does the caption belong?",
               "caption_same_categories": "global: the caption, or one with the same categories?",
               "caption_swapped": "global: the caption, or two of its words exchanged?",
               "category": "local: which categories?",
-              "category_list": "local: which categories, listed in the prompt?"}
+              "category_list": "local: which categories, listed in the prompt?",
+              "category_dense": "local: which categories, all of them asked?",
+              "object": "local: is this object there?",
+              "object_popular": "local: is this object there (absent ones are frequent)?",
+              "object_adversarial": "local: is this object there (absent ones go with the rest)?",
+              "relation": "where is the one from the other?", "size": "which one is larger?",
+              "count": "how many?", "attribute": "which colour?"}
 LAYER_AXIS = "decoder layer (0 = input embeddings)"
 DEPTH_AXIS = "relative depth (0 = input embeddings, 1 = last layer)"
 
