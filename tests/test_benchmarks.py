@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 
-from conftest import REPOSITORY
+import pytest
+from conftest import REAL_COCO, REPOSITORY
 
 
 def measured(tmp_path, *command) -> dict:
@@ -36,3 +37,16 @@ def test_probes_against_both_loops(tmp_path):
 def test_memory_of_probing(tmp_path):
     found = measured(tmp_path, "benchmarks/memory.py", "--examples", 600, "--layers", 3, "--width", 64)
     assert found["best_layer"] == "lm.02" and found["peak_rss_mb"] < found["before_mb"] + 500
+
+
+@pytest.mark.skipif(not REAL_COCO.exists(), reason="needs ../shared/coco beside the project")
+def test_counts_of_every_task(tmp_path):
+    own = tmp_path / "own.csv"
+    known = next((REAL_COCO / "val2017").glob("*.jpg")).name
+    own.write_text(f"image,text,label\n{known},There is a table.,1\nelsewhere.jpg,There is none.,0\n")
+    found = measured(tmp_path, "benchmarks/tasks.py", "--dataset", REAL_COCO, "--images", 60, 30, 30,
+                     "--statements", own)
+    rows = {row["task"]: row for row in found["tasks"]}
+    assert rows["caption"]["train"] == 120 and "colours" in rows["attribute"]["refused"]
+    assert found["statements"] == {"own": {"statements": 2, "usable": 1, "images": 1}}
+    assert found["agreement"]["precision"] > 0.9 > found["agreement"]["recall"]
