@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 INPUTS = ("no_image", "no_text", "wrong_image")
 LABELS = ("shuffled", "control_task")
 BASELINES = ("majority", "name_alone", "bag_of_words")  # the last one of binary tasks alone
-FEWEST = 10  # prompts that a random label is drawn for
+FEWEST = 10  # prompts that a random label is drawn for, and examples that score it
 WORDS = {
     "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
     "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
@@ -154,8 +154,9 @@ def _by_prompt(prompts: np.ndarray, split: np.ndarray, c: int, rng: np.random.Ge
     """(n, c) random labels by prompt, and splits (n,) in which known prompts come back."""
     kind, train = pd.factorize(prompts)[0], rng.permutation(np.flatnonzero(split == "train"))
     again = train[pd.Series(kind[train]).duplicated().to_numpy()]
-    if len(again) < 2 or len(np.unique(kind[train])) < FEWEST:
-        raise ValueError(f"a control task needs at least {FEWEST} different prompts in training, some of them twice")
+    if len(again) < 2 * FEWEST or len(np.unique(kind[train])) < FEWEST:
+        raise ValueError(f"a control task needs at least {FEWEST} different prompts in training, and {2 * FEWEST} "
+                         "examples whose prompt is asked once more there")
     parts = np.full(len(split), "", dtype=object)
     parts[train], parts[again[::2]], parts[again[1::2]] = "train", "validation", "test"
     return rng.integers(0, 2, (kind.max() + 1, c))[kind], parts

@@ -125,6 +125,14 @@ def test_too_few_prompts_have_no_control_task():
         Task.of(examples, "caption").labels("control_task")
 
 
+def test_prompts_that_hardly_come_back_have_no_control_task():
+    examples = table()
+    rows = np.flatnonzero(examples.task == "caption")
+    examples.loc[rows[:-6], "prompt"] = [f"caption {k}" for k in rows[:-6]]
+    with pytest.raises(ValueError, match="20 examples whose prompt is asked once more"):
+        Task.of(examples, "caption").labels("control_task")
+
+
 def test_baselines_are_the_shares_of_the_training_labels():
     y = np.array([[1, 0], [1, 1], [0, 1], [1, 1]])
     mask = np.array([[1, 1], [1, 0], [1, 0], [1, 0]])

@@ -223,7 +223,7 @@ def test_a_control_that_a_task_cannot_have_is_left_out_with_a_word(tmp_path):
         f"{name}/mean": activations[name, "mean"] for name in LAYERS})
     view = store.Store(activations.folder, single, ("lm",), ("mean",))
     settings = replace(QUICK, probes=("logreg",), controls=("shuffled", "control_task"))
-    with pytest.warns(UserWarning, match="caption has no control task: .* some of them twice"):
+    with pytest.warns(UserWarning, match="caption has no control task: .* whose prompt is asked once more"):
         found = probe(view, single, settings, tmp_path / "out").metrics
     assert "shuffled" in set(found.control) and "control_task" not in set(found.control)
 
