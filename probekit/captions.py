@@ -120,7 +120,7 @@ def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "ran
     similar
         the most similar ones of other images, paraphrases excluded
     same_categories
-        those of other images that show the same categories; images without such another are left out
+        those of other images that show the same categories; images without such another, or without any, are left out
     swapped
         its own right ones with two words exchanged; captions in which none can be exchanged are left out
 
@@ -161,7 +161,8 @@ def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own:
         if not shows.shape[1]:
             raise ValueError(f"{chosen.build.folder} has no categories that could be the same: leave "
                              "caption_same_categories out")
-        given = same_kind(right, own, [row.tobytes() for row in shows], rng)
+        same = [row.tobytes() if row.any() else i for i, row in enumerate(shows)]  # what shows none is like no other
+        given = same_kind(right, own, same, rng)
     else:
         known = [{text.lower() for text in said} for said in own]
         given = dealt(len(right), lambda i, j: right[j].lower() in known[i], rng)

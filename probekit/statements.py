@@ -102,20 +102,21 @@ def found(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
         parts = Path(file).parts
         for k in range(1, min(len(parts), 4) + 1):  # 1.jpg, val/1.jpg, images/val/1.jpg, ...
             known.setdefault("/".join(parts[-k:]), []).append(image)
+    numbers = {number: image for image, file in images.file.items() if (number := _number(file)) is not None}
     ids = []
     for name in statements.image:
         owners = known.get(name.strip().removeprefix("./"), [])
         if len(owners) > 1:
             raise ValueError(f"{name} is the name of {len(owners)} images: write the folders before it, too")
-        ids.append(owners[0] if owners else _by_number(name, images.index))
+        ids.append(owners[0] if owners else numbers.get(_number(name)))
     table = statements.assign(image_id=ids)[["image_id", "text", "label"]]
     return table[table.image_id.notna()].astype({"image_id": images.index.dtype}).reset_index(drop=True)
 
 
-def _by_number(name: str, known: pd.Index) -> int | None:
+def _number(name: str) -> int | None:
+    """The number in the names that COCO gives its images, old and new."""
     match = re.fullmatch(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg", Path(name).name)
-    number = int(match[1]) if match else None
-    return number if number in known else None
+    return int(match[1]) if match else None
 
 
 def statement_task(name: str, file: Path) -> Task:

@@ -3,10 +3,12 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import REAL_COCO, needs_real_coco
 
 from probekit import captions, coco, controls, scenes, similar, tasks
+from probekit.chosen import Build, Chosen
 
 KINDS = ("random", "similar", "same_categories", "swapped")
 
@@ -87,6 +89,15 @@ def test_what_holds_both_ways_round_is_not_swapped():
     assert swapped("An orange cup is above a red car") == "An orange car is above a red cup"  # not “a orange car”
     assert swapped("Waves") is None
     assert swapped("A picture of a tall man") is None
+
+
+def test_images_that_show_nothing_are_not_of_the_same_categories():
+    images = pd.DataFrame({"file": "x", "split": "train"}, index=range(6))
+    texts = pd.Series([["one bird"], ["two boats"], ["a cup"], ["old shoes"], ["snow"], ["a tall tower"]], range(6))
+    shows = pd.DataFrame({"cup": [0, 0, 0, 0, 1, 1]}, dtype=bool)
+    found = captions.caption_task(Chosen(Build("x"), images, texts, shows, shows & False, pd.DataFrame()),
+                                  np.random.default_rng(0), "same_categories")
+    assert set(found.index) == {4, 5} and len(found) == 4
 
 
 def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):

@@ -59,6 +59,8 @@ def test_images_are_found_by_name_by_path_and_by_number():
     assert statements.found(table, images).image_id.tolist() == [2, 1, 12, 12]
     with pytest.raises(ValueError, match="name of 2 images: write the folders"):
         statements.found(table.assign(image="7.jpg"), images)
+    elsewhere = pd.DataFrame({"image": ["000000000002.jpg"], "text": "x", "label": 1})
+    assert statements.found(elsewhere, images).empty  # an id is not a number in a name
 
 
 def test_files_become_tasks_about_the_images_they_name(scene_folder, tmp_path):
