@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +36,13 @@ def fingerprint(*parts) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file beside `path`, flush it to disk, then rename it: no half file is ever visible."""
+    """Let `write` fill a file beside `path`, flush it to disk, then rename it: no half file is ever visible.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or cannot be written to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -42,6 +50,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         with part.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
+    except Exception as error:
+        if "No space left" not in str(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(errno.ENOSPC, f"no space left for {path} ({free:,.1f} MB are free): make room and run this "
+                                    "again, it goes on where it stopped") from None
     finally:
         part.unlink(missing_ok=True)
     return path
