@@ -6,13 +6,15 @@
             rows.parquet                  file, size in bytes, prompt; rows of one image next to each other
             part.json                     wants ("lm/mean", ...), the shards' first rows
             shard-00000.safetensors       "<layer>/<pooling>": (rows of the shard, d) for the decoder, (images, d) for
-                                          the image encoder; float16 where that is precise enough, else float32
+                                          the image encoder; float16 where that is precise enough, else float32;
+                                          and which shard of which part of which model it is, with a hash a tensor
 
 What a row holds is a matter of its image and prompt alone, so runs share parts: a new run computes what no part has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +43,17 @@ def compact(values: np.ndarray) -> np.ndarray:
         if (np.abs(half - values).max(0) * 32 <= np.maximum(spread, np.median(spread) / 100)).all():
             return np.ascontiguousarray(half)
     return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def digest(values: np.ndarray) -> str:
+    """32 hexadecimal digits of the SHA-256 of an array's numbers as they lie on disk, little end first."""
+    values = np.ascontiguousarray(values)
+    return hashlib.sha256(values.astype(values.dtype.newbyteorder("<"), copy=False).data).hexdigest()[:32]
+
+
+def note_of(shard: safe_open) -> dict:
+    """What a shard says of itself: `model`, `part`, `first_row`, and `sha256` by tensor."""
+    return json.loads((shard.metadata() or {}).get("probekit", "{}"))
 
 
 def want_of(key: str) -> str:
@@ -136,19 +149,27 @@ class Part:
         """Write shard i whole; `states` maps ``"<layer>/<pooling>"`` to float32 of this shard's rows or images."""
         tensors = {key: compact(values) for key, values in states.items()}
         # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
-        note = {"probekit": json.dumps(self._note(i))}
+        hashes = {key: digest(tensors[key]) for key in sorted(tensors)}
+        note = {"probekit": json.dumps(self._note(i) | {"sha256": hashes})}
         return paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
 
     def _note(self, i: int) -> dict:
-        return {"part": self.folder.name, "first_row": int(self.starts[i])}
+        return {"model": self.folder.parent.name, "part": self.folder.name, "first_row": int(self.starts[i])}
 
     def is_done(self, i: int) -> bool:
         """Is shard i there, complete, and the one that belongs there?"""
+        return not self.lacks(i)
+
+    def lacks(self, i: int) -> str:
+        """Why shard i cannot be read; "" where it can. Looks at its beginning and its length, not at its numbers."""
+        if not self.shard(i).exists():
+            return "is missing"
         try:
             with safe_open(self.shard(i), framework="numpy") as shard:
-                return json.loads((shard.metadata() or {}).get("probekit", "{}")) == self._note(i)
-        except (FileNotFoundError, SafetensorError):
-            return False
+                note = note_of(shard)
+        except (OSError, SafetensorError) as error:
+            return f"cannot be opened ({error})"
+        return "" if note.items() >= self._note(i).items() else "belongs somewhere else"
 
     def places(self, want: str) -> pd.DataFrame:
         """Where the values of a want are, by key: `shard`, and `row` in its tensors."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from probekit import controls, paths
-from probekit.parts import Part, keys_of, rows_of
+from probekit.parts import Part, digest, keys_of, note_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Store:
     ------
     FileNotFoundError
         Some of them have not been extracted.
+    ValueError
+        What is read is not what was written.
     """
 
     folder: Path
@@ -134,6 +136,10 @@ class Store:
         for path, to, rows in self._reads(f"{stage}/{pooling}"):
             with safe_open(path, framework="pt") as shard:
                 values = shard.get_tensor(f"{layer}/{pooling}")
+                if digest(values.numpy()) != note_of(shard)["sha256"].get(f"{layer}/{pooling}"):
+                    raise ValueError(f"{path} is damaged, its {layer}/{pooling} is not what was written: python -m "
+                                     f"probekit verify {paths.relative(self.folder)} --remove takes away what is "
+                                     "damaged, then 02_extract makes just that again")
             out = torch.empty(len(self.examples), values.shape[1]) if out is None else out
             out[to] = values[rows].float() if isinstance(to, torch.Tensor) else values[rows]
         return out.numpy()
