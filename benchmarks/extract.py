@@ -119,7 +119,7 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")
     ready = []
     works = loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)
-    for batch in loading.batches(works, 2048, lambda: "shared"):
+    for batch in loading.batches(works, lambda: 2048, lambda: "shared"):
         prepared = [work.prepared for work in batch]
         p, rows = inputs.common_length(prepared), [row for one in prepared for row in one.tokens]
         before = inputs.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])

@@ -16,6 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                      help="a notebook's parameter, its value in YAML")
     run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
+    extract = commands.add_parser("extract", help="make shards of 02_extract, as one of several processes")
+    extract.add_argument("--params", required=True, type=Path, help="as for run")
+    extract.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    extract.add_argument("--rank", type=int, help="number of this process from 0; torchrun and SLURM say it")
+    extract.add_argument("--world-size", type=int, help="how many processes there are")
     models = commands.add_parser("models", help="list the checkpoints that have a name here, or describe one")
     models.add_argument("id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone")
     download = commands.add_parser("download", help="fetch a sample of MS COCO, not all of its images")
@@ -28,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("--archive", help="another address of the annotation archive")
     commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
     options = parser.parse_args(arguments)
-    known = {"doctor": _doctor, "download": _download, "models": _models, "run": _run}
+    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "run": _run}
     return known[options.command](options)
 
 
@@ -45,6 +50,31 @@ def _download(options: argparse.Namespace) -> int:
     for row in lost.itertuples():
         print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
     return 1 if len(lost) else 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from probekit import extract, paths, tasks
+    from probekit.launch import place_among, ranked
+    from probekit.models import best_device
+    from probekit.run import notebooks, parameters_of
+
+    rank, world_size, local = place_among()
+    rank, world_size = (rank if options.rank is None else options.rank), options.world_size or world_size
+    try:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"--rank {rank} --world-size {world_size}: ranks go from 0 to {world_size - 1}")
+        book, = (book for book in notebooks() if book.stem == "02_extract")
+        parameters = parameters_of(book, options.params, options.overrides)
+        device = parameters["device"] or best_device()
+        parameters["device"] = f"cuda:{local}" if device == "cuda" else device
+        examples = tasks.load(paths.DATA / "tasks" / parameters["run"])
+        made = [len(ranked(job, rank, world_size)) for job in extract.jobs(parameters, examples)]
+    except (OSError, ValueError) as error:
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
+    print(f"rank {rank} of {world_size} made {sum(made)} shards; when all are there, go on with: python -m probekit "
+          f"run --params {options.params} --from 02")
+    return 0
 
 
 def _models(options: argparse.Namespace) -> int:

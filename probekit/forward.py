@@ -233,7 +233,14 @@ def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length:
 
 # --------------------------------------------------------------------------------------------------------- the choice
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words on MPS and CPU
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Did a device or the machine have no memory left? Only CUDA has an exception of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
 @dataclass(frozen=True)
@@ -262,9 +269,9 @@ def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
     for way in ways:
         try:
             states = run(vlm, prepared, poolings, stages, way)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever an architecture makes of it: said, and the next way is tried
+            if is_out_of_memory(error):
+                raise
             failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
             continue
         alone = alone or run(vlm, [prepared[i].only(-1)], poolings)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from probekit import coco, paths
 from probekit.inputs import shape_of
@@ -45,12 +45,13 @@ class _Images(Dataset):
     """The images of several tables of rows, one after the other; an error is an item too."""
 
     def __init__(self, preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame]):
-        self.preparer, self.longest_side, self.items = preparer, longest_side, []
+        self.preparer, self.longest_side, self.items, self.starts = preparer, longest_side, [], [0]
         for shard, rows in enumerate(shards):
             starts = np.flatnonzero(np.diff(units_of(rows), prepend=-1))
             for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
                 first = rows.iloc[places[0]]
                 self.items.append((shard, image, places, first.file, first["size"], rows.prompt[places].tolist()))
+            self.starts.append(len(self.items))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -69,18 +70,31 @@ class _Images(Dataset):
             return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error}")
 
 
-def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int) -> Iterator[Work]:
-    """The images of the shards in order, decoded and processed ahead of the model by worker processes.
+class _InOrder(Sampler):
+    """The images of shards, each shard asked for when its first image is."""
+
+    def __init__(self, starts: Sequence[int], order: Iterable[int]):
+        self.starts, self.order = starts, order
+
+    def __iter__(self) -> Iterator[int]:
+        return (k for shard in self.order for k in range(self.starts[shard], self.starts[shard + 1]))
+
+
+def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int,
+          order: Iterable[int] | None = None) -> Iterator[Work]:
+    """The images of shards, decoded and processed ahead of the model by worker processes.
 
     Parameters
     ----------
     shards : rows with `file` and `prompt`, those of one image next to each other
     workers : 0 prepares each image when it is asked for
+    order : numbers of the shards that are wanted, each taken from it not long before it is worked on; None takes all
     """
     images = _Images(preparer, longest_side, shards)
     workers = min(workers, len(images) // 8)
     start = {"multiprocessing_context": "fork"} if workers and sys.platform == "linux" else {}
-    loader = DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=_quiet, **start)
+    order = _InOrder(images.starts, range(len(shards)) if order is None else order)
+    loader = DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=_quiet, sampler=order, **start)
     for work in loader:
         if isinstance(work, Exception):
             raise work
@@ -94,22 +108,22 @@ def _quiet(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def batches(works: Iterable[Work], budget: int, way: Callable[[], str]) -> Iterator[list[Work]]:
+def batches(works: Iterable[Work], budget: Callable[[], int], way: Callable[[], str]) -> Iterator[list[Work]]:
     """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens.
 
-    `way` says which way the model goes by now, on which its number of tokens depends. Images of rare shapes wait for
-    others of theirs, up to four budgets in all; then the fullest batch goes.
+    `budget` may shrink meanwhile, and `way`, on which the number of tokens depends, be found out. Images of rare shapes
+    wait for others of theirs, up to four budgets in all; then the fullest batch goes.
     """
     waiting: dict[tuple, list[Work]] = defaultdict(list)
     filled: dict[tuple, int] = defaultdict(int)
     for work in works:
         shape, tokens = shape_of(work.prepared), work.tokens(way())
-        if waiting[shape] and filled[shape] + tokens > budget:
+        if waiting[shape] and filled[shape] + tokens > budget():
             filled.pop(shape)
             yield waiting.pop(shape)
         waiting[shape].append(work)
         filled[shape] += tokens
-        if sum(filled.values()) > 4 * budget:
+        if sum(filled.values()) > 4 * budget():
             fullest = max(filled, key=filled.get)
             filled.pop(fullest)
             yield waiting.pop(fullest)

@@ -104,7 +104,7 @@ def run(vlm: Vlm, rows: pd.DataFrame, linear: Linear, longest_side: int | None, 
     """The place in `rows` (columns `file`, `prompt`; an image each) and the heat of every example, batch by batch."""
     works = loading.ahead(vlm.preparer, longest_side, [parts.rows_of(rows)], 0)
     grid, checked = Grid(vlm), False
-    for batch in loading.batches(works, batch_tokens, lambda: "plain"):
+    for batch in loading.batches(works, lambda: batch_tokens, lambda: "plain"):
         images = [coco.load_rgb(paths.resolve(rows.file.iloc[work.rows[0]]), longest_side) for work in batch]
         if not checked:
             check(vlm, images[:CHECKED], rows.prompt.iloc[0])

@@ -95,6 +95,19 @@ def checked(parameters: dict[str, object], known: dict[str, Parameter]) -> dict[
     return parameters
 
 
+def parameters_of(book: Path, file: Path, overrides: list[str]) -> dict[str, object]:
+    """The parameters of one notebook: what a file and overrides say, else what it declares.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`read_parameters` and :func:`checked`.
+    """
+    known = {name: about for one in notebooks() for name, about in declared(one).items()}
+    given = checked(read_parameters(file, overrides), known)
+    return {name: given.get(name, about.default) for name, about in declared(book).items()}
+
+
 def run(file: Path, overrides: list[str], start: str = "01") -> Path:
     """Execute the notebooks from number `start` on; returns the folder of the executed copies.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from probekit import coco, controls, extract, forward, loading, parts, paths, store
+from probekit import coco, controls, extract, forward, loading, parts, paths, store, worker
 from probekit.extract import Extraction
 from probekit.models import load_vlm
 
@@ -41,13 +41,13 @@ def test_settings_and_weights_name_the_folder(data):
 @pytest.fixture
 def computed(monkeypatch):
     """What is computed from now on: (rows, wants) of each shard."""
-    seen, honest = [], extract.finish_shard
+    seen, honest = [], worker.finish_shard
 
     def watched(part, i, *rest):
         seen.append((len(part.shard_rows(i)), part.wants))
         return honest(part, i, *rest)
 
-    monkeypatch.setattr(extract, "finish_shard", watched)
+    monkeypatch.setattr(worker, "finish_shard", watched)
     return seen
 
 
@@ -103,12 +103,12 @@ def test_bad_settings_are_named_before_anything_is_loaded(data, examples):
             extract.extract(replace(Extraction("tiny-qwen2-vl"), **change), examples, "cpu")
 
 
-def test_a_batch_that_is_too_large_names_the_mend(data, examples, monkeypatch):
+def test_a_prompt_that_is_too_large_names_the_mend(data, examples, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(forward, "run", full)
-    with pytest.raises(MemoryError, match="take fewer batch_tokens"):
+    with pytest.raises(MemoryError, match=r"one prompt with its image, .* take a smaller longest_side"):
         extract.extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
 
 
@@ -121,7 +121,7 @@ def test_vision_alone_does_not_run_the_decoder(data, examples, monkeypatch):
         vlm.stack.register_forward_pre_hook(lambda *seen: pytest.fail("the decoder runs"))
         return vlm
 
-    monkeypatch.setattr("probekit.models.load_vlm", without_decoder)
+    monkeypatch.setattr("probekit.worker.load_vlm", without_decoder)
     done = extract.extract(settings, examples, "cpu")
     assert done.layers == ["vision.00", "vision.01", "vision.02", "vision.03", "projector"]
     assert done["projector", "mean"].shape == (len(examples), 128)
@@ -168,7 +168,7 @@ def test_shards_without_their_record_are_made_again(data, examples):
 def test_no_model_is_loaded_when_all_is_there(data, examples, monkeypatch):
     settings = Extraction("tiny-qwen2-vl", shard_images=25)
     extract.extract(settings, examples, "cpu")
-    monkeypatch.setattr("probekit.models.load_vlm", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("probekit.worker.load_vlm", lambda *a, **k: pytest.fail("loaded"))
     extract.extract(settings, examples, "cpu")
 
 
@@ -262,7 +262,8 @@ def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
     assert [work.image for work in works] == list(range(60))
     assert np.array_equal(np.concatenate([work.rows for work in works]), np.arange(len(rows)))
     for way in ("shared", "plain"):
-        sizes = [sum(work.tokens(way) for work in batch) for batch in loading.batches(works, 3000, lambda w=way: w)]
+        sizes = [sum(work.tokens(way) for work in batch)
+                 for batch in loading.batches(works, lambda: 3000, lambda w=way: w)]
         assert max(sizes) <= 3000 and len(sizes) > 2 and min(sizes[:-1]) > 1500
 
 
@@ -276,9 +277,7 @@ def test_what_a_worker_cannot_read_is_named_as_it_is(examples, vlm, tmp_path):
 
 
 def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch):
-    from probekit import models
-
-    honest, alive = models.load_vlm, []
+    honest, alive = load_vlm, []
 
     def watched(*arguments, **named):
         gc.collect()
@@ -287,7 +286,7 @@ def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch
         alive.extend(weakref.ref(p) for p in vlm.model.parameters())
         return vlm
 
-    monkeypatch.setattr(models, "load_vlm", watched)
+    monkeypatch.setattr(worker, "load_vlm", watched)
     for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
         extract.extract(Extraction(name, workers=2), examples.head(80), "cpu")
     assert len(alive) > 200

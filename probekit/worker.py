@@ -1,0 +1,244 @@
+"""The shards of a run, and the worker that makes them: one copy of the model, whoever starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from probekit import loading, parts
+from probekit.models import Vlm, load_vlm
+from probekit.parts import Part
+from probekit.passes import Passes
+from probekit.shared import Shared
+
+if TYPE_CHECKING:
+    from probekit.extract import Extraction
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
+
+# ------------------------------------------------------------------------------------------------------------ a shard
+
+
+def extract_shard(passes: Passes, part: Part, i: int, works: Iterable[loading.Work], bar: tqdm
+                  ) -> dict[str, np.ndarray]:
+    """The states of shard i, the unit of work: the same model, way and rows make the same numbers, whoever asks.
+
+    Parameters
+    ----------
+    works : this shard's images in order, as :func:`probekit.loading.ahead` gives them
+
+    Returns
+    -------
+    dict
+        ``"<layer>/<pooling>"`` to float32, (rows, d) for the decoder and (images, d) for the image encoder.
+    """
+    rows = part.shard_rows(i)
+    size, states, held = {True: len(rows), False: rows.file.nunique()}, {}, None
+
+    def land(batch: Sequence[loading.Work], arriving: dict, wait: Callable[[], None]) -> None:
+        wait()
+        places = {True: np.concatenate([work.rows for work in batch]), False: np.array([work.image for work in batch])}
+        for key, values in arriving.items():
+            of_lm = key.startswith("lm.")
+            states.setdefault(key, np.empty((size[of_lm], values.shape[1]), np.float32))[places[of_lm]] = values
+
+    for batch in loading.batches(works, lambda: passes.budget, lambda: passes.way):
+        found = passes(batch, part)
+        arriving = {key: values.to("cpu", non_blocking=True) for key, values in found.items()
+                    if parts.want_of(key) in part.wants}
+        coming = batch, arriving, passes.vlm.mark()
+        if held:  # the device works on this batch while the one before is put away
+            land(*held)
+        held = coming
+        bar.update(len(batch))
+    land(*held)
+    return states
+
+
+def finish_shard(part: Part, i: int, states: dict[str, np.ndarray], name: str) -> Path:
+    """Check a shard and write it.
+
+    Raises
+    ------
+    FloatingPointError
+        A hidden state is not finite (model, layer and example are named).
+    ValueError
+        The model does not see the prompts.
+    """
+    rows = part.shard_rows(i)
+    for key, values in states.items():
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
+            at = rows[rows.file.ne(rows.file.shift())] if len(values) < len(rows) else rows
+            raise FloatingPointError(
+                f"{name}, {key}: not finite for {len(bad)} of {len(values)}, the first is {at.file.iloc[bad[0]]} with "
+                f"{at.prompt.iloc[bad[0]][:80]!r}; try dtype=\"float32\" or \"bfloat16\"")
+    _check_prompts_seen(states, rows, name)
+    return part.write(i, states)
+
+
+def _check_prompts_seen(states: dict[str, np.ndarray], rows: pd.DataFrame, name: str) -> None:
+    last = max((key.partition("/")[0] for key in states if key.startswith("lm.")), default=None)
+    image = pd.factorize(rows.file)[0]
+    first = np.unique(image, return_index=True)[1][image]
+    other = (rows.prompt.to_numpy() != rows.prompt.to_numpy()[first]) if (first != np.arange(len(rows))).any() else None
+    if other is None:  # one prompt an image: against the first example
+        first, other = np.zeros(len(rows), int), (rows.prompt != rows.prompt[0]).to_numpy()
+    for pooling in ("mean", "max", "last", "text_mean"):  # the first tokens of a causal model never see the prompt
+        values = states.get(f"{last}/{pooling}")
+        if values is not None and other.any() and (values[other] == values[first[other]]).all():
+            raise ValueError(
+                f"{name}, {last}/{pooling}: the same for examples with different prompts, in all {other.sum()} pairs, "
+                "so any probe of it scores at chance; the prompt does not reach the tokens that are pooled: check this "
+                "checkpoint's chat template, processor and attention mask")
+
+
+# ------------------------------------------------------------------------------------------------------------- a job
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run asks of a model, the same for all who work on it.
+
+    Attributes
+    ----------
+    settings : resolved
+    folder : of the model's activations
+    device : see :func:`probekit.models.load_vlm`
+    shards : that hold what is asked, done or not
+    url : where `folder` is mirrored for other machines, see :class:`probekit.shared.Shared`
+    """
+
+    settings: Extraction
+    folder: Path
+    device: str
+    shards: tuple[tuple[Part, int], ...]
+    url: str | None = None
+
+    @property
+    def shared(self) -> Shared:
+        return Shared(self.folder, self.url)
+
+    def missing(self) -> list[int]:
+        """Places of those shards that are neither here nor in the mirror."""
+        there = self.shared.there("part-*/shard-*.safetensors")
+        return [k for k, (part, i) in enumerate(self.shards) if part.shard(i) not in there and not part.is_done(i)]
+
+    def push(self) -> None:
+        """Bring to the mirror what is here of this job and not there."""
+        shared, files = self.shared, [self.folder / "meta.json"]
+        for part, i in self.shards:
+            files += [part.folder / "rows.parquet", part.folder / "part.json", *[part.shard(i)] * part.is_done(i)]
+        there = shared.there("*") | shared.there("part-*/*")
+        for path in dict.fromkeys(files) if shared.mirrored else ():
+            if path not in there and path.exists():
+                shared.push(path)
+
+
+class Worker:
+    """One copy of the model, and the shards that it makes.
+
+    The model is loaded with the first shard that nobody else has or makes; :meth:`release` gives its memory back.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.shared, self.passes = job, job.shared, None
+
+    def __call__(self, places: Sequence[int]) -> list[int]:
+        """Make those of the job's shards at `places` that are missing and that nobody else is making.
+
+        Returns
+        -------
+        list
+            The places of those that were made.
+        """
+        order = self._claimed(places)
+        first = next(order, None)
+        if first is None:
+            return []
+        try:
+            self.load()
+            return self._make(places, chain([first], order))
+        finally:
+            self.shared.release_all()
+
+    def load(self) -> None:
+        """Load the model, write down what it is, settle which way it goes."""
+        if self.passes:
+            return
+        job, own = self.job, self.job.settings
+        vlm = load_vlm(own.model, own.revision, own.dtype, job.device, own.untrained, own.seed)
+        lacking = [stage for stage in own.stages if not vlm.layers_of_stage[stage]]
+        if lacking:
+            told = (f"{vlm.name} ({vlm.config.model_type}) has no stage {', '.join(lacking)} that can be read layer by "
+                    "layer")
+            if lacking == list(own.stages):
+                raise ValueError(f"{told}: take stages=[\"lm\"]")
+            tqdm.write(f"{told}: left out")
+        self.passes = Passes(vlm, own.sharing, own.batch_tokens, own.longest_side, self.shared, _meta(vlm, own))
+        missing = [job.shards[place] for place in job.missing()]
+        rows = [part.shard_rows(i) for part, i in missing]
+        images = sum(parts.units_of(table).max() + 1 for table in rows)
+        tqdm.write(f"{vlm.name}{' (untrained)' if own.untrained else ''} on {vlm.device} in {vlm.dtype}: "
+                   f"{sum(map(len, rows)):,} examples of {images:,} images, {len(missing)} of {len(job.shards)} shards")
+        self.passes.settle(missing)
+
+    def release(self) -> None:
+        if self.passes:
+            self.passes.vlm.release()
+            self.passes = None
+
+    def _claimed(self, places: Sequence[int]) -> Iterator[int]:
+        """Positions in `places` of what this worker is to make, each claimed when it is asked for."""
+        for at, place in enumerate(places):
+            part, i = self.job.shards[place]
+            if not self._there(part, i) and self.shared.claim(part.shard(i)):
+                if self._there(part, i):  # made between the two looks
+                    self.shared.release(part.shard(i))
+                else:
+                    yield at
+
+    def _there(self, part: Part, i: int) -> bool:
+        return part.is_done(i) or self.shared.has(part.shard(i))
+
+    def _make(self, places: Sequence[int], order: Iterable[int]) -> list[int]:
+        job, made = self.job, []
+        tables = [part.shard_rows(i) for part, i in (job.shards[place] for place in places)]
+        images = sum(parts.units_of(table).max() + 1 for table in tables)
+        works = loading.ahead(self.passes.vlm.preparer, job.settings.longest_side, tables, job.settings.workers, order)
+        with ThreadPoolExecutor(1) as writer, tqdm(total=images, desc=job.folder.parent.name, unit="image",
+                                                   bar_format=BAR) as bar:
+            writing: Future | None = None
+            for at, group in groupby(works, lambda work: work.shard):
+                part, i = job.shards[places[at]]
+                states = extract_shard(self.passes, part, i, group, bar)
+                before, writing = writing, writer.submit(self._finish, part, i, states)
+                for done in (before, None if made else writing):  # the first shard shows what is wrong with the model;
+                    if done:  # later ones are written while the next is computed
+                        done.result()
+                made.append(places[at])
+            writing.result()
+        return made
+
+    def _finish(self, part: Part, i: int, states: dict[str, np.ndarray]) -> None:
+        self.shared.push(finish_shard(part, i, states, self.passes.vlm.name))
+        self.shared.release(part.shard(i))
+
+
+def _meta(vlm: Vlm, settings: Extraction) -> dict:
+    return {
+        "model": vlm.name, "type": vlm.config.model_type, "revision": vlm.revision, "untrained": settings.untrained,
+        "dtype": vlm.dtype, "device": vlm.device, "layers": vlm.layers_of_stage, "settings": asdict(settings),
+        "prompt": vlm.preparer.wrap("{prompt}"),
+        "image_processor": type(vlm.processor.image_processor).__name__,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "timm", "safetensors")},
+    }

@@ -1,0 +1,182 @@
+"""Several workers on the same shards: side by side, on a Ray cluster, and when some of them die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from probekit import launch
+from probekit.launch import Launch, place_among
+
+SHARDS = 60
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+import pandas as pd
+from probekit import extract, paths, worker
+from probekit.launch import Launch, ranked
+folder, how = Path(sys.argv[1]), json.loads(sys.argv[2])
+paths.DATA = folder
+
+def watched(part, i, *rest, honest=worker.finish_shard):
+    time.sleep(how.get("sleep", 0))
+    done = honest(part, i, *rest)
+    with (folder / "made.txt").open("a") as log:
+        log.write(f"{part.shard(i).name} {os.getpid()}\\n")
+    return done
+
+worker.finish_shard = watched
+if __name__ == "__main__":
+    examples = pd.read_parquet(folder.parent / "examples.parquet")
+    settings = extract.Extraction("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
+    (folder / f"ready-{os.getpid()}").touch()
+    while len([*folder.glob("ready-*")]) < how.get("together", 1):
+        time.sleep(0.01)
+    if "rank" in how:
+        ranked(extract.plan(settings, examples, (), "cpu")[0], how["rank"], 2)
+    else:
+        extract.extract_all(settings, examples, (), "cpu", Launch(**how.get("launch", {})))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(examples, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    examples.to_parquet(folder / "examples.parquet")
+    (folder / "work.py").write_text(WORKER)
+    return folder
+
+
+def start(folder: Path, **how) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+    environment |= how.pop("environment", {})
+    return subprocess.Popen([sys.executable, folder.parent / "work.py", folder, json.dumps(how)], env=environment,
+                            stderr=(folder / "stderr.txt").open("a"), stdout=subprocess.DEVNULL, cwd=folder)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("activations/*/*/part-*/shard-*.safetensors"))}
+
+
+def made(folder: Path) -> list[list[str]]:
+    """(shard, process) in the order of the making."""
+    log = folder / "made.txt"
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        assert process is None or process.poll() is None, "ended too early"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(base) -> dict[str, bytes]:
+    """The shards as one process makes them."""
+    assert start(base / "alone").wait() == 0
+    assert len(shards(base / "alone")) == SHARDS
+    return shards(base / "alone")
+
+
+def complete(folder: Path, expected: dict[str, bytes]) -> bool:
+    return shards(folder) == expected and not list(folder.rglob("*.claim-*")) and not list(folder.rglob("*.part"))
+
+
+def test_two_processes_side_by_side_share_the_work(base, alone):
+    both = [start(base / "both", rank=rank, together=2, sleep=0.05) for rank in (0, 1)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert complete(base / "both", alone)
+    by = dict(made(base / "both"))
+    assert len(made(base / "both")) == len(by) == SHARDS and len(set(by.values())) == 2
+    first = [name for name, pid in made(base / "both") if pid == str(both[1].pid)][:3]
+    assert [int(name[6:11]) % 2 for name in first] == [1, 1, 1]  # its own share first
+
+
+def test_what_a_killed_process_had_begun_another_takes_up(base, alone):
+    folder = base / "killed"
+    one, two = (start(folder, together=2, sleep=0.05) for _ in range(2))
+    wait_for(lambda: {pid for _, pid in made(folder)} == {str(one.pid), str(two.pid)}, one)
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+    before = len(made(folder))
+    assert before < SHARDS
+    assert two.wait() == 0 and complete(folder, alone)
+    names = [name for name, _ in made(folder)]
+    assert sorted(set(names)) == sorted(alone) and len(names) - SHARDS <= 1  # written, but not yet noted
+
+
+def at_work(folder: Path) -> int:
+    """A process that has a claim now."""
+    while True:
+        for claim in folder.rglob("*.claim-*"):
+            try:
+                return json.loads(claim.read_text())["pid"]
+            except (FileNotFoundError, ValueError):  # given up, or being written
+                continue
+
+
+@pytest.fixture
+def cluster(base):
+    """A Ray cluster of its own that can be started and killed."""
+    pytest.importorskip("ray")
+    command = [str(Path(sys.executable).with_name("ray"))]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+
+    def run(*words):
+        return subprocess.run([*command, *words], env=environment, check=True, capture_output=True, text=True)
+
+    def begin():
+        run("start", "--head", "--node-ip-address=127.0.0.1", "--port=6391", "--num-cpus=2",
+            "--include-dashboard=false", "--disable-usage-stats")
+        return "127.0.0.1:6391"
+
+    yield begin, lambda: run("stop", "--force")
+    run("stop", "--force")
+
+
+def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(base, alone, cluster):
+    begin, end = cluster
+    folder, how = base / "ray", {"launch": {"engine": "ray", "copies": 2}}
+    first = start(folder, **how, environment={"RAY_ADDRESS": begin()})
+    wait_for(lambda: len(shards(folder)) >= 2, first)
+    os.kill(at_work(folder), signal.SIGKILL)
+    wait_for(lambda: len(shards(folder)) >= 10, first)
+    end()
+    left = {path: path.stat().st_mtime_ns for path in folder.rglob("shard-*.safetensors")}
+    assert first.wait(120) != 0
+    assert 10 <= len(left) < SHARDS and shards(folder).items() <= alone.items()
+    second = start(folder, **how, environment={"RAY_ADDRESS": begin()})
+    assert second.wait(180) == 0
+    assert complete(folder, alone) and all(path.stat().st_mtime_ns == at for path, at in left.items())
+
+
+def test_ranks_are_told_by_torchrun_and_slurm(monkeypatch):
+    for name in ("RANK", "SLURM_ARRAY_TASK_COUNT", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_among() == (0, 1, 0)
+    for told, expected in (({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+                           ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"},
+                            (2, 4, 0)),
+                           ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1))):
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        assert place_among() == expected
+
+
+def test_an_unknown_engine_names_those_that_are_known():
+    with pytest.raises(ValueError, match="engine='spark': take out of local, ray"):
+        Launch("spark")
+
+
+def test_launchers_are_short():
+    source = Path(launch.__file__).read_text().splitlines()
+    assert len(source) < 180
