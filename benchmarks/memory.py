@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from extract import high_water_mb
 
-from probekit import parts, paths, probe, store
+from probekit import parts, probe, store
 
 
 def fill(folder: Path, examples: int, layers: list[str], width: int) -> pd.DataFrame:
@@ -37,7 +37,7 @@ def fill(folder: Path, examples: int, layers: list[str], width: int) -> pd.DataF
         values = rng.normal(size=(len(part.shard_rows(i)), width)).astype(np.float32)
         sign = 2 * y[part.starts[i] : part.starts[i + 1], None] - 1
         part.write(i, {f"{layer}/mean": values + (0.1 * sign if layer == layers[-1] else 0) for layer in layers})
-    paths.write_json(folder / "meta.json", {"layers": {"lm": layers}, "model": "made-up", "untrained": False})
+    parts.write_meta(folder, {"layers": {"lm": layers}, "model": "made-up", "untrained": False})
     return table
 
 

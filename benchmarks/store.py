@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from probekit import parts, paths, store
+from probekit import parts, store
 
 LAYERS, WIDTH, PROMPTS = [f"lm.{k:02d}" for k in range(5)], 1536, 5
 
@@ -34,7 +34,7 @@ def fill(folder: Path, examples: int) -> pd.DataFrame:
         n = len(part.shard_rows(i))
         values = rng.normal(size=(n, WIDTH)).astype(np.float32)
         part.write(i, {f"{layer}/mean": values + k for k, layer in enumerate(LAYERS)})
-    paths.write_json(folder / "meta.json", {"layers": {"lm": LAYERS}})
+    parts.write_meta(folder, {"layers": {"lm": LAYERS}})
     return rows
 
 

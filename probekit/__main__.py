@@ -31,9 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("--folder", default="data/coco")
     download.add_argument("--seed", type=int, default=0, help="of the sample")
     download.add_argument("--archive", help="another address of the annotation archive")
+    verify = commands.add_parser("verify", help="check every byte of the shards below a folder")
+    verify.add_argument("folder", nargs="?", default="data/activations", help="default: data/activations")
+    verify.add_argument("--remove", action="store_true", help="delete what is damaged: 02_extract makes it again")
     commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
     options = parser.parse_args(arguments)
-    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "run": _run}
+    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "run": _run,
+             "verify": _verify}
     return known[options.command](options)
 
 
@@ -99,6 +103,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
     print("\n".join(report()))
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from probekit import verify
+
+    try:
+        table = verify.verify(options.folder)
+    except FileNotFoundError as error:
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
+    print(verify.told(table))
+    if options.remove:
+        print(f"{verify.remove(table)} damaged shards removed")
+    return int((table.state != "sound").any())
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tqdm.auto import tqdm
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others, as EPS, can start programs
 LAYOUT = "expected <split>/*.jpg with annotations/captions_<split>.json and annotations/instances_<split>.json"
 
 
@@ -111,16 +112,17 @@ def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:
     Raises
     ------
     OSError
-        The file is absent, empty, truncated or not an image; the message names it.
+        The file is absent, empty, truncated, larger than Pillow takes for honest (179 million pixels), or no image of
+        :data:`FORMATS`; the message names it.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             image.load()
             image = image.convert("RGB")
         if longest_side:
             image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
         return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what a broken file makes of a decoder is not only OSError
         raise OSError(f"{file} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 

@@ -21,8 +21,6 @@ from probekit.presets import commit_of, locate
 from probekit.shared import Shared
 from probekit.worker import Job
 
-FORMAT = 2  # of the folder of a model's activations
-
 
 @dataclass(frozen=True)
 class Extraction:
@@ -90,8 +88,7 @@ def folder_of(settings: Extraction) -> Path:
     files = sorted(f for f in source.glob("*") if f.is_file()) if source.is_absolute() else []  # a hub id has none
     weights = [(f.name, f.stat().st_size, _sampled_hash(f)) for f in files]
     decides = {name: getattr(settings, name) for name in ("model", "revision", "dtype", "untrained", "seed",
-                                                          "longest_side")}
-    decides |= {"transformers": version("transformers"), "format": FORMAT}
+                                                          "longest_side")} | {"transformers": version("transformers")}
     name = source.name + ("-untrained" if settings.untrained else "")
     return paths.DATA / "activations" / name / paths.fingerprint(decides, settings.sharing == "off", weights)
 

@@ -69,9 +69,9 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
 def _size(file: str) -> tuple[int, int]:
     """Width and height in pixels; 0, 0 of what is no image, which is found when images are checked."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=coco.FORMATS) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # as in coco.load_rgb
         return 0, 0
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from probekit.parts import meta_of
 from probekit.worker import Job, Worker
 
 
@@ -118,7 +119,7 @@ class Launch:
                     tqdm.write(f"waiting for {len(missing)} shards that others make in {job.folder}")
                 waiting = True
                 time.sleep(2)
-        if not (job.folder / "meta.json").exists():
+        if meta_of(job.folder) is None:
             worker = Worker(job)
             worker.load()
             worker.release()

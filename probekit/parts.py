@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from probekit import paths
 
 STAGES = ("lm", "vision", "projector")
+FORMAT = 2  # of meta.json and the shards
 FLOAT16_MAX = np.finfo(np.float16).max
 
 
@@ -54,6 +55,20 @@ def digest(values: np.ndarray) -> str:
 def note_of(shard: safe_open) -> dict:
     """What a shard says of itself: `model`, `part`, `first_row`, and `sha256` by tensor."""
     return json.loads((shard.metadata() or {}).get("probekit", "{}"))
+
+
+def write_meta(folder: Path, about: dict) -> Path:
+    """Write down in ``meta.json`` what a folder's model is."""
+    return paths.write_json(folder / "meta.json", {"format": FORMAT} | about)
+
+
+def meta_of(folder: Path) -> dict | None:
+    """What ``meta.json`` says of a folder's model; None where it is missing, damaged, or of another version."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta if meta["format"] == FORMAT else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def want_of(key: str) -> str:
@@ -123,13 +138,18 @@ class Part:
 
     @classmethod
     def all_of(cls, folder: Path) -> list[Part]:
-        """The parts of a model's folder that were planned to the end, in a fixed order."""
-        parts = []
-        for record in sorted(folder.glob("part-*/part.json")):
-            about = paths.read_json(record)
-            parts.append(cls(record.parent, pd.read_parquet(record.with_name("rows.parquet")), tuple(about["wants"]),
-                             np.array(about["starts"])))
-        return parts
+        """The parts of a model's folder that were planned to the end and can be read, in a fixed order."""
+        return [part for record in sorted(folder.glob("part-*/part.json")) if (part := cls._read(record))]
+
+    @classmethod
+    def _read(cls, record: Path) -> Part | None:
+        """A part as it was planned; None where its record is damaged: planned again, it is written anew."""
+        try:
+            about, rows = json.loads(record.read_text()), pd.read_parquet(record.with_name("rows.parquet"))
+            whole = about["starts"][-1] == len(rows) and {"file", "size", "prompt"} <= {*rows.columns}
+            return cls(record.parent, rows, tuple(about["wants"]), np.array(about["starts"])) if whole else None
+        except (OSError, ValueError, LookupError, TypeError):  # pyarrow's errors are ValueErrors
+            return None
 
     @property
     def stages(self) -> list[str]:

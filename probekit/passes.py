@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 import torch
 from tqdm.auto import tqdm
 
-from probekit import forward, loading, paths
+from probekit import forward, loading
 from probekit.forward import Choice, States
 from probekit.models import Vlm
-from probekit.parts import Part
+from probekit.parts import Part, meta_of, write_meta
 from probekit.prepare import Prepared
 from probekit.shared import Shared
 
@@ -38,7 +38,7 @@ class Passes:
         self.shared, self.meta, self.record = shared, meta, shared.folder / "meta.json"
         self.choice: Choice | None = None
         self.single: Choice | None = None  # where no image has several prompts
-        if not self.record.exists():
+        if meta_of(shared.folder) is None:
             self._write(None)
 
     @property
@@ -101,7 +101,7 @@ class Passes:
 
     def _read(self) -> bool:
         self.shared.pull(self.record)
-        known = paths.read_json(self.record)["sharing"]
+        known = (meta_of(self.shared.folder) or {}).get("sharing")
         if known:
             self._heed(Choice(**known))
         return bool(known)
@@ -114,7 +114,7 @@ class Passes:
         self.choice = choice
 
     def _write(self, choice: Choice | None) -> None:
-        paths.write_json(self.record, self.meta | {"sharing": asdict(choice) if choice else None})
+        write_meta(self.shared.folder, self.meta | {"sharing": asdict(choice) if choice else None})
         self.shared.push(self.record)
 
     # ----------------------------------------------------------------------------------------------------- memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +83,42 @@ class Preparer:
                     return getattr(owner, name)
         return None
 
+    @cached_property
+    def _reserved(self) -> dict[str, int]:
+        """What stands for something else than text, such as ``<|im_end|>`` and ``<image>``, and its token."""
+        tokenizer, own = self.processor.tokenizer, vars(self.processor)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()
+                 if token.special or re.fullmatch(r"[<\[].*[>\]]", token.content)]
+        words = [*added, *tokenizer.all_special_tokens, *(own[name] for name in own if name.endswith("_token"))]
+        return {word: tokenizer.convert_tokens_to_ids(word) for word in words
+                if isinstance(word, str) and len(word.strip()) > 1}
+
+    @cached_property
+    def _spelt(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self._reserved, key=len, reverse=True))) or r"\b\B")
+
+    def as_text(self, prompt: str) -> str:
+        """The prompt as nothing but text: a special token that it spells out gets a space after its first character.
+
+        Else a caption with ``<|im_end|>`` in it would end the user's turn, and one with ``<image>`` ask for an image.
+
+        Raises
+        ------
+        ValueError
+            It has special tokens nevertheless, spelt in another way that the tokenizer takes for theirs.
+        """
+        text = prompt
+        while found := self._spelt.search(text):
+            warnings.warn(f"{self.name}: {found[0]!r} in a prompt is read as text, with a space after its first "
+                          "character", stacklevel=2)
+            text = self._spelt.sub(lambda word: f"{word[0][0]} {word[0][1:]}", text)
+        tokenizer = self.processor.tokenizer
+        ids = set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
+        word = next((word for word, token in self._reserved.items() if token in ids), None)
+        if word:
+            raise ValueError(f"{self.name} reads {word!r} in the prompt {prompt[:80]!r}, which is no text: take it out")
+        return text
+
     def wrap(self, prompt: str, image: bool = True) -> str:
         """The text that the model reads: image first, then the prompt, in the checkpoint's own chat template."""
         if getattr(self.processor, "chat_template", None) is None:
@@ -98,9 +136,10 @@ class Preparer:
         Raises
         ------
         ValueError
-            A prompt that is longer than the model's positions, or that changes how often the image is seen.
+            A prompt that is longer than the model's positions, that is not all text, or that changes how often the
+            image is seen.
         """
-        texts = [self.wrap(prompt, image is not None) for prompt in prompts]
+        texts = [self.wrap(self.as_text(prompt), image is not None) for prompt in prompts]
         start = getattr(self.processor.tokenizer, "bos_token", None)
         written = bool(start) and texts[0].startswith(start)  # by the template
         options = {"add_special_tokens": False} if written else {}

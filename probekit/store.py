@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from probekit import controls, paths
-from probekit.parts import Part, digest, keys_of, note_of, rows_of
+from probekit.parts import Part, digest, keys_of, meta_of, note_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class Store:
 
     @cached_property
     def meta(self) -> dict:
-        return paths.read_json(self.folder / "meta.json")
+        meta = meta_of(self.folder)
+        if meta is None:
+            raise FileNotFoundError(f"{self.folder / 'meta.json'} is missing, damaged, or of another version: run "
+                                    "02_extract again for this run, it makes no sound shard anew")
+        return meta
 
     @property
     def layers(self) -> list[str]:

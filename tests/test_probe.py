@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import parts, paths, results, store, tasks
+from probekit import parts, results, store, tasks
 from probekit.adam import Training
 from probekit.probe import Probing, probe
 
@@ -36,7 +36,7 @@ def planted(folder, layer="lm.02", images=400, seed=0):
                           "labels": [[int(v)] for v in y], "mask": [[1]] * (2 * images)})
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
     parts.Part.plan(own, parts.rows_of(table), ["lm/mean"], 10_000).write(0, states)
-    paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS}, "model": "planted", "untrained": False})
+    parts.write_meta(own, {"layers": {"lm": LAYERS}, "model": "planted", "untrained": False})
     return store.Store(own, table, ("lm",), ("mean",)), table
 
 
@@ -190,7 +190,7 @@ def multilabel(folder, images=500, c=6):
     table.attrs["tasks"] = {"category": {"kind": "multilabel", "classes": list("abcdef"), "question": "?"}}
     part = parts.Part.plan(own, parts.rows_of(table), ["lm/mean"], 10_000)
     part.write(0, {key: values.astype(np.float32) for key, values in states.items()})
-    paths.write_json(own / "meta.json", {"layers": {"lm": LAYERS[:2]}, "model": "several", "untrained": False})
+    parts.write_meta(own, {"layers": {"lm": LAYERS[:2]}, "model": "several", "untrained": False})
     return store.Store(own, table, ("lm",), ("mean",)), table
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import parts, paths
+from probekit import parts
 from probekit.parts import Part, compact
 from probekit.store import Store
 
@@ -24,7 +24,7 @@ def fill(folder, planned):
         image = own[rows.file.ne(rows.file.shift()).to_numpy(), :1]
         part.write(i, {("projector/mean" if want == "projector/mean" else want.replace("lm", "lm.00")):
                        image if want.startswith("projector") else own for want in part.wants})
-    paths.write_json(folder / "meta.json", {"layers": {"lm": ["lm.00"], "projector": ["projector"]}})
+    parts.write_meta(folder, {"layers": {"lm": ["lm.00"], "projector": ["projector"]}})
 
 
 def test_what_is_precise_enough_is_half_as_large():

@@ -72,7 +72,7 @@ def thumbnails(files: Sequence[str]) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def _thumbnail(file: str) -> Image.Image:
-    with Image.open(paths.resolve(file)) as image:
+    with Image.open(paths.resolve(file), formats=coco.FORMATS) as image:
         image.draft("RGB", (2 * THUMB, 2 * THUMB))  # a JPEG is decoded at a fraction of its size
         image = image.convert("RGB")
     side = min(image.size)
