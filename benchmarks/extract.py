@@ -33,7 +33,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, inputs, loading, models, parts, paths, scenes, store
+from probekit import coco, extract, forward, inputs, loading, models, parts, paths, scenes, store
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -129,10 +129,10 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     start = time.perf_counter()
     for given, own, owner, p in ready:
         cache = DynamicCache(config=vlm.stack.config)
-        vlm.model(**given, past_key_values=cache, use_cache=True)
+        vlm.model(**given, **forward.caching(vlm.model, cache))
         cache.reorder_cache(owner)
         mask = torch.cat([own["attention_mask"].new_ones(len(owner), p), own["attention_mask"]], 1)
-        vlm.stack(input_ids=own["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True)
+        vlm.stack(input_ids=own["input_ids"], attention_mask=mask, **forward.caching(vlm.stack, cache))
     return time.perf_counter() - start
 
 

@@ -17,7 +17,7 @@ from probekit.launch import Launch
 from probekit.models import best_device, best_dtype
 from probekit.parts import Part
 from probekit.passes import SHARING
-from probekit.presets import commit_of, locate
+from probekit.presets import commit_of, locate, title
 from probekit.shared import Shared
 from probekit.worker import Job
 
@@ -28,7 +28,7 @@ class Extraction:
 
     Attributes
     ----------
-    model, revision, dtype, untrained, seed : as for :func:`probekit.models.load_vlm`
+    model, revision, dtype, untrained, seed, trust_remote_code : as for :func:`probekit.models.load_vlm`
     longest_side : pixels that bound an image before the processor sees it; None leaves it to the checkpoint's rule
     sharing : run each image once for all its prompts: "auto" as far as a check finds it exact, "on" (an error where it
         is not), "off"
@@ -53,6 +53,7 @@ class Extraction:
     shard_images: int = 200
     batch_tokens: int | None = None
     workers: int | None = None
+    trust_remote_code: bool = False
 
     @property
     def wants(self) -> list[str]:
@@ -77,7 +78,7 @@ def resolved(settings: Extraction, device: str) -> Extraction:
     """The settings with what they leave open filled in: what suits the device, the commit on the hub."""
     tokens, workers = (2048, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
     return replace(settings, dtype=settings.dtype or best_dtype(device),
-                   revision=commit_of(settings.model, settings.revision),
+                   revision=commit_of(settings.model, settings.revision, settings.trust_remote_code),
                    batch_tokens=settings.batch_tokens or tokens,
                    workers=workers if settings.workers is None else settings.workers)
 
@@ -88,8 +89,9 @@ def folder_of(settings: Extraction) -> Path:
     files = sorted(f for f in source.glob("*") if f.is_file()) if source.is_absolute() else []  # a hub id has none
     weights = [(f.name, f.stat().st_size, _sampled_hash(f)) for f in files]
     decides = {name: getattr(settings, name) for name in ("model", "revision", "dtype", "untrained", "seed",
-                                                          "longest_side")} | {"transformers": version("transformers")}
-    name = source.name + ("-untrained" if settings.untrained else "")
+                                                          "longest_side", "trust_remote_code")}
+    decides |= {"transformers": version("transformers")}
+    name = title(settings.model) + ("-untrained" if settings.untrained else "")
     return paths.DATA / "activations" / name / paths.fingerprint(decides, settings.sharing == "off", weights)
 
 

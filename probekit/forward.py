@@ -136,15 +136,21 @@ def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], sta
         taps.enter_context(decoder_tapped(vlm, take_prefix))
         seen = taps.enter_context(_positions(vlm.stack))
         taps.enter_context(_encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states))
-        vlm.model(**before, **inputs.pictures(vlm, prepared), past_key_values=cache, use_cache=True)
+        vlm.model(**before, **inputs.pictures(vlm, prepared), **caching(vlm.model, cache))
     cache.reorder_cache(owner_n)
     positions = _continued(seen[0], owner_n, own["input_ids"].shape[1])
     with decoder_tapped(vlm, take):
         vlm.stack(
-            input_ids=own["input_ids"], past_key_values=cache, use_cache=True,
+            input_ids=own["input_ids"], **caching(vlm.stack, cache),
             attention_mask=torch.cat([own["attention_mask"].new_ones(len(rows), p), own["attention_mask"]], 1),
             **({} if positions is None else {"position_ids": positions}),
         )
+
+
+def caching(module: torch.nn.Module, cache: DynamicCache) -> dict:
+    """The arguments that hand a cache to a module, whose name for it is another one since transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
 
 
 def _encode(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],

@@ -146,7 +146,8 @@ def _localise(store: Store, rows: pd.DataFrame, classes: Sequence[str], instance
     there, nothing = dict([*instances[instances.image_id.isin(rows.image_id)].groupby("image_id")]), instances[:0]
     about = store.meta["settings"]
     try:
-        vlm = load_vlm(about["model"], about["revision"], about["dtype"], device, about["untrained"], about["seed"])
+        vlm = load_vlm(about["model"], about["revision"], about["dtype"], device, about["untrained"], about["seed"],
+                       about["trust_remote_code"])
     except OSError as error:
         raise OSError(f"{error}; for heat maps the model runs once more: {LEAVE_OUT}") from error
     try:

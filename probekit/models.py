@@ -6,14 +6,13 @@ import gc
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
 
 from probekit import architectures
 from probekit.prepare import Preparer
-from probekit.presets import locate, revision_of
+from probekit.presets import locate, revision_of, title
 
 
 def best_device() -> str:
@@ -91,21 +90,22 @@ class Vlm:
 
 
 def load_vlm(id_or_folder: str, revision: str | None = None, dtype: str | None = None, device: str | None = None,
-             untrained: bool = False, seed: int = 0) -> Vlm:
-    """Load a VLM and its processor, frozen and in evaluation mode.
+             untrained: bool = False, seed: int = 0, trust_remote_code: bool = False) -> Vlm:
+    """Load a VLM and its processor, frozen and in evaluation mode; weights out of safetensors alone.
 
     Parameters
     ----------
-    id_or_folder : hub id, checkpoint folder, or a name out of :data:`probekit.presets.PRESETS`
+    id_or_folder : hub id, ``id@revision``, checkpoint folder, or a name out of :data:`probekit.presets.PRESETS`
     revision : commit, tag or branch on the hub; None takes the preset's
     dtype : "float32", "bfloat16" or "float16"; None chooses by device (:func:`best_dtype`)
     device : "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is
     untrained : random weights (drawn from `seed`) in the same architecture, the control of an untrained model
+    trust_remote_code : run code that comes with the checkpoint, for architectures that transformers does not have
 
     Raises
     ------
     FileNotFoundError, OSError
-        No such folder, or no such checkpoint on the hub or in its cache.
+        No such folder, or no such checkpoint on the hub or in its cache, or one without safetensors.
     ValueError
         Its layers cannot be found.
     """
@@ -114,17 +114,29 @@ def load_vlm(id_or_folder: str, revision: str | None = None, dtype: str | None =
     device = device or best_device()
     dtype = dtype or best_dtype(device)
     source, revision = locate(id_or_folder), revision_of(id_or_folder, revision)
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    processor = AutoProcessor.from_pretrained(source, revision=revision)
-    auto = _auto_class(config)
-    if untrained:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            full = auto.from_config(config, dtype=getattr(torch, dtype))
-    else:
-        full = auto.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype))
+    own = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **own)
+    processor = AutoProcessor.from_pretrained(source, **own)
+    full = _random(config, dtype, seed, trust_remote_code) if untrained else _pretrained(source, config, dtype, own)
     base = architectures.without_head(full).eval().requires_grad_(False).to(device)
-    return Vlm(Path(source).name, base, processor, device, dtype, getattr(config, "_commit_hash", None))
+    return Vlm(title(id_or_folder), base, processor, device, dtype, getattr(config, "_commit_hash", None))
+
+
+def _pretrained(source: str, config, dtype: str, own: dict) -> torch.nn.Module:
+    try:
+        return _auto_class(config).from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **own)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(f"{source} has no weights in safetensors, and others can run code when they are loaded: take a "
+                      f"revision that has them (id@revision; refs/pr/... where one is proposed on the hub) ({error})"
+                      ) from error
+
+
+def _random(config, dtype: str, seed: int, trust_remote_code: bool) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _auto_class(config).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
 
 
 def _auto_class(config) -> type:

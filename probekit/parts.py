@@ -171,7 +171,10 @@ class Part:
         # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
         hashes = {key: digest(tensors[key]) for key in sorted(tensors)}
         note = {"probekit": json.dumps(self._note(i) | {"sha256": hashes})}
-        return paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
+        path = paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
+        for left in self.folder.glob(f".{path.name}.*.part"):  # by processes that were killed while they wrote
+            left.unlink(missing_ok=True)
+        return path
 
     def _note(self, i: int) -> dict:
         return {"model": self.folder.parent.name, "part": self.folder.name, "first_row": int(self.starts[i])}

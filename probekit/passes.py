@@ -110,7 +110,8 @@ class Passes:
         if self.sharing == "on" and choice.way != "shared":
             raise ValueError(f"sharing=\"on\", but with {self.vlm.name} {choice.words}; take sharing=\"auto\" or "
                              "\"off\"")
-        tqdm.write(f"{self.vlm.name}: {choice.words}")
+        if choice != self.choice:
+            tqdm.write(f"{self.vlm.name}: {choice.words}")
         self.choice = choice
 
     def _write(self, choice: Choice | None) -> None:

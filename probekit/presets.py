@@ -48,9 +48,22 @@ NOT_IN_TRANSFORMERS = {
 }
 
 
+def _parted(name: str) -> tuple[str, str | None]:
+    """Id and revision of ``id@revision``; a folder may have such a name."""
+    source, _, revision = name.partition("@")
+    return (name, None) if paths.resolve(name).is_dir() else (source, revision or None)
+
+
+def title(id_or_folder: str) -> str:
+    """What a checkpoint is called in tables: the last part of its id or folder, with the revision that is named."""
+    revision = _parted(id_or_folder)[1]
+    return Path(locate(id_or_folder)).name + (f"@{revision.replace('/', '-')}" if revision else "")
+
+
 def locate(id_or_folder: str) -> str:
-    """Absolute folder, or hub id, of a preset name, a folder (from the project's root) or a hub id."""
-    wanted = PRESETS[id_or_folder].source if id_or_folder in PRESETS else id_or_folder
+    """Absolute folder, or hub id, of a preset name, a folder (from the project's root), a hub id or ``id@revision``."""
+    name, _ = _parted(id_or_folder)
+    wanted = PRESETS[name].source if name in PRESETS else name
     folder = paths.resolve(wanted)
     if (folder / "config.json").exists():
         return str(folder)
@@ -61,18 +74,20 @@ def locate(id_or_folder: str) -> str:
 
 
 def revision_of(id_or_folder: str, revision: str | None) -> str | None:
-    """The revision that was asked for, else the one that a preset pins."""
-    return revision or (PRESETS[id_or_folder].revision if id_or_folder in PRESETS else None)
+    """The revision that was asked for, in words or as ``id@revision``, else the one that a preset pins."""
+    name, own = _parted(id_or_folder)
+    return revision or own or (PRESETS[name].revision if name in PRESETS else None)
 
 
-def commit_of(id_or_folder: str, revision: str | None) -> str | None:
+def commit_of(id_or_folder: str, revision: str | None, trust_remote_code: bool = False) -> str | None:
     """The commit that a hub id and revision stand for now; None for a folder, whose files speak for themselves."""
     from transformers import AutoConfig
 
     source = locate(id_or_folder)
     if Path(source).is_absolute():
         return None
-    return AutoConfig.from_pretrained(source, revision=revision_of(id_or_folder, revision))._commit_hash
+    return AutoConfig.from_pretrained(source, revision=revision_of(id_or_folder, revision),
+                                      trust_remote_code=trust_remote_code)._commit_hash
 
 
 def known() -> str:

@@ -138,7 +138,8 @@ class Run:
 
     def _load(self, model: str, control: str) -> Vlm:
         told = self._meta(model, control)
-        return load_vlm(told["model"], told["revision"], told["dtype"], None, told["untrained"], told["seed"])
+        return load_vlm(told["model"], told["revision"], told["dtype"], None, told["untrained"], told["seed"],
+                        told["trust_remote_code"])
 
     @cached_property
     def _some_files(self) -> list[str]:

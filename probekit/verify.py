@@ -26,8 +26,9 @@ def verify(folder: str | Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row a shard, and a row for what else is wrong: `folder` (of the model's settings), `file`, `state` ("sound",
-        "missing", "damaged") and `reason`. Missing are shards that were planned: not yet made, or lost.
+        One row a shard, and one for each record that cannot be read: `folder` (of the model's settings), `file`,
+        `state` (out of :data:`STATES`) and `reason`. Missing shards were planned, and not yet made or lost; records are
+        written anew by 02_extract, and their shards stay.
 
     Raises
     ------
@@ -55,8 +56,10 @@ def _folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
             reason = part.lacks(i) or _wrong(part, i, meta)
             state = ("damaged" if part.shard(i).exists() else "missing") if reason else "sound"
             yield name, f"{part.folder.name}/{part.shard(i).name}", state, reason
-    for file in sorted({*folder.glob("part-*/shard-*.safetensors")} - planned):
-        yield name, f"{file.parent.name}/{file.name}", "damaged", "has no record of what it holds"
+    unknown = sorted({*folder.glob("part-*/shard-*.safetensors")} - planned)
+    for own in sorted({file.parent for file in unknown}):
+        count = sum(file.parent == own for file in unknown)
+        yield name, f"{own.name}/part.json", "missing", f"or its rows.parquet is damaged or gone, with {count} shards"
 
 
 def _wrong(part: Part, i: int, meta: dict | None) -> str:
@@ -92,7 +95,7 @@ def remove(table: pd.DataFrame) -> int:
 
 def told(table: pd.DataFrame) -> str:
     """What was found and what to run again, in words."""
-    bad, counts = table[table.state != "sound"], table[table.file != "meta.json"].state.value_counts()
+    bad, counts = table[table.state != "sound"], table[table.file.str.contains("shard-")].state.value_counts()
     lines = [f"{row.folder}/{row.file} {row.reason} ({row.state})" for row in bad.itertuples()]
     lines.append("shards: " + ", ".join(f"{counts.get(state, 0):,} {state}" for state in STATES))
     wrong = set(bad.folder)
@@ -100,6 +103,6 @@ def told(table: pd.DataFrame) -> str:
         runs = [file.stem for file in sorted((paths.DATA / "activations").glob("*.json"))
                 if wrong & {store["folder"] for store in paths.read_json(file)["stores"]}]
         whose = f"of the runs {', '.join(runs)}" if runs else "that made them (no run names these folders)"
-        damaged = "take the damaged ones away (--remove), then " * (counts.get("damaged", 0) > 0)
+        damaged = "take the damaged ones away (--remove), then " * bool(counts.get("damaged", 0))
         lines.append(f"{damaged}run 02_extract {whose} again: it makes just what is not there")
     return "\n".join(lines)

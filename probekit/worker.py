@@ -176,7 +176,8 @@ class Worker:
         if self.passes:
             return
         job, own = self.job, self.job.settings
-        vlm = load_vlm(own.model, own.revision, own.dtype, job.device, own.untrained, own.seed)
+        vlm = load_vlm(own.model, own.revision, own.dtype, job.device, own.untrained, own.seed,
+                       own.trust_remote_code)
         lacking = [stage for stage in own.stages if not vlm.layers_of_stage[stage]]
         if lacking:
             told = (f"{vlm.name} ({vlm.config.model_type}) has no stage {', '.join(lacking)} that can be read layer by "

@@ -50,3 +50,14 @@ def test_counts_of_every_task(tmp_path):
     assert rows["caption"]["train"] == 120 and "colours" in rows["attribute"]["refused"]
     assert found["statements"] == {"own": {"statements": 2, "usable": 1, "images": 1}}
     assert found["agreement"]["precision"] > 0.9 > found["agreement"]["recall"]
+
+
+def test_faults_cost_the_shard_in_flight_and_nothing_else(tmp_path):
+    rows = {row["fault"]: row for row in measured(tmp_path, "benchmarks/faults.py", "--kills", 3)}
+    assert rows["kill -9 at a random moment"]["times"] == 3
+    assert all(row["lost"] == "nothing" for fault, row in rows.items() if fault.startswith(("meta", "part", "rows")))
+    for fault, told in (("disk full", "no space left for"), ("shard truncated", "cannot be opened"),
+                        ("two shards exchanged", "belongs somewhere else"), ("bit flipped in a shard", "verify"),
+                        ("out of memory on a batch", "halved"), ("nan in a layer", "lm.03/mean: not finite for 1 of"),
+                        ("image of 30,000 x 30,000 pixels", "exceeds limit"), ("image truncated", "cannot be read")):
+        assert told in rows[fault]["told"] or rows[fault]["lost"].startswith("not tried"), fault

@@ -1,11 +1,14 @@
 import gc
+import re
+import shutil
 import weakref
 
 import pytest
 import torch
-from conftest import DEMO_MODELS
+from conftest import DEMO_MODELS, REPOSITORY
+from safetensors.torch import load_file
 
-from probekit import presets
+from probekit import paths, presets
 from probekit.models import load_vlm
 
 
@@ -54,3 +57,46 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_names_that_are_no_folder_go_to_the_hub():
     assert presets.locate("qwen2-vl-2b") == "Qwen/Qwen2-VL-2B-Instruct"
     assert presets.locate("org/model") == "org/model"
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(paths.DATA / "models" / "tiny-qwen2-vl", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no weights in safetensors, .* take a revision that has them"):
+        load_vlm(str(folder), device="cpu")
+    load_vlm(str(folder), device="cpu", untrained=True)
+
+
+def test_code_of_a_checkpoint_is_not_run_unasked(tmp_path):
+    folder = tmp_path / "own-code"
+    shutil.copytree(paths.DATA / "models" / "tiny-qwen2-vl", folder)
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    paths.write_json(folder / "config.json", paths.read_json(folder / "config.json") | own)
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ImportError('as far as this')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_vlm(str(folder), device="cpu")
+    assert not ran.exists()
+    with pytest.raises(ImportError, match="as far as this"):
+        load_vlm(str(folder), device="cpu", trust_remote_code=True)
+    assert ran.exists()
+
+
+def test_nothing_is_pickled():
+    words = re.compile(r"pickle|joblib|torch\.load|torch\.save|shelve|marshal")
+    found = [f"{file.name}: {line}" for file in (REPOSITORY / "probekit").rglob("*.py")
+             for line in file.read_text().splitlines() if words.search(line)]
+    assert not found
+
+
+def test_a_revision_stands_behind_an_id(tmp_path):
+    assert presets.locate("org/model@abc") == "org/model" and presets.revision_of("org/model@abc", None) == "abc"
+    assert presets.locate("qwen2-vl-2b@main") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert presets.revision_of("qwen2-vl-2b@main", None) == "main"
+    assert len(presets.revision_of("qwen2-vl-2b", None)) == 40
+    assert [presets.title(name) for name in ("org/model@refs/pr/1", "org/model")] == ["model@refs-pr-1", "model"]
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@b" / "config.json").touch()
+    assert presets.locate(str(tmp_path / "a@b")) == str(tmp_path / "a@b")
