@@ -33,7 +33,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, forward, inputs, loading, models, parts, paths, scenes, store
+from probekit import coco, extract, forward, inputs, loading, models, parts, paths, scenes, store, worker
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -97,7 +97,7 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, 
 def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
     """Seconds without loading the model, as the plain way is timed; (n, l, d)."""
     paths.DATA = Path(tempfile.mkdtemp(dir=folder))  # nothing is found there already
-    honest, loading_took = models.load_vlm, []
+    honest, loading_took = worker.load_vlm, []
 
     def timed(*arguments):
         start = time.perf_counter()
@@ -105,11 +105,11 @@ def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, n
         loading_took.append(time.perf_counter() - start)
         return vlm
 
-    models.load_vlm = timed
+    worker.load_vlm = timed
     start = time.perf_counter()
     done: store.Store = extract.extract(extract.Extraction(str(folder), dtype=dtype), examples, "cpu")
     seconds = time.perf_counter() - start - loading_took[0]
-    models.load_vlm = honest
+    worker.load_vlm = honest
     return seconds, np.stack([done[layer, "mean"] for layer in done.layers], 1)
 
 

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from probekit import extract, forward, loading, models, parts, paths
+from probekit import extract, forward, loading, models, parts, paths, worker
 
 DEVICES = {  # dense half-precision TFLOP/s and memory GB of the makers' data sheets; T4 in float16
     "H100 SXM": (989, 80), "RTX 4090": (165, 24), "T4": (65, 16),
@@ -73,8 +73,8 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
     examples = pd.DataFrame([{"image_id": i, "file": str(file), "prompt": f"{prompt}", "task": "caption"}
                              for i, file in enumerate(photos) for prompt in PROMPTS])
     settings = extract.Extraction(str(folder), dtype=dtype, untrained=True, batch_tokens=2048)
-    honest, kept = models.load_vlm, []
-    models.load_vlm = lambda *arguments: kept.append(honest(*arguments)) or kept[0]
+    honest, kept = worker.load_vlm, []
+    worker.load_vlm = lambda *arguments: kept.append(honest(*arguments)) or kept[0]
     models.Vlm.release, released = lambda self: None, models.Vlm.release  # one initialisation is enough
     start = time.perf_counter()
     done = extract.extract(settings, examples, "cpu")
@@ -95,7 +95,7 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
         "bytes_an_example": shard / len(examples),
         "tflop_an_image": counter.get_total_flops() / 1e12, "sharing": done.meta["sharing"]["words"],
     }
-    models.load_vlm, models.Vlm.release = honest, released
+    worker.load_vlm, models.Vlm.release = honest, released
     return found
 
 

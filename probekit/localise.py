@@ -238,14 +238,16 @@ def localise(stores: Sequence[Store], examples: pd.DataFrame, instances: pd.Data
         if f"{key}|weight_ldc" not in whole.linear:
             tqdm.write(f"no heat maps of {key}: it has no logreg probes of decoder layers")
             continue
-        made_as = paths.fingerprint(VERSION, fingerprints[paths.fingerprint(store.record)], keep, resamples)
+        settings = fingerprints[paths.fingerprint(store.record)]
+        made_as = paths.fingerprint(VERSION, settings, keep, resamples)
         own = folder_of(store, folder) / f"heat-{pooling}-{task}-{made_as}"
         if nothing := _made(own, partial(_localise, store, rows, about["classes"], instances, whole.probes(key), keep,
                                          resamples, device)):
             tqdm.write(nothing)
             continue
         tables.append(pd.read_parquet(own / "localisation.parquet").assign(
-            model=model, control=control, pooling=pooling, task=task, stage="lm", probe="logreg", split="test", seed=0))
+            model=model, control=control, pooling=pooling, task=task, stage="lm", probe="logreg", split="test", seed=0,
+            settings=settings))
         files[key] = paths.relative(own / "heat.safetensors")
     metrics = pd.concat([whole.metrics, *tables], ignore_index=True)[COLUMNS].astype({"plateau": "boolean"})
     return replace(whole, metrics=metrics, heat=files)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(os.environ.get("PROBEKIT_HOME", Path(__file__).resolve().parent.parent)).resolve()
@@ -33,6 +34,11 @@ def fingerprint(*parts) -> str:
     plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
     text = json.dumps(plain, sort_keys=True, default=lambda array: array.tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Which version of each package, and of this one, is installed."""
+    return {name: version(name) for name in ("probekit", *packages)}
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:

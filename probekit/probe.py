@@ -24,7 +24,8 @@ from probekit.tasks import rows_key, table_key
 PROBES = ("logreg", "linear", "mlp")
 PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
 LabelSets = dict[tuple[str, int], Labels]  # by control and seed
-VERSION = 5  # of what the tables hold: those of older versions are made anew
+LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
+VERSION = 6  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def probe(store: Store, examples: pd.DataFrame, settings: Probing, folder: Path)
     (own / "probe.json").unlink(missing_ok=True)
     tasks = [Task.of(examples, name) for name in examples.attrs["tasks"]]
     sets = {task.name: _label_sets(task, settings) for task in tasks}
-    done = Results.join([part for pooling in store.poolings
+    done = Results.join([part.stamped(key) for pooling in store.poolings
                          for part in _probe_pooling(store, pooling, tasks, sets, settings)])
     done = replace(done, stores=({"record": store.record, "meta": store.meta, "settings": asdict(settings),
-                                  "fingerprint": key},))
+                                  "versions": paths.versions(*LIBRARIES), "fingerprint": key},))
     done.write(own, table_key(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key})
     return done

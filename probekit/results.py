@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from probekit.labels import HEADLINE
 from probekit.linear import Linear
 
 COLUMNS = ["model", "stage", "layer", "pooling", "task", "probe", "control", "split", "metric", "class", "value", "lo",
-           "hi", "n", "seed", *compare.COLUMNS]
+           "hi", "n", "seed", *compare.COLUMNS, "settings"]
 
 
 TABLES, ARRAYS = ("metrics", "losses", "transfer"), ("predictions", "neighbours", "linear")
@@ -27,7 +27,8 @@ class Results:
 
     Attributes
     ----------
-    metrics : one row a model, layer, pooling, task, probe, control, split, metric, class and seed
+    metrics : one row a model, layer, pooling, task, probe, control, split, metric, class and seed; like all tables
+        with `settings`, the fingerprint of what it was made with, which `stores` spells out
     losses : of "linear" and "mlp", by epoch
     transfer : the score of each layer's probe (`probe_layer`) on the states of each layer, see
         :func:`probekit.geometry.relate`; of decoder layers and "logreg"
@@ -35,7 +36,8 @@ class Results:
         probabilities for the task's test examples
     neighbours : ``"<model>|<control>|<pooling>|<task>"`` to (l, n, 5), the nearest test examples of each
     linear : ``"<model>|<control>|<pooling>|<task>|<part>"`` to a part of :class:`probekit.linear.Linear`
-    stores : for each store that was probed its `record`, its `meta` and the `settings` of the probes
+    stores : for each store that was probed its `record`, its `meta`, the `settings` of the probes, the `versions` of
+        the libraries that trained them, and the `fingerprint` of all this
     heat : ``"<model>|<control>|<pooling>|<task>"`` to the file with the heat of the test images that are kept
     """
 
@@ -61,6 +63,10 @@ class Results:
         except KeyError:
             raise KeyError(f"no logreg probes of {key}: run 03_probe with probes that include logreg") from None
 
+    def stamped(self, settings: str) -> Results:
+        """The same with `settings` in every row."""
+        return replace(self, **{name: getattr(self, name).assign(settings=settings) for name in TABLES})
+
     @classmethod
     def join(cls, parts: Sequence[Results]) -> Results:
         """Put the results of several probings together.
@@ -84,7 +90,10 @@ class Results:
         """Write the tables to `folder`, with the key of the examples table that they belong to."""
         (folder / "results.json").unlink(missing_ok=True)  # it vouches for the rest, so it comes last
         for name in TABLES:
-            paths.write_atomic(folder / f"{name}.parquet", getattr(self, name).to_parquet)
+            table = getattr(self, name).copy(deep=False)
+            table.attrs["versions"] = {one["fingerprint"]: one["meta"].get("versions", {}) | one["versions"]
+                                       for one in self.stores}
+            paths.write_atomic(folder / f"{name}.parquet", table.to_parquet)
         for name in ARRAYS:  # safetensors writes the memory as it lies: an array in another order would be scrambled
             arrays = {key: np.ascontiguousarray(values) for key, values in getattr(self, name).items()}
             paths.write_atomic(folder / f"{name}.safetensors", lambda part, arrays=arrays: save_file(arrays, part))

@@ -75,7 +75,7 @@ class Run:
         return found | {f"probes: {key}": value for key, value in self.results.stores[0]["settings"].items()}
 
     def write_tables(self, folder: Path) -> dict[str, str]:
-        """Write the tables as CSV files, five digits a number; returns what each file holds."""
+        """Write the tables as CSV files, five digits a number, and what they come from; says what each file holds."""
         about = {"metrics": "a row a model, stage, layer, pooling, task, probe, control, split, metric, class and seed",
                  "losses": "a row a probe trained with Adam, epoch and split",
                  "transfer": "the score of each layer's probe on the states of each layer"}
@@ -83,7 +83,11 @@ class Run:
         for name in about:
             paths.write_atomic(folder / f"{name}.csv", lambda part, name=name: getattr(self.results, name).to_csv(
                 part, index=False, float_format=lambda v: f"{v:.5g}" if abs(v) < 1e5 else f"{v:.0f}"))
-        return {f"{name}.csv": text for name, text in about.items()}
+        made = {one["fingerprint"]: {key: one[key] for key in ("record", "meta", "settings", "versions")}
+                for one in self.results.stores}
+        paths.write_json(folder / "settings.json", made)
+        files = {f"{name}.csv": text for name, text in about.items()}
+        return files | {"settings.json": "what the tables' column settings stands for, and versions of libraries"}
 
     def tests(self, task: str) -> pd.DataFrame:
         """The test examples of a task, in the order of its predictions."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit import loading, parts
+from probekit import loading, parts, paths
 from probekit.models import Vlm, load_vlm
 from probekit.parts import Part
 from probekit.passes import Passes
@@ -241,5 +240,5 @@ def _meta(vlm: Vlm, settings: Extraction) -> dict:
         "dtype": vlm.dtype, "device": vlm.device, "layers": vlm.layers_of_stage, "settings": asdict(settings),
         "prompt": vlm.preparer.wrap("{prompt}"),
         "image_processor": type(vlm.processor.image_processor).__name__,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "timm", "safetensors")},
+        "versions": paths.versions("torch", "torchvision", "transformers", "timm", "safetensors"),
     }

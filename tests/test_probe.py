@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit import parts, results, store, tasks
+from probekit import parts, paths, results, store, tasks
 from probekit.adam import Training
 from probekit.probe import Probing, probe
 
@@ -96,7 +96,8 @@ def test_layers_in_small_groups_give_the_same_answer(tmp_path):
     for key, p_lnc in wide.predictions.items():
         np.testing.assert_allclose(p_lnc, narrow.predictions[key], atol=1e-3)
     kept = wide.metrics.metric.isin(["accuracy", "log_loss", "f1_macro"])  # a rank can flip in the last digit
-    pd.testing.assert_frame_equal(wide.metrics[kept], narrow.metrics[kept], rtol=1e-3, atol=1e-4)
+    wide, narrow = (found.metrics[kept].drop(columns="settings") for found in (wide, narrow))
+    pd.testing.assert_frame_equal(wide, narrow, rtol=1e-3, atol=1e-4)
 
 
 def test_every_seed_has_its_rows_where_it_has_an_effect(tmp_path):
@@ -232,3 +233,21 @@ def test_controls_of_another_kind_are_refused(tmp_path):
     activations, table = planted(tmp_path, images=60)
     with pytest.raises(ValueError, match=r"unknown controls .'no_image'.: take names out of shuffled, control_task"):
         probe(activations, table, replace(QUICK, controls=("no_image",)), tmp_path)
+
+
+def test_every_table_says_what_it_was_made_with(small_run, tmp_path):
+    made = {one["fingerprint"]: one for one in small_run.results.stores}
+    assert len(made) == 2
+    for name in ("metrics", "losses", "transfer"):
+        table = getattr(small_run.results, name)
+        assert set(table.settings) == set(made) and table.attrs["versions"].keys() == made.keys()
+        versions = table.attrs["versions"].popitem()[1]
+        assert {"torch", "transformers", "scikit-learn", "numpy", "probekit"} <= set(versions)
+    by_model = small_run.results.metrics.groupby("settings").control.agg(set)
+    untrained, = (key for key, one in made.items() if one["meta"]["untrained"])
+    assert by_model[untrained] == {"untrained"}
+    told = small_run.write_tables(tmp_path)
+    written = paths.read_json(tmp_path / "settings.json")
+    assert set(pd.read_csv(tmp_path / "metrics.csv", low_memory=False).settings) == set(written)
+    assert "settings.json" in told
+    assert written[untrained]["meta"]["versions"]["transformers"] and written[untrained]["settings"]["seeds"] == [0]
