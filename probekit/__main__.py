@@ -31,13 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
     download.add_argument("--folder", default="data/coco")
     download.add_argument("--seed", type=int, default=0, help="of the sample")
     download.add_argument("--archive", help="another address of the annotation archive")
+    plan = commands.add_parser("plan", help="what an extraction takes, before it runs: tokens, bytes, memory, hours")
+    plan.add_argument("--params", required=True, type=Path, help="as for run")
+    plan.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    plan.add_argument("--flops", type=float, help="operations a second that a device keeps up, e.g. 3.5e14 for an H100 "
+                                                  "in half precision; without it a sample is run here")
+    plan.add_argument("--sample", type=int, default=32, help="images that are looked at")
+    plan.add_argument("--workers", type=int, default=8, help="largest number of workers in the table")
     verify = commands.add_parser("verify", help="check every byte of the shards below a folder")
     verify.add_argument("folder", nargs="?", default="data/activations", help="default: data/activations")
     verify.add_argument("--remove", action="store_true", help="delete what is damaged: 02_extract makes it again")
     commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
     options = parser.parse_args(arguments)
-    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "run": _run,
-             "verify": _verify}
+    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "plan": _plan,
+             "run": _run, "verify": _verify}
     return known[options.command](options)
 
 
@@ -102,6 +109,22 @@ def _doctor(options: argparse.Namespace) -> int:
     from probekit.doctor import report
 
     print("\n".join(report()))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from probekit import estimate
+    from probekit.run import notebooks, parameters_of
+
+    try:
+        if min(options.sample, options.workers, options.flops or 1) < 1:
+            raise ValueError("--sample, --workers and --flops are numbers from 1")
+        data, extraction = (parameters_of(book, options.params, options.overrides) for book in notebooks()[:2])
+        table = estimate.estimates(data, extraction, options.flops, options.sample)
+    except (OSError, ValueError) as error:
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
+    print(estimate.told(table, options.workers, options.flops))
     return 0
 
 

@@ -175,10 +175,14 @@ def extractions(models: Sequence[str], untrained: Sequence[str] = (), control: S
     return trained + [(Extraction(model, untrained=True, **given), ()) for model in models if model in untrained]
 
 
+def asked_by(parameters: dict[str, object]) -> list[tuple[Extraction, tuple[str, ...]]]:
+    """:func:`extractions` of the parameters that 02_extract declares."""
+    own = {one.name for one in fields(Extraction)} - {"model", "untrained"}
+    return extractions(parameters["models"], parameters["untrained"], parameters["controls"],
+                       **{name: value for name, value in parameters.items() if name in own})
+
+
 def jobs(parameters: dict[str, object], examples: pd.DataFrame) -> list[Job]:
     """The jobs, one a model, that 02_extract does with these parameters of its."""
-    own = {one.name for one in fields(Extraction)} - {"model", "untrained"}
-    asked = extractions(parameters["models"], parameters["untrained"], parameters["controls"],
-                        **{name: value for name, value in parameters.items() if name in own})
     return [plan(settings, examples, control, parameters["device"], parameters["mirror"])[0]
-            for settings, control in asked]
+            for settings, control in asked_by(parameters)]

@@ -155,17 +155,31 @@ def describe(id_or_folder: str, revision: str | None = None) -> pd.DataFrame:
     DataFrame
         One row a stage: `layers` (number), `first`, `last`, `width` (d); ``attrs`` has `type` and `parameters`.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(locate(id_or_folder), revision=revision_of(id_or_folder, revision))
-    with torch.device("meta"):
-        full = _auto_class(config).from_config(config, dtype=torch.bfloat16)
-    parameters = sum(p.numel() for p in full.parameters())
-    vlm = Vlm(id_or_folder, architectures.without_head(full), None, "meta", "bfloat16", None)
+    vlm, parameters = hollow(id_or_folder, revision)
     widths = {"lm": vlm.width, "projector": vlm.width,
               "vision": architectures.width_of(vlm.vision[1]) if vlm.vision else None}
     rows = [{"stage": stage, "layers": len(layers), "first": layers[0], "last": layers[-1], "width": widths[stage]}
             for stage, layers in vlm.layers_of_stage.items() if layers]
     table = pd.DataFrame(rows)
-    table.attrs = {"type": config.model_type, "parameters": parameters}
+    table.attrs = {"type": vlm.config.model_type, "parameters": parameters}
     return table
+
+
+def hollow(id_or_folder: str, revision: str | None = None, trust_remote_code: bool = False, processor: bool = False
+           ) -> tuple[Vlm, int]:
+    """A model whose weights have shapes and no values, and the number of its parameters, its head's included.
+
+    Parameters
+    ----------
+    processor : load the processor, too
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    source = locate(id_or_folder)
+    own = {"revision": revision_of(id_or_folder, revision), "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(source, **own)
+    with torch.device("meta"):
+        full = _auto_class(config).from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    reader = AutoProcessor.from_pretrained(source, **own) if processor else None
+    parameters = sum(p.numel() for p in full.parameters())
+    return Vlm(title(id_or_folder), architectures.without_head(full), reader, "meta", "bfloat16", None), parameters
