@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
-from pycocotools.coco import COCO
 from tqdm.auto import tqdm
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others, as EPS, can start programs
@@ -46,14 +46,24 @@ def splits_of(folder: Path) -> list[str]:
     return sorted(p.stem.removeprefix("captions_") for p in (folder / "annotations").glob("captions_*.json"))
 
 
-def _annotations(path: Path) -> dict:
+@contextlib.contextmanager
+def _annotations(path: Path) -> Iterator[dict]:
+    """What an annotation file holds, but for the outlines; what is amiss while it is looked at is the file's fault."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {LAYOUT}")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return COCO(str(path)).dataset
-    except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{path} is not a readable COCO annotation file ({error}): download it again") from error
+        with path.open(encoding="utf-8") as file:
+            content = json.load(file, object_hook=_without_outline)
+        yield content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a readable COCO annotation file ({reason}): download it again") from error
+
+
+def _without_outline(found: dict) -> dict:
+    """Outlines are most of a file of instances, and nothing here asks for them: let go while it is read."""
+    found.pop("segmentation", None)
+    return found
 
 
 def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
@@ -84,22 +94,28 @@ def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
 
 
 def _read_split(folder: Path, split: str) -> tuple:
-    told = _annotations(folder / "annotations" / f"captions_{split}.json")
-    found = _annotations(folder / "annotations" / f"instances_{split}.json")
-    kinds = {c["id"]: c["name"] for c in sorted(found["categories"], key=lambda c: c["id"])}
-    images = pd.DataFrame([
-        (i["id"], split, str(folder / split / Path(i["file_name"]).name), i["width"], i["height"])
-        for i in told["images"]
-    ], columns=["image_id", "coco_split", "file", "width", "height"])
-    captions = pd.DataFrame(
-        [(a["image_id"], a["caption"]) for a in told["annotations"]], columns=["image_id", "caption"]
-    )
-    instances = pd.DataFrame([
-        (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0),
-         a.get("attributes", {}).get("colour"))
-        for a in found["annotations"]
-    ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
-    return images, captions, instances, tuple(kinds.values())
+    return (*_told(folder, split), *_found(folder / "annotations" / f"instances_{split}.json"))
+
+
+def _told(folder: Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    with _annotations(folder / "annotations" / f"captions_{split}.json") as told:
+        images = pd.DataFrame([
+            (i["id"], split, str(folder / split / Path(i["file_name"]).name), i["width"], i["height"])
+            for i in told["images"]
+        ], columns=["image_id", "coco_split", "file", "width", "height"])
+        captions = [(a["image_id"], a["caption"]) for a in told["annotations"]]
+        return images, pd.DataFrame(captions, columns=["image_id", "caption"])
+
+
+def _found(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    with _annotations(path) as found:
+        kinds = {c["id"]: c["name"] for c in sorted(found["categories"], key=lambda c: c["id"])}
+        instances = pd.DataFrame([
+            (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0),
+             a.get("attributes", {}).get("colour"))
+            for a in found["annotations"]
+        ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
+        return instances, tuple(kinds.values())
 
 
 def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -71,6 +72,29 @@ def test_what_is_missing_or_broken_is_named(folder, tmp_path):
     (folder / "annotations" / "instances_some.json").unlink()
     with pytest.raises(FileNotFoundError, match="instances_some"):
         coco.read(folder)
+
+
+@pytest.mark.parametrize(("kind", "content"), [
+    ("captions", [1, 2]), ("captions", {"images": []}), ("captions", {"images": [{"id": 1}], "annotations": []}),
+    ("instances", {"categories": [{"id": 1, "name": "cup"}], "annotations": [{"image_id": 1, "bbox": [1, 1, 1, 1]}]}),
+    ("instances", {"categories": None, "annotations": []}),
+])
+def test_what_is_no_annotation_file_is_named(folder, kind, content):
+    (folder / "annotations" / f"{kind}_some.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{kind}_some\.json is not a readable COCO annotation file"):
+        coco.read(folder)
+
+
+def test_outlines_are_not_held_in_memory(folder):
+    path = folder / "annotations" / "instances_some.json"
+    outline = np.random.default_rng(0).integers(0, 64000, 100) / 100
+    found = {"id": 0, "image_id": 0, "category_id": 9, "bbox": [1, 2, 3, 4], "area": 12, "segmentation": [[*outline]]}
+    path.write_text(json.dumps({"categories": [{"id": 9, "name": "cup"}], "annotations": [found] * 2000}))
+    tracemalloc.start()
+    assert len(coco.read(folder).instances) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * path.stat().st_size  # with them it is more than 5 times
 
 
 def test_splits_that_share_an_image_are_refused(folder):
