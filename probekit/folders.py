@@ -6,8 +6,9 @@ Hugging Face's image folder
     ``metadata.csv`` or ``metadata.jsonl`` beside the images, or in a folder for each split, with `file_name` and one of
     `text`, `caption`, `captions`
 Flickr30k, Flickr8k
-    one table of captions (``*.csv``, ``*.txt``, ``*.token``) beside a folder of images: `image, caption`, or
-    `image_name| comment_number| comment`, or the lines ``1000092795.jpg#0<tab>Two young men ...``
+    one table of captions (``*.csv``, ``*.jsonl``, ``*.txt``, ``*.token``) beside a folder of images: `image, caption`,
+    or `image_name| comment_number| comment`, or the lines ``1000092795.jpg#0<tab>Two young men ...``; images by their
+    name, or by the end of their path where several have it. Other tables and texts beside it are passed over
 images alone
     for statements about them, see :mod:`probekit.statements`
 
@@ -17,6 +18,7 @@ All but COCO's have no instances: caption tasks and statements run on them, and 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Sequence
@@ -25,10 +27,11 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from probekit import coco
+from probekit import coco, statements
 
 PHOTOS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
 IMAGE_COLUMNS = ("file_name", "image", "image_name", "filename")
+TABLES = (".csv", ".txt", ".token", ".jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text", "comment", "raw")
 LAYOUTS = ("annotations/captions_<split>.json (COCO), metadata.csv or metadata.jsonl with file_name and caption "
            "(Hugging Face image folder), one CSV of image and caption beside the images (Flickr30k), or images alone")
@@ -59,11 +62,13 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
     unknown = sorted(set(splits or ()) - set(images.coco_split))
     if unknown:
         raise ValueError(f"{folder} has no folders {unknown}: take out of {sorted(set(images.coco_split))}")
+    captions = _captions(folder, images)  # of all of them: a name that another split has, too, is no name for one
     images = images[images.coco_split.isin(list(splits))] if splits else images
+    captions = captions[captions.image_id.isin(images.index)].reset_index(drop=True)
     sizes = [_size(file) for file in images.file]
     images = images.assign(width=[w for w, _ in sizes], height=[h for _, h in sizes])
     nothing = pd.DataFrame(columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
-    return coco.Coco(images, _captions(folder, images), nothing, ())
+    return coco.Coco(images, captions, nothing, ())
 
 
 def _size(file: str) -> tuple[int, int]:
@@ -75,57 +80,81 @@ def _size(file: str) -> tuple[int, int]:
         return 0, 0
 
 
-def _captions(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
-    """`image_id`, `caption`; empty where no table is there."""
-    numbers = {str(Path(file)): image for image, file in images.file.items()}
-    by_name = {Path(file).name: image for image, file in images.file.items()}
+def _tables(folder: Path) -> tuple[list[Path], bool]:
+    """Tables that may hold captions, and whether they are an image folder's, which names images from where it lies."""
     metadata = sorted([*folder.rglob("metadata.csv"), *folder.rglob("metadata.jsonl")])
-    tables = metadata or [p for p in sorted(folder.iterdir()) if p.suffix in (".csv", ".txt", ".token", ".jsonl")]
-    found, named = [], False
+    return metadata or sorted(path for path in folder.iterdir() if path.suffix in TABLES), bool(metadata)
+
+
+def _captions(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
+    """`image_id`, `caption`; empty where no table is there, but those of statements."""
+    numbers = {str(Path(file)): image for image, file in images.file.items()}
+    tables, metadata = _tables(folder)
+    find, found, named, others = statements.finder(images), [], [], []
     for path in tables:
-        names, texts = _table(path)
-        named |= bool(names)
-        for name, text in zip(names, texts, strict=True):
-            image = numbers.get(str(path.parent / name)) if metadata else by_name.get(Path(name).name)
+        try:
+            said = _said(path)
+        except ValueError as error:
+            others.append(error)  # a README, and the like, where another table has the captions
+            continue
+        for name, text in said:
+            try:
+                image = numbers.get(str(path.parent / name)) if metadata else find(name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             if image is not None:
-                found += [(image, str(one)) for one in (text if isinstance(text, list) else [text]) if str(one).strip()]
-        if not metadata and found:
+                found.append((image, text))
+        named = named or [(path, name) for name, _ in said[:1]]
+        if found and not metadata:
             break
+    if others and (metadata or len(others) == len(tables)):
+        raise others[0]
     if named and not found:
-        raise ValueError(f"{tables[0]} names none of the {len(images):,} images in {folder}: file names must be "
-                         "the same")
+        path, name = named[0]
+        raise ValueError(f"{path} names none of the {len(images):,} images in {folder} ({name}, ...): file names must "
+                         "be the same, and folders before them, too")
     return pd.DataFrame(found, columns=["image_id", "caption"])
 
 
-def _table(path: Path) -> tuple[list[str], list]:
-    """File names and captions of a table of captions."""
-    if path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False)
-    else:
-        with path.open(encoding="utf-8") as file:
-            first = file.readline()
-        separator = next((mark for mark in ("|", "\t") if mark in first), ",")
-        headed = "#0" not in first
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, skipinitialspace=True,
-                            header=0 if headed else None, names=None if headed else ["image", "caption"],
-                            quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
-        table.columns = [str(name).strip() for name in table.columns]
-    if "label" in table.columns:
-        return [], []  # statements, right or wrong
+def _said(path: Path) -> list[tuple[str, str]]:
+    """File names and captions of a table; none of statements, or of images' classes.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read, or lacks the columns.
+    """
+    table = _table(path)
     image = next((name for name in IMAGE_COLUMNS if name in table.columns), None)
     caption = next((name for name in CAPTION_COLUMNS if name in table.columns), None)
+    right_or_wrong = set(statements.COLUMNS) <= set(table.columns) and image != "file_name"
+    if right_or_wrong or (caption is None and "label" in table.columns):
+        return []
     if image is None or caption is None:
         raise ValueError(f"{path} has the columns {', '.join(map(str, table.columns))}: one of "
-                         f"{', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)} are needed")
-    texts = [_listed(text) for text in table[caption]]
-    return [str(name).partition("#")[0].strip() for name in table[image]], texts
+                         f"{', '.join(IMAGE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)} are needed; if it is no "
+                         "table of captions, put it elsewhere")
+    return [(name.partition("#")[0].strip(), one) for name, text in zip(table[image], table[caption], strict=True)
+            if isinstance(name, str) for one in _listed(text)]
 
 
-def _listed(text: object) -> object:
-    """Several captions may stand in one field, as a JSON list."""
+def _table(path: Path) -> pd.DataFrame:
+    if path.suffix == ".jsonl":
+        return statements.parsed(path)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline()
+    separator = next((mark for mark in ("|", "\t") if mark in first), ",")
+    headed = "#0" not in first
+    table = statements.parsed(path, sep=separator, skipinitialspace=True, header=0 if headed else None,
+                              names=None if headed else ["image", "caption"],
+                              quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
+    return table.rename(columns=lambda name: str(name).strip())
+
+
+def _listed(text: object) -> list[str]:
+    """The captions in a field: one, a list, or a JSON list of them; none of an empty field."""
     if isinstance(text, str) and text.startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
+        with contextlib.suppress(ValueError):  # a caption that begins so
+            text = json.loads(text)
+    several = text if isinstance(text, list) else [text]
+    return [one for one in several if isinstance(one, str) and one.strip()]

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -25,6 +28,7 @@ from probekit.chosen import Chosen, Task, rows
 KINDS = (".csv", ".jsonl", ".json")
 ANSWERS = {"yes": 1, "true": 1, "1": 1, "1.0": 1, "no": 0, "false": 0, "0": 0, "0.0": 0}
 COLUMNS = ["image", "text", "label"]
+CREPE = ["filename", "caption", "negative_caption"]
 
 
 def files(name: str) -> dict[str, Path]:
@@ -50,29 +54,51 @@ def read(file: str | Path) -> pd.DataFrame:
         No format of those above, or a row that lacks something; the message names file and row.
     """
     file = Path(file)
-    try:
-        if file.suffix == ".csv":
-            table = pd.read_csv(file, dtype=str, keep_default_na=False)
-        else:
-            table = pd.DataFrame(_objects(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read: wanted is a table of {', '.join(COLUMNS)} (CSV, or one JSON object a "
-                         f"line), or SugarCrepe's JSON ({error})") from error
-    if {"filename", "caption", "negative_caption"} <= set(table.columns):
-        table = pd.concat([pd.DataFrame({"image": table.filename, "label": str(label), "text": [
-            captions.PROMPT.format(caption=captions.clean(str(text))) for text in table[column]]})
-            for label, column in ((1, "caption"), (0, "negative_caption"))]).sort_index(kind="stable")
-    missing = [name for name in COLUMNS if name not in table.columns]
+    table = parsed(file)
+    columns = CREPE if set(CREPE) <= set(table.columns) else COLUMNS
+    missing = [name for name in columns if name not in table.columns]
     if missing or table.empty:
         raise ValueError(f"{file} has no {', '.join(missing) or 'rows'}: wanted are {', '.join(COLUMNS)}")
-    table = table[COLUMNS].astype(str).reset_index(drop=True)
+    absent = table[columns].isna()  # before they become text: "nan" would be asked about like any other word
+    table = table[columns].astype(str)
+    for name in columns:
+        _refuse(file, table, absent[name] | (table[name].str.strip() == ""), f"{name} is empty")
+    if columns is CREPE:
+        table = pd.concat([pd.DataFrame({"image": table.filename, "label": str(label), "text": [
+            captions.PROMPT.format(caption=captions.clean(text)) for text in table[column]]})
+            for label, column in ((1, "caption"), (0, "negative_caption"))]).sort_index(kind="stable")
     label = table.label.str.strip().str.lower().map(ANSWERS)
-    for wrong, reason in ((label.isna(), "label is none of yes, no, true, false, 1, 0"),
-                          (table.text.str.strip() == "", "text is empty"), (table.image.str.strip() == "", "no image")):
-        if wrong.any():
-            k = int(np.flatnonzero(wrong)[0])
-            raise ValueError(f"{file}, row {k + 1}: {reason}: {table.loc[k].to_dict()}")
-    return table.assign(label=label.astype(int))
+    _refuse(file, table, label.isna(), "label is none of yes, no, true, false, 1, 0")
+    return table[COLUMNS].assign(label=label.astype(int)).reset_index(drop=True)
+
+
+def _refuse(file: Path, table: pd.DataFrame, wrong: pd.Series, reason: str) -> None:
+    if wrong.any():
+        k = int(np.flatnonzero(wrong)[0])
+        raise ValueError(f"{file}, row {k + 1}: {reason}: {table.iloc[k].to_dict()}")
+
+
+def parsed(file: Path, **form) -> pd.DataFrame:
+    """A file's table as it stands: of JSON objects (``*.json``, ``*.jsonl``), else of text as :func:`pandas.read_csv`.
+
+    Parameters
+    ----------
+    form : of the text: its separator, header, and quotation marks
+
+    Raises
+    ------
+    ValueError
+        No table, or a row that has more fields than there are columns; the message names the file.
+    """
+    try:
+        if file.suffix in (".json", ".jsonl"):
+            return pd.DataFrame(_objects(file.read_text(encoding="utf-8-sig")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # instead of fields that are dropped
+            return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, **form)
+    except (ValueError, AttributeError, TypeError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{file} cannot be read as a table ({str(error).strip()}): wanted is CSV, texts with commas "
+                         "in quotation marks, or one JSON object a line") from error
 
 
 def _objects(text: str) -> list[dict]:
@@ -97,20 +123,32 @@ def found(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     ValueError
         A name that several images have.
     """
-    known: dict[str, list] = {}
-    for image, file in images.file.items():
-        parts = Path(file).parts
-        for k in range(1, min(len(parts), 4) + 1):  # 1.jpg, val/1.jpg, images/val/1.jpg, ...
-            known.setdefault("/".join(parts[-k:]), []).append(image)
+    find = finder(images)
     numbers = {number: image for image, file in images.file.items() if (number := _number(file)) is not None}
-    ids = []
-    for name in statements.image:
-        owners = known.get(name.strip().removeprefix("./"), [])
-        if len(owners) > 1:
-            raise ValueError(f"{name} is the name of {len(owners)} images: write the folders before it, too")
-        ids.append(owners[0] if owners else numbers.get(_number(name)))
+    owners = [find(name) for name in statements.image]
+    ids = [numbers.get(_number(name)) if owner is None else owner
+           for owner, name in zip(owners, statements.image, strict=True)]
     table = statements.assign(image_id=ids)[["image_id", "text", "label"]]
     return table[table.image_id.notna()].astype({"image_id": images.index.dtype}).reset_index(drop=True)
+
+
+def finder(images: pd.DataFrame) -> Callable[[str], Hashable | None]:
+    """How to find an image by its file name, or by the end of its path (``val/1.jpg``); None of one that is not there.
+
+    What is returned raises a ValueError where several images have a name.
+    """
+    known = defaultdict(list)
+    for image, file in images.file.items():
+        known[Path(file).name].append((image, Path(file).parts))
+
+    def find(name: str) -> Hashable | None:
+        asked = PurePosixPath(name.strip())
+        owners = [image for image, parts in known.get(asked.name, []) if parts[-len(asked.parts):] == asked.parts]
+        if len(owners) > 1:
+            raise ValueError(f"{name} is the name of {len(owners)} images: write the folders before it, too")
+        return owners[0] if owners else None
+
+    return find
 
 
 def _number(name: str) -> int | None:

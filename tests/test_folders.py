@@ -35,6 +35,9 @@ def table(separator, header, line):
     ("metadata.jsonl", "\n".join(json.dumps({"file_name": f"{1000 + k}.jpg", "captions": SAID}) for k in range(30))),
     ("metadata.jsonl", "\n".join(json.dumps({"file_name": f"{1000 + k}.jpg", "text": text})
                                  for k in range(30) for text in SAID)),
+    ("captions.jsonl", "\ufeff" + "\n".join(json.dumps({"image": f"{1000 + k}.jpg", "captions": SAID})
+                                             for k in range(30))),
+    ("metadata.csv", table(",", "file_name,text,label", '{k}.jpg,"{text}",1')),  # of a class, not right or wrong
 ])
 def test_common_forms_are_read(photos, name, content):
     (photos / name).write_text(content)
@@ -52,6 +55,60 @@ def test_splits_of_an_image_folder(photos):
     check(folders.read(photos, ["test"]), 10)
     with pytest.raises(ValueError, match=r"no folders \['val'\]: take out of \['test', 'train'\]"):
         folders.read(photos, ["val"])
+
+
+@pytest.fixture
+def twins(scene_folder, tmp_path):
+    """Images of the same names in the folders train and test."""
+    for split, first in (("train", 0), ("test", 20)):
+        (tmp_path / split).mkdir()
+        for k in range(3):
+            shutil.copy(scene_folder / "scenes" / f"{first + k:012d}.jpg", tmp_path / split / f"{k}.jpg")
+    return tmp_path
+
+
+def test_the_folders_in_a_name_say_which_image_is_meant(twins):
+    names = [f"{split}/{k}.jpg" for k in range(3) for split in ("train", "test")]
+    (twins / "captions.csv").write_text("image,caption\n" + "\n".join(f"{name},of {name}" for name in names))
+    for splits in (None, ["test"]):
+        data = folders.read(twins, splits)
+        files = data.images.file[data.captions.image_id]
+        ends = [str(file).removeprefix(f"{twins}/") for file in files]
+        assert data.captions.caption.tolist() == [f"of {end}" for end in ends] and len(ends) == (3 if splits else 6)
+    (twins / "captions.csv").write_text("image,caption\n1.jpg,of which?\n")
+    for splits in (None, ["test"]):
+        with pytest.raises(ValueError, match=r"captions\.csv: 1\.jpg is the name of 2 images: write the folders"):
+            folders.read(twins, splits)
+
+
+@pytest.mark.parametrize("text", ["This is Flickr30k, as it was given to us.\n\nIt has images, captions, and more.\n",
+                                  "1000.jpg\n1001.jpg\n"])
+def test_other_texts_beside_the_images_do_not_matter(photos, text):
+    (photos / "README.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"README\.txt .*(put it elsewhere|quotation marks)"):
+        folders.read(photos)  # it might be meant for one
+    (photos / "own.csv").write_text("image,text,label\n1000.jpg,Is there a cup?,yes\n")
+    assert folders.read(photos).captions.empty
+    (photos / "captions.txt").write_text(table(",", "image,caption", '{k}.jpg,"{text}"'))
+    check(folders.read(photos))
+
+
+@pytest.mark.parametrize("rows", [[{"file_name": "1000.jpg", "text": None}, {"file_name": "1001.jpg"}],
+                                  [{"file_name": "1000.jpg", "captions": [None, ""]}], [{"text": "a cup"}]])
+def test_a_row_that_lacks_something_says_nothing(photos, rows):
+    known = {"file_name": "1002.jpg", "captions" if "captions" in rows[0] else "text": "a cup"}
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, known])))
+    assert folders.read(photos).captions.to_numpy().tolist() == [[2, "a cup"]]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("captions.csv", table(",", "image,caption", "{k}.jpg,{text},{text}"), "quotation marks"),
+    ("metadata.jsonl", '{"file_name": "1000.jpg", "te', "one JSON object a line"),
+])
+def test_a_table_that_cannot_be_read_is_named(photos, name, content, message):
+    (photos / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .*{message}"):
+        folders.read(photos)
 
 
 def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):

@@ -35,6 +35,8 @@ def test_every_format_is_read(tmp_path):
     assert table.to_numpy().tolist() == [["1.jpg", "A cup, red", 1], ["1.jpg", "None", 0]]
     one = written(tmp_path, "one.jsonl", '{"image": "1.jpg", "text": "x", "label": true}')
     assert statements.read(one).label.tolist() == [1]
+    one.write_text(one.read_text(), encoding="utf-8-sig")  # as Windows' editors save it
+    assert statements.read(one).label.tolist() == [1]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -45,6 +47,15 @@ def test_every_format_is_read(tmp_path):
     ("a.jsonl", '{"image": "1.jpg", "text"', "cannot be read"),
     ("a.json", "[1, 2]", "has no image, text, label"),
     ("a.csv", "", "cannot be read"),
+    ("a.csv", "image,text,label\n1.jpg,a cup, red,yes\n2.jpg,a cup, blue,no\n", r"a\.csv cannot be read .*quotation"),
+    ("a.jsonl", '{"image": "1.jpg", "text": "x", "label": 1}\n{"image": "2.jpg", "text": null, "label": 1}',
+     "row 2: text is empty"),
+    ("a.jsonl", '{"image": null, "text": "x", "label": 1}', "row 1: image is empty"),
+    ("a.jsonl", '{"image": "1.jpg", "text": "x", "label": 1}\n{"image": "2.jpg", "text": "x"}',
+     "row 2: label is empty"),
+    ("a.json", '{"0": {"filename": "1.jpg", "caption": "x", "negative_caption": "y"}, "1": {"filename": "1.jpg", '
+     '"caption": "x"}}', "row 2: negative_caption is empty"),
+    ("a.json", '{"0": {"filename": "1.jpg", "caption": " ", "negative_caption": "y"}}', "row 1: caption is empty"),
 ])
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
