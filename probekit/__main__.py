@@ -51,13 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _download(options: argparse.Namespace) -> int:
     from probekit.download import ARCHIVE, Server, coco_images
 
-    wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
     try:
+        if options.train and options.split == "train2017":
+            raise ValueError("--split train2017 --train are two numbers for the same images: say --images alone")
+        wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
         lost = coco_images(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
     except (OSError, ValueError) as error:
         print(f"probekit: {error}", file=sys.stderr)
         return 2
-    print(f"{sum(wanted.values()) - len(lost):,} images in {options.folder}: take it as the dataset of a run")
+    there = ", ".join(f"{n:,} images of {split}" for split, n in lost.attrs["there"].items())
+    print(f"{there} in {options.folder}: take it as the dataset of a run")
     for row in lost.itertuples():
         print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
     return 1 if len(lost) else 0

@@ -21,8 +21,11 @@ from urllib3.exceptions import HTTPError
 from probekit import coco, paths
 
 ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
+ARCHIVE_BYTES = 253_000_000  # about, where the server does not say
 IMAGE_BYTES = 160_000  # of a COCO photograph, on average
 CHUNK = 1 << 18
+KINDS = ("captions", "instances")
+PLAIN = {"Accept-Encoding": "identity"}  # what arrives is read as it is, and counted
 LOCAL = threading.local()
 
 
@@ -56,6 +59,10 @@ def coco_images(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, se
     The annotation files that are left hold the sampled images alone, so that the folder can be used as it is. The
     sample of a seed grows: more images of a split are those that are there, and others.
 
+    Annotation files that are there already only grow: what they list stays as it stands, and images of the sample
+    that they do not list are added. Files that list anything but images of the archive that are on disk (or in the
+    sample), with its categories, are not touched: that is an error.
+
     Parameters
     ----------
     wanted : split, such as "val2017", to the number of images (all, where there are fewer)
@@ -63,20 +70,47 @@ def coco_images(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, se
     Returns
     -------
     DataFrame
-        Images that could not be had: `split`, `file`, `reason`; they are left out of the annotations.
+        Images that could not be had: `split`, `file`, `reason`; they are not added to the annotations.
+        ``attrs["there"]`` holds how many images the annotations of each split list now.
 
     Raises
     ------
     ValueError
-        The archive lacks a split, or names a file that would lie outside of the folder.
+        A number below 1; an archive that lacks a split, or names a file that would lie outside of the folder; an
+        annotation file that cannot be added to; a link that leads out of the folder.
     OSError
         The archive cannot be had.
     """
     folder = paths.resolve(folder)
+    _check(folder, wanted)
+    there = {split: _listed(folder, split) for split in wanted}
     archive = folder / "archives" / _safe_name(server.archive.rpartition("/")[2])
+    if not archive.exists():
+        bytes_ = _bytes_of(server) + sum(wanted.values()) * IMAGE_BYTES
+        tqdm.write(f"at most about {bytes_ / 1e9:.2f} GB to fetch into {folder}: annotations, then images")
     _sound_archive(archive, server)
-    plans = {split: _sampled(archive, split, n, seed) for split, n in wanted.items()}
-    jobs = [(split, image) for split, plan in plans.items() for image in plan["captions"]["images"]]
+    plans = {split: _plan(archive, folder / split, n, seed, there[split]) for split, n in wanted.items()}
+    lost = _images(folder, [(split, image) for split, (images, _) in plans.items() for image in images], server)
+    for split, (_, more) in plans.items():
+        out = set(lost.image_id[lost.split == split])
+        left = [_grown(folder / "annotations" / f"{kind}_{split}.json", there[split].get(kind), more[kind], out)
+                for kind in KINDS]
+        lost.attrs.setdefault("there", {})[split] = left[0]
+    return lost
+
+
+def _check(folder: Path, wanted: Mapping[str, int]) -> None:
+    for split, n in wanted.items():
+        if n < 1:
+            raise ValueError(f"{n} images of {split} are asked for: take 1 or more")
+    for name in ("annotations", "archives", *wanted):
+        if not (folder / name).resolve().is_relative_to(folder):
+            raise ValueError(f"{folder / name} leads out of the folder, to {(folder / name).resolve()}, where nothing "
+                             "is written: name that one's parent with --folder, or put a folder in place of the link")
+
+
+def _images(folder: Path, jobs: list[tuple[str, dict]], server: Server) -> pd.DataFrame:
+    """Fetch images; those that could not be had."""
     missing = [job for job in jobs if not (folder / job[0] / _safe_name(job[1]["file_name"])).exists()]
     tqdm.write(f"{len(jobs):,} images, {len(jobs) - len(missing):,} of them there; to fetch about "
                f"{len(missing) * IMAGE_BYTES / 1e9:.2f} GB into {folder}")
@@ -86,12 +120,7 @@ def coco_images(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, se
             bar.update()
             if reason:
                 failed.append({"split": split, "image_id": image["id"], "file": image["file_name"], "reason": reason})
-    lost = pd.DataFrame(failed, columns=["split", "image_id", "file", "reason"])
-    for split, plan in plans.items():
-        out = set(lost.image_id[lost.split == split])
-        for kind, content in plan.items():
-            _write_annotations(folder / "annotations" / f"{kind}_{split}.json", content, out)
-    return lost
+    return pd.DataFrame(failed, columns=["split", "image_id", "file", "reason"])
 
 
 def _safe_name(name: str) -> str:
@@ -99,12 +128,6 @@ def _safe_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.\-]*", name, re.ASCII):
         raise ValueError(f"{name!r} is no plain file name: this is not an official COCO file")
     return name
-
-
-def _write_annotations(file: Path, content: dict, out: set[int]) -> None:
-    kept = content | {"images": [image for image in content["images"] if image["id"] not in out],
-                      "annotations": [a for a in content["annotations"] if a["image_id"] not in out]}
-    paths.write_atomic(file, lambda part: part.write_text(json.dumps(kept)))
 
 
 # ------------------------------------------------------------------------------------------------------- annotations
@@ -148,23 +171,91 @@ def _sound_archive(archive: Path, server: Server) -> None:
     part.rename(archive)
 
 
-def _sampled(archive: Path, split: str, n: int, seed: int) -> dict[str, dict]:
-    """Captions and instances of n images of a split that have captions, drawn with a seed."""
-    found = {}
+def _bytes_of(server: Server) -> int:
+    """The size of the archive, as the server says."""
+    try:
+        answer = requests.head(server.archive, headers=PLAIN, timeout=server.timeout, allow_redirects=True)
+        answer.raise_for_status()
+        return int(answer.headers["Content-Length"])
+    except (OSError, KeyError, ValueError):  # if it is not to be had at all, that is said when it is fetched
+        return ARCHIVE_BYTES
+
+
+def _of_archive(archive: Path, split: str) -> dict[str, dict]:
+    """Captions and instances of a split."""
     with zipfile.ZipFile(archive) as opened:
         names = {Path(name).name: name for name in opened.namelist()}
-        for kind in ("captions", "instances"):
+        for kind in KINDS:
             if f"{kind}_{split}.json" not in names:
                 known = sorted(name.removeprefix("captions_").removesuffix(".json") for name in names
                                if name.startswith("captions_"))
                 raise ValueError(f"{archive.name} has no {kind}_{split}.json: take splits out of {', '.join(known)}")
-            found[kind] = json.loads(opened.read(names[f"{kind}_{split}.json"]))
-    told = {a["image_id"] for a in found["captions"]["annotations"]}
-    ids = np.array(sorted(image["id"] for image in found["captions"]["images"] if image["id"] in told))
-    chosen = set(np.random.default_rng(seed).permutation(ids)[:n].tolist())
-    return {kind: content | {"images": [image for image in content["images"] if image["id"] in chosen],
-                             "annotations": [a for a in content["annotations"] if a["image_id"] in chosen]}
-            for kind, content in found.items()}
+        return {kind: json.loads(opened.read(names[f"{kind}_{split}.json"])) for kind in KINDS}
+
+
+def _sampled(told: dict, n: int, seed: int) -> set[int]:
+    """Ids of n images that have captions, drawn with a seed."""
+    with_captions = {a["image_id"] for a in told["annotations"]}
+    ids = np.array(sorted(image["id"] for image in told["images"] if image["id"] in with_captions))
+    return set(np.random.default_rng(seed).permutation(ids)[:n].tolist())
+
+
+def _plan(archive: Path, pictures: Path, n: int, seed: int, there: Mapping[str, dict]
+          ) -> tuple[list[dict], dict[str, dict]]:
+    """The images of the sample, and by kind what annotation files that list `there` do not have of it."""
+    every = _of_archive(archive, pictures.name)
+    sample = _sampled(every["captions"], n, seed)
+    listed = {kind: {image["id"] for image in there[kind]["images"]} if kind in there else set() for kind in KINDS}
+    known = {(image["id"], image["file_name"]) for image in every["captions"]["images"]}
+    for kind, content in there.items():
+        _refuse_others(pictures, kind, content, every[kind], known, sample)
+    more = {kind: _only(every[kind], sample.union(*listed.values()) - listed[kind]) for kind in KINDS}
+    return [image for image in every["captions"]["images"] if image["id"] in sample], more
+
+
+def _refuse_others(pictures: Path, kind: str, content: dict, official: dict, known: set, sample: set[int]) -> None:
+    file, images = pictures.parent / "annotations" / f"{kind}_{pictures.name}.json", content["images"]
+    foreign = [image["file_name"] for image in images if (image["id"], image["file_name"]) not in known]
+    absent = [image["file_name"] for image in images
+              if image["id"] not in sample and not (pictures / Path(image["file_name"]).name).exists()]
+    names, usual = ({c["id"]: c["name"] for c in of.get("categories", [])} for of in (content, official))
+    for wrong, reason in ((foreign, "which are not in the archive"), (absent, f"which are not in {pictures}")):
+        if wrong:
+            raise ValueError(f"{file} lists {len(wrong):,} images ({wrong[0]}, ...) {reason}: nothing is added to it; "
+                             "name another folder with --folder")
+    if names != usual:
+        raise ValueError(f"{file} has other categories than the archive: nothing is added to it; name another folder "
+                         "with --folder")
+
+
+def _only(content: dict, ids: set[int]) -> dict:
+    return content | {"images": [image for image in content["images"] if image["id"] in ids],
+                      "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+
+
+def _listed(folder: Path, split: str) -> dict[str, dict]:
+    """What the annotation files of a split hold, by kind, where they are there."""
+    found = {}
+    for kind in KINDS:
+        file = folder / "annotations" / f"{kind}_{split}.json"
+        if file.exists():
+            try:
+                found[kind] = json.loads(file.read_bytes())
+                _ = found[kind]["annotations"], [(image["id"], image["file_name"]) for image in found[kind]["images"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} cannot be read as COCO's annotations ({type(error).__name__}: {error}), so "
+                                 "nothing is added to it: name another folder with --folder") from None
+    return found
+
+
+def _grown(file: Path, there: dict | None, more: dict, lost: set[int]) -> int:
+    """Add to an annotation file the images that are not lost; how many it lists then."""
+    more = _only(more, {image["id"] for image in more["images"]} - lost)
+    content = more if there is None else more | there | {
+        key: there[key] + more[key] for key in ("images", "annotations")}
+    if there is None or more["images"]:  # else it stays as it is, its time too
+        paths.write_atomic(file, lambda part: part.write_text(json.dumps(content)))
+    return len(content["images"])
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -215,7 +306,7 @@ def _get(url: str, server: Server, headers: Mapping[str, str] | None = None) -> 
         raise NotThere(f"{url} is no web address")
     if not hasattr(LOCAL, "session"):
         LOCAL.session = requests.Session()  # one a thread
-    answer = LOCAL.session.get(url, headers=headers, timeout=server.timeout, stream=True)
+    answer = LOCAL.session.get(url, headers={**PLAIN, **(headers or {})}, timeout=server.timeout, stream=True)
     if answer.status_code in (401, 403, 404, 410):
         answer.close()
         raise NotThere(f"the server answers {answer.status_code} {answer.reason}")
