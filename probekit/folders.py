@@ -71,6 +71,25 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
     return coco.Coco(images, captions, nothing, ())
 
 
+def state(folder: str | Path, splits: Sequence[str] | None = None) -> list:
+    """What :func:`read` would find now: name, size and time of the files of annotations or captions.
+
+    Where it is the images that make up the data set, their names, too.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    if named := coco.splits_of(folder):
+        files = [folder / "annotations" / f"{kind}_{split}.json" for split in splits or named
+                 for kind in ("captions", "instances")]
+        pictures = []
+    else:
+        files, _ = _tables(folder)
+        pictures = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PHOTOS)
+    found = [(str(file.relative_to(folder)), file.stat()) for file in files if file.exists()]
+    return [[(name, there.st_size, there.st_mtime_ns) for name, there in found], pictures]
+
+
 def _size(file: str) -> tuple[int, int]:
     """Width and height in pixels; 0, 0 of what is no image, which is found when images are checked."""
     try:

@@ -8,8 +8,6 @@ class of the task (`labels` 0 or 1, counted only where `mask` is 1); a binary ta
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -20,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from probekit import boxes, captions, coco, folders, objects, paths, statements
-from probekit.chosen import Build, Chosen, Task
+from probekit.chosen import Build, Chosen, Task, made_by
 
-VERSION = 5  # of what a build leaves: older ones are made anew
+VERSION = 6  # of what a build leaves: older ones are made anew
 SPLITS = ("train", "validation", "test")
 
 
@@ -36,21 +34,24 @@ TASKS = {
     "caption_similar": Task("binary", partial(captions.caption_task, negatives="similar"),
                             f"{BELONGS} (or a similar one?)"),
     "caption_same_categories": Task("binary", partial(captions.caption_task, negatives="same_categories"),
-                                    f"{BELONGS} (or one with the same categories?)"),
+                                    f"{BELONGS} (or one with the same categories?)", needs="categories"),
     "caption_swapped": Task("binary", partial(captions.caption_task, negatives="swapped"),
                             f"{BELONGS} (or are two words exchanged?)"),
-    "category": Task("multilabel", objects.category_task, f"{WHICH} (not listed in the prompt)?"),
-    "category_list": Task("multilabel", objects.category_list_task, f"{WHICH} (listed in the prompt)?"),
-    "category_dense": Task("multilabel", objects.category_dense_task, f"{WHICH} (all of them asked)?"),
-    "object": Task("binary", objects.object_task, THERE),
+    "category": Task("multilabel", objects.category_task, f"{WHICH} (not listed in the prompt)?", needs="categories"),
+    "category_list": Task("multilabel", objects.category_list_task, f"{WHICH} (listed in the prompt)?",
+                          needs="categories"),
+    "category_dense": Task("multilabel", objects.category_dense_task, f"{WHICH} (all of them asked)?",
+                           needs="categories"),
+    "object": Task("binary", objects.object_task, THERE, needs="categories"),
     "object_popular": Task("binary", partial(objects.object_task, absent="popular"),
-                           f"{THERE} (absent ones are frequent)"),
+                           f"{THERE} (absent ones are frequent)", needs="categories"),
     "object_adversarial": Task("binary", partial(objects.object_task, absent="adversarial"),
-                               f"{THERE} (absent ones go with what is there)"),
-    "relation": Task("binary", boxes.relation_task, "Is the one left of, right of, above, below the other?"),
-    "size": Task("binary", boxes.size_task, "Is the one larger, or smaller, than the other?"),
-    "count": Task("one_of", boxes.count_task, "How many of them are there?", boxes.COUNTS),
-    "attribute": Task("one_of", boxes.attribute_task, "Which colour does it have?", boxes.COLOURS),
+                               f"{THERE} (absent ones go with what is there)", needs="categories"),
+    "relation": Task("binary", boxes.relation_task, "Is the one left of, right of, above, below the other?",
+                     needs="instances"),
+    "size": Task("binary", boxes.size_task, "Is the one larger, or smaller, than the other?", needs="instances"),
+    "count": Task("one_of", boxes.count_task, "How many of them are there?", boxes.COUNTS, needs="instances"),
+    "attribute": Task("one_of", boxes.attribute_task, "Which colour does it have?", boxes.COLOURS, needs="instances"),
 }
 
 
@@ -82,18 +83,11 @@ def _files(names: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _made_as(build: Build) -> str:
-    """Fingerprint of what a build comes from: settings, statements, and the code of tasks of the user's own."""
+    """Fingerprint of what a build comes from: settings, the dataset as it is on disk, statements, and tasks' code."""
     read = {stem: sha256(file.read_bytes()).hexdigest() for stem, file in _files(build.tasks).items()}
-    made_by = [getattr(TASKS[name].build, "func", TASKS[name].build) for name in build.tasks if name in TASKS]
-    code = [_source(function) for function in made_by if not function.__module__.startswith("probekit.")]
-    return paths.fingerprint(VERSION, build, read, code)
-
-
-def _source(function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:  # typed in where no source is kept
-        return function.__code__.co_code.hex()
+    state = folders.state(paths.resolve(build.folder), build.coco_splits)
+    made = [made_by(TASKS[name]) for name in build.tasks if name in TASKS]
+    return paths.fingerprint(VERSION, build, read, state, made)
 
 
 # ------------------------------------------------------------------------------------------------------------ build
@@ -187,7 +181,9 @@ def _categories(data: coco.Coco, build: Build) -> list[str]:
 
 
 def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) -> pd.DataFrame:
-    """Build the examples of all tasks and write them to `folder`; the same settings are read back, not made again.
+    """Build the examples of all tasks and write them to `folder`.
+
+    They are read back, not made again, where settings, dataset, statements and the tasks' code are what they were.
 
     Parameters
     ----------
@@ -204,6 +200,7 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
         return load(folder)
     record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
     data = data or folders.read(paths.resolve(build.folder), build.coco_splits)
+    _check_needs(asked, build, data)
     chosen, bad = choose(build, data)
     tables, about = [], {}
     for name, task in asked.items():
@@ -226,17 +223,26 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     return load(folder)
 
 
+def _check_needs(asked: dict[str, Task], build: Build, data: coco.Coco) -> None:
+    """Refuse tasks about what the dataset does not have."""
+    lacks = {"instances": not len(data.instances), "categories": not _categories(data, build)}
+    mends = {"instances": "take other tasks, or a dataset with COCO's instances",
+             "categories": "name them, as in categories: [dog, cup]" if build.labels_from == "captions" else
+             "take caption tasks, or labels_from: captions with categories named"}
+    for name, task in asked.items():
+        needs = task.needs or ("categories" if task.kind == "multilabel" and not task.classes else "")
+        if lacks.get(needs):
+            raise ValueError(f"task {name} asks about {needs}, and {build.folder} has none: {mends[needs]}")
+
+
 def _examples(name: str, task: Task, chosen: Chosen) -> pd.DataFrame:
     """The rows of one task.
 
     Raises
     ------
     ValueError
-        A local task without categories, or a split for which there is nothing to ask.
+        A split for which there is nothing to ask.
     """
-    if chosen.shows_nc.empty and task.kind != "binary":
-        raise ValueError(f"task {name} asks about categories, and {chosen.build.folder} has none: take caption tasks, "
-                         "or labels_from: captions with categories named")
     rows = task.build(chosen, np.random.default_rng([chosen.build.seed, crc32(name.encode())]))
     counts = rows.split.value_counts()
     lacking = [split for split in SPLITS if split in set(chosen.images.split) and split not in counts.index]

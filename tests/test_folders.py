@@ -116,12 +116,28 @@ def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
     settings = {"folder": str(photos), "train": 18, "validation": 6, "test": 6}
     made = tasks.build_examples(tasks.Build(tasks=("caption", "caption_similar"), **settings), tmp_path / "out")
     assert made.groupby(["task", "split"]).size().unstack().loc["caption"].tolist() == [12, 36, 12]
-    with pytest.raises(ValueError, match=r"task category asks about categories, and .* has none"):
-        tasks.build_examples(tasks.Build(tasks=("category",), **settings), tmp_path / "out")
-    with pytest.raises(ValueError, match="no categories that could be the same"):
-        tasks.build_examples(tasks.Build(tasks=("caption_same_categories",), **settings), tmp_path / "out")
+    for name in sorted(set(tasks.TASKS) - {"caption", "caption_similar", "caption_swapped"}):
+        needs = "instances" if name in ("relation", "size", "count", "attribute") else "categories"
+        with pytest.raises(ValueError, match=f"task {name} asks about {needs}, and .* has none: take"):
+            tasks.build_examples(tasks.Build(tasks=("caption", name), **settings), tmp_path / "out")
+    unnamed = tasks.Build(tasks=("object",), labels_from="captions", **settings)
+    with pytest.raises(ValueError, match=r"has none: name them, as in categories: \["):
+        tasks.build_examples(unnamed, tmp_path / "out")
     named = tasks.Build(tasks=("category",), categories=("cup", "car"), labels_from="captions", **settings)
     assert tasks.build_examples(named, tmp_path / "out").labels.map(list).tolist() == [[1, 0]] * 30
+
+
+def test_what_a_folder_holds_is_known_before_it_is_read(photos, tmp_path):
+    (photos / "captions.txt").write_text(table(",", "image,caption", '{k}.jpg,"{text}"'))
+    build = tasks.Build(str(photos), train=18, validation=6, test=6, tasks=("caption",))
+    first = tasks.build_examples(build, tmp_path / "out")
+    (photos / "captions.txt").write_text((photos / "captions.txt").read_text().replace("red cup", "old cup"))
+    second = tasks.build_examples(build, tmp_path / "out")
+    assert first.prompt.str.contains("red cup").any() and not second.prompt.str.contains("red cup").any()
+    before = folders.state(photos)
+    assert folders.state(photos) == before
+    shutil.copy(photos / "1000.jpg", photos / "2000.jpg")
+    assert folders.state(photos) != before and folders.state(photos / "nowhere") == []
 
 
 def test_statements_need_images_alone(photos, tmp_path):

@@ -1,12 +1,20 @@
 import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import REAL_COCO, REPOSITORY, needs_real_coco
 
-from probekit import captions, coco, objects, tasks
+from probekit import captions, coco, objects, scenes, tasks
+from probekit.chosen import Task, made_by
 
 
 def arrays(table):
@@ -102,8 +110,6 @@ def test_wrong_settings_are_named(scene_folder, tmp_path):
 
 
 def test_bad_images_stop_the_build_or_are_left_out(scene_folder, tmp_path):
-    import shutil
-
     folder = tmp_path / "coco"
     shutil.copytree(scene_folder, folder)
     broken = folder / "scenes" / "000000000003.jpg"
@@ -146,6 +152,85 @@ def test_the_task_of_the_readme_runs(scene_folder, tmp_path, monkeypatch):
     assert np.mean([y[0] for y in own.labels]) == 0.5
     other = made(code.replace("count > 2", "count > 3").replace("count <= 2", "count <= 3"))
     assert other.labels[other.task == "many"].tolist() != own.labels.tolist()  # not read back: its code is another
+
+
+def test_a_table_of_other_annotations_is_not_read_back(scene_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "coco"
+    shutil.copytree(scene_folder, folder)
+    build = tasks.Build(str(folder), train=40, validation=10, test=10, tasks=("caption", "category_dense"))
+    first, times = tasks.build_examples(build, tmp_path / "out"), []
+    monkeypatch.setattr(tasks, "choose", lambda *given, own=tasks.choose: times.append(1) or own(*given))
+    scenes.write(folder, n=60, seed=7)  # they are there: nothing is touched
+    assert tasks.build_examples(build, tmp_path / "out").equals(first) and not times
+    for kind, old, new, task in (("captions", '"caption": "', '"caption": "Look: ', "caption"),
+                                 ("instances", '"category_id": 1,', '"category_id": 2,', "category_dense")):
+        file = folder / "annotations" / f"{kind}_scenes.json"
+        file.write_text(file.read_text().replace(old, new))
+        other = tasks.build_examples(build, tmp_path / "out")
+        columns = ["prompt", "labels"]
+        own, before = (table.loc[table.task == task, columns].astype(str) for table in (other, first))
+        assert not own.reset_index(drop=True).equals(before.reset_index(drop=True))
+    assert len(times) == 2
+
+
+def typed(code: str, name: str = "task") -> Task:
+    """A task that was typed in: no file holds its code."""
+    known = {"__name__": "__main__", "partial": partial}
+    exec(code, known)
+    return Task("binary", known[name], "?")
+
+
+ASK = ("ASK = {0}\ndef helper(): return {1}\n"
+       "def task(chosen, rng, n={2}): return [ASK.{3}(helper()) for _ in range({4})]\n")
+USUAL = ["'yes or no'", "'e'", 1, "find", 5]
+CLASS = "class Mine:\n  def __init__(self, n): self.n = n\n  def __call__(self, chosen, rng): return self.n + {0}\n"
+MAKER = "def maker(n):\n  def made(chosen, rng): return n\n  return made\n"
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    *[(ASK.format(*USUAL), ASK.format(*[*USUAL[:k], new, *USUAL[k + 1:]]))
+      for k, new in enumerate(["'no or yes'", "'o'", 2, "count", 6])],
+    *[(f"def mine(chosen, rng, n): return n\ntask = partial(mine, {a})", f"def mine(chosen, rng, n): return n\n"
+       f"task = partial(mine, {b})") for a, b in (("n=1", "n=2"), ("n={'a'}", "n={'b'}"))],
+    (CLASS.format(1) + "task = Mine(1)", CLASS.format(1) + "task = Mine(2)"),
+    (CLASS.format(1) + "task = Mine(1)", CLASS.format(2) + "task = Mine(1)"),
+    (CLASS.format(1) + "task = Mine(1).__call__", CLASS.format(1) + "task = Mine(2).__call__"),
+    (MAKER + "task = maker(1)", MAKER + "task = maker(2)"),
+])
+def test_another_task_of_ones_own_has_another_fingerprint(one, other):
+    assert made_by(typed(one)) == made_by(typed(one)) != made_by(typed(other))
+    json.dumps(made_by(typed(one)))
+
+
+def test_words_and_settings_of_a_task_count():
+    usual = tasks.TASKS["caption"]
+    kept = [usual, replace(usual, question="?"), replace(usual, kind="one_of"), replace(usual, classes=("a", "b")),
+            *(replace(usual, build=partial(usual.build, negatives=name)) for name in ("similar", "swapped")),
+            replace(usual, build=objects.object_task), replace(usual, build=print)]
+    assert len({str(made_by(task)) for task in kept}) == len(kept)
+
+
+def test_a_constant_beside_a_task_counts(tmp_path):
+    """In a file, all of which is looked at: no name leads to this one."""
+    def of(text):
+        (tmp_path / "mine.py").write_text(text)
+        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return made_by(Task("binary", module.task, "?"))
+
+    code = "KNOWN = {'n': 1}\ndef task(chosen, rng): return globals()['KNOWN']\n"
+    assert of(code) == of(code) != of(code.replace("1}", "2}"))
+
+
+def test_fingerprints_are_the_same_in_every_process():
+    code = ("import numpy as np\nNAMES = {'a', 'b', 'c', 'd'}\n"
+            "def other(x): return task if x in {'e', 'f', 'g'} else np\n"
+            "def task(chosen, rng): return [other(x) for x in NAMES]\n")
+    script = (f"from probekit.chosen import Task, made_by\n{code}\nprint(made_by(Task('binary', task, '?')))")
+    told = [subprocess.run([sys.executable, "-c", script], env=os.environ | {
+        "PYTHONHASHSEED": seed, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True).stdout
+        for seed in "12"]
+    assert told[0] == told[1] and "'b'" in told[0]
 
 
 def test_labels_from_captions_are_what_the_study_had(scene_folder, tmp_path):
