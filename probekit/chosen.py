@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-
-from probekit import paths
 
 
 @dataclass(frozen=True)
@@ -114,70 +111,20 @@ def rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: 
     return images[["file", "split"]].assign(prompt=list(prompts), labels=y.tolist(), mask=mask.tolist())
 
 
-# ----------------------------------------------------------------------------------------------- what a task comes from
-
-
 def made_by(task: Task) -> list:
     """What the rows of a task come from, for :func:`~probekit.paths.fingerprint`: another answer may mean other rows.
 
-    Its words and settings, and of a function of the user's own its file, its code, and the values that the code names.
+    Its words and settings, and all of the file in which a function of the user's own stands. What was typed in, in a
+    notebook say, has no file: it is another one each time.
     """
-    function, settings = task.build, []
-    while not inspect.isfunction(function):
-        if isinstance(function, partial):
-            settings.append([_told(function.args), _told(function.keywords)])
-            function = function.func
-        elif inspect.ismethod(function):
-            settings.append(_told(getattr(function.__self__, "__dict__", None)))
-            function = function.__func__
-        elif inspect.ismethod(getattr(function, "__call__", None)):  # noqa: B004 (which one it is, is wanted)
-            function = function.__call__
-        else:
-            return [task.kind, task.question, _told(task.classes), settings, repr(function)]  # compiled
-    own = not (function.__module__ or "").startswith("probekit.")
-    code = [_file_of(function), _code_of(function, frozenset())] if own else function.__qualname__
-    return [task.kind, task.question, _told(task.classes), settings, code]
-
-
-def _file_of(function: Callable) -> str:
-    """All of the file that a function stands in: helpers and constants count as it does."""
+    function, given = task.build, []
+    while isinstance(function, partial):
+        given.append(repr((function.args, function.keywords)))
+        function = function.func
+    module = getattr(function, "__module__", None) or ""
     try:
-        return Path(inspect.getsourcefile(function)).read_text(encoding="utf-8")
-    except (OSError, TypeError, ValueError):  # typed in, in a notebook or by exec
-        return ""
-
-
-def _code_of(function: Callable, seen: frozenset) -> list:
-    code, within = function.__code__, seen | {function}
-    closed = [cell.cell_contents for cell in function.__closure__ or ()]
-    named = {name: function.__globals__[name] for name in sorted(_globals(code)) if name in function.__globals__}
-    return [_told(value, within) for value in (code, function.__defaults__, function.__kwdefaults__, closed, named)]
-
-
-def _globals(code: CodeType) -> set[str]:
-    """The names that code takes from its module, that of functions within it included."""
-    own = {one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return own.union(*(_globals(const) for const in code.co_consts if isinstance(const, CodeType)))
-
-
-def _told(value: object, seen: frozenset = frozenset()) -> object:
-    """A value in text and lists that are the same in every process, which addresses and the order of sets are not."""
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, [_told(const, seen) for const in value.co_consts]]
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    if isinstance(value, list | tuple):
-        return [_told(one, seen) for one in value]
-    if isinstance(value, dict):
-        return [[repr(key), _told(one, seen)] for key, one in value.items()]
-    if isinstance(value, partial):
-        return [_told(one, seen) for one in (value.func, value.args, value.keywords)]
-    if inspect.isfunction(value):
-        mine = value not in seen and value.__module__ in {one.__module__ for one in seen}
-        return _code_of(value, seen) if mine else value.__qualname__
-    if inspect.ismodule(value) or inspect.isclass(value):
-        return value.__name__
-    try:
-        return paths.fingerprint(value)
-    except (TypeError, AttributeError):
-        return repr(value)
+        code = f"{module}.{function.__qualname__}" if module.startswith("probekit.") else Path(
+            inspect.getsourcefile(function)).read_text(encoding="utf-8")
+    except (OSError, TypeError, ValueError, AttributeError):
+        code = str(time.time_ns())
+    return [task.kind, task.question, list(task.classes or ()), given, code]
