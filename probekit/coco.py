@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
@@ -103,8 +104,9 @@ def _told(folder: Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             (i["id"], split, str(folder / split / Path(i["file_name"]).name), i["width"], i["height"])
             for i in told["images"]
         ], columns=["image_id", "coco_split", "file", "width", "height"])
-        captions = [(a["image_id"], a["caption"]) for a in told["annotations"]]
-        return images, pd.DataFrame(captions, columns=["image_id", "caption"])
+        captions = pd.DataFrame([(a["image_id"], a["caption"]) for a in told["annotations"]],
+                                columns=["image_id", "caption"])
+        return _checked(images), _checked(captions)
 
 
 def _found(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -115,7 +117,26 @@ def _found(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
              a.get("attributes", {}).get("colour"))
             for a in found["annotations"]
         ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
-        return instances, tuple(kinds.values())
+        names = _checked(pd.DataFrame({"category": [*kinds.values()]})).category
+        return _checked(instances), tuple(names)
+
+
+WHOLE, NUMBERS, TEXTS = ("image_id", "width", "height", "iscrowd"), ("x", "y", "w", "h", "area"), (
+    "file", "caption", "category")
+
+
+def _checked(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, where its columns hold what they should; halves of letters that JSON can spell become "?"."""
+    for kinds, names, meant in ((int, WHOLE, "whole number"), ((int, float), NUMBERS, "number"), (str, TEXTS, "text")):
+        for name in table.columns.intersection(names):
+            fits = [isinstance(value, kinds) and not isinstance(value, bool) for value in table[name]]
+            if kinds is not str and all(fits):
+                fits = np.isfinite(table[name].astype(float)).to_list()
+            if not all(fits):
+                raise ValueError(f"{name} {table[name][fits.index(False)]!r} is no {meant}")
+            if kinds is str:
+                table[name] = [text.encode(errors="replace").decode() for text in table[name]]
+    return table
 
 
 def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:

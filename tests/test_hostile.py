@@ -1,6 +1,8 @@
 """Captions and images from anywhere: clear errors, no crash, and nothing gets out of its place."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from probekit import coco, scenes
+from probekit import coco, paths, scenes, statements, tasks
 
 ANY = settings(max_examples=150, deadline=None, derandomize=True,
                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -76,3 +78,67 @@ def test_bytes_are_an_image_or_a_clear_error(tmp_path, kind, cut, noise, start):
         assert str(file) in str(error) and "cannot be read as an image: " in str(error)
     else:
         assert found.mode == "RGB" and 0 < found.width * found.height < 180_000_000
+
+
+NUMBERS = st.one_of(st.integers(-10, 200), st.floats(), st.sampled_from([10**12, None, "3", [1]]))
+NAMES = st.one_of(st.sampled_from(["../../../etc/passwd", "/etc/passwd", "..", "", ".", "a/../b.jpg", "\x00.jpg",
+                                   "~/x.jpg", "C:\\x.jpg", "x" * 400]), HOSTILE)
+
+
+@st.composite
+def annotations(draw):
+    """What to change in a folder's annotations: kind of file, list in it, place, key, value."""
+    kind, key, value = draw(st.one_of(
+        st.tuples(st.just("captions"), st.just("caption"), st.one_of(HOSTILE, NUMBERS)),
+        st.tuples(st.just("captions"), st.just("file_name"), st.one_of(NAMES, NUMBERS)),
+        st.tuples(st.sampled_from(["captions", "instances"]), st.just("image_id"), NUMBERS),
+        st.tuples(st.just("instances"), st.sampled_from(["category_id", "area", "iscrowd", "bbox"]), NUMBERS),
+        st.tuples(st.just("instances"), st.just("bbox"), st.lists(NUMBERS, max_size=5)),
+        st.tuples(st.just("instances"), st.just("name"), st.one_of(HOSTILE, NUMBERS)),
+        st.tuples(st.sampled_from(["captions", "instances"]), st.sampled_from(["id", "width", "height"]), NUMBERS)))
+    return kind, draw(st.sampled_from(["images", "annotations", "categories"])), draw(st.integers(0, 30)), key, value
+
+
+@settings(ANY, max_examples=200)
+@given(changes=st.lists(annotations(), min_size=1, max_size=4), gone=st.booleans())
+@example(changes=[("captions", "annotations", k, "caption", "\ud800 half a letter") for k in range(30)], gone=False)
+def test_annotations_make_examples_or_a_clear_error(scene_folder, tmp_path, changes, gone):
+    folder = tmp_path / "coco"
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "scenes").symlink_to(scene_folder / "scenes")
+    shutil.copytree(scene_folder / "annotations", folder / "annotations", dirs_exist_ok=True)
+    for kind, part, at, key, value in changes:
+        file = folder / "annotations" / f"{kind}_scenes.json"
+        content = json.loads(file.read_text())
+        rows = content.get(part) or content["annotations"]
+        if gone:
+            rows[at % len(rows)].pop(key, None)
+        elif key in rows[at % len(rows)]:
+            rows[at % len(rows)][key] = value
+        file.write_text(json.dumps(content))
+    build = tasks.Build(str(folder), train=30, validation=10, test=10, max_bad=0.2,
+                        tasks=("caption", "category", "object", "count"))
+    try:
+        table = tasks.build_examples(build, tmp_path / "out")
+    except (ValueError, OSError) as error:
+        assert len(str(error)) > 20
+    else:
+        assert all(paths.resolve(file).parent in (folder / "scenes", scene_folder / "scenes") for file in table.file)
+
+
+@ANY
+@given(content=st.one_of(st.text(max_size=60), st.lists(st.fixed_dictionaries({}, optional={
+    "image": st.one_of(NAMES, NUMBERS), "text": st.one_of(HOSTILE, NUMBERS), "label": st.one_of(st.booleans(), NUMBERS),
+    "filename": NAMES, "caption": HOSTILE, "negative_caption": HOSTILE}), max_size=3).map(json.dumps)),
+    ending=st.sampled_from(statements.KINDS))
+def test_statements_are_read_or_a_clear_error(scene_folder, tmp_path, content, ending):
+    file = tmp_path / f"some{ending}"
+    file.write_text(content, errors="replace")
+    try:
+        table = statements.read(file)
+        found = statements.found(table, coco.read(scene_folder).images)
+    except ValueError as error:
+        assert str(file) in str(error) or "is the name of" in str(error)
+    else:
+        assert table.label.isin([0, 1]).all() and table.text.str.strip().all() and len(found) <= len(table)
