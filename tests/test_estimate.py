@@ -1,0 +1,83 @@
+"""Estimates against what is then done."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY
+from torch.utils.flop_counter import FlopCounterMode
+
+from probekit import estimate, extract, forward, loading, models, parts, run
+from probekit.__main__ import main
+from probekit.extract import Extraction
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-fast-vlm"])
+@pytest.mark.parametrize("way", ["shared", "plain"])
+def test_operations_are_those_of_the_forward_passes(examples, name, way):
+    given = examples.groupby("image_id").head(2).head(4).assign(prompt=["a b c d", "d c b a"] * 2)  # nothing is padded
+    rows = parts.rows_of(given)
+    vlm = models.load_vlm(name, device="cpu")
+    works = [*loading.ahead(vlm.preparer, None, [rows], 0)]
+    with FlopCounterMode(display=False) as counter:
+        for work in works:
+            forward.run(vlm, [work.prepared], ["mean"], ("lm",), way)
+    settings = Extraction(name, sharing="auto" if way == "shared" else "off")
+    told = estimate.estimate(settings, (), given, 2, 1e9, "cpu")
+    key = "operations" if way == "shared" else "plain operations"
+    assert told["way"] == way and told[key] == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert told["hours"] == told[key] / 1e9 / 3600
+
+
+def test_tokens_bytes_and_examples_are_those_of_the_extraction(data, examples):
+    settings = Extraction("tiny-qwen2-vl", stages=("lm", "vision", "projector"), poolings=("mean", "max"))
+    stores = extract.extract_all(settings, examples, ("no_image", "wrong_image"), "cpu")
+    told = estimate.estimate(settings, ("no_image", "wrong_image"), examples, examples.image_id.nunique(), 1e9, "cpu")
+    shards = [*stores[0].folder.glob("part-*/shard-*.safetensors")]
+    rows = sum(len(pd.read_parquet(file)) for file in stores[0].folder.glob("part-*/rows.parquet"))
+    assert told["examples"] == rows
+    assert told["GB on disk"] == pytest.approx(sum(file.stat().st_size for file in shards) / 1e9, rel=0.15)
+    vlm = models.load_vlm("tiny-qwen2-vl", device="cpu")
+    assert told["GB weights"] == pytest.approx(sum(p.numel() * 4 for p in vlm.model.parameters()) / 1e9)
+    assert told["tokens"] < told["plain tokens"]
+    twice = estimate.estimate(settings, (), examples, 2 * examples.image_id.nunique(), 1e9, "cpu")
+    once = estimate.estimate(settings, (), examples, examples.image_id.nunique(), 1e9, "cpu")
+    assert all(twice[key] == pytest.approx(2 * once[key]) for key in ("tokens", "operations", "GB on disk", "hours"))
+
+
+def test_experts_count_where_a_token_meets_them():
+    from transformers import Qwen3MoeConfig, Qwen3MoeModel
+
+    def active(asked):
+        config = Qwen3MoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                                num_key_value_heads=2, moe_intermediate_size=16, num_experts=8,
+                                num_experts_per_tok=asked)
+        with torch.device("meta"):
+            model = Qwen3MoeModel(config)
+        vlm = type("", (), {"config": config, "model": model, "blocks": model.layers})
+        return estimate.Shape.of(vlm).active
+
+    one = 2 * 3 * 32 * 16  # two layers, three matrices
+    assert active(3) - active(2) == one and active(8) == active(1) + 7 * one
+
+
+def test_the_plan_is_told_by_a_command(capsys, tmp_path):
+    demo = str(REPOSITORY / "notebooks" / "params" / "demo.yaml")
+    assert main(["plan", "--params", demo, "--flops", "1e10", "--sample", "24", "--workers", "6",
+                 "-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]", "-p", "stages=[lm]"]) == 0
+    told = capsys.readouterr().out
+    assert "1,800" in told and "TFLOP" in told
+    table = [line.split() for line in told.splitlines()[-4:]]
+    assert [int(k) for k, _ in table] == [1, 2, 4, 6]
+    hours = [float(h) for _, h in table]
+    assert hours[0] > hours[1] > hours[2] >= hours[3]
+    assert main(["plan", "--params", str(tmp_path / "none.yaml")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_sample_is_run_where_no_rate_is_named(examples):
+    book = next(book for book in run.notebooks() if book.stem == "02_extract")
+    extraction = {name: about.default for name, about in run.declared(book).items()}
+    extraction |= {"models": ["tiny-qwen2-vl"], "untrained": [], "controls": [], "device": "cpu"}
+    settings, control = extract.asked_by(extraction)[0]
+    told = estimate.estimate(settings, control, examples.head(40), 1000, None, "cpu")
+    assert told["way"] == "shared" and 0 < told["hours"] < 1 and told["load_s"] > 0
