@@ -57,7 +57,8 @@ class Labels:
 class Task:
     """One task of a run: its rows in the examples table, and its labels.
 
-    Entries of a class that no training example is asked for do not count: no probe can learn it.
+    Entries of a category that training examples are not asked for with both answers do not count: no probe can learn
+    it.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Task:
         Raises
         ------
         ValueError
-            A split has no examples of this task.
+            A split has no examples of this task, or no category has both answers in training.
         """
         about = examples.attrs["tasks"][name]
         rows = np.flatnonzero((examples.task == name).to_numpy())
@@ -80,7 +81,10 @@ class Task:
         split = table.split.to_numpy()
         y, mask = (torch.tensor(np.array(table[column].tolist()), dtype=torch.float32) for column in ("labels", "mask"))
         numbers = _numbers(split, name)
-        mask *= mask[numbers["train"]].amax(0)
+        mask *= _learnable(y[numbers["train"]], mask[numbers["train"]], about["kind"])
+        if not mask.any():
+            raise ValueError(f"task {name} has no category with both answers in training: take more images or more "
+                             "categories in 01_build_data")
         return cls(name, rows, table.prompt.to_numpy(), split, Labels(
             "none", about["kind"], list(about["classes"]), table.image_id.to_numpy(), y, mask, numbers))
 
@@ -98,6 +102,13 @@ class Task:
                                          own.kind, seed)
         return Labels(control, own.kind, own.classes, own.image_n, torch.from_numpy(y), torch.from_numpy(mask),
                       _numbers(split, f"{self.name} ({controls.WORDS[control]})"))
+
+
+def _learnable(y_nc: torch.Tensor, mask_nc: torch.Tensor, kind: str) -> torch.Tensor:
+    """(c,) 1 for classes that count in training, and of categories those that count with both answers; else 0."""
+    if kind != "multilabel":
+        return mask_nc.amax(0)
+    return (mask_nc * y_nc).amax(0) * (mask_nc * (1 - y_nc)).amax(0)
 
 
 def _numbers(split_n: np.ndarray, name: str) -> dict[str, torch.Tensor]:

@@ -133,6 +133,19 @@ def test_prompts_that_hardly_come_back_have_no_control_task():
         Task.of(examples, "caption").labels("control_task")
 
 
+def test_a_category_that_has_one_answer_in_training_is_not_scored():
+    examples = table()
+    rows = np.flatnonzero((examples.task == "category") & (examples.split == "train"))
+    for k in rows:
+        examples.at[k, "labels"] = [1, *examples.labels[k][1:3], 0]
+    task = Task.of(examples, "category")
+    assert (task.true.mask_nc.amax(0) == np.array([0, 1, 1, 0])).all()
+    for k in rows:
+        examples.at[k, "labels"] = [1, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"task category has no category with both answers.*more categories"):
+        Task.of(examples, "category")
+
+
 def test_baselines_are_the_shares_of_the_training_labels():
     y = np.array([[1, 0], [1, 1], [0, 1], [1, 1]])
     mask = np.array([[1, 1], [1, 0], [1, 0], [1, 0]])
