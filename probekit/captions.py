@@ -120,7 +120,8 @@ def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "ran
     similar
         the most similar ones of other images, paraphrases excluded
     same_categories
-        those of other images that show the same categories; images without such another, or without any, are left out
+        those of other images that show the same categories, of all that are annotated; images without such another, or
+        without any, are left out
     swapped
         its own right ones with two words exchanged; captions in which none can be exchanged are left out
 
@@ -157,10 +158,10 @@ def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own:
     if negatives == "similar":
         given = similar(right, own, rng, chosen.build.similarity)
     elif negatives == "same_categories":
-        shows = chosen.shows_nc.loc[images.index].to_numpy()
-        if not shows.shape[1]:
-            raise ValueError(f"{chosen.build.folder} has no categories that could be the same: leave "
+        if chosen.instances.empty:
+            raise ValueError(f"{chosen.build.folder} has no instances, so no categories that could be the same: leave "
                              "caption_same_categories out")
+        shows = chosen.annotated_nc.loc[images.index].to_numpy()
         same = [row.tobytes() if row.any() else i for i, row in enumerate(shows)]  # what shows none is like no other
         given = same_kind(right, own, same, rng)
     else:

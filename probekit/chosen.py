@@ -60,6 +60,8 @@ class Chosen:
     unclear_nc : the same shape: it is there, but too small to be asked about (`shows_nc` says no)
     instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, `colour`, and `tiny`
     statements : by the name of their task: DataFrame of `image_id`, `text`, `label` (0 or 1)
+    annotated_nc, annotated_unclear_nc : as `shows_nc` and `unclear_nc`, by the instances whatever labels are from, and
+        of all categories of the dataset, whichever are asked about
     """
 
     build: Build
@@ -69,6 +71,8 @@ class Chosen:
     unclear_nc: pd.DataFrame
     instances: pd.DataFrame
     statements: dict[str, pd.DataFrame] = field(default_factory=dict)
+    annotated_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
+    annotated_unclear_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def of_each_split(self) -> list[pd.DataFrame]:
         """The images of train, validation and test, apart: what is asked in one takes nothing from another."""

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.chosen import Chosen, rows
-from probekit.dealing import dealt
+from probekit.dealing import completed, mixed
 
 PROMPT = "This image contains the following types of object:"
 LIST_PROMPT = PROMPT + " {categories}"
@@ -109,12 +109,12 @@ def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator, unclear_n
 
     Returns
     -------
-    present, absent : (n,) numbers of objects
+    present, absent : (n,) numbers of objects; absent is -1 for images that had to be left out, as few as possible
 
     Raises
     ------
     ValueError
-        Unknown sampling, or images that show too much alike to be asked about each other's objects.
+        Unknown sampling.
     """
     if absent not in SAMPLINGS:
         raise ValueError(f"unknown sampling {absent!r}: take one of {', '.join(SAMPLINGS)}")
@@ -123,9 +123,24 @@ def asked(shows_nc: np.ndarray, absent: str, rng: np.random.Generator, unclear_n
     chance = (weight / weight.sum(1, keepdims=True)).cumsum(1)
     present = (rng.random((len(shows), 1)) >= chance).sum(1).clip(max=shows.shape[1] - 1)
     barred = shows if unclear_nc is None else shows | unclear_nc.astype(bool)
+    present = _bounded(present, shows, (~barred).sum(0), rng)
     start = _adversarial(shows, barred, present, rng) if absent == "adversarial" else None
-    order = dealt(len(shows), lambda i, j: bool(barred[i, present[j]]), rng, start)
-    return present, present[order]
+    order, wrong = mixed(len(shows), lambda i, j: bool(barred[i, present[j]]), rng, start, rounds=3)
+    given = present[order]
+    given[wrong] = -1
+    return present, completed(given, present, ~barred, rng)
+
+
+def _bounded(present: np.ndarray, shows: np.ndarray, lacking: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Present objects (n,), where others are shown none of them more often than there are images that lack it."""
+    present, room = present.copy(), lacking - np.bincount(present, minlength=shows.shape[1])
+    for c in np.flatnonzero(room < 0):
+        for i in rng.permutation(np.flatnonzero((present == c) & (shows.sum(1) > 1))):
+            other = np.where(shows[i], room, 0).argmax()
+            if room[c] < 0 < room[other]:
+                present[i] = other
+                room[[c, other]] += 1, -1
+    return present
 
 
 def _adversarial(shows: np.ndarray, barred: np.ndarray, present: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -146,12 +161,13 @@ def _adversarial(shows: np.ndarray, barred: np.ndarray, present: np.ndarray, rng
 
 
 def _category_rows(chosen: Chosen) -> pd.DataFrame:
-    """Labels and masks, the same for all category tasks; images that show none of the categories are left out."""
+    """Labels and masks, the same for all category tasks; images that are asked for nothing are left out."""
     rng, parts = np.random.default_rng([chosen.build.seed, 1]), []
     for images in chosen.of_each_split():
         shows, unclear = _there(chosen, images)
-        images, shows, unclear = (table[shows.any(1)] for table in (images, shows, unclear))
-        parts.append(rows(images, [PROMPT] * len(images), shows, balanced_mask(shows.astype(int), rng, ASKED, unclear)))
+        mask = balanced_mask(shows.astype(int), rng, ASKED, unclear)
+        images, shows, mask = (table[mask.any(1)] for table in (images, shows, mask))
+        parts.append(rows(images, [PROMPT] * len(images), shows, mask))
     return pd.concat(parts)
 
 
@@ -163,35 +179,41 @@ def balanced_mask(labels_nc: np.ndarray, rng: np.random.Generator, count: int = 
                   unclear_nc: np.ndarray | None = None) -> np.ndarray:
     """Choose which categories each image is asked for: one or two that it shows, the rest absent ones.
 
-    Present ones are drawn with a chance inverse to how often a category occurs; absent ones go where a category
-    has been asked as present more often than as absent, so that its name does not give its label away.
+    Each category is asked as often with the one answer as with the other, so that its name says nothing about its
+    label. Present ones are drawn with a chance inverse to how often a category occurs; absent ones go where a category
+    has been asked as present more often than as absent, to images that show nothing only where others do not suffice;
+    what cannot be made up for is not asked.
 
     Parameters
     ----------
-    labels_nc : (n, c) of 0 and 1, at least one 1 a row
+    labels_nc : (n, c) of 0 and 1
     unclear_nc : (n, c) what is neither there nor not, and not asked
 
     Returns
     -------
-    (n, c) of 0 and 1, `count` ones a row (fewer only where there are fewer categories)
+    (n, c) of 0 and 1: `count` ones a row, or fewer where few categories, or few images that lack them, are at hand
     """
-    n, c = labels_nc.shape
-    mask_nc = np.zeros((n, c), dtype=int)
+    mask_nc, shown = np.zeros(labels_nc.shape, dtype=int), labels_nc.any(1)
     rarity = 1 / np.maximum(labels_nc.sum(0), 1)
     several = rng.permutation(np.flatnonzero(labels_nc.sum(1) > 1))
-    takes_two = np.isin(np.arange(n), several[: n // 2])
-    for row in range(n):
+    takes_two = np.isin(np.arange(len(shown)), several[: shown.sum() // 2])
+    for row in np.flatnonzero(shown):
         present = np.flatnonzero(labels_nc[row])
         weight = rarity[present] / rarity[present].sum()
         mask_nc[row, rng.choice(present, size=1 + takes_two[row], replace=False, p=weight)] = 1
-    owed = mask_nc.sum(0).astype(float)
+    owed = mask_nc.sum(0)
     barred_nc = labels_nc > 0 if unclear_nc is None else (labels_nc > 0) | unclear_nc.astype(bool)
-    for row in rng.permutation(n):
-        absent = np.flatnonzero(~barred_nc[row])
-        order = absent[np.argsort(-(owed[absent] + rng.random(len(absent))), kind="stable")]
-        pick = order[: count - mask_nc[row].sum()]
-        mask_nc[row, pick] = 1
-        owed[pick] -= 1
+    for rows_n in (np.flatnonzero(shown), np.flatnonzero(~shown)):
+        for row in rng.permutation(rows_n) if owed.any() else ():
+            absent = np.flatnonzero(~barred_nc[row])
+            order = absent[np.argsort(-(owed[absent] + rng.random(len(absent))), kind="stable")]
+            pick = order[: count - mask_nc[row].sum()]
+            pick = pick[owed[pick] > 0]
+            mask_nc[row, pick] = 1
+            owed[pick] -= 1
+    fewer = rng.spawn(1)[0]  # what is drawn after does not hang on how many are left out
+    for c in np.flatnonzero(owed):
+        mask_nc[fewer.permutation(np.flatnonzero(mask_nc[:, c] * labels_nc[:, c]))[: owed[c]], c] = 0
     return mask_nc
 
 
@@ -218,7 +240,8 @@ def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random"
 
     Parameters
     ----------
-    absent : which ones, see :func:`asked`; images that show none or all are left out
+    absent : which ones, see :func:`asked`; images that show none or all are left out, and those for which no object
+        is left that they lack (where few categories are asked about)
     """
     names, parts = np.array(chosen.shows_nc.columns), []
     for images in chosen.of_each_split():
@@ -226,8 +249,9 @@ def object_task(chosen: Chosen, rng: np.random.Generator, absent: str = "random"
         kept = shows.any(1) & ~(shows | unclear).all(1)
         images, shows, unclear = images[kept], shows[kept], unclear[kept]
         lists = [", ".join(rng.permutation(names)) for _ in range(len(images))]
-        for label, places in zip((1, 0), asked(shows, absent, rng, unclear), strict=True):
-            prompts = [QUERY_PROMPT.format(categories=text, category=name)
-                       for text, name in zip(lists, names[places], strict=True)]
-            parts.append(rows(images, prompts, [label] * len(images)))
+        numbers = np.stack(asked(shows, absent, rng, unclear))
+        left = np.flatnonzero(numbers[1] >= 0)
+        for label in (1, 0):
+            prompts = [QUERY_PROMPT.format(categories=lists[i], category=names[numbers[1 - label, i]]) for i in left]
+            parts.append(rows(images.iloc[left], prompts, [label] * len(left)))
     return pd.concat(parts)

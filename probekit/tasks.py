@@ -130,13 +130,14 @@ def choose(build: Build, data: coco.Coco) -> tuple[Chosen, pd.DataFrame]:
     images = images.drop(index=bad.image_id)[["file", "split", "width", "height"]]
     told, instances = _captions_of(data, images), _instances_of(data, images, build.smallest)
     names = _categories(data, build)
-    shows, unclear = objects.shown(instances, images.index, names)
+    annotated = objects.shown(instances, images.index, data.categories)
+    shows, unclear = (table.reindex(columns=names, fill_value=False) for table in annotated)
     if build.labels_from == "captions":
         shows, unclear = objects.said(told, images.index, names), unclear & False
     if build.categories == "frequent40":
         often = shows[(images.split == "train").to_numpy()].sum().nlargest(40).index
         shows, unclear = (table[[name for name in names if name in often]] for table in (shows, unclear))
-    return Chosen(build, images, told, shows, unclear, instances, said), bad
+    return Chosen(build, images, told, shows, unclear, instances, said, *annotated), bad
 
 
 def _check(build: Build) -> None:
@@ -217,7 +218,8 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     there = chosen.instances.join(chosen.images[["width", "height"]], on="image_id")
     paths.write_atomic(folder / "instances.parquet", there.to_parquet)
     said = objects.said(chosen.captions, chosen.images.index, chosen.shows_nc.columns)
-    clear = objects.shown(chosen.instances, chosen.images.index, chosen.shows_nc.columns)
+    clear = (table.reindex(columns=said.columns, fill_value=False)
+             for table in (chosen.annotated_nc, chosen.annotated_unclear_nc))
     objects.agreement(said, *clear).to_csv(folder / "caption_words.csv")
     paths.write_json(record, {"fingerprint": made_as, "settings": asdict(build), "left_out_images": len(bad)})
     return load(folder)
@@ -249,7 +251,7 @@ def _examples(name: str, task: Task, chosen: Chosen) -> pd.DataFrame:
     if lacking:
         raise ValueError(f"task {name} finds nothing to ask in {', '.join(lacking)} (images there: "
                          f"{', '.join(str((chosen.images.split == split).sum()) for split in lacking)}): take more "
-                         "images, or leave it out")
+                         "images or more categories, or leave it out")
     return rows.reset_index(names="image_id").assign(task=name)
 
 

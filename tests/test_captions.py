@@ -45,7 +45,7 @@ def test_wrong_captions_are_wrong_and_tell_nothing_by_themselves(chosen, kind):
     if kind == "same_categories":
         by_caption = {text: image for image in rows.index for text in chosen.captions[image]}
         for image, text in rows.said[rows.right == 0].items():
-            assert (chosen.shows_nc.loc[image] == chosen.shows_nc.loc[by_caption[text]]).all()
+            assert (chosen.annotated_nc.loc[image] == chosen.annotated_nc.loc[by_caption[text]]).all()
     again = captions.caption_task(chosen, np.random.default_rng(0), kind)
     assert list(again.prompt) == list(rows.prompt)
 
@@ -95,9 +95,25 @@ def test_images_that_show_nothing_are_not_of_the_same_categories():
     images = pd.DataFrame({"file": "x", "split": "train"}, index=range(6))
     texts = pd.Series([["one bird"], ["two boats"], ["a cup"], ["old shoes"], ["snow"], ["a tall tower"]], range(6))
     shows = pd.DataFrame({"cup": [0, 0, 0, 0, 1, 1]}, dtype=bool)
-    found = captions.caption_task(Chosen(Build("x"), images, texts, shows, shows & False, pd.DataFrame()),
-                                  np.random.default_rng(0), "same_categories")
+    instances = pd.DataFrame({"image_id": [4, 5], "category": "cup"})
+    chosen = Chosen(Build("x"), images, texts, shows, shows & False, instances, {}, shows, shows & False)
+    found = captions.caption_task(chosen, np.random.default_rng(0), "same_categories")
     assert set(found.index) == {4, 5} and len(found) == 4
+    with pytest.raises(ValueError, match=r"no instances.*leave caption_same_categories out"):
+        captions.caption_task(replace(chosen, instances=instances[:0]), np.random.default_rng(0), "same_categories")
+
+
+@pytest.mark.parametrize("settings", [{"categories": ("cup",)}, {"categories": ("cup", "car"),
+                                                                 "labels_from": "captions"}])
+def test_the_same_categories_are_all_that_are_annotated(scene_folder, settings):
+    data = coco.read(scene_folder)
+    chosen = tasks.choose(tasks.Build(str(scene_folder), train=60, validation=0, test=0, **settings), data)[0]
+    rows = captions.caption_task(chosen, np.random.default_rng(0), "same_categories")
+    there = data.instances.groupby("image_id").category.agg(frozenset)
+    own = {text: image for image in rows.index for text in chosen.captions[image]}
+    assert len(rows) > 10
+    for row in rows.itertuples():
+        assert there[row.Index] == there[own[said(row.prompt)]]
 
 
 def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):

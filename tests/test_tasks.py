@@ -58,8 +58,8 @@ def test_categories_follow_the_instances(examples, scene_folder):
         y, mask = arrays(rows)
         truth = [[(i, c) in there for c in classes] for i in rows.image_id]
         assert np.array_equal(y, truth)
-        assert (mask.sum(1) == 3).all()
-        assert set((y * mask).sum(1)) == {1, 2}
+        assert mask.sum(1).max() == 3 and (mask.sum(1) == 3).mean() > 0.95
+        assert (y * mask).sum(1).max() == 2 and ((y * mask).sum(1) > 0).mean() > 0.95
 
 
 def test_the_list_names_every_category_in_changing_order(examples):
@@ -77,9 +77,7 @@ def test_the_asked_categories_do_not_give_their_labels_away():
     labels = labels[labels.any(1)]
     mask = objects.balanced_mask(labels, rng)
     yes, asked = (labels * mask).sum(0), mask.sum(0)
-    name_alone = np.maximum(yes, asked - yes).sum() / asked.sum()
-    assert name_alone < 0.53
-    assert yes.sum() / asked.sum() == pytest.approx(0.5, abs=0.03)
+    assert (2 * yes == asked).all() and asked.sum() > 2.9 * len(labels)
 
 
 def test_the_same_settings_make_the_same_table(scene_folder, tmp_path):
@@ -125,7 +123,39 @@ def test_real_coco_builds_with_all_and_with_frequent_categories(tmp_path):
         table = tasks.build_examples(build, tmp_path / categories)
         assert len(table.attrs["tasks"]["category"]["classes"]) == count
         y, mask = arrays(table[table.task == "category"])
-        assert (mask.sum(1) == 3).all() and 0.45 < (y * mask).sum() / mask.sum() < 0.52
+        assert (mask.sum(1) == 3).mean() > 0.98 and (y * mask).sum() / mask.sum() == 0.5
+
+
+@needs_real_coco
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 20, 40, 80])
+def test_a_category_s_name_says_nothing_about_its_label_however_few_are_asked(count):
+    data = coco.read(REAL_COCO)
+    often = tuple(data.instances.drop_duplicates(["image_id", "category"]).category.value_counts().index[:count])
+    build = tasks.Build(str(REAL_COCO), train=200, validation=50, test=50, tasks=("category",), categories=often)
+    chosen = tasks.choose(build, data)[0]
+    rows = objects.category_task(chosen, np.random.default_rng(0))
+    for _, part in rows.groupby("split"):
+        y, mask = arrays(part)
+        assert mask.any(1).all() and ((y * mask).sum(0) * 2 == mask.sum(0)).all()
+    y, mask = arrays(rows)
+    shown = chosen.shows_nc[list(often)].sum()
+    assert mask.sum() >= 1.6 * np.minimum(shown, 300 - shown).max()  # most of what the data allow
+
+
+def test_labels_from_captions_leave_the_annotated_categories_as_they_are(scene_folder):
+    data = coco.read(scene_folder)
+    made = [tasks.choose(tasks.Build(str(scene_folder), train=60, validation=0, test=0, **settings), data)[0]
+            for settings in ({}, {"labels_from": "captions", "categories": ("cup",)})]
+    assert made[0].annotated_nc.equals(made[1].annotated_nc) and made[0].annotated_nc.equals(made[0].shows_nc)
+    assert list(made[1].shows_nc.columns) == ["cup"] and not made[1].shows_nc.cup.equals(made[1].annotated_nc.cup)
+
+
+def test_what_no_category_can_be_asked_for_names_the_mend(scene_folder, tmp_path):
+    data = coco.read(scene_folder)
+    for name in ("object", "object_popular", "object_adversarial"):
+        build = tasks.Build(str(scene_folder), train=40, validation=10, test=10, tasks=(name,), categories=("cup",))
+        with pytest.raises(ValueError, match=r"nothing to ask in train, validation, test.*more categories"):
+            tasks.build_examples(build, tmp_path, data)
 
 
 def test_the_task_of_the_readme_runs(scene_folder, tmp_path, monkeypatch):
