@@ -7,8 +7,10 @@ Every kind but "swapped" deals the right captions of a split out anew: each is a
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,10 @@ COLOURS = frozenset(("red", "orange", "yellow", "green", "blue", "purple", "pink
                      "grey", "silver", "gold"))
 DETERMINERS = frozenset(("a", "an", "the", "one", "two", "three", "four", "five", "six", "some", "his", "her", "their",
                          "its", "this", "that"))
+PLURALS = frozenset(("people", "men", "women", "children", "feet", "teeth", "mice", "geese", "sheep"))
+WORD = re.compile(r"[\w'’-]+|[^\w\s]")
+MOSTLY = 0.1  # share of a word's places in which it must stand as a noun does
+OFTEN, TOGETHER = 3, 0.2  # pairs of words that stand together so many times, in such a share of the rarer one's places
 SAME = frozenset(("and", "with", "near", "beside", "by", "next", "to", "a", "an", "the", ","))  # hold both ways round
 
 
@@ -44,57 +50,91 @@ def same_kind(right: Sequence[str], own: Sequence[Sequence[str]], kinds: Sequenc
 # ---------------------------------------------------------------------------------------------------------- swapping
 
 
-def nouns(captions: Iterable[str]) -> frozenset[str]:
-    """Words that stand alone between a determiner and a word such as “is”, “of” or “on”, or the end."""
-    found = set()
-    for caption in captions:
-        low = [word.lower() for word in _split(caption)]
-        found |= {word for before, word, after in zip(low, low[1:], [*low[2:], "."], strict=False)
-                  if before in DETERMINERS and word.isalpha() and not (after.isalpha() and after not in STOP)}
-    return frozenset(found - STOP - COLOURS)
+@dataclass(frozen=True)
+class Words:
+    """What captions tell about words.
+
+    Attributes
+    ----------
+    nouns : words that stand alone between a determiner and a word such as “is”, “of” or “on”, or the end
+    compounds : pairs of neighbouring words that often stand together, or in a category's name
+    """
+
+    nouns: frozenset[str]
+    compounds: frozenset[tuple[str, str]]
+
+    @classmethod
+    def of(cls, captions: Iterable[str], categories: Iterable[str] = ()) -> Words:
+        alone, single, pairs = Counter(), Counter(), Counter()
+        for caption in captions:
+            low = [word.lower() for word in WORD.findall(caption)]
+            alone.update(word for before, word, after in zip(low, low[1:], [*low[2:], "."], strict=False)
+                         if before in DETERMINERS and word.isalpha() and not (after.isalpha() and after not in STOP))
+            single.update(low)
+            pairs.update(pair for pair in pairwise(low) if not STOP.intersection(pair))
+        often = {(a, b) for (a, b), count in pairs.items()
+                 if count >= OFTEN and count >= TOGETHER * min(single[a], single[b])}
+        named = {pair for name in categories for pair in pairwise(name.lower().split())}
+        nouns = frozenset(word for word, count in alone.items() if count >= MOSTLY * single[word]) - STOP - COLOURS
+        return cls(nouns, frozenset(often | named | {(a, b + "s") for a, b in named}))
 
 
-def swapped(caption: str, own: Sequence[str], known: frozenset[str], rng: np.random.Generator) -> str | None:
+def swapped(caption: str, own: Sequence[str], known: Words, rng: np.random.Generator) -> str | None:
     """The caption with two nouns or two colours exchanged, so that it has the same words and says something else.
 
-    What holds both ways round (“a dog and a cat”) is no other caption, unless something else is said of each. None
-    where nothing can be exchanged.
+    Nouns are of the same number and no part of a compound (“hot dog”), and “a” and “an” stay right. What holds both
+    ways round (“a dog and a cat”) is no other caption, unless something else is said of each. Everything else, blanks
+    and marks too, stays as it is. None where nothing can be exchanged.
 
     Parameters
     ----------
     own : all captions of the image
-    known : :func:`nouns`
     """
-    words = _split(caption)
-    low = [word.lower() for word in words]
+    found = [match.span() for match in WORD.finditer(caption)]
+    low = [caption[start:end].lower() for start, end in found]
     colours = [i for i, word in enumerate(low) if word in COLOURS]
     pairs = [(i, j) for kind in (_heads(low, known), colours) for i in kind for j in kind if i < j and low[i] != low[j]]
-    told = {" ".join(_split(text.lower())) for text in own}
+    told = {tuple(WORD.findall(text.lower())) for text in own}
     for k in rng.permutation(len(pairs)):
         i, j = pairs[k]
-        if _says_the_same(low, i, j) or (low[i][0] in "aeiou") != (low[j][0] in "aeiou"):  # “an green car” tells
+        if _says_the_same(low, i, j, known) or not (_fits(low, i, low[j]) and _fits(low, j, low[i])):
             continue
-        other = [*words]
-        other[i], other[j] = (b.capitalize() if a[0].isupper() else b.lower() for a, b in
-                              ((words[i], words[j]), (words[j], words[i])))
-        if " ".join(other).lower() not in told:
-            return re.sub(r"\s+([^\w\s])", r"\1", " ".join(other))
+        (a, b), (c, d) = found[i], found[j]
+        one, other = caption[a:b], caption[c:d]
+        if i == 0 and one[0].isupper():  # the sentence's first letter, not the word's
+            one, other = one if one.isupper() else one[0].lower() + one[1:], other[0].upper() + other[1:]
+        text = caption[:a] + other + caption[b:c] + one + caption[d:]
+        if tuple(WORD.findall(text.lower())) not in told:
+            return text
     return None
 
 
-def _split(caption: str) -> list[str]:
-    return re.findall(r"[\w'’-]+|[^\w\s]", caption)
+def _heads(low: Sequence[str], known: Words) -> list[int]:
+    """Places of nouns that end their phrase, are no part of a compound and no frame, as in “a picture of”."""
+    out = []
+    for i, word in enumerate(low):
+        before, after = low[i - 1] if i else "", low[i + 1] if i + 1 < len(low) else ""
+        together = (before, word) in known.compounds or (word, after) in known.compounds or before in known.nouns
+        if word in known.nouns and after not in known.nouns and after != "of" and not together:
+            out.append(i)
+    return out
 
 
-def _heads(low: Sequence[str], known: frozenset[str]) -> list[int]:
-    """Places of nouns that end their phrase and are no frame, as in “a picture of”."""
-    after = [*low[1:], "."]
-    return [i for i, word in enumerate(low) if word in known and after[i] not in known and after[i] != "of"]
+def _plural(word: str) -> bool:
+    return word in PLURALS or (word.endswith("s") and not word.endswith(("ss", "us", "is")))
 
 
-def _says_the_same(low: Sequence[str], i: int, j: int) -> bool:
-    """Are two words joined by something that holds both ways round, with nothing else said of either?"""
-    return all(word in SAME for word in low[i + 1 : j]) and not _described(low, i) and not _described(low, j)
+def _fits(low: Sequence[str], i: int, word: str) -> bool:
+    """Can this word stand in place i: of the same number, and right after “a” or “an”?"""
+    vowel = {"a": False, "an": True}.get(low[i - 1] if i else "")
+    return _plural(low[i]) == _plural(word) and vowel in (None, word[0] in "aeiou")
+
+
+def _says_the_same(low: Sequence[str], i: int, j: int, known: Words) -> bool:
+    """Are two words joined by what holds both ways round, or parts of a list, with nothing else said of either?"""
+    between = set(low[i + 1 : j])
+    listed = low[i] in known.nouns and between <= DETERMINERS | known.nouns | {",", "and"}
+    return (between <= SAME or listed) and not _described(low, i) and not _described(low, j)
 
 
 def _described(low: Sequence[str], i: int) -> bool:
@@ -152,9 +192,9 @@ def _drawn(n: int, count: int, rng: np.random.Generator) -> list[int]:
 def _wrong_captions(chosen: Chosen, images: pd.DataFrame, right: list[str], own: list[list[str]], negatives: str,
                     rng: np.random.Generator) -> list[str | None]:
     if negatives == "swapped":
-        known = nouns(text for said in own for text in said)
-        texts = [swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
-        return [text and clean(text) for text in texts]
+        every = {id(said): said for said in own}.values()  # an image's captions once, however many are asked
+        known = Words.of((text for said in every for text in said), chosen.annotated_nc.columns)
+        return [swapped(text, said, known, rng) for text, said in zip(right, own, strict=True)]
     if negatives == "similar":
         given = similar(right, own, rng, chosen.build.similarity)
     elif negatives == "same_categories":

@@ -18,12 +18,14 @@ from sklearn.pipeline import make_pipeline
 
 INPUTS = ("no_image", "no_text", "wrong_image")
 LABELS = ("shuffled", "control_task")
-BASELINES = ("majority", "name_alone", "bag_of_words")  # the last one of binary tasks alone
+TEXTS = {"bag_of_words": 1, "word_order": 3}  # words in a row that are counted, at most; of binary tasks alone
+BASELINES = ("majority", "name_alone", *TEXTS)
 FEWEST = 10  # prompts that a random label is drawn for, and examples that score it
 WORDS = {
     "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
     "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
     "name_alone": "category's name alone", "bag_of_words": "bag of words",
+    "word_order": "words and their order",
 }
 MEANING = {  # of a score above chance
     "untrained": "random weights carry that much of the input to the probe: only what lies above it was learnt",
@@ -36,6 +38,8 @@ MEANING = {  # of a score above chance
     "name_alone": "which category is asked gives that much of the label away: read local scores against this line",
     "bag_of_words": "the words of the texts alone give that much of the labels away: only what lies above it is about "
                     "the image",
+    "word_order": "the texts alone, by which words follow each other, give that much of the labels away: only what "
+                  "lies above it is about the image",
 }
 
 
@@ -162,17 +166,19 @@ def _by_prompt(prompts: np.ndarray, split: np.ndarray, c: int, rng: np.random.Ge
     return rng.integers(0, 2, (kind.max() + 1, c))[kind], parts
 
 
-def bag_of_words(prompts: np.ndarray, y_n: np.ndarray, train: np.ndarray) -> np.ndarray:
+def bag_of_words(prompts: np.ndarray, y_n: np.ndarray, train: np.ndarray, longest: int = 1) -> np.ndarray:
     """Probabilities (n,) of label 1 from the words of the prompts alone: counts, and a logistic regression.
 
     Parameters
     ----------
     train : (n,) True at training examples
+    longest : count words in a row, too, up to so many: then their order tells
     """
     y = y_n[train] > 0
     if y.all() or not y.any():
         return np.full(len(y_n), y.mean())
-    reader = make_pipeline(CountVectorizer(token_pattern=r"\w+"), LogisticRegression(max_iter=2000))
+    counts = CountVectorizer(token_pattern=r"\w+", ngram_range=(1, longest))
+    reader = make_pipeline(counts, LogisticRegression(max_iter=2000))
     return reader.fit(prompts[train], y).predict_proba(prompts)[:, 1]
 
 

@@ -89,9 +89,13 @@ class Task:
             "none", about["kind"], list(about["classes"]), table.image_id.to_numpy(), y, mask, numbers))
 
     @cached_property
-    def p_words_n(self) -> np.ndarray:
-        """(n,) what the words of the prompts alone say, see :func:`probekit.controls.bag_of_words`."""
-        return controls.bag_of_words(self.prompts, self.true.y_nc[:, 0].numpy(), self.split_n == "train")
+    def p_texts_n(self) -> dict[str, np.ndarray]:
+        """(n,) what the prompts of a binary task alone say, for each of :data:`probekit.controls.TEXTS`."""
+        if self.true.kind != "binary":
+            return {}
+        y = self.true.y_nc[:, 0].numpy()
+        return {name: controls.bag_of_words(self.prompts, y, self.split_n == "train", longest)
+                for name, longest in controls.TEXTS.items()}
 
     def labels(self, control: str, seed: int = 0) -> Labels:
         """The labels of a control, see :func:`probekit.controls.labels`; "none" has the true ones."""

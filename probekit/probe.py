@@ -25,7 +25,7 @@ PROBES = ("logreg", "linear", "mlp")
 PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
 LabelSets = dict[tuple[str, int], Labels]  # by control and seed
 LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
-VERSION = 6  # of what the tables hold: those of older versions are made anew
+VERSION = 7  # of what the tables hold: those of older versions are made anew
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ def scored(store: Store, pooling: str, task: Task, kind: str, fitted: dict[tuple
                        _baseline("name_alone", labels, layers, b).query("metric == 'accuracy'").assign(
                            seed=seed, control=name, metric="chance")]
     if main == "none":
-        words = {"bag_of_words": task.p_words_n} if task.true.kind == "binary" else {}
-        tables += [_baseline(name, task.true, layers, b, words.get(name)).assign(seed=settings.seeds[0], control=name)
-                   for name in controls.BASELINES if name in words or name != "bag_of_words"]
+        tables += [_baseline(name, task.true, layers, b, task.p_texts_n.get(name)).assign(
+            seed=settings.seeds[0], control=name)
+            for name in controls.BASELINES if name in task.p_texts_n or name not in controls.TEXTS]
     about = {"model": store.meta["model"], "pooling": pooling, "task": task.name, "probe": kind}
     table = pd.concat(tables, ignore_index=True)
     losses = pd.concat([one.losses.assign(control=main if name == "none" else name, **about)

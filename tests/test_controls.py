@@ -153,6 +153,14 @@ def test_baselines_are_the_shares_of_the_training_labels():
     assert np.allclose(controls.baseline("name_alone", y, mask, 3), [[3 / 4, 0]] * 3)
 
 
+def test_word_order_tells_what_a_bag_of_words_cannot():
+    y, train = np.arange(200) % 2, np.arange(200) < 100
+    prompts = np.array([f"is {k // 2} the {'dog on a cat' if k % 2 else 'cat on a dog'}" for k in range(200)])
+    right = {name: ((controls.bag_of_words(prompts, y, train, longest) >= 0.5) == y)[~train].mean()
+             for name, longest in controls.TEXTS.items()}
+    assert right == {"bag_of_words": 0.5, "word_order": 1.0}
+
+
 def test_unknown_controls_are_named():
     with pytest.raises(ValueError, match=r"unknown controls .'no_picture'"):
         controls.check(["no_picture"])

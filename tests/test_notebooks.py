@@ -10,7 +10,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     assert set(table.model) == set(DEMO_MODELS)
     assert set(table.task) == {"caption", "category", "category_list"}
     assert set(table.control) == {"none", "untrained", "no_image", "wrong_image", "shuffled", "control_task",
-                                  "majority", "name_alone", "bag_of_words"}
+                                  "majority", "name_alone", "bag_of_words", "word_order"}
     assert set(table.probe) == {"logreg", "linear"}
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9

@@ -110,21 +110,21 @@ def pooling_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "lo
 def task_curves(table: pd.DataFrame, tasks: Sequence[str], probe: str = "logreg") -> go.Figure:
     """Accuracy of several tasks: a panel a model, a symbol and a shade of its colour for each task.
 
-    Dotted, of the same symbol: what the words of the prompts alone tell (the control ``bag_of_words``).
+    Dotted, of the same symbol: what the words of the prompts and their order alone tell (the control ``word_order``).
     """
     every = select(table[table.task.isin(tasks)], probe, "accuracy")
     rows = every[every.pooling == every.pooling.iloc[0]]
     colours = look.colour_of(table)
     figure = _shades(rows[rows.control == "none"], "task", colours, "accuracy")
-    words = rows[rows.control == "bag_of_words"]
+    words = rows[rows.control == "word_order"]
     for i, model in enumerate(dict.fromkeys(rows.model), 1):
         for k, task in enumerate(tasks):
             line = words[(words.model == model) & (words.task == task)]
             figure.add_scatter(
                 x=layer_number(line.layer), y=line.value, mode="lines+markers", showlegend=False, row=1, col=i,
-                line={"dash": "dot", "color": GREY, "width": 1.5}, hovertemplate=f"bag of words, {task}<br>accuracy "
+                line={"dash": "dot", "color": GREY, "width": 1.5}, hovertemplate=f"the texts alone, {task}<br>accuracy "
                 "%{y:.3f}<extra></extra>", marker={"symbol": SYMBOLS[k % len(SYMBOLS)], "size": 5})
-    figure.add_trace(look.key("bag of words alone", line={"dash": "dot", "color": GREY}))
+    figure.add_trace(look.key("the texts alone", line={"dash": "dot", "color": GREY}))
     named = look.pooling_named(every, rows.pooling.iloc[0])
     return look.style(figure, f"Accuracy by layer: how hard the wrong captions are{named}", 450, FULL, True)
 

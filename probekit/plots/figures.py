@@ -46,8 +46,8 @@ def all_figures(whole: Results, tasks: dict[str, dict], probe: str = "logreg", p
         figures["negatives"] = Drawn(comparisons.task_curves(table, asked, probe), (
             "The same question with wrong captions of several kinds, from easy to hard: of any other image (caption), "
             "the most similar of another one, of one with the same categories, and the right one with two words "
-            "exchanged. Dotted: what a bag of words says of the captions alone; only what lies above it needs the "
-            "image."),
+            "exchanged. Dotted: what the captions alone say, by their words and word order; only what lies above it "
+            "needs the image."),
             "Global and local")
     for task, about in tasks.items():
         figures |= _of_task(table, whole, task, about, probe, published, relative)
