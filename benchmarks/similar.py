@@ -38,8 +38,9 @@ def main() -> None:
     start = time.perf_counter()
     given = similar.similar(right, owner, rng)
     minutes = (time.perf_counter() - start) / 60
-    assert sorted(given) == list(range(len(right)))
-    told = {"captions": len(right), "minutes": round(minutes, 1),
+    kept = np.flatnonzero(given >= 0)
+    assert sorted(given[kept]) == kept.tolist()
+    told = {"captions": len(right), "left_out": round(1 - len(kept) / len(right), 4), "minutes": round(minutes, 1),
             "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
     print(told)
     if options.json:

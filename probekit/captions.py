@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from probekit.chosen import Chosen, rows
-from probekit.dealing import dealt
-from probekit.similar import STOP, content, contents, paraphrases, similar
+from probekit.dealing import dealt, mixed, without
+from probekit.similar import STOP, judge, similar
 
 PROMPT = "This image contains: {caption}.\nIs this right?"
 COLOURS = frozenset(("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray",
@@ -34,16 +34,19 @@ SAME = frozenset(("and", "with", "near", "beside", "by", "next", "to", "a", "an"
 def same_kind(right: Sequence[str], own: Sequence[Sequence[str]], kinds: Sequence, rng: np.random.Generator
               ) -> np.ndarray:
     """A permutation (n,) within images of the same kind, such as the same categories; -1 where there is none."""
-    known, words, given = contents(own), [content(text) for text in right], np.full(len(right), -1)
+    true, given = judge(right, own), np.full(len(right), -1)
     groups: dict[object, list[int]] = defaultdict(list)
     for i, kind in enumerate(kinds):
         groups[kind].append(i)
-    for group in (np.array(group) for group in groups.values() if len(group) > 1):
-        try:
-            given[group] = group[dealt(len(group), lambda a, b, group=group: a == b or paraphrases(
-                words[group[b]], known[group[a]]), rng)]
-        except ValueError:
-            continue  # they say the same of each other
+    for group in map(np.array, groups.values()):
+        if len({id(own[i]) for i in group}) < 2:
+            continue  # captions of a single image
+
+        def clashes(a: int, b: int, group: np.ndarray = group) -> bool:
+            return a == b or true(group[a], group[b])
+
+        order = without(*mixed(len(group), clashes, rng), clashes)
+        given[group[order >= 0]] = group[order[order >= 0]]
     return given
 
 
@@ -158,7 +161,7 @@ def caption_task(chosen: Chosen, rng: np.random.Generator, negatives: str = "ran
     random
         those of other images of its split
     similar
-        the most similar ones of other images, paraphrases excluded
+        the most similar ones of other images, paraphrases excluded; what nothing similar is found for is left out
     same_categories
         those of other images that show the same categories, of all that are annotated; images without such another, or
         without any, are left out

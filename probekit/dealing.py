@@ -51,10 +51,11 @@ def mixed(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator,
 def without(order: np.ndarray, wrong: Sequence[int], clashes: Callable[[int, int], bool]) -> np.ndarray:
     """A permutation (n,) without the places at which something clashes: -1 there, and nobody gets what was theirs.
 
-    Who would have got that gets what they had; where it clashes, they are left out as well.
+    Who would have got that gets what they had; where it clashes, one of the two is left out as well, by turns.
     """
     order, giver = order.copy(), np.argsort(order)  # order[giver[j]] == j
     for i in wrong:
+        turn = 0
         while order[i] >= 0:
             before, after = giver[i], order[i]
             order[i] = -1
@@ -62,7 +63,7 @@ def without(order: np.ndarray, wrong: Sequence[int], clashes: Callable[[int, int
                 break
             order[before], giver[after] = after, before
             if before == after or clashes(before, after):
-                i = before
+                i, turn = (after, before)[turn], 1 - turn
     return order
 
 

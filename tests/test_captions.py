@@ -173,8 +173,42 @@ def test_swapped_real_captions_have_the_same_words_and_marks():
 
 
 @needs_real_coco
+def test_similar_real_captions_share_a_content_word():
+    build = tasks.Build(str(REAL_COCO), train=300, validation=0, test=0)
+    chosen = tasks.choose(build, coco.read(REAL_COCO))[0]
+    rows = captions.caption_task(chosen, np.random.default_rng(0), "similar")
+    wrong = rows[[labels == [0] for labels in rows.labels]].prompt.map(said)
+    assert len(wrong) >= 290
+    for image, text in wrong.items():
+        assert any(similar.content(text) & similar.content(own) for own in chosen.captions[image])
+
+
+def test_captions_of_a_single_image_are_not_dealt_out(monkeypatch):
+    def never(*_):
+        raise AssertionError("there is nothing to deal out")
+
+    monkeypatch.setattr(captions, "mixed", never)
+    own = [["A cup", "A red cup", "One cup"], ["A car", "Blue cars", "The car"]]
+    right, whose = [text for said in own for text in said], [said for said in own for _ in said]
+    assert (captions.same_kind(right, whose, [0, 0, 0, 1, 1, 1], np.random.default_rng(0)) == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["similar", "same_categories"])
+def test_own_captions_in_another_script_are_not_asked_as_wrong(kind):
+    images = pd.DataFrame({"file": "x", "split": "train"}, index=range(20))
+    texts = pd.Series([[f"一只狗 {k} 号 {c}" for c in "甲乙丙丁"] + ["It is there"] for k in range(20)], range(20))
+    shows = pd.DataFrame({"dog": np.ones(20, bool)})
+    chosen = Chosen(Build("x", captions=5), images, texts, shows, ~shows, pd.DataFrame({"image_id": [1]}), {}, shows,
+                    ~shows)
+    rows = captions.caption_task(chosen, np.random.default_rng(0), kind)
+    wrong = rows[[labels == [0] for labels in rows.labels]].prompt.map(said)
+    assert len(wrong) > 40 and not any(text.lower() in map(str.lower, texts[image]) for image, text in wrong.items())
+
+
+@needs_real_coco
 def test_real_captions_have_wrong_ones_of_every_kind():
     build = tasks.Build(str(REAL_COCO), train=200, validation=50, test=50)
     chosen = tasks.choose(build, coco.read(REAL_COCO))[0]
     images = {kind: len(captions.caption_task(chosen, np.random.default_rng(0), kind)) // 2 for kind in KINDS}
-    assert images["random"] == images["similar"] == 300 and images["swapped"] > 130 and images["same_categories"] > 40
+    assert images["random"] == 300 and images["similar"] > 250  # of splits of 50 captions some are like no other
+    assert images["swapped"] > 130 and images["same_categories"] > 40

@@ -1,4 +1,6 @@
+import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -91,6 +93,45 @@ def test_crowds_count_and_tiny_instances_neither_way():
     there, unclear = objects.shown(instances, pd.Index(["a", "b", "c", "d"]), ["car", "cup", "kite"])
     assert there.to_numpy().tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
     assert unclear.to_numpy().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def many_scenes(tmp_path_factory):
+    return scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
+
+
+@pytest.mark.parametrize("task", ["category", "category_list", "category_dense", "object", "object_popular",
+                                  "object_adversarial", "relation", "size", "count", "attribute"])
+def test_tiny_instances_and_crowds_go_through_every_task_as_said(task, many_scenes):
+    """Of every third image the first thing is tiny, of every other third it is a crowd."""
+    data = coco.read(many_scenes)
+    rows = data.instances.copy()
+    first = ~rows.image_id.duplicated()
+    tiny, crowd = first & (rows.image_id % 3 == 0), first & (rows.image_id % 3 == 1)
+    rows.loc[tiny, "area"], rows.loc[crowd, "iscrowd"] = 2.0, 1
+    data = replace(data, instances=rows)
+    chosen = tasks.choose(tasks.Build(str(many_scenes), train=240, validation=0, test=0, smallest=0.001), data)[0]
+    assert chosen.instances.tiny.sum() == tiny.sum() == 80
+    only = ~rows.duplicated(["image_id", "category"], keep=False)
+    small, many = (set(zip(rows.image_id[what & only], rows.category[what & only], strict=True))
+                   for what in (tiny, crowd))
+    made = tasks.TASKS[task].build(chosen, np.random.default_rng(0))
+    asked = [(image, name, label) for image, row in made.iterrows() for name, label in _asked(task, row, chosen)]
+    about = {(image, name) for image, name, _ in asked}
+    assert len(about) > 15 and not about & small
+    if task in ("relation", "size", "count", "attribute"):
+        assert not about & many
+    else:
+        assert all(label == 1 for image, name, label in asked if (image, name) in many) and about & many
+
+
+def _asked(task, row, chosen):
+    """Names and labels that a row asks about."""
+    names = list(chosen.shows_nc.columns)
+    if task.startswith("category"):
+        return [(names[k], row.labels[k]) for k in np.flatnonzero(row["mask"])]
+    text = row.prompt.partition("Is there a ")[2] or row.prompt
+    return [(name, row.labels[0]) for name in names if re.search(rf"\b{name}\b", text)]
 
 
 def test_labels_from_captions_are_whole_words():
