@@ -9,7 +9,7 @@ demo: $(READY)
 	@echo "open $(CURDIR)/figures/demo/index.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

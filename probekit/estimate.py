@@ -63,7 +63,7 @@ class Shape:
                         if isinstance(n := getattr(text, name, None), int) and n), 1)
         asked = next((k for name in ("num_experts_per_tok", "moe_k", "top_k_experts")
                       if isinstance(k := getattr(text, name, None), int)), experts)
-        named = [(name, p.numel()) for name, p in vlm.blocks.named_parameters()]
+        named = [(name, p.numel()) for name, p in vlm.blocks.named_parameters() if p.ndim > 1]
         expert = sum(n for name, n in named if ".experts." in name)
         active = sum(n for _, n in named) - expert + expert * asked // experts
         wide = max(getattr(text, "intermediate_size", 0) or 0, 4 * text.hidden_size)
@@ -94,9 +94,16 @@ def _by_patches(vlm: Vlm, prepared: Prepared) -> int | None:
     if vlm.vision is None or not isinstance(side, int) or pixels is None:
         return None
     patches = pixels.numel() // (3 * side**2 * getattr(config, "temporal_patch_size", 1))
-    blocks = vlm.vision[1]
+    module, blocks = vlm.vision
     width = next(p.shape[-1] for name, p in blocks[0].named_parameters() if "norm" in name)
-    return 2 * sum(p.numel() for p in blocks.parameters()) * patches + 4 * len(blocks) * width * patches**2
+    within = {*blocks.parameters()}
+    found = 4 * len(blocks) * width * patches**2
+    for name, p in module.named_parameters():
+        if p.ndim > 1 and (p in within or "patch_embed" in name):
+            found += 2 * p.numel() * patches
+        elif p.ndim > 1 and "embed" not in name:  # what makes image tokens of patches
+            found += 2 * p.numel() * int(prepared.shown[0].sum())
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- a sample

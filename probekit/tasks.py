@@ -193,7 +193,8 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     Returns
     -------
     DataFrame
-        The examples, those of one image next to each other; ``attrs["tasks"]`` holds kind and classes of each task.
+        The examples, those of one image next to each other; ``attrs["tasks"]`` holds kind and classes of each task,
+        ``attrs["settings"]`` the fingerprint of what it was made from, ``attrs["versions"]`` of which libraries.
     """
     asked, made_as = named(build.tasks), _made_as(build)
     record, file = folder / "build.json", folder / "examples.parquet"
@@ -212,7 +213,8 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     place = pd.Series(range(len(chosen.images)), index=chosen.images.index)
     examples = examples.iloc[np.argsort(place[examples.image_id].to_numpy(), kind="stable")].reset_index(drop=True)
     examples["file"] = [paths.relative(Path(file)) for file in examples.file]
-    examples.attrs["tasks"] = about
+    examples.attrs |= {"tasks": about, "settings": made_as,
+                       "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow")}
     paths.write_atomic(file, examples.to_parquet)
     bad.to_csv(folder / "left_out_images.csv", index=False)
     there = chosen.instances.join(chosen.images[["width", "height"]], on="image_id")

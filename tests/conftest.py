@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes on the same cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from probekit import paths, scenes, tasks
 

@@ -123,7 +123,7 @@ def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
     unnamed = tasks.Build(tasks=("object",), labels_from="captions", **settings)
     with pytest.raises(ValueError, match=r"has none: name them, as in categories: \["):
         tasks.build_examples(unnamed, tmp_path / "out")
-    named = tasks.Build(tasks=("category",), categories=("cup", "car"), labels_from="captions", **settings)
+    named = tasks.Build(tasks=("category_dense",), categories=("cup", "car"), labels_from="captions", **settings)
     assert tasks.build_examples(named, tmp_path / "out").labels.map(list).tolist() == [[1, 0]] * 30
 
 

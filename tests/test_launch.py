@@ -15,6 +15,7 @@ from probekit import launch
 from probekit.launch import Launch, place_among
 
 SHARDS = 60
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a dead head is given up sooner
 WORKER = """
 import json, os, sys, time
 from pathlib import Path
@@ -55,7 +56,7 @@ def base(examples, tmp_path_factory) -> Path:
 
 def start(folder: Path, **how) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | RAY
     environment |= how.pop("environment", {})
     return subprocess.Popen([sys.executable, folder.parent / "work.py", folder, json.dumps(how)], env=environment,
                             stderr=(folder / "stderr.txt").open("a"), stdout=subprocess.DEVNULL, cwd=folder)
@@ -129,7 +130,7 @@ def cluster(base):
     """A Ray cluster of its own that can be started and killed."""
     pytest.importorskip("ray")
     command = [str(Path(sys.executable).with_name("ray"))]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | RAY
 
     def run(*words):
         return subprocess.run([*command, *words], env=environment, check=True, capture_output=True, text=True)

@@ -17,6 +17,10 @@ def arrays(table):
     return np.array(table.labels.tolist()), np.array(table["mask"].tolist())
 
 
+def test_the_table_says_what_it_was_made_with(examples):
+    assert len(examples.attrs["settings"]) == 12 and {"probekit", "numpy", "pandas"} <= set(examples.attrs["versions"])
+
+
 def test_clean_caption():
     assert captions.clean("  A dog ,\n a cat..  ") == "A dog, a cat"
     assert captions.clean("Two cups.") == "Two cups"
