@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
                      help="a notebook's parameter, its value in YAML")
     run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
+    run.add_argument("--to", dest="end", default="99", metavar="NN", help="last notebook to run")
     extract = commands.add_parser("extract", help="make shards of 02_extract, as one of several processes")
     extract.add_argument("--params", required=True, type=Path, help="as for run")
     extract.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -149,7 +150,7 @@ def _run(options: argparse.Namespace) -> int:
     from probekit.run import NotebookFailed, run
 
     try:
-        print(f"executed notebooks: {run(options.params, options.overrides, options.start)}")
+        print(f"executed notebooks: {run(options.params, options.overrides, options.start, options.end)}")
     except (FileNotFoundError, ValueError) as error:
         print(f"probekit: {error}", file=sys.stderr)
         return 2

@@ -108,8 +108,8 @@ def parameters_of(book: Path, file: Path, overrides: list[str]) -> dict[str, obj
     return {name: given.get(name, about.default) for name, about in declared(book).items()}
 
 
-def run(file: Path, overrides: list[str], start: str = "01") -> Path:
-    """Execute the notebooks from number `start` on; returns the folder of the executed copies.
+def run(file: Path, overrides: list[str], start: str = "01", end: str = "99") -> Path:
+    """Execute the notebooks from number `start` to `end`; returns the folder of the executed copies.
 
     Raises
     ------
@@ -118,14 +118,15 @@ def run(file: Path, overrides: list[str], start: str = "01") -> Path:
     NotebookFailed
         A notebook stopped; the message shows the cell and where the notebook lies, as far as it came.
     """
-    books = [book for book in notebooks() if book.name[:2] >= start[:2].zfill(2)]
+    books = [book for book in notebooks() if start[:2].zfill(2) <= book.name[:2] <= end[:2].zfill(2)]
     if not books:
-        raise ValueError(f"--from {start}: there are {', '.join(book.stem for book in notebooks())}")
+        raise ValueError(f"--from {start} --to {end}: there are {', '.join(book.stem for book in notebooks())}")
     declarations = {book: declared(book) for book in notebooks()}
     parameters = checked(read_parameters(file, overrides), {k: v for d in declarations.values() for k, v in d.items()})
     for name in (text.partition("=")[0].strip() for text in overrides):
         if not any(name in declarations[book] for book in books):
-            raise ValueError(f"-p {name} is for a notebook before {books[0].stem}: start there, or leave it out")
+            raise ValueError(f"-p {name} is for none of {books[0].stem} to {books[-1].stem}: run its notebook, too, or "
+                             "leave it out")
     folder = paths.DATA / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
     folder.mkdir(parents=True)
     for book in books:
