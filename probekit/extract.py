@@ -5,73 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
-from probekit import controls, forward, parts, paths, pool, store
+from probekit import controls, parts, paths, store
 from probekit.launch import Launch
 from probekit.models import best_device, best_dtype
 from probekit.parts import Part
-from probekit.passes import SHARING
 from probekit.presets import commit_of, locate, title
 from probekit.shared import Shared
-from probekit.worker import Job
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """Settings of one extraction.
-
-    Attributes
-    ----------
-    model, revision, dtype, untrained, seed, trust_remote_code : as for :func:`probekit.models.load_vlm`
-    longest_side : pixels that bound an image before the processor sees it; None leaves it to the checkpoint's rule
-    sharing : run each image once for all its prompts: "auto" as far as a check finds it exact, "on" (an error where it
-        is not), "off"
-    poolings : see :mod:`probekit.pool`
-    stages : "lm", and where asked for "vision" and "projector", whose states are pooled over the image's patches
-    shard_images : images a shard, the unit of work, of writing and of resuming
-    batch_tokens : tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a GPU,
-        2,048 without: there small batches stay in the cache
-    workers : processes that decode and preprocess images ahead of the model; 0 does it in between. None takes 4 with a
-        GPU, fewer with fewer cores, and 0 without: there they would take the model's cores
-    """
-
-    model: str
-    revision: str | None = None
-    dtype: str | None = None
-    untrained: bool = False
-    seed: int = 0
-    longest_side: int | None = None
-    sharing: str = "auto"
-    poolings: tuple[str, ...] = ("mean",)
-    stages: tuple[str, ...] = ("lm",)
-    shard_images: int = 200
-    batch_tokens: int | None = None
-    workers: int | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def wants(self) -> list[str]:
-        """What is to be stored, e.g. "lm/mean"; text is no part of an image."""
-        return [f"{stage}/{pooling}" for stage, pooling in product(self.stages, self.poolings)
-                if stage == "lm" or pooling != "text_mean"]
-
-    def check(self) -> None:
-        """Raise ValueError naming what can be chosen where a setting is none of it."""
-        for pooling in self.poolings:
-            pool.check(pooling)
-        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES),
-                                    ("dtype", [self.dtype], (None, *forward.TOLERANCE))):
-            unknown = [value for value in values if value not in known]
-            if unknown or not values:
-                raise ValueError(f"{name}={unknown or values}: take out of {', '.join(map(str, known))}")
-        if self.shard_images < 1 or (self.batch_tokens or 1) < 1 or (self.workers or 0) < 0:
-            raise ValueError("shard_images and batch_tokens are numbers from 1, workers from 0")
+from probekit.worker import Extraction, Job
 
 
 def resolved(settings: Extraction, device: str) -> Extraction:

@@ -119,6 +119,8 @@ class Launch:
                     tqdm.write(f"waiting for {len(missing)} shards that others make in {job.folder}")
                 waiting = True
                 time.sleep(2)
+                for part, i in (job.shards[place] for place in missing):  # by one that goes on watching
+                    job.shared.free(part.shard(i))
         if meta_of(job.folder) is None:
             worker = Worker(job)
             worker.load()

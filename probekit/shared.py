@@ -24,6 +24,7 @@ from probekit import paths
 
 BEAT = 5.0  # seconds between two signs of life
 ABANDONED = 60.0  # seconds without one after which a claim is taken over
+SEEN: dict[str, tuple[bytes, float]] = {}  # others' claims: the last sign, and when it was first seen here
 
 
 class Shared:
@@ -39,7 +40,6 @@ class Shared:
         self.folder, self.mirrored = folder, url is not None
         self.fs, self.root = fsspec.core.url_to_fs(url or str(folder))
         self._held: dict[str, int] = {}
-        self._seen: dict[str, tuple[bytes, float]] = {}
         self._lock = threading.Lock()
         self._beating: threading.Thread | None = None
 
@@ -115,6 +115,11 @@ class Shared:
                 if self.fs.exists(name):
                     self.fs.rm_file(name)
 
+    def free(self, path: Path) -> None:
+        """Take away a claim whose owner is gone."""
+        if self.claim(path):
+            self.release(path)
+
     def release_all(self) -> None:
         for at in [*self._held]:
             self.release(self.folder / at[len(self.root) + 1 :])
@@ -122,14 +127,17 @@ class Shared:
     def _abandoned(self, claim: str) -> bool:
         try:
             sign = self.fs.cat_file(claim)
-            told = json.loads(sign)
-        except (FileNotFoundError, ValueError):  # given up, or being written just now
+        except FileNotFoundError:  # given up just now
             return False
+        try:
+            told = json.loads(sign)
+        except ValueError:  # being written just now, or its owner died at that
+            told = {"host": None}
         if told["host"] == _host() and not _lives(told["pid"], told["started"]):
             return True
-        before, since = self._seen.get(claim, (b"", 0.0))
+        before, since = SEEN.get(claim, (None, 0.0))
         if sign != before:  # judged by this machine's clock alone
-            self._seen[claim] = sign, time.monotonic()
+            SEEN[claim] = sign, time.monotonic()
             return False
         return time.monotonic() - since > ABANDONED
 

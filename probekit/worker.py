@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit import loading, parts, paths
+from probekit import forward, loading, parts, paths, pool
 from probekit.models import Vlm, load_vlm
 from probekit.parts import Part
-from probekit.passes import Passes
+from probekit.passes import SHARING, Passes
 from probekit.shared import Shared
-
-if TYPE_CHECKING:
-    from probekit.extract import Extraction
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
 
@@ -102,6 +98,58 @@ def _check_prompts_seen(states: dict[str, np.ndarray], rows: pd.DataFrame, name:
 
 
 # ------------------------------------------------------------------------------------------------------------- a job
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Settings of one extraction.
+
+    Attributes
+    ----------
+    model, revision, dtype, untrained, seed, trust_remote_code : as for :func:`probekit.models.load_vlm`
+    longest_side : pixels that bound an image before the processor sees it; None leaves it to the checkpoint's rule
+    sharing : run each image once for all its prompts: "auto" as far as a check finds it exact, "on" (an error where it
+        is not), "off"
+    poolings : see :mod:`probekit.pool`
+    stages : "lm", and where asked for "vision" and "projector", whose states are pooled over the image's patches
+    shard_images : images a shard, the unit of work, of writing and of resuming
+    batch_tokens : tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a GPU,
+        2,048 without: there small batches stay in the cache
+    workers : processes that decode and preprocess images ahead of the model; 0 does it in between. None takes 4 with a
+        GPU, fewer with fewer cores, and 0 without: there they would take the model's cores
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str | None = None
+    untrained: bool = False
+    seed: int = 0
+    longest_side: int | None = None
+    sharing: str = "auto"
+    poolings: tuple[str, ...] = ("mean",)
+    stages: tuple[str, ...] = ("lm",)
+    shard_images: int = 200
+    batch_tokens: int | None = None
+    workers: int | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def wants(self) -> list[str]:
+        """What is to be stored, e.g. "lm/mean"; text is no part of an image."""
+        return [f"{stage}/{pooling}" for stage, pooling in product(self.stages, self.poolings)
+                if stage == "lm" or pooling != "text_mean"]
+
+    def check(self) -> None:
+        """Raise ValueError naming what can be chosen where a setting is none of it."""
+        for pooling in self.poolings:
+            pool.check(pooling)
+        for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES),
+                                    ("dtype", [self.dtype], (None, *forward.TOLERANCE))):
+            unknown = [value for value in values if value not in known]
+            if unknown or not values:
+                raise ValueError(f"{name}={unknown or values}: take out of {', '.join(map(str, known))}")
+        if self.shard_images < 1 or (self.batch_tokens or 1) < 1 or (self.workers or 0) < 0:
+            raise ValueError("shard_images and batch_tokens are numbers from 1, workers from 0")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,18 @@ def test_a_claim_of_another_machine_is_taken_over_when_it_stands_still(tmp_path,
     assert not claim.exists()
 
 
+@pytest.mark.parametrize("sign", ["", '{"host": "elsewhere", "pid": 1, "started": 0, "beat": 7}'])
+def test_who_waits_takes_a_claim_over_whose_owner_died_unseen(tmp_path, path, monkeypatch, sign):
+    monkeypatch.setattr(shared, "ABANDONED", 0.3)
+    path.parent.mkdir()
+    path.with_name(path.name + ".claim-0").write_text(sign)  # empty: killed between creating and writing it
+    start = time.monotonic()
+    while not Shared(tmp_path).claim(path):  # each try may be another worker's
+        assert time.monotonic() - start < 5
+        time.sleep(0.05)
+    assert time.monotonic() - start > 0.3
+
+
 def test_a_claim_gives_signs_of_life(tmp_path, path, monkeypatch):
     monkeypatch.setattr(shared, "BEAT", 0.05)
     own = Shared(tmp_path)
