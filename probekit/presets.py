@@ -34,11 +34,13 @@ PRESETS = {
     "internvl3-1b": Preset("OpenGVLab/InternVL3-1B-hf", "internvl", "014c0583a0d4bedf29fbe2dbff4f865eb998e171"),
     "llava-onevision-0.5b": Preset("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision"),
     "minicpm-v-4.6": Preset("openbmb/MiniCPM-V-4.6", "minicpmv4_6"),
-    "smolvlm-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm"),
+    "smolvlm-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm",
+                           "7b375e1b73b11138ff12fe22c8f2822d8fe03467"),
     "phi-4-multimodal": Preset("microsoft/Phi-4-multimodal-instruct", "phi4_multimodal", "refs/pr/70"),  # native
-    "kosmos-2": Preset("microsoft/kosmos-2-patch14-224", "kosmos-2"),
+    "kosmos-2": Preset("microsoft/kosmos-2-patch14-224", "kosmos-2", "e91cfbcb4ce051b6a55bfb5f96165a3bbf5eb82c"),
     "blip2-opt-2.7b": Preset("Salesforce/blip2-opt-2.7b", "blip-2", "59a1ef6c1e5117b3f65523d1c6066825bcf315e3"),
-    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2 (T5)"),
+    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2 (T5)",
+                               "0eb0d3b46c14c1f8c7680bca2693baafdb90bb28"),
 }
 NOT_IN_TRANSFORMERS = {
     "LaVIT": "its visual tokenizer and decoder are code of their own: transformers would need a config, a model and a "

@@ -251,3 +251,18 @@ def test_every_table_says_what_it_was_made_with(small_run, tmp_path):
     assert set(pd.read_csv(tmp_path / "metrics.csv", low_memory=False).settings) == set(written)
     assert "settings.json" in told
     assert written[untrained]["meta"]["versions"]["transformers"] and written[untrained]["settings"]["seeds"] == [0]
+
+
+def test_the_same_settings_give_the_same_tables(examples, tmp_path, monkeypatch):
+    from probekit.extract import Extraction, extract
+
+    found = []
+    for name in ("one", "other"):
+        monkeypatch.setattr(paths, "DATA", tmp_path / name)
+        store_ = extract(Extraction("tiny-qwen2-vl"), examples, "cpu")
+        settings = Probing(strengths=(0.01, 1.0), training=Training(epochs=2), controls=("control_task",), resamples=50)
+        found.append(probe(store_, examples, settings, tmp_path / name / "probes"))
+    for name in ("metrics", "losses", "transfer"):
+        one, other = (getattr(results_, name).drop(columns="settings") for results_ in found)
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert all(np.array_equal(values, found[1].predictions[key]) for key, values in found[0].predictions.items())
