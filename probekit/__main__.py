@@ -46,20 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "plan": _plan,
              "run": _run, "verify": _verify}
-    return known[options.command](options)
+    try:
+        return known[options.command](options)
+    except (ArithmeticError, MemoryError, OSError, ValueError) as error:  # what messages with a mend are raised as
+        print(f"probekit: {error}", file=sys.stderr)
+        return 2
 
 
 def _download(options: argparse.Namespace) -> int:
     from probekit.download import ARCHIVE, Server, coco_images
 
-    try:
-        if options.train and options.split == "train2017":
-            raise ValueError("--split train2017 --train are two numbers for the same images: say --images alone")
-        wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
-        lost = coco_images(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
-    except (OSError, ValueError) as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
+    if options.train and options.split == "train2017":
+        raise ValueError("--split train2017 --train are two numbers for the same images: say --images alone")
+    wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
+    lost = coco_images(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
     there = ", ".join(f"{n:,} images of {split}" for split, n in lost.attrs["there"].items())
     print(f"{there} in {options.folder}: take it as the dataset of a run")
     for row in lost.itertuples():
@@ -75,18 +75,14 @@ def _extract(options: argparse.Namespace) -> int:
 
     rank, world_size, local = place_among()
     rank, world_size = (rank if options.rank is None else options.rank), options.world_size or world_size
-    try:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"--rank {rank} --world-size {world_size}: ranks go from 0 to {world_size - 1}")
-        book, = (book for book in notebooks() if book.stem == "02_extract")
-        parameters = parameters_of(book, options.params, options.overrides)
-        device = parameters["device"] or best_device()
-        parameters["device"] = f"cuda:{local}" if device == "cuda" else device
-        examples = tasks.load(paths.DATA / "tasks" / parameters["run"])
-        made = [len(ranked(job, rank, world_size)) for job in extract.jobs(parameters, examples)]
-    except (OSError, ValueError) as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank {rank} --world-size {world_size}: ranks go from 0 to {world_size - 1}")
+    book, = (book for book in notebooks() if book.stem == "02_extract")
+    parameters = parameters_of(book, options.params, options.overrides)
+    device = parameters["device"] or best_device()
+    parameters["device"] = f"cuda:{local}" if device == "cuda" else device
+    examples = tasks.load(paths.DATA / "tasks" / parameters["run"])
+    made = [len(ranked(job, rank, world_size)) for job in extract.jobs(parameters, examples)]
     print(f"rank {rank} of {world_size} made {sum(made)} shards; when all are there, go on with: python -m probekit "
           f"run --params {options.params} --from 02")
     return 0
@@ -99,11 +95,7 @@ def _models(options: argparse.Namespace) -> int:
     if not options.id:
         print(known())
         return 0
-    try:
-        found = describe(options.id)
-    except (OSError, ValueError) as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
+    found = describe(options.id)
     print(f"{options.id}: {found.attrs['type']}, {found.attrs['parameters'] / 1e6:,.0f} million parameters\n"
           f"{found.to_string(index=False)}")
     return 0
@@ -120,14 +112,10 @@ def _plan(options: argparse.Namespace) -> int:
     from probekit import estimate
     from probekit.run import notebooks, parameters_of
 
-    try:
-        if min(options.sample, options.workers, options.flops or 1) < 1:
-            raise ValueError("--sample, --workers and --flops are numbers from 1")
-        data, extraction = (parameters_of(book, options.params, options.overrides) for book in notebooks()[:2])
-        table = estimate.estimates(data, extraction, options.flops, options.sample)
-    except (OSError, ValueError) as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
+    if min(options.sample, options.workers, options.flops or 1) < 1:
+        raise ValueError("--sample, --workers and --flops are numbers from 1")
+    data, extraction = (parameters_of(book, options.params, options.overrides) for book in notebooks()[:2])
+    table = estimate.estimates(data, extraction, options.flops, options.sample)
     print(estimate.told(table, options.workers, options.flops))
     return 0
 
@@ -135,11 +123,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from probekit import verify
 
-    try:
-        table = verify.verify(options.folder)
-    except FileNotFoundError as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
+    table = verify.verify(options.folder)
     print(verify.told(table))
     if options.remove:
         print(f"{verify.remove(table)} damaged shards removed")
@@ -151,9 +135,6 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         print(f"executed notebooks: {run(options.params, options.overrides, options.start, options.end)}")
-    except (FileNotFoundError, ValueError) as error:
-        print(f"probekit: {error}", file=sys.stderr)
-        return 2
     except NotebookFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from probekit import launch
+from probekit import launch, tasks
+from probekit.__main__ import main
 from probekit.launch import Launch, place_among
 
 SHARDS = 60
@@ -182,3 +183,17 @@ def test_an_unknown_engine_names_those_that_are_known():
 @pytest.mark.parametrize("launcher", [launch.here, launch.ranked, launch.on_ray])
 def test_launchers_are_short(launcher):
     assert len(inspect.getsource(launcher).splitlines()) < 60
+
+
+def test_a_rank_is_a_command(data, scene_folder, capsys):
+    demo = ["extract", "--params", str(REPOSITORY / "notebooks" / "params" / "demo.yaml"), "-p", "run=mine",
+            "-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]", "-p", "controls=[]", "-p", "shard_images=10",
+            "-p", "stages=[lm]"]
+    assert main(demo) == 2
+    assert "run 01_build_data for this run first" in capsys.readouterr().err
+    tasks.build_examples(tasks.Build(str(scene_folder), train=36, validation=12, test=12), data / "tasks" / "mine")
+    assert main([*demo, "--rank", "2", "--world-size", "2"]) == 2
+    assert "ranks go from 0 to 1" in capsys.readouterr().err
+    assert main([*demo, "--rank", "1", "--world-size", "2"]) == 0
+    assert "rank 1 of 2 made 6 shards" in capsys.readouterr().out
+    assert len(list(data.glob("activations/*/*/part-*/shard-*"))) == 6
