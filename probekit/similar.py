@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from sys import intern
 
 import numpy as np
 import scipy.sparse
 import torch
+from huggingface_hub import snapshot_download
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from tqdm.auto import tqdm
 
+from probekit import paths
 from probekit.dealing import mixed, without
 
 STOP = ENGLISH_STOP_WORDS
@@ -20,6 +23,7 @@ NUMBERS = frozenset(("two", "three", "four", "five", "six", "eight", "nine", "te
 NEAREST = 30  # captions that are looked at for each
 HEAVIEST = 6  # words that others are looked up by
 CHUNK = 256  # captions that are compared with all others at a time
+ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a sentence-embedding model on the hub
 BLOCK = 65_536  # of which others so many at a time are taken in full precision
 PARAPHRASE = 0.75  # share of content words from which on a caption may be true of the other's image, too
 COVERED = 0.8  # share of a caption's content words that another one has, from which on it says nothing else
@@ -113,15 +117,13 @@ def nearest_embedded(captions: Sequence[str], own: Sequence[Sequence[str]], mode
     Parameters
     ----------
     own : all captions of the image of each caption
-    model : hub id, or folder
+    model : hub id, ``id@revision``, or folder
     """
-    from sentence_transformers import SentenceTransformer
-
     try:
-        encoder = SentenceTransformer(model)
+        encoder = _sentence_encoder(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"similarity={model!r} is no sentence-embedding model that can be loaded: take \"tfidf\", or "
-                         f"the hub id or folder of one ({error})") from error
+                         f"the hub id or folder of one that has its weights in safetensors ({error})") from error
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for said in [captions, *own] for text in said))}
     vector_nd, at_n = _encoded(encoder, list(texts)), torch.tensor([texts[text] for text in captions])
     places, cosines = np.full((len(captions), k), -1, np.int32), np.zeros((len(captions), k), np.float32)
@@ -138,6 +140,21 @@ def nearest_embedded(captions: Sequence[str], own: Sequence[Sequence[str]], mode
         places[at : at + CHUNK, : value.shape[1]] = np.where(np.isfinite(value), place, -1)
         cosines[at : at + CHUNK, : value.shape[1]] = np.where(np.isfinite(value), value, 0)
     return places, cosines
+
+
+def _sentence_encoder(model: str):
+    """The model, out of safetensors alone: a pickle is neither fetched from the hub nor read from a folder."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = paths.resolve(model)
+    if not folder.is_dir():
+        source, _, revision = model.partition("@")
+        folder = Path(snapshot_download(source, revision=revision or None, allow_patterns=ENCODER_FILES))
+    pickled = [str(file) for file in folder.rglob("pytorch_model*.bin")
+               if not any(file.parent.glob("model*.safetensors"))]
+    if pickled:
+        raise OSError(f"{', '.join(pickled)} can run code when loaded, and there is no model.safetensors beside it")
+    return SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
 
 
 def _encoded(encoder, texts: list[str]) -> torch.Tensor:

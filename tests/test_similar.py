@@ -1,3 +1,6 @@
+import shutil
+from fnmatch import fnmatch
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,26 @@ def test_a_model_of_sentences_judges_instead(encoder):
         assert ((places[i] >= 0) == np.isfinite(best)).all()
     given = similar.similar(right, own, np.random.default_rng(0), encoder)
     assert sorted(given) == list(range(len(right))) and (given != np.arange(len(right))).all()
+
+
+def test_a_model_of_sentences_is_read_from_safetensors_alone(encoder, tmp_path, monkeypatch):
+    asked = {}
+
+    def fetched(source, **more):
+        asked.update(source=source, **more)
+        return encoder
+
+    monkeypatch.setattr(similar, "snapshot_download", fetched)
+    assert similar._sentence_encoder("org/encoder@abc").encode(["a red cup"]).shape == (1, 32)
+    assert asked["source"] == "org/encoder" and asked["revision"] == "abc"
+    assert not any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]
+                   for name in ("pytorch_model.bin", "2_Dense/pytorch_model.bin", "training_args.bin", "a.pkl", "a.pt"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(encoder, pickled)
+    weights, = pickled.rglob("model.safetensors")
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(ValueError, match=r"in safetensors \(.*pytorch_model.bin can run code"):
+        similar.nearest_embedded(["a", "b"], [["a"], ["b"]], str(pickled))
 
 
 def test_vectors_of_all_captions_are_held_once_and_in_half_precision(encoder, monkeypatch):
