@@ -32,8 +32,9 @@ PRESETS = {
     "fastvlm-0.5b": Preset("KamilaMila/FastVLM-0.5B", "fast_vlm"),  # transformers' own conversion of Apple's
     "gemma-3-4b": Preset("google/gemma-3-4b-it", "gemma3", "093f9f388b31de276ce2de164bdc2081324b9767"),
     "internvl3-1b": Preset("OpenGVLab/InternVL3-1B-hf", "internvl", "014c0583a0d4bedf29fbe2dbff4f865eb998e171"),
-    "llava-onevision-0.5b": Preset("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision"),
-    "minicpm-v-4.6": Preset("openbmb/MiniCPM-V-4.6", "minicpmv4_6"),
+    "llava-onevision-0.5b": Preset("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision",
+                                   "74dd0bf867a4cda7950c17663794267c60cf4b40"),
+    "minicpm-v-4.6": Preset("openbmb/MiniCPM-V-4.6", "minicpmv4_6", "8169864629825dc1d755a5aa1cd8b5935dcbc83f"),
     "smolvlm-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm",
                            "7b375e1b73b11138ff12fe22c8f2822d8fe03467"),
     "phi-4-multimodal": Preset("microsoft/Phi-4-multimodal-instruct", "phi4_multimodal", "refs/pr/70"),  # native
@@ -95,8 +96,9 @@ def commit_of(id_or_folder: str, revision: str | None, trust_remote_code: bool =
 def known() -> str:
     """The presets and the checked architectures as text."""
     checked = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture")
-    presets = pd.DataFrame([{"name": name, "checkpoint": p.source, "revision": (p.revision or "newest")[:12],
-                             "type": p.type, "sharing": checked.sharing[p.type]} for name, p in PRESETS.items()])
+    presets = pd.DataFrame([{"name": name, "checkpoint": p.source, "type": p.type,
+                             "revision": (p.revision or ("newest" if p.source.count("/") == 1 else "-"))[:12],
+                             "sharing": checked.sharing[p.type]} for name, p in PRESETS.items()])
     missing = "\n".join(f"{name} is not in transformers: {why}." for name, why in NOT_IN_TRANSFORMERS.items())
     return (f"{presets.to_string(index=False)}\n\nAny checkpoint of these types can be given by its hub id or folder; "
             f"each was checked on a tiny random model\n(layers, hidden states, padding, image tokens, sharing: see the "

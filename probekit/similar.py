@@ -143,17 +143,17 @@ def nearest_embedded(captions: Sequence[str], own: Sequence[Sequence[str]], mode
 
 
 def _sentence_encoder(model: str):
-    """The model, out of safetensors alone: a pickle is neither fetched from the hub nor read from a folder."""
+    """The model, out of safetensors alone: other weights can run code when they are loaded."""
     from sentence_transformers import SentenceTransformer
 
     folder = paths.resolve(model)
     if not folder.is_dir():
         source, _, revision = model.partition("@")
         folder = Path(snapshot_download(source, revision=revision or None, allow_patterns=ENCODER_FILES))
-    pickled = [str(file) for file in folder.rglob("pytorch_model*.bin")
+    others = [str(file) for file in folder.rglob("pytorch_model*.bin")
                if not any(file.parent.glob("model*.safetensors"))]
-    if pickled:
-        raise OSError(f"{', '.join(pickled)} can run code when loaded, and there is no model.safetensors beside it")
+    if others:
+        raise OSError(f"{', '.join(others)} can run code when loaded, and there is no model.safetensors beside it")
     return SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
 
 
