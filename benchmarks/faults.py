@@ -85,6 +85,17 @@ def _work(folder: str, table: str, began) -> None:
     paths.DATA = Path(folder)
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
+
+    def noted(passes, part, i, *rest, honest=worker.extract_shard):
+        with Path(table).with_name("begun.txt").open("a") as log:
+            log.write(f"{part.shard(i).name}\n")
+        return honest(passes, part, i, *rest)
+
+    def slowly(*states, honest=worker.finish_shard):  # so that many are killed while they write
+        time.sleep(0.05)
+        return honest(*states)
+
+    worker.extract_shard, worker.finish_shard = noted, slowly
     began.set()
     extract.extract(SETTINGS, pd.read_parquet(table), "cpu")
 
@@ -94,10 +105,12 @@ def killed(bench: Bench, kills: int) -> list[dict]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["probekit.extract", "probekit.worker"])
     paths.DATA, rng = bench.root / "killed", np.random.default_rng(0)
-    seconds, done, finished, shard_counts = None, 0, 0, []
+    seconds, done, finished, shard_counts, lost = None, 0, 0, [], []
+    begun = bench.root / "begun.txt"
     while done < kills:
         before = {path: path.stat().st_mtime_ns for path in shards()}
         began = context.Event()
+        begun.write_text("")
         process = context.Process(target=_work, args=(str(paths.DATA), str(bench.root / "examples.parquet"), began))
         process.start()
         began.wait()
@@ -108,6 +121,7 @@ def killed(bench: Bench, kills: int) -> list[dict]:
             process.join()
             done += 1
             shard_counts.append(len(shards()))
+            lost.append(len({*begun.read_text().split()} - {path.name for path in shards()}))
         else:
             assert process.exitcode == 0
             seconds = time.perf_counter() - start if finished < 2 else seconds
@@ -120,9 +134,10 @@ def killed(bench: Bench, kills: int) -> list[dict]:
             shutil.rmtree(paths.DATA)
     bench.again()
     bench.whole()
+    assert max(lost) <= 1, lost
     told = (f"(killed with {min(shard_counts)} to {max(shard_counts)} of {len(bench.reference)} shards there, over "
             f"{finished + 1} runs)")
-    return [row("kill -9 at a random moment", done, "the shard in flight", told)]
+    return [row("kill -9 at a random moment", done, f"the shard in flight ({sum(lost)} times there was one)", told)]
 
 
 def full_disk(bench: Bench, _: int) -> list[dict]:
@@ -158,6 +173,12 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def _flip_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"first_row")] ^= 4
+    path.write_bytes(content)
+
+
 def _other_run(path: Path) -> None:
     shutil.copy(path.parents[5] / "elsewhere" / path.name, path)
 
@@ -175,7 +196,8 @@ def changed_shards(bench: Bench, _: int) -> list[dict]:
     for name, change, expected in (
             ("shard truncated", _cut, 1), ("shard empty", lambda path: path.write_bytes(b""), 1),
             ("shard deleted", Path.unlink, 1), ("shard of another model", _other_run, 1),
-            ("two shards exchanged", _exchange, 2), ("bit flipped in a shard", _flip, 1)):
+            ("two shards exchanged", _exchange, 2), ("bit flipped in a shard", _flip, 1),
+            ("bit flipped in its header", _flip_header, 1)):
         first, told = bench.fresh(name)[0], ""
         change(first)
         table = verify.verify(paths.DATA)
@@ -208,14 +230,18 @@ def changed_records(bench: Bench, _: int) -> list[dict]:
     """What says what the shards are is missing, older, or damaged: shards stay."""
     rows = []
     old = json.dumps({"model": "tiny-qwen2-vl", "sharing": None})
+    other = bench.root / "other.parquet"
+    rows_there, = (bench.root / "undisturbed").rglob("rows.parquet")
+    pd.read_parquet(rows_there).iloc[::-1].reset_index(drop=True).to_parquet(other)
     for name, file, content in (("meta.json missing", "meta.json", None), ("meta.json older", "meta.json", old),
                                 ("meta.json damaged", "meta.json", "{"), ("part.json damaged", "part-*/part.json", "{"),
-                                ("rows.parquet damaged", "part-*/rows.parquet", "PAR1")):
+                                ("rows.parquet damaged", "part-*/rows.parquet", "PAR1"),
+                                ("rows.parquet of another run", "part-*/rows.parquet", other)):
         folder = bench.fresh(name)[0].parents[1]
         record, = folder.glob(file)
         record.unlink()
         if content is not None:
-            record.write_text(content)
+            record.write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())
         told = verify.told(verify.verify(folder)).splitlines()[0]
         made, error = bench.again()
         assert (made, error) == ([], ""), (made, error)

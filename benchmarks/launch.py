@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 import pandas as pd
 from probekit import extract, paths
-from probekit.launch import Launch, ranked
+from probekit.launch import Launch
 paths.DATA = Path(sys.argv[1])
 if __name__ == "__main__":
     examples, how = pd.read_parquet(paths.DATA.parent / "examples.parquet"), sys.argv[2]
@@ -36,7 +36,7 @@ if __name__ == "__main__":
         extract.extract_all(settings, examples, (), "cpu", Launch("ray", 2))
     else:
         rank, size = map(int, how.split("/"))
-        ranked(extract.plan(settings, examples, (), "cpu")[0], rank, size)
+        Launch(rank=rank, world_size=size).make(extract.plan(settings, examples, (), "cpu")[0])
 """
 WAYS = {"one process": ["0/1"], "two processes": ["0/2", "1/2"], "Ray, two copies": ["ray"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,23 +69,29 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
+    import torch
+
     from probekit import extract, paths, tasks
-    from probekit.launch import place_among, ranked
+    from probekit.launch import Launch, place_among
     from probekit.models import best_device
     from probekit.run import notebooks, parameters_of
 
     rank, world_size, local = place_among()
-    rank, world_size = (rank if options.rank is None else options.rank), options.world_size or world_size
-    if not 0 <= rank < world_size:
-        raise ValueError(f"--rank {rank} --world-size {world_size}: ranks go from 0 to {world_size - 1}")
+    rank = rank if options.rank is None else options.rank
+    world_size = world_size if options.world_size is None else options.world_size
+    launch = Launch(rank=rank, world_size=world_size)
     book, = (book for book in notebooks() if book.stem == "02_extract")
     parameters = parameters_of(book, options.params, options.overrides)
+    if parameters["engine"] != "local":
+        raise ValueError(f"engine={parameters['engine']} starts workers of its own, and extract is one that you start: "
+                         "say python -m probekit run, or engine=local")
     device = parameters["device"] or best_device()
-    parameters["device"] = f"cuda:{local}" if device == "cuda" else device
+    parameters["device"] = f"cuda:{local % max(1, torch.cuda.device_count())}" if device == "cuda" else device
     examples = tasks.load(paths.DATA / "tasks" / parameters["run"])
-    made = [len(ranked(job, rank, world_size)) for job in extract.jobs(parameters, examples)]
-    print(f"rank {rank} of {world_size} made {sum(made)} shards; when all are there, go on with: python -m probekit "
-          f"run --params {options.params} --from 02")
+    made = [len(launch.make(job)) for job in extract.jobs(parameters, examples)]
+    same = "".join(f" -p {shlex.quote(one)}" for one in options.overrides)
+    print(f"rank {rank} of {world_size} made {sum(made)} shards, and all are there: go on with python -m probekit run "
+          f"--params {options.params}{same} --from 02")
     return 0
 
 
@@ -112,7 +119,7 @@ def _plan(options: argparse.Namespace) -> int:
     from probekit import estimate
     from probekit.run import notebooks, parameters_of
 
-    if min(options.sample, options.workers, options.flops or 1) < 1:
+    if min(options.sample, options.workers, 1 if options.flops is None else options.flops) < 1:
         raise ValueError("--sample, --workers and --flops are numbers from 1")
     data, extraction = (parameters_of(book, options.params, options.overrides) for book in notebooks()[:2])
     table = estimate.estimates(data, extraction, options.flops, options.sample)

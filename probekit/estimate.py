@@ -13,6 +13,7 @@ Some images are drawn as notebook 01 would, their examples are built and their p
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from probekit.chosen import Build
 from probekit.extract import Extraction
 from probekit.models import Vlm, best_device, hollow
 from probekit.prepare import Prepared
-from probekit.presets import CHECKED
+from probekit.presets import CHECKED, PRESETS
 from probekit.worker import Job, Worker
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -115,14 +116,16 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
     Raises
     ------
     FileNotFoundError, ValueError
-        As notebook 01; and tasks that find nothing to ask about so few images.
+        As notebook 01. Where tasks find nothing to ask about so few images, more are taken.
     """
     splits = {name: parameters[name] for name in tasks.SPLITS}
     whole = sum(splits.values())
+    if min(splits.values()) < 1:
+        raise ValueError(f"{', '.join(f'{name}={size}' for name, size in splits.items())}: each split needs images")
     few = {name: min(size, max(1, round(size * n / whole))) for name, size in splits.items()}
     dataset = parameters["dataset"]
     if dataset == "scenes":
-        dataset = scenes.write(folder / "scenes", sum(few.values()), parameters["seed"])
+        dataset = scenes.write(folder / f"scenes-{n}", sum(few.values()), parameters["seed"])
     categories = parameters["categories"]
     build = Build(str(dataset), tuple(parameters["coco_splits"]), **few, tasks=tuple(parameters["tasks"]),
                   categories=categories if isinstance(categories, str) else tuple(categories), max_bad=1.0,
@@ -131,9 +134,12 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
     if whole > len(data.images) and parameters["dataset"] != "scenes":
         raise ValueError(f"{whole:,} images are asked for, {dataset} has {len(data.images):,}")
     try:
-        return tasks.build_examples(build, folder / "tasks", data), whole
+        return tasks.build_examples(build, folder / f"tasks-{n}", data), whole
     except ValueError as error:
-        raise ValueError(f"of {sum(few.values())} sampled images: {error}; take a larger --sample") from error
+        if n >= whole:
+            raise
+        print(f"of {sum(few.values())} sampled images, {error}: taking twice as many", file=sys.stderr)
+    return sample(parameters, 2 * n, folder)
 
 
 def rows_of(examples: pd.DataFrame, control: Sequence[str]) -> pd.DataFrame:
@@ -159,6 +165,7 @@ def estimate(settings: Extraction, control: Sequence[str], examples: pd.DataFram
         `model, type, images, examples, tokens` (each image once for all its prompts), `plain tokens, operations,
         plain operations, way` (how the hours are counted), `GB on disk, GB weights, GB batch, hours, load_s, shards`.
     """
+    settings.check()
     device = device or best_device()
     settings = extract.resolved(settings, device)
     vlm, _ = hollow(settings.model, settings.revision, settings.trust_remote_code, processor=True)
@@ -167,7 +174,8 @@ def estimate(settings: Extraction, control: Sequence[str], examples: pd.DataFram
     works = [*loading.ahead(vlm.preparer, settings.longest_side, [rows], 0)]
     encoders = {inputs.shape_of(work.prepared): work.prepared for work in works if work.prepared.image}
     encoders = {shape: encoder(vlm, prepared) for shape, prepared in encoders.items()}
-    exact = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture").sharing.get(vlm.config.model_type)
+    kind = PRESETS[settings.model].type if settings.model in PRESETS else vlm.config.model_type
+    exact = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture").sharing.get(kind)
     found = {"model": vlm.name + " (untrained)" * settings.untrained, "type": vlm.config.model_type, "images": images,
              "examples": round(len(rows) * ratio)}
     for name, way in (("", "shared"), ("plain ", "plain")):
@@ -177,7 +185,7 @@ def estimate(settings: Extraction, control: Sequence[str], examples: pd.DataFram
     on_disk = [2 * len(settings.poolings) * (rows.file.nunique() if stage != "lm" else len(rows)) * len(layers) * (
         vlm.width if stage != "vision" else width_of(vlm.vision[1])) for stage, layers in vlm.layers_of_stage.items()
         if stage in settings.stages and layers]
-    shards = int(np.ceil(images / settings.shard_images))
+    shards = int(np.ceil(ratio * (parts.units_of(rows).max() + 1) / settings.shard_images))
     size = SIZES[settings.dtype]
     found |= {"GB on disk": ratio * sum(on_disk) / 1e9, "GB weights": shape.parameters * size / 1e9, "shards": shards,
               "GB batch": settings.batch_tokens * shape.token_bytes * size / 2 / 1e9}
@@ -222,10 +230,11 @@ def estimates(data: dict, extraction: dict, flops: float | None = None, n: int =
     ----------
     data, extraction : parameters of 01_build_data and of 02_extract
     """
+    asked = extract.asked_by(extraction)
     with tempfile.TemporaryDirectory() as temporary:
         examples, images = sample(data, n, Path(temporary))
         return pd.DataFrame([estimate(settings, control, examples, images, flops, extraction["device"])
-                             for settings, control in extract.asked_by(extraction)])
+                             for settings, control in asked])
 
 
 def by_workers(table: pd.DataFrame, most: int) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from probekit import controls, parts, paths, store
 from probekit.launch import Launch
@@ -22,6 +23,8 @@ from probekit.worker import Extraction, Job
 
 def resolved(settings: Extraction, device: str) -> Extraction:
     """The settings with what they leave open filled in: what suits the device, the commit on the hub."""
+    if device.startswith("cuda") and not torch.cuda.is_available() and not settings.dtype:
+        raise ValueError("this machine has no GPU that says which dtype suits it: name one, such as dtype=bfloat16")
     tokens, workers = (2048, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
     return replace(settings, dtype=settings.dtype or best_dtype(device),
                    revision=commit_of(settings.model, settings.revision, settings.trust_remote_code),
@@ -90,8 +93,15 @@ def plan(settings: Extraction, examples: pd.DataFrame, control: Sequence[str], d
     device = device or best_device()
     settings = resolved(settings, device)
     folder = folder_of(settings)
-    url = f"{url.rstrip('/')}/{folder.parent.name}/{folder.name}" if url else None
-    Shared(folder, url).pull_plans()
+    if url:
+        url = f"{url.rstrip('/') if '://' in url else paths.resolve(url)}/{folder.parent.name}/{folder.name}"
+        try:
+            shared = Shared(folder, url)
+            shared.check()
+            shared.pull_plans()
+        except Exception as error:  # each protocol has errors of its own
+            raise ValueError(f"mirror={url!r} cannot be used ({type(error).__name__}: {error}): check address and "
+                             "credentials, and that its protocol's package is installed (s3fs, gcsfs, ...)") from error
     blind = replace(settings, stages=("lm",), poolings=of_text)
     views = [(name, controls.inputs(examples, name), blind if name == "no_image" else settings)
              for name in ("none", *control)]
@@ -123,6 +133,8 @@ def extractions(models: Sequence[str], untrained: Sequence[str] = (), control: S
 
 def asked_by(parameters: dict[str, object]) -> list[tuple[Extraction, tuple[str, ...]]]:
     """:func:`extractions` of the parameters that 02_extract declares."""
+    if not parameters["models"]:
+        raise ValueError("models=[]: name at least one")
     own = {one.name for one in fields(Extraction)} - {"model", "untrained"}
     return extractions(parameters["models"], parameters["untrained"], parameters["controls"],
                        **{name: value for name, value in parameters.items() if name in own})

@@ -67,7 +67,8 @@ class _Images(Dataset):
         try:
             return Work(shard, image, places, self.preparer.prepare(picture, prompts))
         except Exception as error:
-            return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error}")
+            return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error} "
+                              "(if it is the image: take it out of the dataset and run 01_build_data again)")
 
 
 class _InOrder(Sampler):

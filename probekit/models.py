@@ -107,11 +107,13 @@ def load_vlm(id_or_folder: str, revision: str | None = None, dtype: str | None =
     FileNotFoundError, OSError
         No such folder, or no such checkpoint on the hub or in its cache, or one without safetensors.
     ValueError
-        Its layers cannot be found.
+        Its layers cannot be found; there is no such device.
     """
     from transformers import AutoConfig, AutoProcessor  # seconds, and not always needed
 
     device = device or best_device()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch finds no GPU here: take device=\"cpu\", or a torch for it")
     dtype = dtype or best_dtype(device)
     source, revision = locate(id_or_folder), revision_of(id_or_folder, revision)
     own = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -46,6 +48,12 @@ def compact(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
+def _digest_of(rows: pd.DataFrame) -> str:
+    """16 hexadecimal digits that tell rows, in their order, from others."""
+    return hashlib.sha256(pd.util.hash_pandas_object(rows[["file", "size", "prompt"]], index=False).to_numpy().tobytes()
+                          ).hexdigest()[:16]
+
+
 def digest(values: np.ndarray) -> str:
     """32 hexadecimal digits of the SHA-256 of an array's numbers as they lie on disk, little end first."""
     values = np.ascontiguousarray(values)
@@ -54,7 +62,11 @@ def digest(values: np.ndarray) -> str:
 
 def note_of(shard: safe_open) -> dict:
     """What a shard says of itself: `model`, `part`, `first_row`, and `sha256` by tensor."""
-    return json.loads((shard.metadata() or {}).get("probekit", "{}"))
+    try:
+        note = json.loads((shard.metadata() or {}).get("probekit", "{}"))
+    except ValueError:  # a damaged header
+        note = {}
+    return note if isinstance(note, dict) else {}
 
 
 def write_meta(folder: Path, about: dict) -> Path:
@@ -133,7 +145,8 @@ class Part:
         starts = np.append(np.flatnonzero(np.diff(unit // shard_images, prepend=-1)), len(rows))
         own = folder / f"part-{paths.fingerprint(rows.to_csv(index=False), sorted(wants), shard_images)}"
         paths.write_atomic(own / "rows.parquet", rows.to_parquet)
-        paths.write_json(own / "part.json", {"wants": sorted(wants), "starts": starts.tolist()})
+        paths.write_json(own / "part.json", {"wants": sorted(wants), "starts": starts.tolist(),
+                                             "rows": _digest_of(rows)})
         return cls(own, rows, tuple(sorted(wants)), starts)
 
     @classmethod
@@ -146,7 +159,7 @@ class Part:
         """A part as it was planned; None where its record is damaged: planned again, it is written anew."""
         try:
             about, rows = json.loads(record.read_text()), pd.read_parquet(record.with_name("rows.parquet"))
-            whole = about["starts"][-1] == len(rows) and {"file", "size", "prompt"} <= {*rows.columns}
+            whole = about["starts"][-1] == len(rows) and about["rows"] == _digest_of(rows)
             return cls(record.parent, rows, tuple(about["wants"]), np.array(about["starts"])) if whole else None
         except (OSError, ValueError, LookupError, TypeError):  # pyarrow's errors are ValueErrors
             return None
@@ -167,9 +180,12 @@ class Part:
 
     def write(self, i: int, states: dict[str, np.ndarray]) -> Path:
         """Write shard i whole; `states` maps ``"<layer>/<pooling>"`` to float32 of this shard's rows or images."""
-        tensors = {key: compact(values) for key, values in states.items()}
+        keys = sorted(states)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy and hashlib let go of the interpreter
+            arrays = [*pool.map(lambda key: compact(states[key]), keys)]
+            hashes = dict(zip(keys, pool.map(digest, arrays), strict=True))
+        tensors = dict(zip(keys, arrays, strict=True))
         # one metadata key: safetensors writes several in no fixed order, and equal shards must be equal files
-        hashes = {key: digest(tensors[key]) for key in sorted(tensors)}
         note = {"probekit": json.dumps(self._note(i) | {"sha256": hashes})}
         path = paths.write_atomic(self.shard(i), lambda part: save_file(tensors, part, metadata=note))
         for left in self.folder.glob(f".{path.name}.*.part"):  # by processes that were killed while they wrote

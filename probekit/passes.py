@@ -38,6 +38,7 @@ class Passes:
         self.shared, self.meta, self.record = shared, meta, shared.folder / "meta.json"
         self.choice: Choice | None = None
         self.single: Choice | None = None  # where no image has several prompts
+        self.shared.pull(self.record)
         if meta_of(shared.folder) is None:
             self._write(None)
 
@@ -71,8 +72,10 @@ class Passes:
                         choice = self._choose(*several, SHARING[self.sharing])
                         self._heed(choice)
                         self._write(choice)
-                finally:
-                    self.shared.release(self.record)
+                    self.shared.finished(self.record)
+                except BaseException:
+                    self.shared.give_up(self.record)
+                    raise
             else:
                 time.sleep(1)
         if not several:

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -50,21 +50,25 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         The disk is full, or cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         write(part)
-        with part.open("rb") as handle:
+        with part.open("r+b") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
     except Exception as error:
-        if "No space left" not in str(error):
-            raise
-        free = shutil.disk_usage(path.parent).free / 1e6
-        raise OSError(errno.ENOSPC, f"no space left for {path} ({free:,.1f} MB are free): make room and run this "
-                                    "again, it goes on where it stopped") from None
+        raise with_mend(error, path) from None
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def with_mend(error: Exception, path: object) -> Exception:
+    """An error of writing a file, in words that say what to do where the disk or the user's share of it is full."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and "No space left" not in str(error) and "quota exceeded" not in str(error).lower():
+        return error
+    return OSError(errno.ENOSPC, f"no space left for {path}: make room and run this again, it goes on where it stopped")
 
 
 def write_json(path: Path, content: dict) -> Path:

@@ -1,9 +1,10 @@
 """A folder that several workers share, on disk or in an object store: who makes what, and what is there.
 
 A worker claims a piece of work by creating ``<name>.claim-0``, which a file system lets one of them do and no other
-(POSIX and NFS by O_EXCL, S3 and others by a conditional put), and writes it anew every few seconds. A claim that stands
-still, or whose process is gone from this machine, is taken over by creating ``<name>.claim-1``, which again one alone
-can. Who has a claim looks once more whether the work is done before it begins: so nothing is made twice.
+(POSIX and NFS by O_EXCL, S3 and others by a conditional put), and writes it anew every few seconds. A claim that was
+given up, that stands still, or whose process is gone from this machine, is taken over by creating ``<name>.claim-1``,
+which again one alone can. No number is used again before the work is done; then its claims are taken away, and who
+comes late looks once more whether it is done before beginning: so nothing is made twice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import shutil
 import socket
 import threading
 import time
+import uuid
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import fsspec
@@ -54,7 +58,27 @@ class Shared:
         if not self.mirrored:
             return set()
         self.fs.invalidate_cache()
-        return {self.folder / found[len(self.root) + 1 :] for found in self.fs.glob(f"{self.root}/{pattern}")}
+        try:
+            found = [file[len(self.root) + 1 :] for file in self.fs.find(self.root, maxdepth=2)]
+        except FileNotFoundError:
+            return set()
+        return {self.folder / name for name in found if fnmatch(name, pattern)}
+
+    def check(self) -> None:
+        """Raise ValueError where the mirror would let two workers have the same claim."""
+        probe = f"{self.root}/{uuid.uuid4().hex}.probe"
+        self.fs.makedirs(self.root, exist_ok=True)
+        try:
+            for _ in range(2):
+                with self.fs.open(probe, "xb") as file:
+                    file.write(b"probe")
+        except FileExistsError:
+            return
+        finally:
+            if self.fs.exists(probe):
+                self.fs.rm_file(probe)
+        raise ValueError(f"{self.root} does not say when a file is there already, so two workers could make the same "
+                         "shard: take another mirror (a folder, or an object store with conditional puts, such as S3)")
 
     def push(self, path: Path) -> None:
         """Put a file of the folder into the mirror."""
@@ -86,19 +110,22 @@ class Shared:
     # ----------------------------------------------------------------------------------------------------- claims
 
     def claim(self, path: Path) -> bool:
-        """Take the making of a file, unless someone has it; gives signs of life until :meth:`release`."""
+        """Take the making of a file, unless someone has it; gives signs of life until it is finished or given up."""
         at = self._at(path)
         self.fs.makedirs(self._parent(path), exist_ok=True)
-        self.fs.invalidate_cache()
-        taken = self.fs.glob(f"{at}.claim-*")
-        last = max((int(name.rpartition("-")[2]) for name in taken), default=-1)
+        last = max(self._claims(path), default=-1)
         if last >= 0 and not self._abandoned(f"{at}.claim-{last}"):
             return False
+        own = f"{at}.claim-{last + 1}"
         try:  # pipe_file(mode="create") looks first and writes then: two could succeed
-            with self.fs.open(f"{at}.claim-{last + 1}", "xb") as file:
-                file.write(self._sign(0))
+            with self.fs.open(own, "xb") as file:
+                file.write(self._sign())
         except FileExistsError:
             return False
+        except Exception as error:  # it may have been created, and left empty
+            if self.fs.exists(own):
+                self.fs.rm_file(own)
+            raise paths.with_mend(error, own) from None
         with self._lock:
             self._held[at] = last + 1
             if self._beating is None:
@@ -106,34 +133,51 @@ class Shared:
                 self._beating.start()
         return True
 
-    def release(self, path: Path) -> None:
-        """Give a claim up; what it was about is made, or left to others."""
+    def finished(self, path: Path) -> None:
+        """What a claim was about is made: take the claims on it away, those of others, too."""
         with self._lock:
-            last = self._held.pop(self._at(path), -1)
-            for number in range(last, -1, -1):
-                name = f"{self._at(path)}.claim-{number}"
-                if self.fs.exists(name):
-                    self.fs.rm_file(name)
+            self._held.pop(self._at(path), None)
+            for number in self._claims(path):
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(f"{self._at(path)}.claim-{number}")
+
+    def give_up(self, path: Path) -> None:
+        """Leave what a claim is about to others."""
+        with self._lock:
+            number = self._held.pop(self._at(path))
+            with suppress(OSError):  # of a full disk, say: it will stand still
+                self.fs.pipe_file(f"{self._at(path)}.claim-{number}", b"{}")
+
+    def give_up_all(self) -> None:
+        for at in [*self._held]:
+            self.give_up(self.folder / at[len(self.root) + 1 :])
 
     def free(self, path: Path) -> None:
-        """Take away a claim whose owner is gone."""
+        """Say of a claim whose owner is gone that it is given up."""
         if self.claim(path):
-            self.release(path)
+            self.give_up(path)
 
-    def release_all(self) -> None:
-        for at in [*self._held]:
-            self.release(self.folder / at[len(self.root) + 1 :])
+    def _claims(self, path: Path) -> list[int]:
+        """The numbers of the claims on a file."""
+        self.fs.invalidate_cache()
+        try:
+            there = self.fs.ls(self._parent(path), detail=False)
+        except FileNotFoundError:
+            return []
+        start = f"{path.name}.claim-"
+        names = [name.rstrip("/").rpartition("/")[2] for name in there]
+        return [int(name.removeprefix(start)) for name in names if name.startswith(start)]
 
     def _abandoned(self, claim: str) -> bool:
         try:
             sign = self.fs.cat_file(claim)
-        except FileNotFoundError:  # given up just now
+        except FileNotFoundError:  # finished just now
             return False
         try:
             told = json.loads(sign)
         except ValueError:  # being written just now, or its owner died at that
             told = {"host": None}
-        if told["host"] == _host() and not _lives(told["pid"], told["started"]):
+        if not told or (told["host"] == _host() and not _lives(told["pid"], told["started"])):
             return True
         before, since = SEEN.get(claim, (None, 0.0))
         if sign != before:  # judged by this machine's clock alone
@@ -142,7 +186,7 @@ class Shared:
         return time.monotonic() - since > ABANDONED
 
     def _beat(self) -> None:
-        for beat in range(1, 1 << 62):
+        while True:
             time.sleep(BEAT)
             with self._lock:
                 if not self._held:
@@ -150,20 +194,23 @@ class Shared:
                     return
                 for at, number in self._held.items():
                     try:
-                        self.fs.pipe_file(f"{at}.claim-{number}", self._sign(beat))
+                        self.fs.pipe_file(f"{at}.claim-{number}", self._sign())
                     except Exception:  # whatever a network makes of a bad moment; the next sign is not far
                         continue
 
     @staticmethod
-    def _sign(beat: int) -> bytes:
+    def _sign() -> bytes:
+        """No two are the same."""
         own = psutil.Process()
-        return json.dumps({"host": _host(), "pid": own.pid, "started": own.create_time(), "beat": beat}).encode()
+        return json.dumps({"host": _host(), "pid": own.pid, "started": own.create_time(), "sign": uuid.uuid4().hex}
+                          ).encode()
 
 
 def _host() -> str:
-    """This machine since it was started; a container has a name of its own."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else os.name}"
+    """What a process's number is known by: this machine since it was started, and the container."""
+    boot, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return " ".join([socket.gethostname(), boot.read_text().strip() if boot.exists() else os.name,
+                     os.readlink(numbers) if numbers.is_symlink() else ""])
 
 
 def _lives(pid: int, started: float) -> bool:

@@ -61,9 +61,11 @@ def named(names: tuple[str, ...]) -> dict[str, Task]:
     Raises
     ------
     ValueError
-        Neither a task nor a file, or two of the same name.
+        Neither a task nor a file, two of the same name, or none.
     """
     found: dict[str, Task] = {}
+    if not names:
+        raise ValueError(f"tasks=[]: take one or more of {', '.join(TASKS)}")
     for name in names:
         of_files = {} if name in TASKS else statements.files(name)
         if name not in TASKS and not of_files:
@@ -218,6 +220,7 @@ def build_examples(build: Build, folder: Path, data: coco.Coco | None = None) ->
     paths.write_atomic(file, examples.to_parquet)
     bad.to_csv(folder / "left_out_images.csv", index=False)
     there = chosen.instances.join(chosen.images[["width", "height"]], on="image_id")
+    there.attrs |= {name: examples.attrs[name] for name in ("settings", "versions")}
     paths.write_atomic(folder / "instances.parquet", there.to_parquet)
     said = objects.said(chosen.captions, chosen.images.index, chosen.shows_nc.columns)
     clear = (table.reindex(columns=said.columns, fill_value=False)

@@ -53,7 +53,7 @@ def _folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
         shards = range(len(part.starts) - 1)
         for i in tqdm(shards, desc=f"{folder.parent.name} {part.folder.name}", unit="shard", delay=2):
             planned.add(part.shard(i))
-            reason = part.lacks(i) or _wrong(part, i, meta)
+            reason = part.lacks(i) or wrong(part, i, meta)
             state = ("damaged" if part.shard(i).exists() else "missing") if reason else "sound"
             yield name, f"{part.folder.name}/{part.shard(i).name}", state, reason
     unknown = sorted({*folder.glob("part-*/shard-*.safetensors")} - planned)
@@ -62,13 +62,13 @@ def _folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
         yield name, f"{own.name}/part.json", "missing", f"or its rows.parquet is damaged or gone, with {count} shards"
 
 
-def _wrong(part: Part, i: int, meta: dict | None) -> str:
+def wrong(part: Part, i: int, meta: dict | None) -> str:
     """What is wrong with the content of a shard that can be opened; "" where nothing is."""
     rows = part.shard_rows(i)
     size = {True: len(rows), False: rows.file.nunique()}
     try:
         with safe_open(part.shard(i), framework="numpy") as shard:
-            keys, hashes = set(shard.keys()), parts.note_of(shard)["sha256"]
+            keys, hashes = set(shard.keys()), parts.note_of(shard).get("sha256", {})
             for key in sorted(keys):
                 values = shard.get_tensor(key)
                 if parts.digest(values) != hashes.get(key):

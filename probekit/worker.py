@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, product
 from pathlib import Path
@@ -18,6 +17,7 @@ from probekit.parts import Part
 from probekit.passes import SHARING, Passes
 from probekit.shared import Shared
 
+VERSIONS = ("torch", "torchvision", "transformers", "timm", "safetensors")  # that states may depend on
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
 
 # ------------------------------------------------------------------------------------------------------------ a shard
@@ -141,7 +141,7 @@ class Extraction:
 
     def check(self) -> None:
         """Raise ValueError naming what can be chosen where a setting is none of it."""
-        for pooling in self.poolings:
+        for pooling in self.poolings or ("",):
             pool.check(pooling)
         for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, parts.STAGES),
                                     ("dtype", [self.dtype], (None, *forward.TOLERANCE))):
@@ -216,7 +216,7 @@ class Worker:
             self.load()
             return self._make(places, chain([first], order))
         finally:
-            self.shared.release_all()
+            self.shared.give_up_all()
 
     def load(self) -> None:
         """Load the model, write down what it is, settle which way it goes."""
@@ -232,6 +232,7 @@ class Worker:
             if lacking == list(own.stages):
                 raise ValueError(f"{told}: take stages=[\"lm\"]")
             tqdm.write(f"{told}: left out")
+        self._warn_of_versions()
         self.passes = Passes(vlm, own.sharing, own.batch_tokens, own.longest_side, self.shared, _meta(vlm, own))
         missing = [job.shards[place] for place in job.missing()]
         rows = [part.shard_rows(i) for part, i in missing]
@@ -239,6 +240,13 @@ class Worker:
         tqdm.write(f"{vlm.name}{' (untrained)' if own.untrained else ''} on {vlm.device} in {vlm.dtype}: "
                    f"{sum(map(len, rows)):,} examples of {images:,} images, {len(missing)} of {len(job.shards)} shards")
         self.passes.settle(missing)
+
+    def _warn_of_versions(self) -> None:
+        before, now = (parts.meta_of(self.job.folder) or {}).get("versions", {}), paths.versions(*VERSIONS)
+        other = [f"{name} {before[name]} (now {now[name]})" for name in now if before.get(name, now[name]) != now[name]]
+        if other:
+            tqdm.write(f"{paths.relative(self.job.folder)} was begun with {', '.join(other)}: what is added may differ "
+                       "in the last digits")
 
     def release(self) -> None:
         if self.passes:
@@ -251,7 +259,7 @@ class Worker:
             part, i = self.job.shards[place]
             if not self._there(part, i) and self.shared.claim(part.shard(i)):
                 if self._there(part, i):  # made between the two looks
-                    self.shared.release(part.shard(i))
+                    self.shared.finished(part.shard(i))
                 else:
                     yield at
 
@@ -263,23 +271,14 @@ class Worker:
         tables = [part.shard_rows(i) for part, i in (job.shards[place] for place in places)]
         images = sum(parts.units_of(table).max() + 1 for table in tables)
         works = loading.ahead(self.passes.vlm.preparer, job.settings.longest_side, tables, job.settings.workers, order)
-        with ThreadPoolExecutor(1) as writer, tqdm(total=images, desc=job.folder.parent.name, unit="image",
-                                                   bar_format=BAR) as bar:
-            writing: Future | None = None
+        with tqdm(total=images, desc=job.folder.parent.name, unit="image", bar_format=BAR) as bar:
             for at, group in groupby(works, lambda work: work.shard):
                 part, i = job.shards[places[at]]
-                states = extract_shard(self.passes, part, i, group, bar)
-                before, writing = writing, writer.submit(self._finish, part, i, states)
-                for done in (before, None if made else writing):  # the first shard shows what is wrong with the model;
-                    if done:  # later ones are written while the next is computed
-                        done.result()
+                self.shared.push(finish_shard(part, i, extract_shard(self.passes, part, i, group, bar),
+                                              self.passes.vlm.name))
+                self.shared.finished(part.shard(i))  # before the next one is begun: no more than one can be lost
                 made.append(places[at])
-            writing.result()
         return made
-
-    def _finish(self, part: Part, i: int, states: dict[str, np.ndarray]) -> None:
-        self.shared.push(finish_shard(part, i, states, self.passes.vlm.name))
-        self.shared.release(part.shard(i))
 
 
 def _meta(vlm: Vlm, settings: Extraction) -> dict:
@@ -288,5 +287,5 @@ def _meta(vlm: Vlm, settings: Extraction) -> dict:
         "dtype": vlm.dtype, "device": vlm.device, "layers": vlm.layers_of_stage, "settings": asdict(settings),
         "prompt": vlm.preparer.wrap("{prompt}"),
         "image_processor": type(vlm.processor.image_processor).__name__,
-        "versions": paths.versions("torch", "torchvision", "transformers", "timm", "safetensors"),
+        "versions": paths.versions(*VERSIONS),
     }

@@ -227,7 +227,7 @@ def test_prompts_that_are_not_seen_stop_the_run_after_its_first_shard(data, exam
     spoil(lambda states: [values.fill_(1) for values in states.values()])
     with pytest.raises(ValueError, match=r"the same for examples with different prompts.*chance.*chat template"):
         extract.extract(Extraction("tiny-qwen2-vl", sharing="off", shard_images=1), examples, "cpu")
-    assert not list(data.glob("activations/*/*/part-*/shard-*"))
+    assert not list(data.glob("activations/*/*/part-*/shard-*.safetensors"))
     one_each = examples.groupby("image_id").head(1)
     with pytest.raises(ValueError, match="the same for examples with different prompts"):
         extract.extract(Extraction("tiny-fast-vlm", sharing="off"), one_each, "cpu")

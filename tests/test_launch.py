@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from probekit import launch, tasks
+from probekit import extract, launch, paths, shared, tasks
 from probekit.__main__ import main
 from probekit.launch import Launch, place_among
 
@@ -23,7 +24,7 @@ import json, os, sys, time
 from pathlib import Path
 import pandas as pd
 from probekit import extract, paths, worker
-from probekit.launch import Launch, ranked
+from probekit.launch import Launch
 folder, how = Path(sys.argv[1]), json.loads(sys.argv[2])
 paths.DATA = folder
 
@@ -42,7 +43,7 @@ if __name__ == "__main__":
     while len([*folder.glob("ready-*")]) < how.get("together", 1):
         time.sleep(0.01)
     if "rank" in how:
-        ranked(extract.plan(settings, examples, (), "cpu")[0], how["rank"], 2)
+        Launch(rank=how["rank"], world_size=2).make(extract.plan(settings, examples, (), "cpu")[0])
     else:
         extract.extract_all(settings, examples, (), "cpu", Launch(**how.get("launch", {})))
 """
@@ -117,6 +118,19 @@ def test_what_a_killed_process_had_begun_another_takes_up(base, alone):
     assert sorted(set(names)) == sorted(alone) and len(names) - SHARDS <= 1  # written, but not yet noted
 
 
+@pytest.mark.parametrize("name", ["plain", "odd [1]*{a,b}?"])
+def test_what_another_machine_left_when_it_died_is_taken_over(base, alone, name, monkeypatch):
+    folder = base / name
+    monkeypatch.setattr(paths, "DATA", folder)
+    job, _ = extract.plan(extract.Extraction("tiny-qwen2-vl", shard_images=1, batch_tokens=900),
+                          pd.read_parquet(base / "examples.parquet"), (), "cpu")
+    for part, i in job.shards[:5]:
+        part.shard(i).with_name(f"{part.shard(i).name}.claim-0").write_text(json.dumps(
+            {"host": "node17", "pid": 1, "started": 0, "sign": "a"}))
+    monkeypatch.setattr(shared, "ABANDONED", 3)
+    assert len(Launch(rank=1, world_size=2).make(job)) == SHARDS and complete(folder, alone)
+
+
 def at_work(folder: Path) -> int:
     """A process that has a claim now."""
     while True:
@@ -162,17 +176,24 @@ def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(
     assert complete(folder, alone) and all(path.stat().st_mtime_ns == at for path, at in left.items())
 
 
-def test_ranks_are_told_by_torchrun_and_slurm(monkeypatch):
-    for name in ("RANK", "SLURM_ARRAY_TASK_COUNT", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    assert place_among() == (0, 1, 0)
-    for told, expected in (({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
-                           ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"},
-                            (2, 4, 0)),
-                           ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1))):
-        for name, value in told.items():
-            monkeypatch.setenv(name, value)
-        assert place_among() == expected
+@pytest.mark.parametrize(("told", "expected"), [
+    ({}, (0, 1, 0)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, (3, 4, 1)),
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+    ({"SLURM_NTASKS": "8"}, (0, 8, 0)),  # a shell of salloc
+    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4, 0)),
+    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "0",
+      "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4, 0)),
+    ({"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "5"}, (4, 5, 0)),  # 5,9
+    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+      "SLURM_LOCALID": "1"}, (5, 8, 1)),
+])
+def test_ranks_are_told_by_torchrun_and_slurm(told, expected, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK"))]:
+        monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert place_among() == expected
 
 
 def test_an_unknown_engine_names_those_that_are_known():
@@ -180,9 +201,10 @@ def test_an_unknown_engine_names_those_that_are_known():
         Launch("spark")
 
 
-@pytest.mark.parametrize("launcher", [launch.here, launch.ranked, launch.on_ray])
+@pytest.mark.parametrize("launcher", [
+    [launch.here], [launch.place_among, Launch.make], [launch.on_ray, launch._Copy]])
 def test_launchers_are_short(launcher):
-    assert len(inspect.getsource(launcher).splitlines()) < 60
+    assert sum(len(inspect.getsource(part).splitlines()) for part in launcher) < 60
 
 
 def test_a_rank_is_a_command(data, scene_folder, capsys):
@@ -193,7 +215,10 @@ def test_a_rank_is_a_command(data, scene_folder, capsys):
     assert "run 01_build_data for this run first" in capsys.readouterr().err
     tasks.build_examples(tasks.Build(str(scene_folder), train=36, validation=12, test=12), data / "tasks" / "mine")
     assert main([*demo, "--rank", "2", "--world-size", "2"]) == 2
-    assert "ranks go from 0 to 1" in capsys.readouterr().err
+    assert "a rank is below the world size" in capsys.readouterr().err
     assert main([*demo, "--rank", "1", "--world-size", "2"]) == 0
-    assert "rank 1 of 2 made 6 shards" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rank 1 of 2 made 6 shards" in out and "-p run=mine -p 'models=[tiny-qwen2-vl]'" in out
+    assert main([*demo, "-p", "engine=ray"]) == 2
+    assert "say python -m probekit run, or engine=local" in capsys.readouterr().err
     assert len(list(data.glob("activations/*/*/part-*/shard-*"))) == 6

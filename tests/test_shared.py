@@ -30,11 +30,16 @@ def given(folder, path, url=None, n=16) -> list[Shared]:
 def test_one_of_many_is_given_a_claim_until_it_gives_it_up(tmp_path, path):
     first = Shared(tmp_path)
     assert first.claim(path) and not given(tmp_path, path)
-    first.release(path)
+    first.finished(path)
     for _ in range(20):
         assert not list(tmp_path.rglob("*claim*"))
         winner, = given(tmp_path, path)
-        winner.release(path)
+        winner.finished(path)
+    winner, = given(tmp_path, path)
+    for number in range(20):
+        winner.give_up(path)
+        winner, = given(tmp_path, path)
+        assert len(list(tmp_path.rglob("*claim*"))) == number + 2  # no number comes twice before it is finished
 
 
 def test_a_claim_whose_process_is_gone_is_taken_over_by_one(tmp_path, path):
@@ -51,7 +56,7 @@ def test_a_claim_whose_process_is_gone_is_taken_over_by_one(tmp_path, path):
     second = Shared(tmp_path)
     assert not second.claim(path)  # this process lives
     assert sorted(p.name[-1] for p in tmp_path.rglob("*claim*")) == ["0", "1"]
-    winner.release(path)
+    winner.finished(path)
     assert not list(tmp_path.rglob("*claim*"))
 
 
@@ -70,7 +75,7 @@ def test_a_claim_of_another_machine_is_taken_over_when_it_stands_still(tmp_path,
         time.sleep(0.2)
     time.sleep(0.2)
     assert mine.claim(path)
-    mine.release(path)
+    mine.finished(path)
     assert not claim.exists()
 
 
@@ -95,7 +100,7 @@ def test_a_claim_gives_signs_of_life(tmp_path, path, monkeypatch):
     for _ in range(20):
         seen.add(claim.read_text())
         time.sleep(0.05)
-    own.release(path)
+    own.finished(path)
     time.sleep(0.2)
     assert len(seen - {""}) > 5 and not claim.exists()
 
@@ -121,10 +126,11 @@ def bucket(monkeypatch):
 def test_an_object_store_gives_a_claim_to_one(tmp_path, path, bucket):
     first = Shared(tmp_path, bucket)
     assert first.claim(path) and not given(tmp_path, path, bucket)
-    first.release(path)
+    first.give_up(path)
     winner, = given(tmp_path, path, bucket, 8)
-    winner.release(path)
-    assert not list(tmp_path.iterdir())
+    winner.finished(path)
+    assert not winner._claims(path) and not list(tmp_path.iterdir())
+    winner.check()
 
 
 @pytest.mark.parametrize("kind", ["s3", "folder"])
