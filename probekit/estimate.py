@@ -266,5 +266,5 @@ def told(table: pd.DataFrame, most: int, flops: float | None) -> str:
              "hours": [f"{number(row.hours, 1, ',.3g')} ({row.way})" for row in table.itertuples()]}
     how = f"at {flops:.3g} operations a second" if flops else "as the sample took here, without loading"
     models = pd.DataFrame(lines, index=table.model.to_numpy()).T.to_string()
-    return (f"{models}\n\nhours: {how}; probing comes on top, see the README\n\n"
-            f"{by_workers(table, most).round(3).to_string(index=False)}")
+    hours = by_workers(table, most).to_string(index=False, float_format="{:.3g}".format)
+    return f"{models}\n\nhours: {how}; probing comes on top, see the README\n\n{hours}"

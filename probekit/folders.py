@@ -61,7 +61,8 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
                            "file": [str(p) for p in pictures]}, index=pd.RangeIndex(len(pictures), name="image_id"))
     unknown = sorted(set(splits or ()) - set(images.coco_split))
     if unknown:
-        raise ValueError(f"{folder} has no folders {unknown}: take out of {sorted(set(images.coco_split))}")
+        raise ValueError(f"{folder} has no COCO annotations and no folders {', '.join(unknown)}: lay COCO out there as "
+                         f"data/README.md says, or take coco_splits out of {', '.join(sorted(set(images.coco_split)))}")
     captions = _captions(folder, images)  # of all of them: a name that another split has, too, is no name for one
     images = images[images.coco_split.isin(list(splits))] if splits else images
     captions = captions[captions.image_id.isin(images.index)].reset_index(drop=True)

@@ -68,7 +68,7 @@ def on_ray(job: Job, places: Sequence[int], copies: int | None = None) -> list[i
     import ray
 
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}
-    start = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
+    start = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
     ray.init(ignore_reinit_error=True, runtime_env={"env_vars": passed | {"TQDM_DISABLE": "1"}}, **start)
     ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()

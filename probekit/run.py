@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -122,11 +123,12 @@ def run(file: Path, overrides: list[str], start: str = "01", end: str = "99") ->
     if not books:
         raise ValueError(f"--from {start} --to {end}: there are {', '.join(book.stem for book in notebooks())}")
     declarations = {book: declared(book) for book in notebooks()}
-    parameters = checked(read_parameters(file, overrides), {k: v for d in declarations.values() for k, v in d.items()})
+    known = {name: about for own in declarations.values() for name, about in own.items()}
+    parameters = checked(read_parameters(file, overrides), known)
     for name in (text.partition("=")[0].strip() for text in overrides):
         if not any(name in declarations[book] for book in books):
-            raise ValueError(f"-p {name} is for none of {books[0].stem} to {books[-1].stem}: run its notebook, too, or "
-                             "leave it out")
+            print(f"probekit: -p {name} is for {known[name].notebook}, which is not run now: it changes nothing here",
+                  file=sys.stderr)
     folder = paths.DATA / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
     folder.mkdir(parents=True)
     for book in books:

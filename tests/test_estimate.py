@@ -75,6 +75,33 @@ def test_the_plan_is_told_by_a_command(capsys, tmp_path):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("change", "told"), [
+    (("-p", "models=[]"), "models=[]: name at least one"), (("-p", "tasks=[]"), "tasks=[]: take one or more"),
+    (("-p", "poolings=[]"), "unknown pooling ''"), (("-p", "poolings=[median]"), "unknown pooling 'median'"),
+    (("-p", "stages=[vison]"), "stages=['vison']: take out of"), (("-p", "dtype=fp16"), "dtype=['fp16']: take out of"), (("-p", "test=0"), "each split needs images"),
+    (("-p", "shard_images=0"), "numbers from 1"), (("--flops", "0"), "numbers from 1"),
+    (("-p", "device=cuda", "-p", "models=[tiny-qwen2-vl]"), "name one, such as dtype=bfloat16")])
+def test_a_plan_that_makes_no_sense_is_refused_with_a_mend(change, told, capsys):
+    if "device=cuda" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["plan", "--params", str(REPOSITORY / "notebooks" / "params" / "demo.yaml"), "--sample", "12",
+                 *(() if "--flops" in change else ("--flops", "1e10")), *change]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_more_images_are_taken_where_a_task_finds_nothing_to_ask(capsys):
+    assert main(["plan", "--params", str(REPOSITORY / "notebooks" / "params" / "tasks.yaml"), "--sample", "12",
+                 "--flops", "1e10", "-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]", "-p", "controls=[]"]) == 0
+    assert "taking twice as many" in capsys.readouterr().err
+
+
+def test_prompts_without_an_image_are_units_of_their_own(data, examples):
+    settings = Extraction("tiny-qwen2-vl", shard_images=10)
+    job, _ = extract.plan(settings, examples, ("no_image",), "cpu")
+    told = estimate.estimate(settings, ("no_image",), examples, examples.image_id.nunique(), 1e9, "cpu")
+    assert len(job.shards) - 1 <= told["shards"] <= len(job.shards) and told["shards"] > 12
+
+
 def test_a_sample_is_run_where_no_rate_is_named(examples):
     book = next(book for book in run.notebooks() if book.stem == "02_extract")
     extraction = {name: about.default for name, about in run.declared(book).items()}

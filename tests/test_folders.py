@@ -53,7 +53,7 @@ def test_splits_of_an_image_folder(photos):
             json.dumps({"file_name": f"{1000 + k}.jpg", "captions": SAID}) for k in range(low, high)))
     check(folders.read(photos))
     check(folders.read(photos, ["test"]), 10)
-    with pytest.raises(ValueError, match=r"no folders \['val'\]: take out of \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"no folders val: .* take coco_splits out of test, train"):
         folders.read(photos, ["val"])
 
 

@@ -73,8 +73,8 @@ def test_a_wrong_parameter_is_refused_by_name(capsys):
                        ("train", "train=VALUE"), ("train=[", "not YAML")):
         assert main(["run", "--params", params, "-p", text]) == 2
         assert told in capsys.readouterr().err
-    assert main(["run", "--params", params, "-p", "train=5", "--from", "03"]) == 2
-    assert "-p train is for none of 03_probe to 05_inspect_examples" in capsys.readouterr().err
+    assert main(["run", "--params", params, "-p", "train=5", "-p", "run=none", "--from", "04", "--to", "04"]) == 1
+    assert "-p train is for 01_build_data, which is not run now" in capsys.readouterr().err
     assert main(["run", "--params", "nowhere.yaml"]) == 2
     assert "notebooks/params/demo.yaml" in capsys.readouterr().err
 

@@ -161,6 +161,40 @@ def test_two_machines_without_a_common_disk_share_their_work(kind, request, tmp_
     assert one.meta["sharing"] == two.meta["sharing"] and one.meta["sharing"]["way"] == "shared"
 
 
+@pytest.mark.parametrize("url", ["gs://nowhere/x", "quatsch://x"])
+def test_a_mirror_that_cannot_be_used_says_what_to_check(url, data, examples):
+    from probekit import extract
+
+    with pytest.raises(ValueError, match=r"cannot be used .*check address and credentials, .*package is installed"):
+        extract.plan(extract.Extraction("tiny-qwen2-vl"), examples, (), "cpu", url)
+
+
+def test_a_mirror_that_lets_two_create_a_file_is_refused(tmp_path, monkeypatch):
+    own = Shared(tmp_path, f"file://{tmp_path}/common")
+    own.check()
+    assert not list((tmp_path / "common").iterdir())
+    monkeypatch.setattr(own.fs, "open", lambda path, mode: open(path, mode.replace("x", "w")))
+    with pytest.raises(ValueError, match="take another mirror"):
+        own.check()
+
+
+def test_a_damaged_shard_in_a_mirror_is_named(tmp_path, data, examples, monkeypatch):
+    from probekit import extract, paths
+    from probekit.launch import Launch
+
+    settings, launch = extract.Extraction("tiny-qwen2-vl", shard_images=30), Launch(url=f"file://{tmp_path}/common")
+    extract.extract_all(settings, examples, (), "cpu", launch)
+    shard = next((tmp_path / "common").rglob("shard-00001.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-99] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setattr(paths, "DATA", tmp_path / "two")
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors lm.\d+/mean is not what was written: delete it"):
+        extract.extract_all(settings, examples, (), "cpu", launch)
+    shard.unlink()
+    extract.extract_all(settings, examples, (), "cpu", launch)
+
+
 def test_what_was_extracted_before_there_was_a_mirror_is_brought_there(tmp_path, examples, monkeypatch):
     from probekit import extract, paths
     from probekit.extract import Extraction
