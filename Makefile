@@ -6,7 +6,6 @@ READY := .venv/.ready
 .PHONY: demo test lab
 demo: $(READY)
 	$(BIN)/python -m probekit run --params notebooks/params/demo.yaml
-	@echo "open $(CURDIR)/figures/demo/index.html"
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

@@ -131,17 +131,23 @@ def _verify(options: argparse.Namespace) -> int:
     from probekit import verify
 
     table = verify.verify(options.folder)
-    print(verify.told(table))
     if options.remove:
         print(f"{verify.remove(table)} damaged shards removed")
+    print(verify.told(table, options.remove))
     return int((table.state != "sound").any())
 
 
 def _run(options: argparse.Namespace) -> int:
-    from probekit.run import NotebookFailed, run
+    from probekit import paths
+    from probekit.run import NotebookFailed, notebooks, parameters_of, run
 
     try:
-        print(f"executed notebooks: {run(options.params, options.overrides, options.start, options.end)}")
+        folder = run(options.params, options.overrides, options.start, options.end)
+        print(f"executed notebooks: {folder}")
+        plots, = (book for book in notebooks() if book.stem == "04_layer_plots")
+        if (folder / plots.name).exists():
+            name = parameters_of(plots, options.params, options.overrides)["run"]
+            print(f"open {paths.FIGURES / name / 'index.html'}")
     except NotebookFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -58,7 +58,7 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
                 layers: Sequence[str], memory_gb: float, coded: bool = False) -> list[Fitted]:
     """Logistic regressions for several sets of labels of a task, in one solve.
 
-    A problem that does not converge is a warning with task, layer, labels, class and strength in it.
+    Where problems do not converge, a warning says how many, and names the worst: task, layer, labels, class, strength.
 
     Parameters
     ----------
@@ -73,11 +73,16 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     y, mask = (torch.cat(parts, 1).to(x_lnd.device) for parts in ([s.y_nc[train] for s in sets], inside))
     solution = logreg.solve(x_lnd[:, train], y, mask, strengths, memory_gb=memory_gb)
     c = len(task.true.classes)
-    for layer, strength, k in torch.nonzero(~solution.converged_lsk).tolist():
+    short = ~solution.converged_lsk
+    if short.any():
+        worst = torch.where(short, solution.gradient_lsk, -1).argmax()
+        layer, strength, k = (int(at) for at in torch.unravel_index(worst, short.shape))
         words = controls.WORDS.get(sets[k // c].name, "true labels")
-        warnings.warn(f"logreg did not converge: {task.name}, {layers[layer]}, {words}, class "
-                      f"{task.true.classes[k % c]!r}, C={strengths[strength]:g}, gradient norm "
-                      f"{float(solution.gradient_lsk[layer, strength, k]):.1e}", stacklevel=2)
+        norm = solution.gradient_lsk[layer, strength, k].item()
+        warnings.warn(f"logreg did not converge in {int(short.sum()):,} of {short.numel():,} problems; the worst: "
+                      f"{task.name}, {layers[layer]}, {words}, class {task.true.classes[k % c]!r}, "
+                      f"C={strengths[strength]:g}, gradient norm {norm:.1e} (where it did: at most "
+                      f"{logreg.TOLERANCE:g})", stacklevel=2)
     chosen = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)
               for i, labels in enumerate(sets)]
     found, true = [fitted for fitted, _ in chosen], chosen[0][1]

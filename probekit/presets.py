@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def locate(id_or_folder: str) -> str:
     if folder.is_dir() or wanted.startswith((".", "/", "~", "data/")) or wanted.count("/") > 1:
         raise FileNotFoundError(f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
                                 f"a hub id, or one of {', '.join(PRESETS)}")
+    if "/" not in wanted:
+        near = difflib.get_close_matches(wanted, PRESETS, 1, 0.4)
+        meant = f"did you mean {near[0]}? Else " * bool(near)
+        raise FileNotFoundError(f"{wanted} is no name of a checkpoint here: {meant}give a folder, a hub id "
+                                f"(owner/name), or one of {', '.join(PRESETS)}")
     return wanted
 
 

@@ -134,13 +134,13 @@ class Store:
         known = self.poolings_of(stage)
         for what, wanted, there in (("layer", layer, self.layers), ("pooling", pooling, known)):
             if wanted not in there:
-                raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(there)}; run 02_extract with "
-                               f"{what}s that include it")
+                mend = "take one of these" if what == "layer" else "run 02_extract with poolings that include it"
+                raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(there)}; {mend}")
         out = None
         for path, to, rows in self._reads(f"{stage}/{pooling}"):
             with safe_open(path, framework="pt") as shard:
                 values = shard.get_tensor(f"{layer}/{pooling}")
-                if digest(values.numpy()) != note_of(shard)["sha256"].get(f"{layer}/{pooling}"):
+                if digest(values.numpy()) != note_of(shard).get("sha256", {}).get(f"{layer}/{pooling}"):
                     raise ValueError(f"{path} is damaged, its {layer}/{pooling} is not what was written: python -m "
                                      f"probekit verify {paths.relative(self.folder)} --remove takes away what is "
                                      "damaged, then 02_extract makes just that again")

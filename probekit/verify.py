@@ -93,8 +93,8 @@ def remove(table: pd.DataFrame) -> int:
     return len(damaged)
 
 
-def told(table: pd.DataFrame) -> str:
-    """What was found and what to run again, in words."""
+def told(table: pd.DataFrame, removed: bool = False) -> str:
+    """What was found and what to run again, in words; `removed`: damaged shards have been taken away."""
     bad, counts = table[table.state != "sound"], table[table.file.str.contains("shard-")].state.value_counts()
     lines = [f"{row.folder}/{row.file} {row.reason} ({row.state})" for row in bad.itertuples()]
     lines.append("shards: " + ", ".join(f"{counts.get(state, 0):,} {state}" for state in STATES))
@@ -103,6 +103,7 @@ def told(table: pd.DataFrame) -> str:
         runs = [file.stem for file in sorted((paths.DATA / "activations").glob("*.json"))
                 if wrong & {store["folder"] for store in paths.read_json(file)["stores"]}]
         whose = f"of the runs {', '.join(runs)}" if runs else "that made them (no run names these folders)"
-        damaged = "take the damaged ones away (--remove), then " * bool(counts.get("damaged", 0))
-        lines.append(f"{damaged}run 02_extract {whose} again: it makes just what is not there")
+        away = "the damaged ones are taken away: " if removed else "take the damaged ones away (--remove), then "
+        lines.append(f"{away * bool(counts.get('damaged', 0))}run 02_extract {whose} again (python -m probekit run "
+                     "--params … --from 02): it makes just what is not there")
     return "\n".join(lines)

@@ -78,7 +78,8 @@ def test_the_plan_is_told_by_a_command(capsys, tmp_path):
 @pytest.mark.parametrize(("change", "told"), [
     (("-p", "models=[]"), "models=[]: name at least one"), (("-p", "tasks=[]"), "tasks=[]: take one or more"),
     (("-p", "poolings=[]"), "unknown pooling ''"), (("-p", "poolings=[median]"), "unknown pooling 'median'"),
-    (("-p", "stages=[vison]"), "stages=['vison']: take out of"), (("-p", "dtype=fp16"), "dtype=['fp16']: take out of"), (("-p", "test=0"), "each split needs images"),
+    (("-p", "stages=[vison]"), "stages=['vison']: take out of"), (("-p", "dtype=fp16"), "dtype=['fp16']: take out of"),
+    (("-p", "test=0"), "each split needs images"),
     (("-p", "shard_images=0"), "numbers from 1"), (("--flops", "0"), "numbers from 1"),
     (("-p", "device=cuda", "-p", "models=[tiny-qwen2-vl]"), "name one, such as dtype=bfloat16")])
 def test_a_plan_that_makes_no_sense_is_refused_with_a_mend(change, told, capsys):

@@ -173,7 +173,8 @@ def test_a_mirror_that_lets_two_create_a_file_is_refused(tmp_path, monkeypatch):
     own = Shared(tmp_path, f"file://{tmp_path}/common")
     own.check()
     assert not list((tmp_path / "common").iterdir())
-    monkeypatch.setattr(own.fs, "open", lambda path, mode: open(path, mode.replace("x", "w")))
+    honest = own.fs.open
+    monkeypatch.setattr(own.fs, "open", lambda path, mode: honest(path, mode.replace("x", "w")))
     with pytest.raises(ValueError, match="take another mirror"):
         own.check()
 
