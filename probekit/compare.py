@@ -224,7 +224,7 @@ def sentence(table: pd.DataFrame, alpha: float = 0.01) -> str:
     runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
     spans = [names[r[0]] if len(r) == 1 else f"{names[r[0]]} to {names[r[-1]]}" for r in runs]
     best = names[int(table.gap.argmax())] if len(table) > 1 else names[0]
-    return (f"{best} scores highest; with {100 * (1 - alpha):g} % confidence every layer that is truly best is among "
+    return (f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is among "
             f"{', '.join(spans)} ({len(inside)} of {len(names)} layers).")
 
 

@@ -75,7 +75,7 @@ def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg", resamp
 
 
 def _interval(row: pd.Series) -> str:
-    return f"{row.value:.3f} (95 % interval {row.lo:.3f} to {row.hi:.3f})"
+    return f"{row.value:.3f} (95\u00a0% interval {row.lo:.3f} to {row.hi:.3f})"
 
 
 def _curve(own: pd.DataFrame, probe: str, metric: str, control: str = "none") -> pd.DataFrame:
@@ -91,7 +91,8 @@ def _at(curve: pd.DataFrame, layer: str) -> pd.Series | None:
 
 def _selectivity(own: pd.DataFrame, probe: str, layer: str) -> str:
     here = _at(_curve(own, probe, "selectivity"), layer)
-    return "" if here is None else f"Selectivity there, accuracy minus that of the control task: {_interval(here)}."
+    return "" if here is None else (
+        f"Selectivity at {layer}, accuracy minus that of the control task: {_interval(here)}.")
 
 
 def _codelength(own: pd.DataFrame, probe: str, layer: str) -> str:

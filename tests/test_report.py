@@ -21,9 +21,9 @@ def test_the_summary_names_the_planted_layer_its_controls_and_no_false_alarm(tmp
     best = results.best_layers(found.metrics, table.attrs["tasks"])
     value = best[best.control == "none"].value[0]
     assert f"the one on lm.02 (chosen on validation images) has a test accuracy of {value:.3f}" in text
-    assert "every layer that is truly best is among lm.02 (1 of 4 layers)" in text
+    assert "the truly best layer is among lm.02 (1 of 4 layers)" in text
     assert re.search(r"fewest at lm\.02 \(0\.\d\d\)", text)
-    assert re.search(r"Selectivity there, accuracy minus that of the control task: 0\.\d", text)
+    assert re.search(r"Selectivity at lm\.0\d, accuracy minus that of the control task: 0\.\d", text)
     assert "shuffled labels 0." in text.partition("At chance")[2] and "no layer can be told" not in text
 
 

@@ -78,7 +78,7 @@ def _figure(name: str, drawn: Drawn, folder: Path) -> str:
     drawn.figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config=CONFIG)
     inner = drawn.figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
     return (f'<figure id="{name}">{inner}<figcaption>{html.escape(drawn.caption)} '
-            f'<a href="{name}.html">alone</a></figcaption></figure>')
+            f'<a href="{name}.html">open by itself</a></figcaption></figure>')
 
 
 def _still(figure: go.Figure) -> go.Figure:
