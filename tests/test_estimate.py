@@ -103,6 +103,12 @@ def test_prompts_without_an_image_are_units_of_their_own(data, examples):
     assert len(job.shards) - 1 <= told["shards"] <= len(job.shards) and told["shards"] > 12
 
 
+def test_workers_make_whole_shards_and_each_loads_the_model():
+    models = pd.DataFrame({"shards": [10, 3], "hours": [2.0, 0.6], "load_s": [360.0, 0.0]})
+    found = estimate.by_workers(models, 4).set_index("workers").hours
+    assert found.round(6).to_dict() == {1: 2.7, 2: 1.5, 4: 0.9}  # 2 + 0.6 + 0.1, 5 / 10 and 2 / 3, 3 / 10 and 1 / 3
+
+
 def test_a_sample_is_run_where_no_rate_is_named(examples):
     book = next(book for book in run.notebooks() if book.stem == "02_extract")
     extraction = {name: about.default for name, about in run.declared(book).items()}

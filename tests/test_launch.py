@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from probekit import extract, launch, paths, shared, tasks
 from probekit.__main__ import main
 from probekit.launch import Launch, place_among
+from probekit.worker import Worker
 
 SHARDS = 60
 RAY = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a dead head is given up sooner
@@ -129,6 +130,20 @@ def test_what_another_machine_left_when_it_died_is_taken_over(base, alone, name,
             {"host": "node17", "pid": 1, "started": 0, "sign": "a"}))
     monkeypatch.setattr(shared, "ABANDONED", 3)
     assert len(Launch(rank=1, world_size=2).make(job)) == SHARDS and complete(folder, alone)
+
+
+def test_a_shard_that_another_finished_between_the_look_and_the_claim_is_not_made_again(data, examples, monkeypatch):
+    job, _ = extract.plan(extract.Extraction("tiny-qwen2-vl", shard_images=30), examples, (), "cpu")
+    other = Worker(job)
+    honest = shared.Shared.claim
+
+    def overtaken(self, path):
+        monkeypatch.setattr(shared.Shared, "claim", honest)
+        assert other([0]) == [0]
+        return self.claim(path)
+
+    monkeypatch.setattr(shared.Shared, "claim", overtaken)
+    assert Worker(job)([0]) == [] and not list(data.rglob("*.claim-*"))
 
 
 def at_work(folder: Path) -> int:
