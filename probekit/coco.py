@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -101,12 +102,22 @@ def _read_split(folder: Path, split: str) -> tuple:
 def _told(folder: Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     with _annotations(folder / "annotations" / f"captions_{split}.json") as told:
         images = pd.DataFrame([
-            (i["id"], split, str(folder / split / Path(i["file_name"]).name), i["width"], i["height"])
+            (i["id"], split, str(_place(folder / split, i["file_name"])), i["width"], i["height"])
             for i in told["images"]
         ], columns=["image_id", "coco_split", "file", "width", "height"])
+        twice = [file for file in images.file[images.file.duplicated()] if os.path.isfile(file)]
+        if twice:
+            raise ValueError(f"several images have the file {twice[0]}: give each a file of its own")
         captions = pd.DataFrame([(a["image_id"], a["caption"]) for a in told["annotations"]],
                                 columns=["image_id", "caption"])
         return _checked(images), _checked(captions)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where an image of a split lies: by its name, in folders of the split where it says so, and never outside."""
+    inside = PurePosixPath(name)
+    nested = len(inside.parts) > 1 and not inside.is_absolute() and ".." not in inside.parts
+    return folder / (inside if nested and os.path.isfile(folder / inside) else Path(name).name)
 
 
 def _found(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:

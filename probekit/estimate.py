@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +134,9 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
     if whole > len(data.images) and parameters["dataset"] != "scenes":
         raise ValueError(f"{whole:,} images are asked for, {dataset} has {len(data.images):,}")
     try:
-        return tasks.build_examples(build, folder / f"tasks-{n}", data), whole
+        examples = tasks.build_examples(build, folder / f"tasks-{n}", data)
+        examples.attrs["sampled"] = sum(few.values())
+        return examples, whole
     except ValueError as error:
         if n >= whole:
             raise
@@ -170,7 +172,8 @@ def estimate(settings: Extraction, control: Sequence[str], examples: pd.DataFram
     settings = extract.resolved(settings, device)
     vlm, _ = hollow(settings.model, settings.revision, settings.trust_remote_code, processor=True)
     rows, shape = rows_of(examples, control), Shape.of(vlm)
-    ratio = images / examples.image_id.nunique()
+    shape = shape if "lm" in settings.stages else replace(shape, active=0, pair=0)
+    ratio = images / examples.attrs.get("sampled", examples.image_id.nunique())  # tasks leave some images out
     works = [*loading.ahead(vlm.preparer, settings.longest_side, [rows], 0)]
     encoders = {inputs.shape_of(work.prepared): work.prepared for work in works if work.prepared.image}
     encoders = {shape: encoder(vlm, prepared) for shape, prepared in encoders.items()}

@@ -53,7 +53,11 @@ class _Copy:
         self.worker = Worker(job)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"made": np.array(self.worker(batch["item"].tolist()), int)}
+        try:
+            made, failed = self.worker(batch["item"].tolist()), ""
+        except Exception as error:  # Ray keeps the words of an error to itself
+            made, failed = [-1], f"{type(error).__name__}: {error}"
+        return {"made": np.array(made, int), "failed": np.array([failed] * len(made), object)}
 
 
 def on_ray(job: Job, places: Sequence[int], copies: int | None = None) -> list[int]:
@@ -82,11 +86,12 @@ def on_ray(job: Job, places: Sequence[int], copies: int | None = None) -> list[i
     data = ray.data.from_items([int(place) for place in places], override_num_blocks=len(places))
     pool = ray.data.ActorPoolStrategy(size=min(copies, len(places)))
     made = data.map_batches(_Copy, fn_constructor_args=(job,), batch_size=1, compute=pool, **needs)
-    try:
-        rows = tqdm(made.iter_rows(), total=len(places), desc=f"{job.folder.parent.name} on Ray", unit="shard")
-        return [int(row["made"]) for row in rows]
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause or error) from None
+    found = []
+    for row in tqdm(made.iter_rows(), total=len(places), desc=f"{job.folder.parent.name} on Ray", unit="shard"):
+        if row["failed"]:
+            raise ValueError(f"on Ray, {row['failed']}")
+        found.append(int(row["made"]))
+    return found
 
 
 ENGINES = {"local": here, "ray": on_ray}

@@ -116,14 +116,17 @@ class Shared:
         last = max(self._claims(path), default=-1)
         if last >= 0 and not self._abandoned(f"{at}.claim-{last}"):
             return False
-        own = f"{at}.claim-{last + 1}"
+        own, sign = f"{at}.claim-{last + 1}", self._sign()
         try:  # pipe_file(mode="create") looks first and writes then: two could succeed
             with self.fs.open(own, "xb") as file:
-                file.write(self._sign())
+                file.write(sign)
         except FileExistsError:
             return False
-        except Exception as error:  # it may have been created, and left empty
-            if self.fs.exists(own):
+        except Exception as error:
+            there = self.fs.cat_file(own) if self.fs.exists(own) else None
+            if there and there != sign:  # some stores have other errors for what is there already
+                return False
+            if there is not None:  # created here, and not written
                 self.fs.rm_file(own)
             raise paths.with_mend(error, own) from None
         with self._lock:

@@ -97,6 +97,29 @@ def test_outlines_are_not_held_in_memory(folder):
     assert peak < 4 * path.stat().st_size  # with them it is more than 5 times
 
 
+def renamed(folder, *names):
+    """The images that there are now, with other names in the annotations."""
+    file = folder / "annotations" / "captions_some.json"
+    told = json.loads(file.read_text())
+    for image, name in zip(told["images"], names, strict=False):
+        image["file_name"] = name
+    file.write_text(json.dumps(told))
+    return [path.removeprefix(str(folder)) for path in coco.read(folder).images.file[: len(names)]]
+
+
+def test_images_lie_in_folders_of_their_split_and_never_outside(folder):
+    for k in (0, 1):
+        (folder / "some" / f"00{k}").mkdir()
+        (folder / "some" / f"00{k}" / "frame.jpg").write_bytes(FILES["rgb"])
+    (folder / "secret.jpg").write_bytes(FILES["rgb"])
+    names = ["000/frame.jpg", "001/frame.jpg", "val2017/grey.jpg", "../secret.jpg", str(folder / "secret.jpg"),
+             "000/../../secret.jpg"]
+    assert renamed(folder, *names) == ["/some/000/frame.jpg", "/some/001/frame.jpg", "/some/grey.jpg",
+                                       *["/some/secret.jpg"] * 3]
+    with pytest.raises(ValueError, match=r"several images have the file .*some/grey.jpg: give each"):
+        renamed(folder, "a/grey.jpg", "b/grey.jpg")
+
+
 def test_splits_that_share_an_image_are_refused(folder):
     for kind in ("captions", "instances"):
         shutil.copy(folder / "annotations" / f"{kind}_some.json", folder / "annotations" / f"{kind}_twin.json")

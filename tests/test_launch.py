@@ -211,6 +211,23 @@ def test_ranks_are_told_by_torchrun_and_slurm(told, expected, monkeypatch):
     assert place_among() == expected
 
 
+def test_ray_says_what_went_wrong_as_the_others_do(data, examples, monkeypatch):
+    pytest.importorskip("ray")
+    for name, value in RAY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    file = data / "copied.png"
+    file.write_bytes(Path(paths.resolve(examples.file[0])).read_bytes())
+    table = examples.head(6).assign(file=str(file))
+    job, _ = extract.plan(extract.Extraction("tiny-qwen2-vl", shard_images=1), table, (), "cpu")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"on Ray, ValueError: .*copied.png has changed since"):
+        launch.on_ray(job, [0])
+    import ray
+
+    ray.shutdown()
+
+
 def test_an_unknown_engine_names_those_that_are_known():
     with pytest.raises(ValueError, match="engine='spark': take out of local, ray"):
         Launch("spark")

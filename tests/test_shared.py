@@ -133,6 +133,37 @@ def test_an_object_store_gives_a_claim_to_one(tmp_path, path, bucket):
     winner.check()
 
 
+def test_a_store_with_other_errors_for_what_is_there_leaves_it_there(tmp_path, path, monkeypatch):
+    first, second = Shared(tmp_path), Shared(tmp_path)
+    honest = second.fs.open
+    assert first.claim(path)
+    claim = path.with_name(path.name + ".claim-0")
+    monkeypatch.setattr(second, "_claims", lambda path: [])  # seen before the first one had it
+
+    def refused(name, mode):
+        try:
+            return honest(name, mode)
+        except FileExistsError:
+            raise OSError("412 precondition failed") from None
+
+    monkeypatch.setattr(second.fs, "open", refused)
+    before = claim.read_bytes()
+    assert not second.claim(path) and claim.read_bytes() == before
+
+    def full(name, mode):
+        file = honest(name, mode)
+        if mode == "xb":
+            file.close()
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(second.fs, "open", full)
+    first.finished(path)
+    with pytest.raises(OSError, match="make room and run this again"):
+        second.claim(path)
+    assert not claim.exists()
+
+
 @pytest.mark.parametrize("kind", ["s3", "folder"])
 def test_two_machines_without_a_common_disk_share_their_work(kind, request, tmp_path, examples, monkeypatch):
     from probekit import extract, paths, worker
