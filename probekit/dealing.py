@@ -11,6 +11,10 @@ TRIES = 300  # places that are tried for what cannot stay where it is
 ROUNDS = 20
 
 
+class TooFew(ValueError):
+    """A task finds nothing to ask about the images there are; about more of them it may."""
+
+
 def dealt(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator, order: np.ndarray | None = None
           ) -> np.ndarray:
     """A permutation (n,) in which no place i gets a j that clashes with it.
@@ -21,13 +25,13 @@ def dealt(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator,
 
     Raises
     ------
-    ValueError
+    TooFew
         None could be found.
     """
     order, wrong = mixed(n, clashes, rng, order)
     if wrong:
-        raise ValueError(f"nothing wrong could be found for {len(wrong)} of {n} images: take more images, or other "
-                         "ones")
+        raise TooFew(f"nothing wrong could be found for {len(wrong)} of {n} images: take more images, or other "
+                     "ones")
     return order
 
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from probekit import controls, extract, folders, inputs, loading, parts, paths, scenes, tasks
 from probekit.architectures import width_of
 from probekit.chosen import Build
+from probekit.dealing import TooFew
 from probekit.extract import Extraction
 from probekit.models import Vlm, best_device, hollow
 from probekit.prepare import Prepared
@@ -137,7 +138,7 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
         examples = tasks.build_examples(build, folder / f"tasks-{n}", data)
         examples.attrs["sampled"] = sum(few.values())
         return examples, whole
-    except ValueError as error:
+    except TooFew as error:
         if n >= whole:
             raise
         print(f"of {sum(few.values())} sampled images, {error}: taking twice as many", file=sys.stderr)

@@ -19,6 +19,7 @@ import pandas as pd
 
 from probekit import boxes, captions, coco, folders, objects, paths, statements
 from probekit.chosen import Build, Chosen, Task, made_by
+from probekit.dealing import TooFew
 
 VERSION = 6  # of what a build leaves: older ones are made anew
 SPLITS = ("train", "validation", "test")
@@ -254,9 +255,9 @@ def _examples(name: str, task: Task, chosen: Chosen) -> pd.DataFrame:
     counts = rows.split.value_counts()
     lacking = [split for split in SPLITS if split in set(chosen.images.split) and split not in counts.index]
     if lacking:
-        raise ValueError(f"task {name} finds nothing to ask in {', '.join(lacking)} (images there: "
-                         f"{', '.join(str((chosen.images.split == split).sum()) for split in lacking)}): take more "
-                         "images or more categories, or leave it out")
+        raise TooFew(f"task {name} finds nothing to ask in {', '.join(lacking)} (images there: "
+                     f"{', '.join(str((chosen.images.split == split).sum()) for split in lacking)}): take more "
+                     "images or more categories, or leave it out")
     return rows.reset_index(names="image_id").assign(task=name)
 
 
