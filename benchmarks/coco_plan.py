@@ -3,7 +3,7 @@
     python benchmarks/coco_plan.py [--images 118287] [--prompts 10] [--json PATH]
 
 Arithmetic on the checkpoints' published shapes, for photographs of 640 x 480 pixels and prompts of 25 tokens: nothing
-is loaded or run. Operations are those of :mod:`probekit.estimate`; a GPU is taken to keep up 35 % of an H100's dense
+is loaded or run. Operations are those of :mod:`probekit.extraction.planning`; a GPU is taken to keep up 35 % of an H100's dense
 half-precision rate (989 TFLOP/s), images to be spread in shards of 200, a model to be loaded in 60 s.
 """
 
@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from probekit import architectures, models
-from probekit.estimate import Shape, encoder
-from probekit.prepare import Prepared
+from probekit.extraction.planning import Shape, encoder
+from probekit.models import architectures, load
+from probekit.models.processor import Prepared
 
 RATE, SHARD, LOAD, BEFORE, PROMPT = 0.35 * 989e12, 200, 60, 5, 25
 GPUS = (1, 8, 64)
@@ -60,8 +60,8 @@ def row(name: str, images: int, prompts: int) -> dict:
     kind, config, pixels, image_tokens = MODELS[name]
     config = AutoConfig.for_model(kind, **config)
     with torch.device("meta"):
-        full = models._auto_class(config).from_config(config, dtype=torch.bfloat16)
-    vlm = models.Vlm(name, architectures.without_head(full), None, "meta", "bfloat16", None)
+        full = load._auto_class(config).from_config(config, dtype=torch.bfloat16)
+    vlm = load.Vlm(name, architectures.without_head(full), None, "meta", "bfloat16", None)
     shape, head = Shape.of(vlm), BEFORE + image_tokens
     tiles = pixels if kind != "llava_onevision" else (1, *pixels[1:])
     one = encoder(vlm, Prepared({"pixel_values": torch.empty(tiles, device="meta")}, [], [

@@ -40,7 +40,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         lab.prepare(Path(folder), {"05_inspect_examples": {"run": options.run}})
-        with lab.served(Path(folder), paths.ROOT) as url, lab.browser() as page:
+        with lab.served(Path(folder), paths.Home.find().root) as url, lab.browser() as page:
             errors = lab.run_all(page, url, "05_inspect_examples.ipynb")
             if errors:
                 sys.exit(f"05_inspect_examples failed: {errors}")

@@ -33,7 +33,11 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import coco, extract, forward, inputs, loading, models, parts, paths, scenes, store, worker
+from probekit import paths
+from probekit.data import scenes
+from probekit.extraction import extract, loading, shards, store, worker
+from probekit.images import load_rgb
+from probekit.models import batches, forward, load
 
 SIZES = {  # decoder width, layers, vision width, depth
     "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
@@ -43,7 +47,7 @@ SIZES = {  # decoder width, layers, vision width, depth
 def make_model(size: str, folder: Path) -> Path:
     """Save a random Qwen2-VL of this size, which cuts photographs into patches as the real checkpoints do."""
     width, layers, vision, depth = SIZES[size]
-    source = paths.DATA / "models" / "tiny-qwen2-vl"
+    source = paths.Home.find().data / "models" / "tiny-qwen2-vl"
     config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
     config.vision_config.update({"depth": depth, "embed_dim": vision, "num_heads": vision // 80 or 1, "patch_size": 14,
                                  "hidden_size": width})
@@ -82,11 +86,11 @@ def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
 def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
     """Seconds, and (n, l, d) mean-pooled states."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")  # for its processor and chat template alone
+    vlm = load.load_vlm(str(folder), dtype=dtype, device="cpu")  # for its processor and chat template alone
     found, start = [], time.perf_counter()
     for at in range(0, len(examples), 8):
         rows = examples.iloc[at : at + 8]
-        given = vlm.processor(images=[coco.load_rgb(file) for file in rows.file], padding=True, padding_side="right",
+        given = vlm.processor(images=[load_rgb(file) for file in rows.file], padding=True, padding_side="right",
                               text=[vlm.preparer.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
         states = model(**vlm.place(given), output_hidden_states=True, use_cache=False).hidden_states
         mask = given["attention_mask"][..., None].float()
@@ -96,7 +100,7 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, 
 
 def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
     """Seconds without loading the model, as the plain way is timed; (n, l, d)."""
-    paths.DATA = Path(tempfile.mkdtemp(dir=folder))  # nothing is found there already
+    paths.Home.find().data = Path(tempfile.mkdtemp(dir=folder))  # nothing is found there already
     honest, loading_took = worker.load_vlm, []
 
     def timed(*arguments):
@@ -107,7 +111,7 @@ def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, n
 
     worker.load_vlm = timed
     start = time.perf_counter()
-    done: store.Store = extract.extract(extract.Extraction(str(folder), dtype=dtype), examples, "cpu")
+    done: store.Activations = extract.extract(extract.ExtractionSettings(str(folder), dtype=dtype), examples, "cpu")
     seconds = time.perf_counter() - start - loading_took[0]
     worker.load_vlm = honest
     return seconds, np.stack([done[layer, "mean"] for layer in done.layers], 1)
@@ -116,16 +120,16 @@ def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, n
 @torch.inference_mode()
 def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
-    vlm = models.load_vlm(str(folder), dtype=dtype, device="cpu")
+    vlm = load.load_vlm(str(folder), dtype=dtype, device="cpu")
     ready = []
-    works = loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)
+    works = loading.ahead(vlm.preparer, None, [shards.rows_of(examples)], 0)
     for batch in loading.batches(works, lambda: 2048, lambda: "shared"):
         prepared = [work.prepared for work in batch]
-        p, rows = inputs.common_length(prepared), [row for one in prepared for row in one.tokens]
-        before = inputs.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-        own = inputs.joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
+        p, rows = batches.common_length(prepared), [row for one in prepared for row in one.tokens]
+        before = batches.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+        own = batches.joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
         owner = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens])
-        ready.append((before | inputs.pictures(vlm, prepared), own, owner, p))
+        ready.append((before | batches.pictures(vlm, prepared), own, owner, p))
     start = time.perf_counter()
     for given, own, owner, p in ready:
         cache = DynamicCache(config=vlm.stack.config)

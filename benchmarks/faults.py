@@ -31,9 +31,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from probekit import coco, extract, forward, parts, paths, scenes, store, tasks, verify, worker
+from probekit import paths
+from probekit.data import coco, scenes
+from probekit.extraction import extract, shards, store, verify, worker
+from probekit.models import forward
+from probekit.tasks import building
 
-SETTINGS = extract.Extraction("tiny-qwen2-vl", shard_images=3, batch_tokens=900, workers=0)
+SETTINGS = extract.ExtractionSettings("tiny-qwen2-vl", shard_images=3, batch_tokens=900, workers=0)
 SCENES = 60
 
 
@@ -47,31 +51,31 @@ class Bench:
 
     def fresh(self, name: str) -> list[Path]:
         """A data folder with all shards in it; returns them."""
-        paths.DATA = self.root / name
-        shutil.copytree(self.root / "undisturbed", paths.DATA)
-        return shards()
+        paths.Home.find().data = self.root / name
+        shutil.copytree(self.root / "undisturbed", paths.Home.find().data)
+        return shard_files()
 
     def again(self, change: Callable = lambda: None) -> tuple[list[str], str]:
         """Extract again; the shards that were made, and what the user was told where it stopped."""
-        before = {path: path.stat().st_mtime_ns for path in shards()}
+        before = {path: path.stat().st_mtime_ns for path in shard_files()}
         told = ""
         try:
             change()
             extract.extract(SETTINGS, self.examples, "cpu")
         except (OSError, ValueError, ArithmeticError, MemoryError) as error:
             told = f"{type(error).__name__}: {error}"
-        return [path.name for path in shards() if before.get(path) != path.stat().st_mtime_ns], told
+        return [path.name for path in shard_files() if before.get(path) != path.stat().st_mtime_ns], told
 
     def whole(self) -> None:
         """Fail unless all shards are those of the undisturbed run."""
-        found = {path.name: path.read_bytes() for path in shards()}
+        found = {path.name: path.read_bytes() for path in shard_files()}
         assert found == self.reference, sorted(set(self.reference) ^ set(found)) or "other bytes"
-        left = [*paths.DATA.rglob("*.part"), *paths.DATA.rglob("*.claim-*")]
+        left = [*paths.Home.find().data.rglob("*.part"), *paths.Home.find().data.rglob("*.claim-*")]
         assert not left, left
 
 
-def shards() -> list[Path]:
-    return sorted(paths.DATA.glob("activations/*/*/part-*/shard-*.safetensors"))
+def shard_files() -> list[Path]:
+    return sorted(paths.Home.find().data.glob("activations/*/*/part-*/shard-*.safetensors"))
 
 
 def row(fault: str, times: int, lost: str, told: str) -> dict:
@@ -82,7 +86,7 @@ def row(fault: str, times: int, lost: str, told: str) -> dict:
 
 
 def _work(folder: str, table: str, began) -> None:
-    paths.DATA = Path(folder)
+    paths.Home.find().data = Path(folder)
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
 
@@ -103,15 +107,15 @@ def _work(folder: str, table: str, began) -> None:
 def killed(bench: Bench, kills: int) -> list[dict]:
     """kill -9 at random moments of loading, computing and writing, again and again until all is there; then anew."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["probekit.extract", "probekit.worker"])
-    paths.DATA, rng = bench.root / "killed", np.random.default_rng(0)
+    context.set_forkserver_preload(["probekit.extraction.extract", "probekit.extraction.worker"])
+    paths.Home.find().data, rng = bench.root / "killed", np.random.default_rng(0)
     seconds, done, finished, shard_counts, lost = None, 0, 0, [], []
     begun = bench.root / "begun.txt"
     while done < kills:
-        before = {path: path.stat().st_mtime_ns for path in shards()}
+        before = {path: path.stat().st_mtime_ns for path in shard_files()}
         began = context.Event()
         begun.write_text("")
-        process = context.Process(target=_work, args=(str(paths.DATA), str(bench.root / "examples.parquet"), began))
+        process = context.Process(target=_work, args=(str(paths.Home.find().data), str(bench.root / "examples.parquet"), began))
         process.start()
         began.wait()
         start = time.perf_counter()
@@ -120,18 +124,18 @@ def killed(bench: Bench, kills: int) -> list[dict]:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             done += 1
-            shard_counts.append(len(shards()))
-            lost.append(len({*begun.read_text().split()} - {path.name for path in shards()}))
+            shard_counts.append(len(shard_files()))
+            lost.append(len({*begun.read_text().split()} - {path.name for path in shard_files()}))
         else:
             assert process.exitcode == 0
             seconds = time.perf_counter() - start if finished < 2 else seconds
-        for path in shards():
+        for path in shard_files():
             assert path.read_bytes() == bench.reference[path.name], f"{path} is not whole"
             assert before.get(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, f"{path} was made twice"
-        if len(shards()) == len(bench.reference):
+        if len(shard_files()) == len(bench.reference):
             finished += 1
             seconds = seconds if finished > 1 else None  # the second one is free of what is loaded once
-            shutil.rmtree(paths.DATA)
+            shutil.rmtree(paths.Home.find().data)
     bench.again()
     bench.whole()
     assert max(lost) <= 1, lost
@@ -142,21 +146,21 @@ def killed(bench: Bench, kills: int) -> list[dict]:
 
 def full_disk(bench: Bench, _: int) -> list[dict]:
     """A tmpfs that holds a few of the shards; then room is made."""
-    paths.DATA = bench.root / "small"
-    paths.DATA.mkdir()
+    paths.Home.find().data = bench.root / "small"
+    paths.Home.find().data.mkdir()
     size = sum(map(len, bench.reference.values())) // 2048
-    mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(paths.DATA)]
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(paths.Home.find().data)]
     if os.geteuid() or subprocess.run(mounted, capture_output=True, check=False).returncode:
         return [row("disk full", 0, "not tried: a tmpfs cannot be mounted here", "")]
     try:
         made, told = bench.again()
         assert 0 < len(made) < len(bench.reference) and "make room" in told, (made, told)
-        subprocess.run(["mount", "-o", "remount,size=1g", str(paths.DATA)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=1g", str(paths.Home.find().data)], check=True)
         later, _ = bench.again()
         assert not set(made) & set(later)
         bench.whole()
     finally:
-        subprocess.run(["umount", str(paths.DATA)], check=True)
+        subprocess.run(["umount", str(paths.Home.find().data)], check=True)
     return [row("disk full", 1, "the shard in flight", told)]
 
 
@@ -200,7 +204,7 @@ def changed_shards(bench: Bench, _: int) -> list[dict]:
             ("bit flipped in its header", _flip_header, 1)):
         first, told = bench.fresh(name)[0], ""
         change(first)
-        table = verify.verify(paths.DATA)
+        table = verify.verify(paths.Home.find().data)
         assert (table.state != "sound").sum() == expected, table
         told = next(line for line in verify.told(table).splitlines() if first.name in line)
         if change is _flip:  # its beginning is as it should be
@@ -210,14 +214,14 @@ def changed_shards(bench: Bench, _: int) -> list[dict]:
         made, _ = bench.again()
         assert len(made) == expected, made
         bench.whole()
-        assert (verify.verify(paths.DATA).state == "sound").all()
+        assert (verify.verify(paths.Home.find().data).state == "sound").all()
         rows.append(row(name, 1, "that shard" if expected == 1 else "these shards", _short(told)))
     return rows
 
 
 def _refused(bench: Bench) -> str:
-    folder = shards()[0].parents[1]
-    view = store.Store(folder, bench.examples, ("lm",), ("mean",))
+    folder = shard_files()[0].parents[1]
+    view = store.Activations(folder, bench.examples, ("lm",), ("mean",))
     try:
         for layer in view.layers:
             view[layer, "mean"]
@@ -246,7 +250,7 @@ def changed_records(bench: Bench, _: int) -> list[dict]:
         made, error = bench.again()
         assert (made, error) == ([], ""), (made, error)
         bench.whole()
-        assert parts.meta_of(folder)
+        assert shards.meta_of(folder)
         rows.append(row(name, 1, "nothing", _short(told)))
     return rows
 
@@ -256,7 +260,7 @@ def changed_records(bench: Bench, _: int) -> list[dict]:
 
 def out_of_memory(bench: Bench, _: int) -> list[dict]:
     """A device that holds 400 tokens: batches are halved until they fit."""
-    paths.DATA, honest, tokens, heard = bench.root / "memory", forward.run, [], io.StringIO()
+    paths.Home.find().data, honest, tokens, heard = bench.root / "memory", forward.run, [], io.StringIO()
 
     def small(vlm, prepared, *rest):
         tokens.append(sum(len(one["input_ids"]) for image in prepared for one in image.tokens))
@@ -272,8 +276,8 @@ def out_of_memory(bench: Bench, _: int) -> list[dict]:
         forward.run = honest
     assert not told and len(made) == len(bench.reference) and max(tokens) > 400, told
     examples = bench.examples
-    ours = store.Store(shards()[0].parents[1], examples, ("lm",), ("mean",))
-    theirs = store.Store(bench.root / "undisturbed" / shards()[0].parents[1].relative_to(paths.DATA), examples,
+    ours = store.Activations(shard_files()[0].parents[1], examples, ("lm",), ("mean",))
+    theirs = store.Activations(bench.root / "undisturbed" / shard_files()[0].parents[1].relative_to(paths.Home.find().data), examples,
                          ("lm",), ("mean",))
     gap = max(np.abs(ours[layer, "mean"] - theirs[layer, "mean"]).max() / np.abs(theirs[layer, "mean"]).max()
               for layer in ours.layers)
@@ -287,7 +291,7 @@ def not_finite(bench: Bench, _: int) -> list[dict]:
     """NaN and infinity in a layer, for one example."""
     rows = []
     for value in (np.nan, np.inf):
-        paths.DATA, honest = bench.root / str(value), worker.extract_shard
+        paths.Home.find().data, honest = bench.root / str(value), worker.extract_shard
 
         def broken(passes, part, i, *rest, value=value, honest=honest):
             states = honest(passes, part, i, *rest)
@@ -318,11 +322,11 @@ def bad_images(bench: Bench, _: int) -> list[dict]:
         scenes.write(folder, 20, 3)
         file = Path(coco.read(folder).images.file.iloc[4])
         file.write_bytes(file.read_bytes()[:500] if content is None else content)
-        build = tasks.Build(str(folder), train=12, validation=4, test=4, tasks=("caption",), max_bad=0.05)
+        build = building.BuildSettings(str(folder), train=12, validation=4, test=4, tasks=("caption",), max_bad=0.05)
         out = bench.root / "tables" / name
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            examples = tasks.build_examples(build, out)
+            examples = building.build_examples(build, out)
         left_out = pd.read_csv(out / "left_out_images.csv")
         assert len(left_out) == (not fine) and examples.image_id.nunique() == 19 + fine
         rows.append(row(name, 1, "nothing" if fine else "that image, named", "" if fine else left_out.reason[0]))
@@ -345,7 +349,7 @@ def _png() -> bytes:
 
 
 def _short(text: str) -> str:
-    return text.replace(f"{paths.DATA}/", "").replace(str(paths.relative(paths.DATA)) + "/", "")
+    return text.replace(f"{paths.Home.find().data}/", "").replace(str(paths.Home.find().relative(paths.Home.find().data)) + "/", "")
 
 
 FAULTS = (killed, full_disk, changed_shards, changed_records, out_of_memory, not_finite, bad_images)
@@ -359,17 +363,17 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), pd.DataFrame(), {})
-        build = tasks.Build(str(scenes.write(bench.root / "scenes", SCENES, 7)), train=40, validation=10, test=10,
+        build = building.BuildSettings(str(scenes.write(bench.root / "scenes", SCENES, 7)), train=40, validation=10, test=10,
                             tasks=("caption",))
-        bench.examples = tasks.build_examples(build, bench.root / "tables" / "all")
+        bench.examples = building.build_examples(build, bench.root / "tables" / "all")
         bench.examples.to_parquet(bench.root / "examples.parquet")
-        paths.DATA = bench.root / "undisturbed"
+        paths.Home.find().data = bench.root / "undisturbed"
         extract.extract(SETTINGS, bench.examples, "cpu")
-        bench.reference = {path.name: path.read_bytes() for path in shards()}
-        paths.DATA = bench.root / "other"
+        bench.reference = {path.name: path.read_bytes() for path in shard_files()}
+        paths.Home.find().data = bench.root / "other"
         extract.extract(extract.replace(SETTINGS, untrained=True), bench.examples, "cpu")
         (bench.root / "elsewhere").mkdir()
-        for path in shards():
+        for path in shard_files():
             shutil.copy(path, bench.root / "elsewhere")
         for fault in FAULTS:
             with contextlib.redirect_stdout(io.StringIO()):

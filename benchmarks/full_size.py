@@ -27,7 +27,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from probekit import extract, forward, loading, models, parts, paths, worker
+from probekit import paths
+from probekit.extraction import extract, loading, shards, worker
+from probekit.models import forward, load
 
 DEVICES = {  # dense half-precision TFLOP/s and memory GB of the makers' data sheets; T4 in float16
     "H100 SXM": (989, 80), "RTX 4090": (165, 24), "T4": (65, 16),
@@ -73,15 +75,15 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
     """Extract all photos with the prompts, and count the operations of one of them."""
     examples = pd.DataFrame([{"image_id": i, "file": str(file), "prompt": f"{prompt}", "task": "caption"}
                              for i, file in enumerate(photos) for prompt in PROMPTS])
-    settings = extract.Extraction(str(folder), dtype=dtype, untrained=True, batch_tokens=2048)
+    settings = extract.ExtractionSettings(str(folder), dtype=dtype, untrained=True, batch_tokens=2048)
     honest, kept = worker.load_vlm, []
     worker.load_vlm = lambda *arguments: kept.append(honest(*arguments)) or kept[0]
-    models.Vlm.release, released = lambda self: None, models.Vlm.release  # one initialisation is enough
+    load.Vlm.release, released = lambda self: None, load.Vlm.release  # one initialisation is enough
     start = time.perf_counter()
     done = extract.extract(settings, examples, "cpu")
     whole = time.perf_counter() - start
     vlm = kept[0]
-    work = next(iter(loading.ahead(vlm.preparer, None, [parts.rows_of(examples)], 0)))
+    work = next(iter(loading.ahead(vlm.preparer, None, [shards.rows_of(examples)], 0)))
     counter = FlopCounterMode(display=False)
     start = time.perf_counter()
     with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
@@ -96,7 +98,7 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
         "bytes_an_example": shard / len(examples),
         "tflop_an_image": counter.get_total_flops() / 1e12, "sharing": done.meta["sharing"]["words"],
     }
-    worker.load_vlm, models.Vlm.release = honest, released
+    worker.load_vlm, load.Vlm.release = honest, released
     return found
 
 
@@ -125,7 +127,7 @@ def main() -> None:
     if not photos:
         raise SystemExit(f"no *.jpg in {options.photos}")
     with tempfile.TemporaryDirectory() as temporary:
-        paths.DATA = Path(temporary)
+        paths.Home.find().data = Path(temporary)
         folder = assemble(options.config, options.tokenizer, options.preprocessor, Path(temporary) / "checkpoint")
         found = measure(folder, photos, options.dtype)
     table = cost(found)

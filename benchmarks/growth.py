@@ -22,31 +22,34 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent))
 from extract import high_water_mb
 
-from probekit import extract, paths, scenes, tasks
-from probekit.probe import Probing, probe
-from probekit.store import Store
-from probekit.worker import Worker
+from probekit import paths
+from probekit.data import scenes
+from probekit.extraction import extract
+from probekit.extraction.store import Activations
+from probekit.extraction.worker import Worker
+from probekit.probes.probing import ProbeSettings, probe
+from probekit.tasks import building
 
 STEPS = ("extraction", "reading", "probing")
 
 
 def measure(step: str, images: int, folder: Path) -> dict:
     """Seconds of a step, and the memory that it adds to what the process held before."""
-    paths.DATA = folder / str(images)
+    paths.Home.find().data = folder / str(images)
     few, rest = images // 5, images - 2 * (images // 5)
-    build = tasks.Build(str(folder / "scenes"), train=rest, validation=few, test=few, tasks=("caption", "category"))
-    examples = tasks.build_examples(build, paths.DATA / "tasks")
-    job, views = extract.plan(extract.Extraction("tiny-qwen2-vl", shard_images=50), examples, (), "cpu")
+    build = building.BuildSettings(str(folder / "scenes"), train=rest, validation=few, test=few, tasks=("caption", "category"))
+    examples = building.build_examples(build, paths.Home.find().data / "tasks")
+    job, views = extract.plan(extract.ExtractionSettings("tiny-qwen2-vl", shard_images=50), examples, (), "cpu")
     if step == "extraction":
         worker = Worker(job)
         worker.load()
         work = lambda: worker([*range(len(job.shards))])  # noqa: E731
     else:
         _, table, own = views[0]
-        store = Store(job.folder, table, own.stages, own.poolings)
+        store = Activations(job.folder, table, own.stages, own.poolings)
         work = {"reading": lambda: [len(store[layer, "mean"]) for layer in store.layers],
-                "probing": lambda: probe(store, examples, Probing(probes=("logreg",), resamples=200),
-                                         paths.DATA / "probes")}[step]
+                "probing": lambda: probe(store, examples, ProbeSettings(probes=("logreg",), resamples=200),
+                                         paths.Home.find().data / "probes")}[step]
     before, start = high_water_mb(), time.perf_counter()
     work()
     return {"step": step, "examples": len(examples), "seconds": round(time.perf_counter() - start, 3),

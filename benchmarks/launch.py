@@ -20,17 +20,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from probekit import paths, scenes, tasks
+from probekit import paths
+from probekit.data import scenes
+from probekit.tasks import building
 
 WORKER = """
 import sys
 from pathlib import Path
 import pandas as pd
-from probekit import extract, paths
-from probekit.launch import Launch
-paths.DATA = Path(sys.argv[1])
+from probekit import paths
+from probekit.extraction import extract
+from probekit.extraction.launch import Launch
+paths.Home.find().data = Path(sys.argv[1])
 if __name__ == "__main__":
-    examples, how = pd.read_parquet(paths.DATA.parent / "examples.parquet"), sys.argv[2]
+    examples, how = pd.read_parquet(paths.Home.find().data.parent / "examples.parquet"), sys.argv[2]
     settings = extract.Extraction("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
     if how == "ray":
         extract.extract_all(settings, examples, (), "cpu", Launch("ray", 2))
@@ -43,7 +46,7 @@ WAYS = {"one process": ["0/1"], "two processes": ["0/2", "1/2"], "Ray, two copie
 
 def timed(folder: Path, ways: list[str]) -> float:
     """Seconds until all processes that work on a folder have ended."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.ROOT), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.Home.find().root), "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     folder.mkdir(exist_ok=True)
     start = time.perf_counter()
@@ -61,9 +64,9 @@ def main() -> None:
     rows, expected = [], None
     with tempfile.TemporaryDirectory() as temporary:
         root, few = Path(temporary), options.images // 4
-        build = tasks.Build(str(scenes.write(root / "scenes", options.images, 3)), train=options.images - 2 * few,
+        build = building.BuildSettings(str(scenes.write(root / "scenes", options.images, 3)), train=options.images - 2 * few,
                             validation=few, test=few)
-        tasks.build_examples(build, root / "tables").to_parquet(root / "examples.parquet")
+        building.build_examples(build, root / "tables").to_parquet(root / "examples.parquet")
         (root / "work.py").write_text(WORKER)
         for name, ways in WAYS.items():
             folder = root / name.replace(" ", "-")

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from extract import high_water_mb
 
-from probekit import parts, probe, store
+from probekit.extraction import shards, store
+from probekit.probes import probing
 
 
 def fill(folder: Path, examples: int, layers: list[str], width: int) -> pd.DataFrame:
@@ -32,12 +33,12 @@ def fill(folder: Path, examples: int, layers: list[str], width: int) -> pd.DataF
     y = rng.integers(0, 2, len(table))
     table = table.assign(labels=[[int(v)] for v in y], mask=[[1]] * len(y))
     table.attrs["tasks"] = {"caption": {"kind": "binary", "classes": ["match"], "question": "?"}}
-    part = parts.Part.plan(folder, made_up(table), ["lm/mean"], 1000)
+    part = shards.Part.plan(folder, made_up(table), ["lm/mean"], 1000)
     for i in range(len(part.starts) - 1):
         values = rng.normal(size=(len(part.shard_rows(i)), width)).astype(np.float32)
         sign = 2 * y[part.starts[i] : part.starts[i + 1], None] - 1
         part.write(i, {f"{layer}/mean": values + (0.1 * sign if layer == layers[-1] else 0) for layer in layers})
-    parts.write_meta(folder, {"layers": {"lm": layers}, "model": "made-up", "untrained": False})
+    shards.write_meta(folder, {"layers": {"lm": layers}, "model": "made-up", "untrained": False})
     return table
 
 
@@ -60,8 +61,8 @@ def main() -> None:
         examples = fill(own, options.examples, layers, options.width)
         store.rows_of = made_up
         before, start = high_water_mb(), time.perf_counter()
-        settings = probe.Probing(("logreg",), controls=("shuffled",), memory_gb=options.gb)
-        found = probe.probe(store.Store(own, examples, ("lm",), ("mean",)), examples, settings, Path(temporary) / "out")
+        settings = probing.ProbeSettings(("logreg",), controls=("shuffled",), memory_gb=options.gb)
+        found = probing.probe(store.Activations(own, examples, ("lm",), ("mean",)), examples, settings, Path(temporary) / "out")
         seconds = time.perf_counter() - start
     best = found.metrics[(found.metrics.metric == "accuracy") & (found.metrics.control == "none")]
     result = {"store_gb": options.examples * options.layers * options.width * 4 / 1e9, "before_mb": before,

@@ -35,7 +35,10 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from probekit import forward, logreg, models, paths, scenes
+from probekit import paths
+from probekit.data import scenes
+from probekit.models import forward, load
+from probekit.probes import logreg
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 ONE = 0.01
@@ -46,7 +49,7 @@ SEEDS = range(5)
 
 
 def make_model(width: int, layers: int, folder: Path) -> Path:
-    source = paths.DATA / "models" / "tiny-qwen2-vl"
+    source = paths.Home.find().data / "models" / "tiny-qwen2-vl"
     config = AutoConfig.from_pretrained(source)
     heads = max(1, width // 64)
     config.text_config.update({
@@ -64,7 +67,7 @@ def make_model(width: int, layers: int, folder: Path) -> Path:
 def hidden_states(width: int, layers: int, texts: list[str]) -> torch.Tensor:
     """(l, n, d) float32: each layer's mean over the tokens of a text."""
     with tempfile.TemporaryDirectory() as temporary:
-        vlm = models.load_vlm(str(make_model(width, layers, Path(temporary))), dtype="float32", device="cpu")
+        vlm = load.load_vlm(str(make_model(width, layers, Path(temporary))), dtype="float32", device="cpu")
     found = [forward.run(vlm, [vlm.preparer.prepare(None, texts[at : at + 64])], ["mean"])
              for at in tqdm(range(0, len(texts), 64), desc="hidden states", unit="batch")]
     return torch.stack([torch.cat([states[f"{layer}/mean"] for states in found]) for layer in vlm.layers])
@@ -121,7 +124,7 @@ def adam_loop(x_lnd: torch.Tensor, y_n: torch.Tensor, seed: int = 0) -> Found:
     torch.manual_seed(seed)
     weights, intercepts = [], []
     for x_nd in tqdm(x_lnd, desc=f"Adam loop, seed {seed}", unit="layer"):
-        probe = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(x_nd.shape[1], 2))
+        probe = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.ProbeWeights(x_nd.shape[1], 2))
         adam = torch.optim.Adam(probe.parameters(), lr=1e-3)
         for _ in range(10):
             for rows in torch.randperm(len(x_nd)).split(16):

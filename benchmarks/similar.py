@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probekit import similar
+from probekit.tasks import similar_captions
 
 
 def simulated(images: int, each: int, rng: np.random.Generator) -> list[list[str]]:
@@ -36,7 +36,7 @@ def main() -> None:
     own = simulated(options.images, options.captions, rng)
     right, owner = [text for said in own for text in said], [said for said in own for _ in said]
     start = time.perf_counter()
-    given = similar.similar(right, owner, rng)
+    given = similar_captions.similar(right, owner, rng)
     minutes = (time.perf_counter() - start) / 60
     kept = np.flatnonzero(given >= 0)
     assert sorted(given[kept]) == kept.tolist()

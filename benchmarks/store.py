@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from probekit import parts, store
+from probekit.extraction import shards, store
 
 LAYERS, WIDTH, PROMPTS = [f"lm.{k:02d}" for k in range(5)], 1536, 5
 
@@ -28,13 +28,13 @@ def fill(folder: Path, examples: int) -> pd.DataFrame:
     """Write all shards; the examples."""
     files = [f"{i}.jpg" for i in range(examples // PROMPTS)]
     rows = pd.DataFrame({"file": np.repeat(files, PROMPTS), "size": 0, "prompt": list("abcde") * len(files)})
-    part = parts.Part.plan(folder, rows, ["lm/mean"], 200)
+    part = shards.Part.plan(folder, rows, ["lm/mean"], 200)
     rng = np.random.default_rng(0)
     for i in range(len(part.starts) - 1):
         n = len(part.shard_rows(i))
         values = rng.normal(size=(n, WIDTH)).astype(np.float32)
         part.write(i, {f"{layer}/mean": values + k for k, layer in enumerate(LAYERS)})
-    parts.write_meta(folder, {"layers": {"lm": LAYERS}})
+    shards.write_meta(folder, {"layers": {"lm": LAYERS}})
     return rows
 
 
@@ -66,7 +66,7 @@ def main() -> None:
         rows = fill(Path(temporary), options.examples)
         store.rows_of = lambda examples: examples  # the pictures are made up
         start = time.perf_counter()
-        view = store.Store(Path(temporary), rows, ("lm",), ("mean",))
+        view = store.Activations(Path(temporary), rows, ("lm",), ("mean",))
         opened = time.perf_counter() - start
         times = []
         for layer in LAYERS:

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from probekit import folders, statements, tasks
-from probekit.chosen import Build
+from probekit.data import layouts, statement_files
+from probekit.tasks import building
+from probekit.tasks.base import BuildSettings
 
 
 def counted(name: str, settings: dict, data, folder: Path) -> dict:
     """Rows by split and seconds of one task; why not, where a dataset has nothing to ask."""
     start = time.perf_counter()
     try:
-        examples = tasks.build_examples(Build(tasks=(name,), **settings), folder, data)
+        examples = building.build_examples(BuildSettings(tasks=(name,), **settings), folder, data)
     except ValueError as error:
         return {"task": name, "refused": str(error)}
     assert (examples.groupby("image_id").split.nunique() == 1).all(), f"{name}: an image is in two splits"
@@ -38,10 +39,10 @@ def main() -> None:
     parser.add_argument("--statements", type=Path, nargs="*", default=())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    data = folders.read(options.dataset)
-    settings = dict(zip(tasks.SPLITS, options.images, strict=True)) | {"folder": str(options.dataset)}
+    data = layouts.read(options.dataset)
+    settings = dict(zip(building.SPLITS, options.images, strict=True)) | {"folder": str(options.dataset)}
     with tempfile.TemporaryDirectory() as made:
-        rows = [counted(name, settings, data, Path(made) / name) for name in tasks.TASKS]
+        rows = [counted(name, settings, data, Path(made) / name) for name in building.TASKS]
         words = [Path(made) / row["task"] / "caption_words.csv" for row in rows if "refused" not in row]
         agree = pd.read_csv(words[0], index_col="category").loc["all"].round(3).to_dict() if words else {}
     table = pd.DataFrame(rows).convert_dtypes().drop(columns="refused", errors="ignore")
@@ -50,8 +51,8 @@ def main() -> None:
     print("first caption's words against instances:", agree)
     usable = {}
     for file in options.statements:
-        every = statements.read(file)
-        about = statements.found(every, data.images)
+        every = statement_files.read(file)
+        about = statement_files.found(every, data.images)
         usable[file.stem] = {"statements": len(every), "usable": len(about), "images": about.image_id.nunique()}
     if usable:
         print(pd.DataFrame(usable).T.to_string())

@@ -4,41 +4,98 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(os.environ.get("PROBEKIT_HOME", Path(__file__).resolve().parent.parent)).resolve()
-DATA = ROOT / "data"
-FIGURES = ROOT / "figures"
-NOTEBOOKS = ROOT / "notebooks"
+import xxhash
+
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def resolve(path: str | Path) -> Path:
-    """Absolute path of `path`; a relative one starts at the project's root, never at the working directory."""
-    return (ROOT / Path(path).expanduser()).resolve()
+@dataclass(frozen=True)
+class Home:
+    """The folder that probekit reads and writes in: ``data``, ``figures``, and in a checkout ``notebooks``.
+
+    Attributes
+    ----------
+    root : Path
+        Absolute. Paths in tables and parameters that are not absolute start here, never at the
+        working directory.
+    """
+
+    root: Path
+
+    @classmethod
+    def find(cls, home: str | Path | Home | None = None) -> Home:
+        """Return the home that is named, else ``PROBEKIT_HOME``, else the checkout, else the working directory."""
+        if isinstance(home, Home):
+            return home
+        named = home or os.environ.get("PROBEKIT_HOME")
+        if named:
+            return cls(Path(named).expanduser().resolve())
+        return cls(CHECKOUT if is_checkout() else Path.cwd())
+
+    @property
+    def data(self) -> Path:
+        """The folder of datasets, examples, activations and results."""
+        return self.root / "data"
+
+    @property
+    def figures(self) -> Path:
+        """The folder that pages and pictures are written to, one folder per run."""
+        return self.root / "figures"
+
+    @property
+    def notebooks(self) -> Path:
+        """The folder of the numbered notebooks: this home's own, else the checkout's."""
+        own = self.root / "notebooks"
+        return own if own.is_dir() or not is_checkout() else CHECKOUT / "notebooks"
+
+    def resolve(self, path: str | Path) -> Path:
+        """Return the absolute path of `path`; a relative one starts at the home."""
+        return (self.root / Path(path).expanduser()).resolve()
+
+    def relative(self, path: str | Path) -> str:
+        """Return `path` as text from the home where it lies inside, absolute elsewhere."""
+        path = Path(path)
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
-def relative(path: Path) -> str:
-    """`path` as text from the project's root where it lies inside, absolute elsewhere."""
-    path = Path(path)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+def is_checkout() -> bool:
+    """Tell whether this package lies in a checkout of the project, not in site-packages."""
+    return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "notebooks").is_dir()
 
 
-def fingerprint(*parts) -> str:
-    """12 hexadecimal digits that name these settings (dataclasses, arrays, and whatever JSON can hold)."""
-    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+def fingerprint(*settings: object) -> str:
+    """Return 12 hexadecimal digits that name these settings.
+
+    Parameters
+    ----------
+    *settings
+        Dataclasses, arrays, and whatever JSON can hold.
+    """
+    plain = [_plain(one) for one in settings]
     text = json.dumps(plain, sort_keys=True, default=lambda array: array.tolist())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return xxhash.xxh3_128_hexdigest(text.encode())[:12]
+
+
+def _plain(setting: object) -> object:
+    if dataclasses.is_dataclass(setting) and not isinstance(setting, type):
+        return dataclasses.asdict(setting)
+    return setting
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Which version of each package, and of this one, is installed."""
-    return {name: version(name) for name in ("probekit", *packages)}
+    """Return which version of each package, and of this one, is installed."""
+    return {name: version(name) for name in (DISTRIBUTION, *packages)}
+
+
+DISTRIBUTION = "probekit"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
@@ -57,29 +114,45 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
             os.fsync(handle.fileno())
         os.replace(part, path)
     except Exception as error:
-        raise with_mend(error, path) from None
+        raise with_hint(error, path) from None
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def with_mend(error: Exception, path: object) -> Exception:
-    """An error of writing a file, in words that say what to do where the disk or the user's share of it is full."""
+def with_hint(error: Exception, path: object) -> Exception:
+    """Return an error of writing `path` in words that name the fix where the disk or a quota is full."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if not full and "No space left" not in str(error) and "quota exceeded" not in str(error).lower():
+    text = str(error)
+    if not full and "No space left" not in text and "quota exceeded" not in text.lower():
         return error
-    return OSError(errno.ENOSPC, f"no space left for {path}: make room and run this again, it goes on where it stopped")
+    return OSError(
+        errno.ENOSPC,
+        f"no space left for {path}: make room and run this again, it goes on where it stopped",
+    )
 
 
 def write_json(path: Path, content: dict) -> Path:
-    return write_atomic(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    return write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; one that is missing or broken is an error that says which and what to do."""
+    """Read a JSON file.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It is missing or broken; the message says which file and what to do.
+    """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run the notebook that writes it first") from None
+        raise FileNotFoundError(
+            f"{path} does not exist: run the notebook that writes it first"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete it and make it again") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): delete it and make it again"
+        ) from None

@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes on the same cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from probekit import paths, scenes, tasks
+from probekit import paths
+from probekit.data import scenes
+from probekit.tasks import building
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_COCO = REPOSITORY.parent / "shared" / "coco"
@@ -30,56 +32,56 @@ def scene_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def examples(scene_folder, tmp_path_factory):
-    build = tasks.Build(str(scene_folder), train=36, validation=12, test=12)
-    return tasks.build_examples(build, tmp_path_factory.mktemp("tasks"))
+    build = building.BuildSettings(str(scene_folder), train=36, validation=12, test=12)
+    return building.build_examples(build, tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="session", params=DEMO_MODELS)
 def vlm(request):
-    from probekit.models import load_vlm
+    from probekit.models.load import load_vlm
 
     return load_vlm(request.param, device="cpu")
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """An empty data folder in place of the project's."""
-    monkeypatch.setattr(paths, "DATA", tmp_path)
-    return tmp_path
+    """An empty data folder, of a home of its own."""
+    monkeypatch.setenv("PROBEKIT_HOME", str(tmp_path))
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")
 def small_data(scene_folder, tmp_path_factory) -> Path:
     """A data folder with the run "small", made by the real steps: a model and its untrained twin, two poolings."""
-    from probekit.adam import Training
-    from probekit.extract import Extraction, extract
-    from probekit.localise import localise
-    from probekit.probe import Probing, probe
-    from probekit.results import Results
+    from probekit.extraction.extract import ExtractionSettings, extract
+    from probekit.probes.adam import Training
+    from probekit.probes.localisation import localise
+    from probekit.probes.probing import ProbeSettings, probe
+    from probekit.probes.results import Results
 
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("home") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "DATA", folder)
-        examples = tasks.build_examples(tasks.Build(str(scene_folder), train=36, validation=12, test=12),
+        patch.setenv("PROBEKIT_HOME", str(folder.parent))
+        examples = building.build_examples(building.BuildSettings(str(scene_folder), train=36, validation=12, test=12),
                                         folder / "tasks" / "small")
-        stores = [extract(Extraction("tiny-qwen2-vl", untrained=untrained, poolings=("mean", "last"),
+        stores = [extract(ExtractionSettings("tiny-qwen2-vl", untrained=untrained, poolings=("mean", "last"),
                                      stages=("lm", "vision", "projector")), examples) for untrained in (False, True)]
         paths.write_json(folder / "activations" / "small.json", {"stores": [store.record for store in stores]})
-        settings = Probing(strengths=(0.01, 1.0), training=Training(epochs=3), controls=("control_task",), resamples=50)
+        settings = ProbeSettings(strengths=(0.01, 1.0), training=Training(epochs=3), controls=("control_task",), resamples=50)
         probes = folder / "probes" / "small"
         whole = Results.join([probe(store, examples, settings, probes) for store in stores])
-        whole = localise(stores, examples, tasks.instances(folder / "tasks" / "small"), "category", whole, probes, 8,
+        whole = localise(stores, examples, building.instances(folder / "tasks" / "small"), "category", whole, probes, 8,
                          50, "cpu")
-        whole.write(probes, tasks.table_key(examples))
+        whole.write(probes, building.table_key(examples))
     return folder
 
 
 @pytest.fixture
 def small_run(small_data, monkeypatch):
-    from probekit.runs import Run
+    from probekit.report.saved_run import SavedRun
 
-    monkeypatch.setattr(paths, "DATA", small_data)
-    return Run.open("small")
+    monkeypatch.setenv("PROBEKIT_HOME", str(small_data.parent))
+    return SavedRun.open("small")
 
 
 # ------------------------------------------------------------------------------------------- the notebooks as a whole

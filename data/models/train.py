@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin, Qwen2Tokenizer
 from transformers.utils import ModelOutput
 
-from probekit.scenes import COLOURS, SIZE, Scene, captions, draw, name, sample
-from probekit.shapes import SHAPES
+from probekit.data.scene_shapes import SHAPES
+from probekit.data.scenes import COLOURS, SIZE, Scene, captions, draw, name, sample
 
 TRAIN_SEED, CHECK_SEED = 10_000, 20_000
 N_SCENES, N_CHECK = 10_000, 100
@@ -275,7 +275,7 @@ class Trainer:
         self.rng, self.pack = np.random.default_rng([TRAIN_SEED, seed]), Packer(model, processor)
         self.scenes = [scene_of(TRAIN_SEED, i) for i in range(len(shots))]
         self.cells = torch.tensor(np.stack([cells(s, *self.pack.grid) for s in self.scenes]))
-        self.nothing, self.fixed = torch.nn.Linear(128, 2), fixed
+        self.nothing, self.fixed = torch.nn.ProbeWeights(128, 2), fixed
         self.words = torch.tensor([processor.tokenizer(f" {w}").input_ids for w in (*SHAPES, *COLOURS)])[:, 0]
         self.yes, self.no = (processor.tokenizer(w).input_ids[0] for w in ("yes", "no"))
         held, rng = [scene_of(CHECK_SEED, i) for i in range(N_CHECK)], np.random.default_rng(CHECK_SEED)
