@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from probekit.extraction.planning import Shape, encoder
 from probekit.models import architectures, load
-from probekit.models.processor import Prepared
+from probekit.models.processor import PreparedImage
 
 RATE, SHARD, LOAD, BEFORE, PROMPT = 0.35 * 989e12, 200, 60, 5, 25
 GPUS = (1, 8, 64)
@@ -64,7 +64,7 @@ def row(name: str, images: int, prompts: int) -> dict:
     vlm = load.Vlm(name, architectures.without_head(full), None, "meta", "bfloat16", None)
     shape, head = Shape.of(vlm), BEFORE + image_tokens
     tiles = pixels if kind != "llava_onevision" else (1, *pixels[1:])
-    one = encoder(vlm, Prepared({"pixel_values": torch.empty(tiles, device="meta")}, [], [
+    one = encoder(vlm, PreparedImage({"pixel_values": torch.empty(tiles, device="meta")}, [], [
         np.ones(image_tokens, bool)])) * pixels[0] // tiles[0]
     shared = one + shape.decoder(head) + prompts * shape.decoder(PROMPT, head)
     plain = prompts * (one + shape.decoder(head + PROMPT))

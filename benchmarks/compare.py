@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 
-from probekit.probes import comparison, logreg, metrics
+from probekit.probes import bootstrap, comparison, logreg, metrics
 
 PREVALENCE = np.array([0.5, 0.3, 0.2, 0.1, 0.05, 0.03])
 THRESHOLD = 0.5  # of the f1_macro studies: a class is answered less often than it is there
@@ -83,10 +83,10 @@ def score(kind: str, total: np.ndarray) -> np.ndarray:
 
 
 def study(kind: str, rng: np.random.Generator, images: int, strength_l: np.ndarray, first: int = 0,
-          seed: int = 0) -> tuple[comparison.Curve, np.ndarray]:
+          seed: int = 0) -> tuple[bootstrap.Curve, np.ndarray]:
     """A curve and its truth; images are named from `first` on, so that another `first` makes other images."""
     counts, truth = KINDS[kind](rng, images, strength_l)
-    return comparison.resample(counts, range(first, first + images), partial(score, kind), seed=seed), truth
+    return bootstrap.bootstrap_curve(counts, range(first, first + images), partial(score, kind), seed=seed), truth
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -110,11 +110,11 @@ def coverage(kind: str, rng: np.random.Generator, images: int, studies: int) -> 
         curve, truth = study(kind, rng, images, strength, seed=seed)
         apart, _ = study(kind, rng, images, strength, images, seed)
         one, two, three, g = curve.only(slice(8)), curve.only(slice(8, 16)), apart.only(slice(8, 16)), truth[:8]
-        near = comparison.difference(one.only(slice(7)), one.only(slice(1, 8)), names[:7])
-        models, elsewhere = (comparison.difference(one, other, names) for other in (two, three))
-        gaps = comparison.layers(one, names)
-        naive = comparison.difference(one, one.only([int(one.score_l.argmax())] * 8), names)
-        seen.append({"score": holds(*comparison.bca(curve), truth),
+        near = comparison.curve_difference(one.only(slice(7)), one.only(slice(1, 8)), names[:7])
+        models, elsewhere = (comparison.curve_difference(one, other, names) for other in (two, three))
+        gaps = comparison.compare_layers(one, names)
+        naive = comparison.curve_difference(one, one.only([int(one.score_l.argmax())] * 8), names)
+        seen.append({"score": holds(*bootstrap.bca_interval(curve), truth),
                      "score, percentile": holds(*np.quantile(curve.resampled_bl, [0.025, 0.975], axis=0), truth),
                      "difference, layers": holds(near.lo, near.hi, g[:-1] - g[1:]),
                      "difference, models": holds(models.lo, models.hi, g - truth[8:]),
@@ -129,10 +129,10 @@ def alarms(kind: str, rng: np.random.Generator, images: int, studies: int) -> di
     seen = []
     for seed in range(studies):
         curve, _ = study(kind, rng, images, np.full(12, 0.7), seed=seed)
-        table = comparison.layers(curve, range(12))
+        table = comparison.compare_layers(curve, range(12))
         chosen = int(curve.score_l.argmax())
-        naive = comparison.difference(curve, curve.only([chosen] * 12), range(12))
-        two = comparison.difference(curve.only(slice(6)), curve.only(slice(6, 12)), range(6))
+        naive = comparison.curve_difference(curve, curve.only([chosen] * 12), range(12))
+        two = comparison.curve_difference(curve.only(slice(6)), curve.only(slice(6, 12)), range(6))
         seen.append({"p": (table.p <= 0.05).any(), "p_holm": (table.p_holm <= 0.05).any(),
                      "p_plateau <= .05": (table.p_plateau <= 0.05).any(), "outside plateau": not table.plateau.all(),
                      "two models, p_holm": (two.p_holm <= 0.05).any(),
@@ -147,7 +147,7 @@ def best(kind: str, rng: np.random.Generator, images: int, studies: int) -> dict
     strength, seen = 0.9 - 0.03 * np.abs(np.arange(12) - 6), []
     for seed in range(studies):
         curve, _ = study(kind, rng, images, strength, seed=seed)
-        table = comparison.layers(curve, range(12))
+        table = comparison.compare_layers(curve, range(12))
         order = np.argsort(-table.best_share)
         kept = order[: int(np.searchsorted(np.cumsum(table.best_share[order]), 0.95)) + 1]
         seen.append({"plateau": table.plateau[6], "p_plateau > .05": table.p_plateau[6] > 0.05,
@@ -167,12 +167,12 @@ def recovered(table: pd.DataFrame) -> dict[str, bool]:
 def planted(rng: np.random.Generator, images: int, points: float, studies: int) -> dict[str, float]:
     """Exact recovery where layers 5 to 9 have an accuracy of 70 % plus `points` and the others 70 %."""
     strength = norm.ppf(np.where(np.isin(np.arange(20), PLANTED), 0.7 + points, 0.7))
-    tables = [comparison.layers(study("accuracy", rng, images, strength, seed=seed)[0], range(20))
+    tables = [comparison.compare_layers(study("accuracy", rng, images, strength, seed=seed)[0], range(20))
               for seed in range(studies)]
     return pd.DataFrame([recovered(table) for table in tables]).mean().to_dict()
 
 
-def probe_study(rng: np.random.Generator, images: int, train: int, d: int) -> comparison.Curve:
+def probe_study(rng: np.random.Generator, images: int, train: int, d: int) -> bootstrap.Curve:
     """Test accuracy of converged probes on features (l, n, d), in which only layers 5 to 9 carry the label."""
     n = train + images * EXAMPLES
     y = rng.integers(0, 2, (n, 1))
@@ -186,7 +186,7 @@ def probe_study(rng: np.random.Generator, images: int, train: int, d: int) -> co
         p_lnc.append(fit.logits(x[None, train:])[0, :, 0].sigmoid().numpy())
     names = np.repeat(np.arange(images), EXAMPLES)
     counts = metrics.image_counts(np.stack(p_lnc), y[train:], np.ones_like(y[train:]), names)
-    return comparison.resample(counts, range(images), partial(score, "accuracy"))
+    return bootstrap.bootstrap_curve(counts, range(images), partial(score, "accuracy"))
 
 
 def probes(rng: np.random.Generator, images: int, train: int, studies: int) -> dict[str, float]:
@@ -194,7 +194,7 @@ def probes(rng: np.random.Generator, images: int, train: int, studies: int) -> d
     seen = []
     for _ in range(studies):
         curve = probe_study(rng, images, train, 8)
-        seen.append(recovered(comparison.layers(curve, range(20))) | {
+        seen.append(recovered(comparison.compare_layers(curve, range(20))) | {
             "accuracy, planted": curve.score_l[PLANTED].mean(), "others": np.delete(curve.score_l, PLANTED).mean()})
     return pd.DataFrame(seen).mean().to_dict()
 

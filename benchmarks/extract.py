@@ -71,11 +71,11 @@ def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
     (folder / "photos").mkdir(exist_ok=True)
     for i in range(images):
         rng = np.random.default_rng([1, i])
-        scene = scenes.sample(rng)
+        scene = scenes.sample_scene(rng)
         file = folder / "photos" / f"{i}.jpg"
         if not file.exists():
-            scenes.draw(scene).resize((640, 480)).save(file, quality=90)
-        texts = [text for _ in range(2 * k) for text in scenes.captions(scenes.sample(rng), rng)]
+            scenes.draw_scene(scene).resize((640, 480)).save(file, quality=90)
+        texts = [text for _ in range(2 * k) for text in scenes.captions(scenes.sample_scene(rng), rng)]
         prompts = list(dict.fromkeys(f"This image contains: {text[:-1]}.\nIs this right?" for text in texts))[:k]
         assert len(prompts) == k
         rows += [{"image_id": i, "file": str(file), "prompt": text, "task": "caption"} for text in prompts]
@@ -91,7 +91,7 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, 
     for at in range(0, len(examples), 8):
         rows = examples.iloc[at : at + 8]
         given = vlm.processor(images=[load_rgb(file) for file in rows.file], padding=True, padding_side="right",
-                              text=[vlm.preparer.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
+                              text=[vlm.prompt_processor.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
         states = model(**vlm.place(given), output_hidden_states=True, use_cache=False).hidden_states
         mask = given["attention_mask"][..., None].float()
         found.append(torch.stack([(s.float() * mask).sum(1) / mask.sum(1) for s in states], 1))
@@ -122,14 +122,14 @@ def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
     vlm = load.load_vlm(str(folder), dtype=dtype, device="cpu")
     ready = []
-    works = loading.ahead(vlm.preparer, None, [shards.rows_of(examples)], 0)
+    works = loading.ahead(vlm.prompt_processor, None, [shards.rows_of(examples)], 0)
     for batch in loading.batches(works, lambda: 2048, lambda: "shared"):
         prepared = [work.prepared for work in batch]
-        p, rows = batches.common_length(prepared), [row for one in prepared for row in one.tokens]
-        before = batches.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-        own = batches.joined(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
+        p, rows = batches.shared_prefix_length(prepared), [row for one in prepared for row in one.tokens]
+        before = batches.batch_tokens(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+        own = batches.batch_tokens(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
         owner = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens])
-        ready.append((before | batches.pictures(vlm, prepared), own, owner, p))
+        ready.append((before | batches.batch_images(vlm, prepared), own, owner, p))
     start = time.perf_counter()
     for given, own, owner, p in ready:
         cache = DynamicCache(config=vlm.stack.config)

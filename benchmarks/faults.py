@@ -260,7 +260,7 @@ def changed_records(bench: Bench, _: int) -> list[dict]:
 
 def out_of_memory(bench: Bench, _: int) -> list[dict]:
     """A device that holds 400 tokens: batches are halved until they fit."""
-    paths.Home.find().data, honest, tokens, heard = bench.root / "memory", forward.run, [], io.StringIO()
+    paths.Home.find().data, honest, tokens, heard = bench.root / "memory", forward.run_pooled, [], io.StringIO()
 
     def small(vlm, prepared, *rest):
         tokens.append(sum(len(one["input_ids"]) for image in prepared for one in image.tokens))
@@ -268,12 +268,12 @@ def out_of_memory(bench: Bench, _: int) -> list[dict]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return honest(vlm, prepared, *rest)
 
-    forward.run = small
+    forward.run_pooled = small
     try:
         with contextlib.redirect_stdout(heard):
             made, told = bench.again()
     finally:
-        forward.run = honest
+        forward.run_pooled = honest
     assert not told and len(made) == len(bench.reference) and max(tokens) > 400, told
     examples = bench.examples
     ours = store.Activations(shard_files()[0].parents[1], examples, ("lm",), ("mean",))
@@ -319,8 +319,8 @@ def bad_images(bench: Bench, _: int) -> list[dict]:
             ("image of 30,000 x 30,000 pixels", _huge(), False), ("no image (HTML)", b"<html>Not found</html>", False),
             ("PNG named .jpg", _png(), True), ("EPS named .jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n", False)):
         shutil.rmtree(folder, ignore_errors=True)
-        scenes.write(folder, 20, 3)
-        file = Path(coco.read(folder).images.file.iloc[4])
+        scenes.write_scenes(folder, 20, 3)
+        file = Path(coco.read_coco(folder).images.file.iloc[4])
         file.write_bytes(file.read_bytes()[:500] if content is None else content)
         build = building.BuildSettings(str(folder), train=12, validation=4, test=4, tasks=("caption",), max_bad=0.05)
         out = bench.root / "tables" / name
@@ -363,7 +363,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), pd.DataFrame(), {})
-        build = building.BuildSettings(str(scenes.write(bench.root / "scenes", SCENES, 7)), train=40, validation=10, test=10,
+        build = building.BuildSettings(str(scenes.write_scenes(bench.root / "scenes", SCENES, 7)), train=40, validation=10, test=10,
                             tasks=("caption",))
         bench.examples = building.build_examples(build, bench.root / "tables" / "all")
         bench.examples.to_parquet(bench.root / "examples.parquet")

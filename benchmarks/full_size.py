@@ -83,16 +83,16 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
     done = extract.extract(settings, examples, "cpu")
     whole = time.perf_counter() - start
     vlm = kept[0]
-    work = next(iter(loading.ahead(vlm.preparer, None, [shards.rows_of(examples)], 0)))
+    work = next(iter(loading.ahead(vlm.prompt_processor, None, [shards.rows_of(examples)], 0)))
     counter = FlopCounterMode(display=False)
     start = time.perf_counter()
     with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
-        forward.run(vlm, [work.prepared], ["mean"], ("lm",), "shared")
+        forward.run_pooled(vlm, [work.prepared], ["mean"], ("lm",), "shared")
     one = time.perf_counter() - start
     shard = sum(file.stat().st_size for file in done.folder.glob("part-*/shard-*"))
     found = {
         "parameters": sum(p.numel() for p in vlm.model.parameters()), "layers": len(done.layers),
-        "width": done[done.layers[-1], "mean"].shape[1], "image_tokens": int(work.prepared.shown[0].sum()),
+        "width": done[done.layers[-1], "mean"].shape[1], "image_tokens": int(work.prepared.image_masks[0].sum()),
         "tokens_an_image": work.tokens("shared"), "seconds_with_loading": whole, "seconds_an_image": one,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "bytes_an_example": shard / len(examples),

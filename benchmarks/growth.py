@@ -67,7 +67,7 @@ def main() -> None:
         print(json.dumps(measure(options.one[0], int(options.one[1]), Path(options.one[2]))))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        scenes.write(Path(temporary) / "scenes", options.images * max(options.times), 5)
+        scenes.write_scenes(Path(temporary) / "scenes", options.images * max(options.times), 5)
         rows = []
         for k in options.times:
             for step in STEPS:

@@ -64,7 +64,7 @@ def main() -> None:
     rows, expected = [], None
     with tempfile.TemporaryDirectory() as temporary:
         root, few = Path(temporary), options.images // 4
-        build = building.BuildSettings(str(scenes.write(root / "scenes", options.images, 3)), train=options.images - 2 * few,
+        build = building.BuildSettings(str(scenes.write_scenes(root / "scenes", options.images, 3)), train=options.images - 2 * few,
                             validation=few, test=few)
         building.build_examples(build, root / "tables").to_parquet(root / "examples.parquet")
         (root / "work.py").write_text(WORKER)

@@ -68,7 +68,7 @@ def hidden_states(width: int, layers: int, texts: list[str]) -> torch.Tensor:
     """(l, n, d) float32: each layer's mean over the tokens of a text."""
     with tempfile.TemporaryDirectory() as temporary:
         vlm = load.load_vlm(str(make_model(width, layers, Path(temporary))), dtype="float32", device="cpu")
-    found = [forward.run(vlm, [vlm.preparer.prepare(None, texts[at : at + 64])], ["mean"])
+    found = [forward.run_pooled(vlm, [vlm.prompt_processor.prepare(None, texts[at : at + 64])], ["mean"])
              for at in tqdm(range(0, len(texts), 64), desc="hidden states", unit="batch")]
     return torch.stack([torch.cat([states[f"{layer}/mean"] for states in found]) for layer in vlm.layers])
 
@@ -79,7 +79,7 @@ def captions(count: int) -> list[str]:
     seed = 0
     while len(found) < count:
         rng = np.random.default_rng([7, seed])
-        found[" ".join(scenes.captions(scenes.sample(rng), rng)[:2])] = None
+        found[" ".join(scenes.captions(scenes.sample_scene(rng), rng)[:2])] = None
         seed += 1
     return [*found][:count]
 

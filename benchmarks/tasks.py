@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from probekit.data import layouts, statement_files
-from probekit.tasks import building
+from probekit.tasks import building, registry
 from probekit.tasks.base import BuildSettings
 
 
@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--statements", type=Path, nargs="*", default=())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    data = layouts.read(options.dataset)
+    data = layouts.read_dataset(options.dataset)
     settings = dict(zip(building.SPLITS, options.images, strict=True)) | {"folder": str(options.dataset)}
     with tempfile.TemporaryDirectory() as made:
-        rows = [counted(name, settings, data, Path(made) / name) for name in building.TASKS]
+        rows = [counted(name, settings, data, Path(made) / name) for name in registry.TASKS]
         words = [Path(made) / row["task"] / "caption_words.csv" for row in rows if "refused" not in row]
         agree = pd.read_csv(words[0], index_col="category").loc["all"].round(3).to_dict() if words else {}
     table = pd.DataFrame(rows).convert_dtypes().drop(columns="refused", errors="ignore")
@@ -51,8 +51,8 @@ def main() -> None:
     print("first caption's words against instances:", agree)
     usable = {}
     for file in options.statements:
-        every = statement_files.read(file)
-        about = statement_files.found(every, data.images)
+        every = statement_files.read_statements(file)
+        about = statement_files.match_statements(every, data.images)
         usable[file.stem] = {"statements": len(every), "usable": len(about), "images": about.image_id.nunique()}
     if usable:
         print(pd.DataFrame(usable).T.to_string())

@@ -27,7 +27,7 @@ needs_real_coco = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no COCO ph
 
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory) -> Path:
-    return scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=60, seed=7)
+    return scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=60, seed=7)
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +55,9 @@ def small_data(scene_folder, tmp_path_factory) -> Path:
     """A data folder with the run "small", made by the real steps: a model and its untrained twin, two poolings."""
     from probekit.extraction.extract import ExtractionSettings, extract
     from probekit.probes.adam import Training
-    from probekit.probes.localisation import localise
+    from probekit.probes.localisation import add_localisation
     from probekit.probes.probing import ProbeSettings, probe
-    from probekit.probes.results import Results
+    from probekit.probes.results import ProbeResults
 
     folder = tmp_path_factory.mktemp("home") / "data"
     with pytest.MonkeyPatch.context() as patch:
@@ -69,10 +69,10 @@ def small_data(scene_folder, tmp_path_factory) -> Path:
         paths.write_json(folder / "activations" / "small.json", {"stores": [store.record for store in stores]})
         settings = ProbeSettings(strengths=(0.01, 1.0), training=Training(epochs=3), controls=("control_task",), resamples=50)
         probes = folder / "probes" / "small"
-        whole = Results.join([probe(store, examples, settings, probes) for store in stores])
-        whole = localise(stores, examples, building.instances(folder / "tasks" / "small"), "category", whole, probes, 8,
+        whole = ProbeResults.join([probe(store, examples, settings, probes) for store in stores])
+        whole = add_localisation(stores, examples, building.load_instances(folder / "tasks" / "small"), "category", whole, probes, 8,
                          50, "cpu")
-        whole.write(probes, building.table_key(examples))
+        whole.write(probes, building.table_fingerprint(examples))
     return folder
 
 

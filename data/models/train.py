@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Qwen2Tokenizer
 from transformers.utils import ModelOutput
 
 from probekit.data.scene_shapes import SHAPES
-from probekit.data.scenes import COLOURS, SIZE, Scene, captions, draw, name, sample
+from probekit.data.scenes import COLOURS, SIZE, Scene, captions, draw_scene, name, sample_scene
 
 TRAIN_SEED, CHECK_SEED = 10_000, 20_000
 N_SCENES, N_CHECK = 10_000, 100
@@ -68,7 +68,7 @@ def make_tokenizer(special: list[str]) -> Qwen2Tokenizer:
     rng = np.random.default_rng(TRAIN_SEED)
     texts = [" ".join(ENGLISH.split())] * 20 + [f"yes no {PRESENT} {DESCRIBE} {TYPES} system\nuser\nassistant\n"] * 200
     for _ in range(1500):
-        texts += [ENTAILS.format(said[:-1]) for said in captions(sample(rng), rng)]
+        texts += [ENTAILS.format(said[:-1]) for said in captions(sample_scene(rng), rng)]
     base = Qwen2Tokenizer(eos_token="<|im_end|>")
     return base.train_new_from_iterator(texts, 1200, new_special_tokens=special, show_progress=False)
 
@@ -148,7 +148,7 @@ def start_from(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) 
 
 
 def scene_of(seed: int, number: int) -> Scene:
-    return sample(np.random.default_rng([seed, number]))
+    return sample_scene(np.random.default_rng([seed, number]))
 
 
 def pictures(folder: Path) -> np.ndarray:
@@ -158,7 +158,7 @@ def pictures(folder: Path) -> np.ndarray:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (N_SCENES, *SIZE[::-1], 3))
         with ThreadPoolExecutor(2) as pool:  # Pillow lets go of the interpreter while it draws
-            for i, picture in enumerate(pool.map(lambda i: draw(scene_of(TRAIN_SEED, i)), range(N_SCENES))):
+            for i, picture in enumerate(pool.map(lambda i: draw_scene(scene_of(TRAIN_SEED, i)), range(N_SCENES))):
                 drawn[i] = np.asarray(picture)
         drawn.flush()
         path.with_suffix(".part").rename(path)
@@ -231,7 +231,7 @@ class Packer:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         text = chat(processor, "?")
-        alone = processor(text=[text], images=[draw(scene_of(TRAIN_SEED, 0))], return_tensors="pt")
+        alone = processor(text=[text], images=[draw_scene(scene_of(TRAIN_SEED, 0))], return_tensors="pt")
         tail = len(processor.tokenizer(text[text.index("?"):]).input_ids)
         if "image_grid_thw" in alone:
             place = model.model.get_rope_index(alone.input_ids, alone.mm_token_type_ids, alone.image_grid_thw)[0][:, 0]
@@ -239,7 +239,7 @@ class Packer:
         else:
             place = torch.arange(alone.input_ids.shape[1])[None]
             self.grid = [6, 6]
-        self.head, self.place = alone.input_ids[0, :-tail].tolist(), place[:, :-tail]
+        self.prefix_length, self.place = alone.input_ids[0, :-tail].tolist(), place[:, :-tail]
         self.processor, self.start = processor, text[:text.index("?")]
 
     def __call__(self, asked: list[list[tuple[str, str, str]]]) -> dict[str, torch.Tensor]:
@@ -250,7 +250,7 @@ class Packer:
         answers = iter(read([f"{a}<|im_end|>" for _, _, a in flat]).input_ids)
         rows, first = [], int(self.place.max()) + 1
         for one in asked:
-            ids, labels, owner, place = list(self.head), [-100] * len(self.head), [0] * len(self.head), [self.place]
+            ids, labels, owner, place = list(self.prefix_length), [-100] * len(self.prefix_length), [0] * len(self.prefix_length), [self.place]
             for k in range(len(one)):
                 p, a = next(prompts), next(answers)
                 ids += p + a
@@ -279,7 +279,7 @@ class Trainer:
         self.words = torch.tensor([processor.tokenizer(f" {w}").input_ids for w in (*SHAPES, *COLOURS)])[:, 0]
         self.yes, self.no = (processor.tokenizer(w).input_ids[0] for w in ("yes", "no"))
         held, rng = [scene_of(CHECK_SEED, i) for i in range(N_CHECK)], np.random.default_rng(CHECK_SEED)
-        self.check_shots = [np.array(draw(s)) for s in held]
+        self.check_shots = [np.array(draw_scene(s)) for s in held]
         self.check_asked = [questions(s, held[i - 1], rng, check=True) for i, s in enumerate(held)]
 
     def features(self, shots: list[np.ndarray]) -> ModelOutput:
@@ -353,7 +353,7 @@ def zero_shot(folder: Path, n: int = 600) -> dict[str, float]:
     held, rng, right = [scene_of(CHECK_SEED, i) for i in range(n)], np.random.default_rng(CHECK_SEED + 1), {}
     for i, scene in enumerate(held):
         asked = questions(scene, held[i - 1], rng, check=True)[1:]
-        inputs = processor(text=[chat(processor, p) for _, p, _ in asked], images=[[draw(scene)]] * len(asked),
+        inputs = processor(text=[chat(processor, p) for _, p, _ in asked], images=[[draw_scene(scene)]] * len(asked),
                            padding=True, return_tensors="pt")
         last = inputs.attention_mask.sum(1) - 1
         logits = model(**inputs).logits[torch.arange(len(asked)), last]

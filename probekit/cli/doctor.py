@@ -36,10 +36,10 @@ def _device() -> tuple[bool, str, str]:
 
 
 def _coco() -> tuple[bool, str, str]:
-    from probekit.data.coco import LAYOUT, splits_of
+    from probekit.data.coco import LAYOUT, split_names
 
     folders = sorted(p for p in (paths.Home.find().data / "coco").glob("*") if not p.name.startswith("scenes-"))
-    holds = {p: splits_of(p) for p in [paths.Home.find().data / "coco", *folders]}
+    holds = {p: split_names(p) for p in [paths.Home.find().data / "coco", *folders]}
     found = [f"{paths.Home.find().relative(p)} ({', '.join(splits)})" for p, splits in holds.items() if splits]
     mend = f"put COCO into data/coco ({LAYOUT}), or use the drawn scenes"
     return bool(found), "; ".join(found) or "none (drawn scenes only)", mend

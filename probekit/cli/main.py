@@ -55,12 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _download(options: argparse.Namespace) -> int:
-    from probekit.data.download import ARCHIVE, Server, coco_images
+    from probekit.data.download import ARCHIVE, Server, download_coco
 
     if options.train and options.split == "train2017":
         raise ValueError("--split train2017 --train are two numbers for the same images: say --images alone")
     wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
-    lost = coco_images(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
+    lost = download_coco(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
     there = ", ".join(f"{n:,} images of {split}" for split, n in lost.attrs["there"].items())
     print(f"{there} in {options.folder}: take it as the dataset of a run")
     for row in lost.itertuples():
@@ -89,7 +89,7 @@ def _extract(options: argparse.Namespace) -> int:
                          "say python -m probekit run, or engine=local")
     device = parameters["device"] or best_device()
     parameters["device"] = f"cuda:{local % max(1, torch.cuda.device_count())}" if device == "cuda" else device
-    examples = building.load(paths.Home.find().data / "tasks" / parameters["run"])
+    examples = building.load_examples(paths.Home.find().data / "tasks" / parameters["run"])
     made = [len(launch.make(job)) for job in extract.jobs(parameters, examples)]
     same = "".join(f" -p {shlex.quote(one)}" for one in options.overrides)
     print(f"rank {rank} of {world_size} made {sum(made)} shards, and all are there: go on with python -m probekit run "
@@ -98,13 +98,13 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from probekit.models.load import describe
-    from probekit.models.presets import known
+    from probekit.models.load import describe_model
+    from probekit.models.presets import list_models
 
     if not options.id:
-        print(known())
+        print(list_models())
         return 0
-    found = describe(options.id)
+    found = describe_model(options.id)
     print(f"{options.id}: {found.attrs['type']}, {found.attrs['parameters'] / 1e6:,.0f} million parameters\n"
           f"{found.to_string(index=False)}")
     return 0

@@ -11,35 +11,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 LAYOUT = "expected <split>/*.jpg with annotations/captions_<split>.json and annotations/instances_<split>.json"
+from probekit.data.dataset import Dataset
 
 
-@dataclass(frozen=True)
-class Coco:
-    """Tables of a COCO folder.
-
-    Attributes
-    ----------
-    images : DataFrame, indexed by `image_id`: `coco_split`, `file` (path), `width`, `height` in pixels
-    captions : DataFrame: `image_id`, `caption`
-    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, and `colour`
-        where it is known (drawn scenes)
-    categories : names in the order of their COCO ids
-    """
-
-    images: pd.DataFrame
-    captions: pd.DataFrame
-    instances: pd.DataFrame
-    categories: tuple[str, ...]
-
-
-def splits_of(folder: Path) -> list[str]:
+def split_names(folder: Path) -> list[str]:
     """Names of the splits that `folder` holds captions for."""
     return sorted(p.stem.removeprefix("captions_") for p in (folder / "annotations").glob("captions_*.json"))
 
@@ -64,7 +45,7 @@ def _without_outline(found: dict) -> dict:
     return found
 
 
-def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
+def read_coco(folder: str | Path, splits: list[str] | None = None) -> Dataset:
     """Read annotations of one or several splits; images are looked at later, and only those that are used.
 
     Parameters
@@ -80,7 +61,7 @@ def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"COCO folder {folder} does not exist: {LAYOUT}")
-    splits = list(splits or splits_of(folder))
+    splits = list(splits or split_names(folder))
     if not splits:
         raise FileNotFoundError(f"no captions_<split>.json in {folder / 'annotations'}: {LAYOUT}")
     tables = [_read_split(folder, split) for split in splits]
@@ -88,7 +69,7 @@ def read(folder: str | Path, splits: list[str] | None = None) -> Coco:
     twice = images.image_id[images.image_id.duplicated()]
     if len(twice):
         raise ValueError(f"image id {twice.iloc[0]} is in more than one of the splits {splits}: name disjoint splits")
-    return Coco(images.set_index("image_id"), captions, instances, tables[0][3])
+    return Dataset(images.set_index("image_id"), captions, instances, tables[0][3])
 
 
 def _read_split(folder: Path, split: str) -> tuple:

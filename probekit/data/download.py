@@ -53,7 +53,7 @@ class NotThere(OSError):
     """The server says that there is no such file: another try would not help."""
 
 
-def coco_images(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, server: Server = Server()
+def download_coco(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, server: Server = Server()
                 ) -> pd.DataFrame:
     """Fetch a sample of COCO into `folder`, in COCO's own layout; what is there and sound is not fetched again.
 

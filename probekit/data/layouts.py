@@ -27,7 +27,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from probekit.data import coco, statement_files
+from probekit.data import coco, dataset, statement_files
 from probekit.images import IMAGE_FORMATS
 
 PHOTOS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
@@ -38,7 +38,7 @@ LAYOUTS = ("annotations/captions_<split>.json (COCO), metadata.csv or metadata.j
            "(Hugging Face image folder), one CSV of image and caption beside the images (Flickr30k), or images alone")
 
 
-def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
+def read_dataset(folder: str | Path, splits: Sequence[str] | None = None) -> dataset.Dataset:
     """Read a data set in any of the forms above.
 
     Parameters
@@ -53,8 +53,8 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the dataset {folder} does not exist: name a folder with {LAYOUTS}")
-    if coco.splits_of(folder):
-        return coco.read(folder, list(splits or []) or None)
+    if coco.split_names(folder):
+        return coco.read_coco(folder, list(splits or []) or None)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTOS)
     if not pictures:
         raise FileNotFoundError(f"{folder} holds no images: expected {LAYOUTS}")
@@ -70,10 +70,10 @@ def read(folder: str | Path, splits: Sequence[str] | None = None) -> coco.Coco:
     sizes = [_size(file) for file in images.file]
     images = images.assign(width=[w for w, _ in sizes], height=[h for _, h in sizes])
     nothing = pd.DataFrame(columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
-    return coco.Coco(images, captions, nothing, ())
+    return dataset.Dataset(images, captions, nothing, ())
 
 
-def state(folder: str | Path, splits: Sequence[str] | None = None) -> list:
+def dataset_state(folder: str | Path, splits: Sequence[str] | None = None) -> list:
     """What :func:`read` would find now: name, size and time of the files of annotations or captions.
 
     Where it is the images that make up the data set, their names, too.
@@ -81,7 +81,7 @@ def state(folder: str | Path, splits: Sequence[str] | None = None) -> list:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    if named := coco.splits_of(folder):
+    if named := coco.split_names(folder):
         files = [folder / "annotations" / f"{kind}_{split}.json" for split in splits or named
                  for kind in ("captions", "instances")]
         pictures = []
@@ -111,7 +111,7 @@ def _captions(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
     """`image_id`, `caption`; empty where no table is there, but those of statements."""
     numbers = {str(Path(file)): image for image, file in images.file.items()}
     tables, metadata = _tables(folder)
-    find, found, named, others = statement_files.finder(images), [], [], []
+    find, found, named, others = statement_files.image_finder(images), [], [], []
     for path in tables:
         try:
             said = _said(path)
@@ -161,12 +161,12 @@ def _said(path: Path) -> list[tuple[str, str]]:
 
 def _table(path: Path) -> pd.DataFrame:
     if path.suffix == ".jsonl":
-        return statement_files.parsed(path)
+        return statement_files.parse_table(path)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         first = file.readline()
     separator = next((mark for mark in ("|", "\t") if mark in first), ",")
     headed = "#0" not in first
-    table = statement_files.parsed(path, sep=separator, skipinitialspace=True, header=0 if headed else None,
+    table = statement_files.parse_table(path, sep=separator, skipinitialspace=True, header=0 if headed else None,
                               names=None if headed else ["image", "caption"],
                               quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
     return table.rename(columns=lambda name: str(name).strip())

@@ -56,7 +56,7 @@ class Scene:
     horizon: float
 
 
-def sample(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene at random: 2 to 4 things; in a quarter of the scenes one category stands there more than once."""
     n = int(rng.choice([2, 3, 4], p=[0.4, 0.4, 0.2]))
     categories = list(rng.choice(list(SHAPES), size=n, replace=False))
@@ -74,7 +74,7 @@ def sample(rng: np.random.Generator) -> Scene:
     return Scene(tuple(things), int(rng.integers(len(LANDSCAPES))), float(rng.uniform(0.55, 0.8)))
 
 
-def draw(scene: Scene, scale: int = 2) -> Image.Image:
+def draw_scene(scene: Scene, scale: int = 2) -> Image.Image:
     """Render a scene as an RGB image of :data:`SIZE`, drawn `scale` times larger and reduced."""
     width, height = SIZE[0] * scale, SIZE[1] * scale
     image = _landscape(scene, width, height)
@@ -192,12 +192,12 @@ def annotate(scene: Scene) -> list[dict]:
 
 def _write_one(folder: Path, seed: int, number: int) -> tuple[Scene, list[str]]:
     rng = np.random.default_rng([seed, number])
-    scene = sample(rng)
-    draw(scene).save(folder / f"{number:012d}.jpg", quality=92)
+    scene = sample_scene(rng)
+    draw_scene(scene).save(folder / f"{number:012d}.jpg", quality=92)
     return scene, captions(scene, rng)
 
 
-def write(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes") -> Path:
+def write_scenes(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes") -> Path:
     """Draw `n` scenes into `folder` in COCO's layout; a folder that already holds exactly these is left alone.
 
     Parameters

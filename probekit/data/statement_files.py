@@ -30,7 +30,7 @@ COLUMNS = ["image", "text", "label"]
 CREPE = ["filename", "caption", "negative_caption"]
 
 
-def files(name: str) -> dict[str, Path]:
+def find_statement_files(name: str) -> dict[str, Path]:
     """The files that an entry of `tasks` stands for, by the name of their task: a file, or all of a folder.
 
     Returns
@@ -44,7 +44,7 @@ def files(name: str) -> dict[str, Path]:
     return {path.stem: path} if path.is_file() and path.suffix in KINDS else {}
 
 
-def read(file: str | Path) -> pd.DataFrame:
+def read_statements(file: str | Path) -> pd.DataFrame:
     """Statements of a file: `image` (as the file names it), `text` (the prompt), `label` (0 or 1).
 
     Raises
@@ -53,7 +53,7 @@ def read(file: str | Path) -> pd.DataFrame:
         No format of those above, or a row that lacks something; the message names file and row.
     """
     file = Path(file)
-    table = parsed(file)
+    table = parse_table(file)
     columns = CREPE if set(CREPE) <= set(table.columns) else COLUMNS
     missing = [name for name in columns if name not in table.columns]
     if missing or table.empty:
@@ -76,7 +76,7 @@ def _refuse(file: Path, table: pd.DataFrame, wrong: pd.Series, reason: str) -> N
         raise ValueError(f"{file}, row {k + 1}: {reason}: {table.iloc[k].to_dict()}")
 
 
-def parsed(file: Path, **form) -> pd.DataFrame:
+def parse_table(file: Path, **form) -> pd.DataFrame:
     """A file's table as it stands: of JSON objects (``*.json``, ``*.jsonl``), else of text as :func:`pandas.read_csv`.
 
     Parameters
@@ -109,19 +109,19 @@ def _objects(text: str) -> list[dict]:
     return whole if isinstance(whole, list) else [whole]
 
 
-def found(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+def match_statements(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     """Those statements whose image the dataset has: `image_id, text, label`.
 
     Parameters
     ----------
-    images : of :class:`~probekit.data.coco.Coco`: indexed by `image_id`, with `file` and `coco_split`
+    images : of :class:`~probekit.data.dataset.Dataset`: indexed by `image_id`, with `file` and `coco_split`
 
     Raises
     ------
     ValueError
         A name that several images have.
     """
-    find = finder(images)
+    find = image_finder(images)
     numbers = {number: image for image, file in images.file.items() if (number := _number(file)) is not None}
     owners = [find(name) for name in statements.image]
     ids = [numbers.get(_number(name)) if owner is None else owner
@@ -130,7 +130,7 @@ def found(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     return table[table.image_id.notna()].astype({"image_id": images.index.dtype}).reset_index(drop=True)
 
 
-def finder(images: pd.DataFrame) -> Callable[[str], Hashable | None]:
+def image_finder(images: pd.DataFrame) -> Callable[[str], Hashable | None]:
     """How to find an image by its file name, or by the end of its path (``val/1.jpg``); None of one that is not there.
 
     What is returned raises a ValueError where several images have a name.

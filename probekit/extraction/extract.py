@@ -19,8 +19,9 @@ from probekit.extraction.shards import Part
 from probekit.extraction.shared import Shared
 from probekit.extraction.worker import ExtractionSettings, Job
 from probekit.models.load import best_device, best_dtype
-from probekit.models.presets import commit_of, locate, title
+from probekit.models.presets import locate, resolve_commit, short_name
 from probekit.probes import controls
+from probekit.tasks import input_controls
 
 
 def resolved(settings: ExtractionSettings, device: str) -> ExtractionSettings:
@@ -29,7 +30,7 @@ def resolved(settings: ExtractionSettings, device: str) -> ExtractionSettings:
         raise ValueError("this machine has no GPU that says which dtype suits it: name one, such as dtype=bfloat16")
     tokens, workers = (2048, 0) if device == "cpu" else (8192, min(4, (os.cpu_count() or 2) - 1))
     return replace(settings, dtype=settings.dtype or best_dtype(device),
-                   revision=commit_of(settings.model, settings.revision, settings.trust_remote_code),
+                   revision=resolve_commit(settings.model, settings.revision, settings.trust_remote_code),
                    batch_tokens=settings.batch_tokens or tokens,
                    workers=workers if settings.workers is None else settings.workers)
 
@@ -42,7 +43,7 @@ def folder_of(settings: ExtractionSettings) -> Path:
     decides = {name: getattr(settings, name) for name in ("model", "revision", "dtype", "untrained", "seed",
                                                           "longest_side", "trust_remote_code")}
     decides |= {"transformers": version("transformers")}
-    name = title(settings.model) + ("-untrained" if settings.untrained else "")
+    name = short_name(settings.model) + ("-untrained" if settings.untrained else "")
     return paths.Home.find().data / "activations" / name / paths.fingerprint(decides, settings.sharing == "off", weights)
 
 
@@ -71,7 +72,7 @@ def extract_all(settings: ExtractionSettings, examples: pd.DataFrame, control: S
     Parameters
     ----------
     examples : columns `file`, `prompt`, and for controls `image_id` and `split`
-    control : names out of :data:`probekit.probes.controls.INPUTS`; an image that several of them ask about still runs once
+    control : names out of :data:`probekit.tasks.input_controls.INPUT_CONTROLS`; an image that several of them ask about still runs once
     device : see :func:`probekit.models.load.load_vlm`
     launch : who makes the shards, see :mod:`probekit.extraction.launch`
 
@@ -88,7 +89,7 @@ def plan(settings: ExtractionSettings, examples: pd.DataFrame, control: Sequence
          url: str | None = None) -> tuple[Job, list[tuple[str, pd.DataFrame, ExtractionSettings]]]:
     """What is to be extracted as a job, and (control, what the model is given, settings) for each view on it."""
     settings.check()
-    controls.check(control, controls.INPUTS)
+    controls.check_controls(control, input_controls.INPUT_CONTROLS)
     of_text = tuple(p for p in settings.poolings if p != "image_mean" and not p.startswith("token:"))
     if "no_image" in control and ("lm" not in settings.stages or not of_text):
         raise ValueError("no_image needs the stage lm, and a pooling besides image_mean and token:<i>")
@@ -105,7 +106,7 @@ def plan(settings: ExtractionSettings, examples: pd.DataFrame, control: Sequence
             raise ValueError(f"mirror={url!r} cannot be used ({type(error).__name__}: {error}): check address and "
                              "credentials, and that its protocol's package is installed (s3fs, gcsfs, ...)") from error
     blind = replace(settings, stages=("lm",), poolings=of_text)
-    views = [(name, controls.inputs(examples, name), blind if name == "no_image" else settings)
+    views = [(name, input_controls.change_inputs(examples, name), blind if name == "no_image" else settings)
              for name in ("none", *control)]
     shards: dict[Path, tuple[Part, int]] = {}
     for own in dict.fromkeys(own for _, _, own in views):
@@ -126,9 +127,9 @@ def extractions(models: Sequence[str], untrained: Sequence[str] = (), control: S
     control : controls of the inputs; those of the labels are of no concern here
     settings : of :class:`Extraction`, the same for all
     """
-    controls.check(control)
+    controls.check_controls(control)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    own = tuple(name for name in control if name in controls.INPUTS)
+    own = tuple(name for name in control if name in input_controls.INPUT_CONTROLS)
     trained = [(ExtractionSettings(model, **given), own) for model in models]
     return trained + [(ExtractionSettings(model, untrained=True, **given), ()) for model in models if model in untrained]
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from probekit import paths
 from probekit.extraction.shards import units_of
 from probekit.images import load_rgb
-from probekit.models.batches import shape_of
-from probekit.models.processor import Prepared, Preparer
+from probekit.models.batches import input_shape
+from probekit.models.processor import PreparedImage, PromptProcessor
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Work:
     shard: int
     image: int
     rows: np.ndarray
-    prepared: Prepared
+    prepared: PreparedImage
 
     def tokens(self, way: str) -> int:
         """Tokens that the decoder has to compute for it."""
         lengths = [len(row["input_ids"]) for row in self.prepared.tokens]
-        shared = self.prepared.head * (len(lengths) - 1) if way == "shared" else 0
+        shared = self.prepared.prefix_length * (len(lengths) - 1) if way == "shared" else 0
         return sum(lengths) - shared
 
 
 class _Images(Dataset):
     """The images of several tables of rows, one after the other; an error is an item too."""
 
-    def __init__(self, preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame]):
-        self.preparer, self.longest_side, self.items, self.starts = preparer, longest_side, [], [0]
+    def __init__(self, preparer: PromptProcessor, longest_side: int | None, shards: Sequence[pd.DataFrame]):
+        self.prompt_processor, self.longest_side, self.items, self.starts = preparer, longest_side, [], [0]
         for shard, rows in enumerate(shards):
             starts = np.flatnonzero(np.diff(units_of(rows), prepend=-1))
             for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
@@ -66,7 +66,7 @@ class _Images(Dataset):
         except Exception as error:
             return error
         try:
-            return Work(shard, image, places, self.preparer.prepare(picture, prompts))
+            return Work(shard, image, places, self.prompt_processor.prepare(picture, prompts))
         except Exception as error:
             return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error} "
                               "(if it is the image: take it out of the dataset and run 01_build_data again)")
@@ -82,7 +82,7 @@ class _InOrder(Sampler):
         return (k for shard in self.order for k in range(self.starts[shard], self.starts[shard + 1]))
 
 
-def ahead(preparer: Preparer, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int,
+def ahead(preparer: PromptProcessor, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int,
           order: Iterable[int] | None = None) -> Iterator[Work]:
     """The images of shards, decoded and processed ahead of the model by worker processes.
 
@@ -119,7 +119,7 @@ def batches(works: Iterable[Work], budget: Callable[[], int], way: Callable[[], 
     waiting: dict[tuple, list[Work]] = defaultdict(list)
     filled: dict[tuple, int] = defaultdict(int)
     for work in works:
-        shape, tokens = shape_of(work.prepared), work.tokens(way())
+        shape, tokens = input_shape(work.prepared), work.tokens(way())
         if waiting[shape] and filled[shape] + tokens > budget():
             filled.pop(shape)
             yield waiting.pop(shape)

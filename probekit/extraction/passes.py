@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from probekit.extraction import loading
 from probekit.extraction.shards import Part, meta_of, write_meta
 from probekit.extraction.shared import Shared
-from probekit.models import forward
-from probekit.models.forward import Choice, States
+from probekit.models import forward, sharing
+from probekit.models.forward import States
 from probekit.models.load import Vlm
-from probekit.models.processor import Prepared
+from probekit.models.processor import PreparedImage
+from probekit.models.sharing import SharingVerdict
 
 SHARING = {"auto": ("shared", "encoded", "plain"), "on": ("shared",), "off": ("plain",)}
 
@@ -37,8 +38,8 @@ class Passes:
     def __init__(self, vlm: Vlm, sharing: str, budget: int, longest_side: int | None, shared: Shared, meta: dict):
         self.vlm, self.sharing, self.budget, self.longest_side = vlm, sharing, budget, longest_side
         self.shared, self.meta, self.record = shared, meta, shared.folder / "meta.json"
-        self.choice: Choice | None = None
-        self.single: Choice | None = None  # where no image has several prompts
+        self.choice: SharingVerdict | None = None
+        self.single: SharingVerdict | None = None  # where no image has several prompts
         self.shared.pull(self.record)
         if meta_of(shared.folder) is None:
             self._write(None)
@@ -49,14 +50,14 @@ class Passes:
         return choice.way if choice else "plain"
 
     def __call__(self, batch: Sequence[loading.Work], part: Part) -> States:
-        """Pooled states of a batch, as :func:`probekit.models.forward.run` gives them.
+        """Pooled states of a batch, as :func:`probekit.models.forward.run_pooled` gives them.
 
         Raises
         ------
         MemoryError
             A single prompt with its image does not fit the memory.
         """
-        return self._fitting([work.prepared for work in batch], lambda prepared: forward.run(
+        return self._fitting([work.prepared for work in batch], lambda prepared: forward.run_pooled(
             self.vlm, prepared, part.poolings, part.stages, self.way))
 
     # ---------------------------------------------------------------------------------------------------- the way
@@ -89,14 +90,14 @@ class Passes:
         rows = rows[(rows.file != "") & (rows.groupby("file").prompt.transform("size") > several)]
         if "lm" not in part.stages or rows.empty:
             return None
-        works = loading.ahead(self.vlm.preparer, self.longest_side, [rows.reset_index(drop=True)], 0)
+        works = loading.ahead(self.vlm.prompt_processor, self.longest_side, [rows.reset_index(drop=True)], 0)
         return next(loading.batches(works, lambda: self.budget, lambda: "plain")), part
 
-    def _choose(self, batch: Sequence[loading.Work], part: Part, ways: Sequence[str]) -> Choice:
-        found: list[Choice] = []
+    def _choose(self, batch: Sequence[loading.Work], part: Part, ways: Sequence[str]) -> SharingVerdict:
+        found: list[SharingVerdict] = []
 
-        def tried(prepared: Sequence[Prepared]) -> States:
-            choice, states = forward.choose(self.vlm, prepared, part.poolings, part.stages, ways)
+        def tried(prepared: Sequence[PreparedImage]) -> States:
+            choice, states = sharing.choose_way(self.vlm, prepared, part.poolings, part.stages, ways)
             found.append(choice)
             return states
 
@@ -107,10 +108,10 @@ class Passes:
         self.shared.pull(self.record)
         known = (meta_of(self.shared.folder) or {}).get("sharing")
         if known:
-            self._heed(Choice(**known))
+            self._heed(SharingVerdict(**known))
         return bool(known)
 
-    def _heed(self, choice: Choice) -> None:
+    def _heed(self, choice: SharingVerdict) -> None:
         if self.sharing == "on" and choice.way != "shared":
             raise ValueError(f"sharing=\"on\", but with {self.vlm.name} {choice.words}; take sharing=\"auto\" or "
                              "\"off\"")
@@ -118,18 +119,18 @@ class Passes:
             tqdm.write(f"{self.vlm.name}: {choice.words}")
         self.choice = choice
 
-    def _write(self, choice: Choice | None) -> None:
+    def _write(self, choice: SharingVerdict | None) -> None:
         write_meta(self.shared.folder, self.meta | {"sharing": asdict(choice) if choice else None})
         self.shared.push(self.record)
 
     # ----------------------------------------------------------------------------------------------------- memory
 
-    def _fitting(self, prepared: Sequence[Prepared], run: Callable[[Sequence[Prepared]], States]) -> States:
+    def _fitting(self, prepared: Sequence[PreparedImage], run: Callable[[Sequence[PreparedImage]], States]) -> States:
         """What `run` says of images with their prompts, in halves where it runs out of memory."""
         try:
             return run(prepared)
         except (MemoryError, RuntimeError) as error:
-            if not forward.is_out_of_memory(error):
+            if not sharing.is_out_of_memory(error):
                 raise
             told = str(error).partition("\n")[0]
         gc.collect()  # outside the except: a traceback holds on to what did not fit
@@ -150,12 +151,12 @@ class Passes:
                 for key in first}
 
 
-def _halves(prepared: Sequence[Prepared]) -> tuple[Sequence[Prepared], Sequence[Prepared]] | None:
+def _halves(prepared: Sequence[PreparedImage]) -> tuple[Sequence[PreparedImage], Sequence[PreparedImage]] | None:
     """The images, or the prompts of the only one, in two halves; None where there is but one prompt."""
     if len(prepared) > 1:
         return prepared[: len(prepared) // 2], prepared[len(prepared) // 2 :]
     one, half = prepared[0], len(prepared[0].tokens) // 2
     if not half:
         return None
-    return ([replace(one, tokens=one.tokens[:half], shown=one.shown[:half])],
-            [replace(one, tokens=one.tokens[half:], shown=one.shown[half:])])
+    return ([replace(one, tokens=one.tokens[:half], shown=one.image_masks[:half])],
+            [replace(one, tokens=one.tokens[half:], shown=one.image_masks[half:])])

@@ -32,11 +32,10 @@ from probekit.extraction.extract import ExtractionSettings
 from probekit.extraction.worker import Job, Worker
 from probekit.models import batches
 from probekit.models.architectures import width_of
-from probekit.models.load import Vlm, best_device, hollow
+from probekit.models.load import Vlm, best_device, load_skeleton
 from probekit.models.presets import CHECKED, PRESETS
-from probekit.models.processor import Prepared
-from probekit.probes import controls
-from probekit.tasks import building
+from probekit.models.processor import PreparedImage
+from probekit.tasks import building, input_controls
 from probekit.tasks.balance import TooFew
 from probekit.tasks.base import BuildSettings
 
@@ -83,7 +82,7 @@ class Shape:
         return 2 * self.active * tokens + self.pair * tokens * (tokens + before)
 
 
-def encoder(vlm: Vlm, prepared: Prepared) -> int | None:
+def encoder(vlm: Vlm, prepared: PreparedImage) -> int | None:
     """Operations of the image encoder for one image; None where they cannot be told without running it."""
     pictures = {key: value.to("meta") if value.is_floating_point() else value for key, value in prepared.image.items()}
     try:
@@ -95,7 +94,7 @@ def encoder(vlm: Vlm, prepared: Prepared) -> int | None:
         return _by_patches(vlm, prepared)
 
 
-def _by_patches(vlm: Vlm, prepared: Prepared) -> int | None:
+def _by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
     config = getattr(vlm.config, "vision_config", None)
     side, pixels = getattr(config, "patch_size", None), prepared.image.get("pixel_values")
     if vlm.vision is None or not isinstance(side, int) or pixels is None:
@@ -109,7 +108,7 @@ def _by_patches(vlm: Vlm, prepared: Prepared) -> int | None:
         if p.ndim > 1 and (p in within or "patch_embed" in name):
             found += 2 * p.numel() * patches
         elif p.ndim > 1 and "embed" not in name:  # what makes image tokens of patches
-            found += 2 * p.numel() * int(prepared.shown[0].sum())
+            found += 2 * p.numel() * int(prepared.image_masks[0].sum())
     return found
 
 
@@ -131,12 +130,12 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
     few = {name: min(size, max(1, round(size * n / whole))) for name, size in splits.items()}
     dataset = parameters["dataset"]
     if dataset == "scenes":
-        dataset = scenes.write(folder / f"scenes-{n}", sum(few.values()), parameters["seed"])
+        dataset = scenes.write_scenes(folder / f"scenes-{n}", sum(few.values()), parameters["seed"])
     categories = parameters["categories"]
     build = BuildSettings(str(dataset), tuple(parameters["coco_splits"]), **few, tasks=tuple(parameters["tasks"]),
                   categories=categories if isinstance(categories, str) else tuple(categories), max_bad=1.0,
                   **{name: parameters[name] for name in ("seed", "labels_from", "smallest", "captions", "similarity")})
-    data = layouts.read(paths.Home.find().resolve(dataset), build.coco_splits)
+    data = layouts.read_dataset(paths.Home.find().resolve(dataset), build.coco_splits)
     if whole > len(data.images) and parameters["dataset"] != "scenes":
         raise ValueError(f"{whole:,} images are asked for, {dataset} has {len(data.images):,}")
     try:
@@ -152,7 +151,7 @@ def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
 
 def rows_of(examples: pd.DataFrame, control: Sequence[str]) -> pd.DataFrame:
     """What a model is given for the examples and their controls, each once."""
-    given = [shards.rows_of(controls.inputs(examples, name)) for name in ("none", *control)]
+    given = [shards.rows_of(input_controls.change_inputs(examples, name)) for name in ("none", *control)]
     return pd.concat(given).drop_duplicates().reset_index(drop=True)
 
 
@@ -176,12 +175,12 @@ def estimate(settings: ExtractionSettings, control: Sequence[str], examples: pd.
     settings.check()
     device = device or best_device()
     settings = extract.resolved(settings, device)
-    vlm, _ = hollow(settings.model, settings.revision, settings.trust_remote_code, processor=True)
+    vlm, _ = load_skeleton(settings.model, settings.revision, settings.trust_remote_code, processor=True)
     rows, shape = rows_of(examples, control), Shape.of(vlm)
     shape = shape if "lm" in settings.stages else replace(shape, active=0, pair=0)
     ratio = images / examples.attrs.get("sampled", examples.image_id.nunique())  # tasks leave some images out
-    works = [*loading.ahead(vlm.preparer, settings.longest_side, [rows], 0)]
-    encoders = {batches.shape_of(work.prepared): work.prepared for work in works if work.prepared.image}
+    works = [*loading.ahead(vlm.prompt_processor, settings.longest_side, [rows], 0)]
+    encoders = {batches.input_shape(work.prepared): work.prepared for work in works if work.prepared.image}
     encoders = {shape: encoder(vlm, prepared) for shape, prepared in encoders.items()}
     kind = PRESETS[settings.model].type if settings.model in PRESETS else vlm.config.model_type
     exact = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture").sharing.get(kind)
@@ -190,7 +189,7 @@ def estimate(settings: ExtractionSettings, control: Sequence[str], examples: pd.
     for name, way in (("", "shared"), ("plain ", "plain")):
         found[f"{name}tokens"] = round(ratio * sum(work.tokens(way) for work in works))
         found[f"{name}operations"] = ratio * sum(
-            _operations(shape, work, encoders.get(batches.shape_of(work.prepared), 0), way) for work in works)
+            _operations(shape, work, encoders.get(batches.input_shape(work.prepared), 0), way) for work in works)
     on_disk = [2 * len(settings.poolings) * (rows.file.nunique() if stage != "lm" else len(rows)) * len(layers) * (
         vlm.width if stage != "vision" else width_of(vlm.vision[1])) for stage, layers in vlm.layers_of_stage.items()
         if stage in settings.stages and layers]
@@ -208,7 +207,7 @@ def estimate(settings: ExtractionSettings, control: Sequence[str], examples: pd.
 
 
 def _operations(shape: Shape, work: loading.Work, image: int | None, way: str) -> float:
-    lengths, head = [len(row["input_ids"]) for row in work.prepared.tokens], work.prepared.head
+    lengths, head = [len(row["input_ids"]) for row in work.prepared.tokens], work.prepared.prefix_length
     if image is None:
         return np.nan
     if way == "plain":

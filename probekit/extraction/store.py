@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from probekit import paths
 from probekit.extraction.shards import Part, digest, keys_of, meta_of, note_of, rows_of
-from probekit.probes import controls
+from probekit.tasks import input_controls
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Activations:
     Attributes
     ----------
     examples : what the model was given; that of a control differs from the run's examples
-    control : "none", or a name out of :data:`probekit.probes.controls.INPUTS`
+    control : "none", or a name out of :data:`probekit.tasks.input_controls.INPUT_CONTROLS`
 
     Raises
     ------
@@ -51,7 +51,7 @@ class Activations:
     def open(cls, record: dict, examples: pd.DataFrame) -> Activations:
         """The store that a run's record (:attr:`record`) names; `examples` are the run's."""
         control = record["control"]
-        return cls(paths.Home.find().resolve(record["folder"]), controls.inputs(examples, control), tuple(record["stages"]),
+        return cls(paths.Home.find().resolve(record["folder"]), input_controls.change_inputs(examples, control), tuple(record["stages"]),
                    tuple(record["poolings"]), control)
 
     @property
@@ -97,7 +97,7 @@ class Activations:
         """Names of the layers, stage by stage in the order of the depth."""
         return [layer for stage in self.stages for layer in self.meta["layers"][stage]]
 
-    def layers_of(self, pooling: str) -> list[str]:
+    def layers_with(self, pooling: str) -> list[str]:
         """The layers that have this pooling: text is no part of an image."""
         return [layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])]
 

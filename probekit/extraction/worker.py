@@ -16,7 +16,7 @@ from probekit.extraction import loading, shards
 from probekit.extraction.passes import SHARING, Passes
 from probekit.extraction.shards import Part
 from probekit.extraction.shared import Shared
-from probekit.models import forward
+from probekit.models import sharing
 from probekit.models.load import Vlm, load_vlm
 
 VERSIONS = ("torch", "torchvision", "transformers", "timm", "safetensors")  # that states may depend on
@@ -146,7 +146,7 @@ class ExtractionSettings:
         for pooling in self.poolings or ("",):
             pooling.check(pooling)
         for name, values, known in (("sharing", [self.sharing], SHARING), ("stages", self.stages, shards.STAGES),
-                                    ("dtype", [self.dtype], (None, *forward.TOLERANCE))):
+                                    ("dtype", [self.dtype], (None, *sharing.TOLERANCE))):
             unknown = [value for value in values if value not in known]
             if unknown or not values:
                 raise ValueError(f"{name}={unknown or values}: take out of {', '.join(map(str, known))}")
@@ -272,7 +272,7 @@ class Worker:
         job, made = self.job, []
         tables = [part.shard_rows(i) for part, i in (job.shards[place] for place in places)]
         images = sum(shards.units_of(table).max() + 1 for table in tables)
-        works = loading.ahead(self.passes.vlm.preparer, job.settings.longest_side, tables, job.settings.workers, order)
+        works = loading.ahead(self.passes.vlm.prompt_processor, job.settings.longest_side, tables, job.settings.workers, order)
         with tqdm(total=images, desc=job.folder.parent.name, unit="image", bar_format=BAR) as bar:
             for at, group in groupby(works, lambda work: work.shard):
                 part, i = job.shards[places[at]]
@@ -287,7 +287,7 @@ def _meta(vlm: Vlm, settings: ExtractionSettings) -> dict:
     return {
         "model": vlm.name, "type": vlm.config.model_type, "revision": vlm.revision, "untrained": settings.untrained,
         "dtype": vlm.dtype, "device": vlm.device, "layers": vlm.layers_of_stage, "settings": asdict(settings),
-        "prompt": vlm.preparer.wrap("{prompt}"),
+        "prompt": vlm.prompt_processor.wrap("{prompt}"),
         "image_processor": type(vlm.processor.image_processor).__name__,
         "versions": paths.versions(*VERSIONS),
     }

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from probekit.models.load import Vlm
-from probekit.models.processor import Prepared
+from probekit.models.processor import PreparedImage
 
 
-def shape_of(prepared: Prepared) -> tuple:
+def input_shape(prepared: PreparedImage) -> tuple:
     """Prepared images of one shape fit into one batch."""
-    return (prepared.head, *((key, values.shape[1:]) for key, values in prepared.image.items()))
+    return (prepared.prefix_length, *((key, values.shape[1:]) for key, values in prepared.image.items()))
 
 
-def joined(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Token arrays of n examples as one batch, padded on the right; nothing is cut off."""
     batch = {}
     for key in rows[0]:
@@ -27,12 +27,12 @@ def joined(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.T
             for row in rows
         ]))
     if "attention_mask" not in batch:
-        batch["attention_mask"] = marks([np.ones(len(row["input_ids"]), int) for row in rows],
+        batch["attention_mask"] = pad_masks([np.ones(len(row["input_ids"]), int) for row in rows],
                                          batch["input_ids"].shape[1], "cpu")
     return vlm.place(batch)
 
 
-def pictures(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+def batch_images(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
     """What belongs to the images, each as often as `counts` says, one after the other."""
     order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
     parts = {key: [prepared[i].image[key] for i in order] for key in prepared[0].image}
@@ -44,12 +44,12 @@ def pictures(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int] | Non
     return vlm.place({key: torch.cat(values, axes.get(key, 0)) for key, values in parts.items()})
 
 
-def marks(masks: Sequence[np.ndarray], length: int, device: str) -> torch.Tensor:
+def pad_masks(masks: Sequence[np.ndarray], length: int, device: str) -> torch.Tensor:
     rows = [np.pad(mask[:length], (0, max(0, length - len(mask)))) for mask in masks]
     return torch.from_numpy(np.stack(rows)).to(device)
 
 
-def real_patches(prepared: Sequence[Prepared], p: int) -> torch.Tensor:
+def patch_mask(prepared: Sequence[PreparedImage], p: int) -> torch.Tensor:
     """(b, p) True at patches that are no padding, from whatever mask the processor gives with the images.
 
     Raises
@@ -77,7 +77,7 @@ def real_patches(prepared: Sequence[Prepared], p: int) -> torch.Tensor:
     return real
 
 
-def common_length(prepared: Sequence[Prepared]) -> int:
+def shared_prefix_length(prepared: Sequence[PreparedImage]) -> int:
     """Number of leading tokens that the prompts of each image share; every prompt keeps a token of its own.
 
     Raises
@@ -91,7 +91,7 @@ def common_length(prepared: Sequence[Prepared]) -> int:
         for row in one.tokens[1:]:
             differ = np.flatnonzero(row["input_ids"][:p] != first[:p])
             p = min(p, int(differ[0])) if len(differ) else p
-    if p < max(one.head for one in prepared):
+    if p < max(one.prefix_length for one in prepared):
         raise ValueError("prompts differ before the image ends, so that it cannot be shared: take sharing=\"off\"")
     for first, row in ((one.tokens[0], row) for one in prepared for row in one.tokens[1:]):
         for key, values in row.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from probekit.models.architectures import reads_with_encoder
 from probekit.models.hooks import Take, decoder_tapped, encoder_tapped
 from probekit.models.load import Vlm
 from probekit.models.pooling import Pooler, Prefix
-from probekit.models.processor import Prepared
+from probekit.models.processor import PreparedImage
 
 States = dict[str, torch.Tensor]  # "<layer>/<pooling>" to float32: lm (n, d), vision and projector (b, d)
 WAYS = {
@@ -28,13 +27,13 @@ WAYS = {
 
 
 @torch.inference_mode()
-def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str] = ("lm",),
+def run_pooled(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str] = ("lm",),
         way: str = "plain") -> States:
     """All k prompts of b images through the model.
 
     Parameters
     ----------
-    prepared : b images of one shape (:func:`probekit.models.batches.shape_of`), with their prompts
+    prepared : b images of one shape (:func:`probekit.models.batches.input_shape`), with their prompts
     stages : names out of :data:`probekit.extraction.shards.STAGES`; where "lm" is not among them the decoder does not run
     way : out of :data:`WAYS`
 
@@ -56,7 +55,7 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
     elif way == "shared":
         _shared(vlm, prepared, poolings, stages, states)
     elif way == "alone":
-        each = [run(vlm, [one.only(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
+        each = [run_pooled(vlm, [one.only(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
         firsts = np.cumsum([0, *(len(one.tokens) for one in prepared[:-1])])
         states |= {key: torch.cat([each[i][key] for i in (range(len(each)) if key.startswith("lm.") else firsts)])
                    for key in each[0]}
@@ -66,16 +65,16 @@ def run(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages:
 
 
 @torch.inference_mode()
-def read(vlm: Vlm, prepared: Sequence[Prepared], take: Take) -> None:
+def read_layers(vlm: Vlm, prepared: Sequence[PreparedImage], take: Take) -> None:
     """Run images of one shape, each with its first prompt, and hand over the states of all tokens.
 
     Parameters
     ----------
     take : called as ``take(layer, hidden_ntd)`` for each layer of the decoder, padded on the right
     """
-    tokens = batches.joined(vlm, [one.tokens[0] for one in prepared])
+    tokens = batches.batch_tokens(vlm, [one.tokens[0] for one in prepared])
     with decoder_tapped(vlm, take):
-        vlm.model(**tokens, **batches.pictures(vlm, prepared), **_options(vlm, len(prepared)))
+        vlm.model(**tokens, **batches.batch_images(vlm, prepared), **_options(vlm, len(prepared)))
 
 
 def _options(vlm: Vlm, n: int) -> dict:
@@ -88,11 +87,11 @@ def _options(vlm: Vlm, n: int) -> dict:
 # ------------------------------------------------------------------------------------------------------- the passes
 
 
-def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States,
+def _plain(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str], states: States,
            encode_once: bool) -> None:
     counts = [len(one.tokens) for one in prepared]
-    tokens = batches.joined(vlm, [row for one in prepared for row in one.tokens])
-    shown = batches.marks([mask for one in prepared for mask in one.shown], tokens["input_ids"].shape[1], vlm.device)
+    tokens = batches.batch_tokens(vlm, [row for one in prepared for row in one.tokens])
+    shown = batches.pad_masks([mask for one in prepared for mask in one.image_masks], tokens["input_ids"].shape[1], vlm.device)
     pooler = Pooler(poolings, tokens["attention_mask"], shown)
 
     def take(layer: str, hidden_ntd: torch.Tensor) -> None:
@@ -107,20 +106,20 @@ def _plain(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stag
             vlm.model(**tokens, **images, mm_encoder_outputs={"image": features}, **options)
         else:
             with _encoder_read(vlm, prepared, counts, poolings, stages, states):
-                vlm.model(**tokens, **batches.pictures(vlm, prepared, counts), **options)
+                vlm.model(**tokens, **batches.batch_images(vlm, prepared, counts), **options)
 
 
-def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str], states: States
+def _shared(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str], states: States
             ) -> None:
     """Each image and what comes before it once, with a key-value cache; then only the prompts' own tokens."""
     if reads_with_encoder(vlm.config):
         raise ValueError("its prompts are read by a bidirectional encoder")
-    rows, p = [row for one in prepared for row in one.tokens], batches.common_length(prepared)
+    rows, p = [row for one in prepared for row in one.tokens], batches.shared_prefix_length(prepared)
     owner_n = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens], device=vlm.device)
-    before = batches.joined(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
+    before = batches.batch_tokens(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
     kept = [key for key in ("input_ids", "attention_mask") if key in rows[0]]
-    own = batches.joined(vlm, [{key: row[key][p:] for key in kept} for row in rows])
-    prefix = Prefix(batches.marks([one.shown[0] for one in prepared], p, vlm.device), owner_n)
+    own = batches.batch_tokens(vlm, [{key: row[key][p:] for key in kept} for row in rows])
+    prefix = Prefix(batches.pad_masks([one.image_masks[0] for one in prepared], p, vlm.device), owner_n)
     pooler = Pooler(poolings, own["attention_mask"], None, prefix)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     cache = DynamicCache(config=vlm.stack.config)
@@ -136,7 +135,7 @@ def _shared(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], sta
         taps.enter_context(decoder_tapped(vlm, take_prefix))
         seen = taps.enter_context(_positions(vlm.stack))
         taps.enter_context(_encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states))
-        vlm.model(**before, **batches.pictures(vlm, prepared), **caching(vlm.model, cache))
+        vlm.model(**before, **batches.batch_images(vlm, prepared), **caching(vlm.model, cache))
     cache.reorder_cache(owner_n)
     positions = _continued(seen[0], owner_n, own["input_ids"].shape[1])
     with decoder_tapped(vlm, take):
@@ -153,14 +152,14 @@ def caching(module: torch.nn.Module, cache: DynamicCache) -> dict:
     return {name: cache, "use_cache": True}
 
 
-def _encode(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],
+def _encode(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int], poolings: Sequence[str],
             stages: Sequence[str], states: States) -> tuple[dict[str, torch.Tensor], object]:
     """Run the image encoder once an image; its output, and what else the model needs, laid out for n examples."""
-    images, known = batches.pictures(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
+    images, known = batches.batch_images(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
     with _encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states):
         features = vlm.model.get_image_features(
             **{key: value for key, value in images.items() if key in known}, return_dict=True)
-    others = batches.pictures(vlm, prepared, counts)
+    others = batches.batch_images(vlm, prepared, counts)
     others |= {key: None for key, value in others.items() if value.is_floating_point()}
     return others, _dealt(features, torch.repeat_interleave(torch.tensor(counts)).to(vlm.device), len(prepared))
 
@@ -181,7 +180,7 @@ def _dealt(output, owner_n: torch.Tensor, b: int):
 
 
 @contextmanager
-def _encoder_read(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int], poolings: Sequence[str],
+def _encoder_read(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int], poolings: Sequence[str],
                   stages: Sequence[str], states: States) -> Iterator[None]:
     """Pool the encoder's layers over patches, and count the vectors that the decoder gets against its image tokens."""
     firsts = np.cumsum([0, *counts[:-1]])
@@ -190,7 +189,7 @@ def _encoder_read(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int],
 
     def take(layer: str, hidden_bpd: torch.Tensor) -> None:
         hidden, p = hidden_bpd[firsts], hidden_bpd.shape[1]
-        announced = {int(one.shown[0].sum()) for one in prepared} - {0, p}
+        announced = {int(one.image_masks[0].sum()) for one in prepared} - {0, p}
         if layer == "projector" and announced:
             raise ValueError(f"{vlm.name} announced {max(announced)} image tokens but got {p} image vectors: its "
                              "processor and its weights do not fit together")
@@ -202,7 +201,7 @@ def _encoder_read(vlm: Vlm, prepared: Sequence[Prepared], counts: Sequence[int],
         kind = layer.partition(".")[0], p
         if kind not in poolers:
             whole = torch.ones(hidden.shape[:2], dtype=torch.bool)
-            mask = (batches.real_patches(prepared, p) if kind[0] == "vision" else whole).to(hidden.device)
+            mask = (batches.patch_mask(prepared, p) if kind[0] == "vision" else whole).to(hidden.device)
             poolers[kind] = Pooler([name for name in poolings if name != "text_mean"], mask, mask)
         states.update({f"{layer}/{name}": values for name, values in poolers[kind].pool(hidden).items()})
 
@@ -239,53 +238,9 @@ def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length:
 
 # --------------------------------------------------------------------------------------------------------- the choice
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # torch's words on MPS and CPU
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Did a device or the machine have no memory left? Only CUDA has an exception of its own for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The cheapest way that is exact with a model, and what was found when it was tried."""
-
-    way: str
-    words: str
 
 
-def choose(vlm: Vlm, prepared: Sequence[Prepared], poolings: Sequence[str], stages: Sequence[str],
-           ways: Sequence[str]) -> tuple[Choice, States]:
-    """The first of `ways` in which a batch of real images has the states of passes alone, in every layer, else "alone".
-
-    The last example of an image with many prompts, to which the most could have happened, is held against a pass of its
-    own. Differences are relative to the layer's largest value.
-
-    Returns
-    -------
-    tuple
-        What was chosen, and the batch's states, of the wanted poolings and of those that were compared besides.
-    """
-    poolings, failed, alone = [*{*poolings, "mean", "last"}], [], {}
-    i = max(range(len(prepared)), key=lambda i: (len(prepared[i].tokens), i))
-    row = sum(len(one.tokens) for one in prepared[: i + 1]) - 1
-    for way in ways:
-        try:
-            states = run(vlm, prepared, poolings, stages, way)
-        except Exception as error:  # whatever an architecture makes of it: said, and the next way is tried
-            if is_out_of_memory(error):
-                raise
-            failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
-            continue
-        alone = alone or run(vlm, [prepared[i].only(-1)], poolings)
-        gaps = {key: float(((states[key][row] - values[0]).abs().max() / values.abs().max()).nan_to_num(torch.inf))
-                for key, values in alone.items()}
-        where = max(gaps, key=gaps.get)
-        if gaps[where] <= TOLERANCE[vlm.dtype]:
-            found = f"{WAYS[way]}, largest difference to plain passes {gaps[where]:.1e} ({where})"
-            return Choice(way, "; not ".join([found, *failed])), states
-        failed.append(f"{way}: differs by {gaps[where]:.1e} ({where})")
-    return Choice("alone", "; not ".join([WAYS["alone"], *failed])), run(vlm, prepared, poolings, stages, "alone")

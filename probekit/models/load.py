@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from probekit.models import architectures
-from probekit.models.presets import locate, revision_of, title
-from probekit.models.processor import Preparer
+from probekit.models.presets import locate, pinned_revision, short_name
+from probekit.models.processor import PromptProcessor
 
 
 def best_device() -> str:
@@ -53,7 +53,7 @@ class Vlm:
         self.config = self.model.config
         self.special = architectures.special(self.config)
         self.takes = set(inspect.signature(self.model.forward).parameters)
-        self.preparer = Preparer(self.name, self.config, self.processor, "mm_token_type_ids" in self.takes)
+        self.prompt_processor = PromptProcessor(self.name, self.config, self.processor, "mm_token_type_ids" in self.takes)
         self.stack, self.blocks = architectures.text_stack(self.model)
         self.width = architectures.width_of(self.blocks)
         self.vision = None if self.special.no_vision else architectures.vision_stack(self.model, self.blocks)
@@ -115,13 +115,13 @@ def load_vlm(id_or_folder: str, revision: str | None = None, dtype: str | None =
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch finds no GPU here: take device=\"cpu\", or a torch for it")
     dtype = dtype or best_dtype(device)
-    source, revision = locate(id_or_folder), revision_of(id_or_folder, revision)
+    source, revision = locate(id_or_folder), pinned_revision(id_or_folder, revision)
     own = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(source, **own)
     processor = AutoProcessor.from_pretrained(source, **own)
     full = _random(config, dtype, seed, trust_remote_code) if untrained else _pretrained(source, config, dtype, own)
     base = architectures.without_head(full).eval().requires_grad_(False).to(device)
-    return Vlm(title(id_or_folder), base, processor, device, dtype, getattr(config, "_commit_hash", None))
+    return Vlm(short_name(id_or_folder), base, processor, device, dtype, getattr(config, "_commit_hash", None))
 
 
 def _pretrained(source: str, config, dtype: str, own: dict) -> torch.nn.Module:
@@ -153,7 +153,7 @@ def _auto_class(config) -> type:
     return next((auto for auto in known if type(config) in auto._model_mapping), AutoModelForImageTextToText)
 
 
-def describe(id_or_folder: str, revision: str | None = None) -> pd.DataFrame:
+def describe_model(id_or_folder: str, revision: str | None = None) -> pd.DataFrame:
     """What can be read of a checkpoint, from its config alone: its weights are neither loaded nor downloaded.
 
     Returns
@@ -161,7 +161,7 @@ def describe(id_or_folder: str, revision: str | None = None) -> pd.DataFrame:
     DataFrame
         One row a stage: `layers` (number), `first`, `last`, `width` (d); ``attrs`` has `type` and `parameters`.
     """
-    vlm, parameters = hollow(id_or_folder, revision)
+    vlm, parameters = load_skeleton(id_or_folder, revision)
     widths = {"lm": vlm.width, "projector": vlm.width,
               "vision": architectures.width_of(vlm.vision[1]) if vlm.vision else None}
     rows = [{"stage": stage, "layers": len(layers), "first": layers[0], "last": layers[-1], "width": widths[stage]}
@@ -171,7 +171,7 @@ def describe(id_or_folder: str, revision: str | None = None) -> pd.DataFrame:
     return table
 
 
-def hollow(id_or_folder: str, revision: str | None = None, trust_remote_code: bool = False, processor: bool = False
+def load_skeleton(id_or_folder: str, revision: str | None = None, trust_remote_code: bool = False, processor: bool = False
            ) -> tuple[Vlm, int]:
     """A model whose weights have shapes and no values, and the number of its parameters, its head's included.
 
@@ -182,10 +182,10 @@ def hollow(id_or_folder: str, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig, AutoProcessor
 
     source = locate(id_or_folder)
-    own = {"revision": revision_of(id_or_folder, revision), "trust_remote_code": trust_remote_code}
+    own = {"revision": pinned_revision(id_or_folder, revision), "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(source, **own)
     with torch.device("meta"):
         full = _auto_class(config).from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     reader = AutoProcessor.from_pretrained(source, **own) if processor else None
     parameters = sum(p.numel() for p in full.parameters())
-    return Vlm(title(id_or_folder), architectures.without_head(full), reader, "meta", "bfloat16", None), parameters
+    return Vlm(short_name(id_or_folder), architectures.without_head(full), reader, "meta", "bfloat16", None), parameters

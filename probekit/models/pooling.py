@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-NAMES = ("mean", "max", "image_mean", "text_mean", "cls", "last", "token:<i>")
+POOLINGS = ("mean", "max", "image_mean", "text_mean", "cls", "last", "token:<i>")
 
 
-def check(pooling: str) -> str:
+def check_pooling(pooling: str) -> str:
     """Return `pooling` if it is a known one; else raise ValueError naming those that are."""
-    if pooling in NAMES[:6] or re.fullmatch(r"token:-?\d+", pooling):
+    if pooling in POOLINGS[:6] or re.fullmatch(r"token:-?\d+", pooling):
         return pooling
-    raise ValueError(f"unknown pooling {pooling!r}: take one of {', '.join(NAMES)} with a whole number for <i>, "
+    raise ValueError(f"unknown pooling {pooling!r}: take one of {', '.join(POOLINGS)} with a whole number for <i>, "
                      "counted from the first real token (negative: from the end)")
 
 
@@ -42,7 +42,7 @@ class Pooler:
 
     Parameters
     ----------
-    poolings : names out of :data:`NAMES`
+    poolings : names out of :data:`POOLINGS`
     mask_nt : (n, t), 1 or True at the examples' real tokens (their own, without the prefix), on either padding side
     image_nt : (n, t) True at their image tokens; None where there are none
     prefix : what stands before them; None where `mask_nt` covers the whole sequence
@@ -55,7 +55,7 @@ class Pooler:
 
     def __init__(self, poolings: Sequence[str], mask_nt: torch.Tensor, image_nt: torch.Tensor | None = None,
                  prefix: Prefix | None = None):
-        self.poolings, self.prefix = [check(name) for name in poolings], prefix
+        self.poolings, self.prefix = [check_pooling(name) for name in poolings], prefix
         real = mask_nt.bool()
         image = torch.zeros_like(real) if image_nt is None else image_nt & real
         self.own = {"mean": real, "max": real, "image_mean": image, "text_mean": real & ~image}

@@ -58,7 +58,7 @@ def _parted(name: str) -> tuple[str, str | None]:
     return (name, None) if paths.Home.find().resolve(name).is_dir() else (source, revision or None)
 
 
-def title(id_or_folder: str) -> str:
+def short_name(id_or_folder: str) -> str:
     """What a checkpoint is called in tables: the last part of its id or folder, with the revision that is named."""
     revision = _parted(id_or_folder)[1]
     return Path(locate(id_or_folder)).name + (f"@{revision.replace('/', '-')}" if revision else "")
@@ -82,24 +82,24 @@ def locate(id_or_folder: str) -> str:
     return wanted
 
 
-def revision_of(id_or_folder: str, revision: str | None) -> str | None:
+def pinned_revision(id_or_folder: str, revision: str | None) -> str | None:
     """The revision that was asked for, in words or as ``id@revision``, else the one that a preset pins."""
     name, own = _parted(id_or_folder)
     return revision or own or (PRESETS[name].revision if name in PRESETS else None)
 
 
-def commit_of(id_or_folder: str, revision: str | None, trust_remote_code: bool = False) -> str | None:
+def resolve_commit(id_or_folder: str, revision: str | None, trust_remote_code: bool = False) -> str | None:
     """The commit that a hub id and revision stand for now; None for a folder, whose files speak for themselves."""
     from transformers import AutoConfig
 
     source = locate(id_or_folder)
     if Path(source).is_absolute():
         return None
-    return AutoConfig.from_pretrained(source, revision=revision_of(id_or_folder, revision),
+    return AutoConfig.from_pretrained(source, revision=pinned_revision(id_or_folder, revision),
                                       trust_remote_code=trust_remote_code)._commit_hash
 
 
-def known() -> str:
+def list_models() -> str:
     """The presets and the checked architectures as text."""
     checked = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture")
     presets = pd.DataFrame([{"name": name, "checkpoint": p.source, "type": p.type,

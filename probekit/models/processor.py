@@ -16,7 +16,7 @@ from probekit.models import architectures
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedImage:
     """One image with its k prompts, as the checkpoint's processor makes them.
 
     Attributes
@@ -30,14 +30,14 @@ class Prepared:
     tokens: list[dict[str, np.ndarray]]
     shown: list[np.ndarray]
 
-    def only(self, k: int) -> Prepared:
+    def only(self, k: int) -> PreparedImage:
         """The image with its k-th prompt alone."""
-        return Prepared(self.image, [self.tokens[k]], [self.shown[k]])
+        return PreparedImage(self.image, [self.tokens[k]], [self.image_masks[k]])
 
     @property
     def head(self) -> int:
         """Number of tokens up to the image's last one."""
-        return int(np.flatnonzero(self.shown[0])[-1]) + 1 if self.shown[0].any() else 1
+        return int(np.flatnonzero(self.image_masks[0])[-1]) + 1 if self.image_masks[0].any() else 1
 
 
 class _Once:
@@ -66,7 +66,7 @@ class _Once:
 
 
 @dataclass(frozen=True)
-class Preparer:
+class PromptProcessor:
     """Turns images and prompts into a model's inputs; knows its config and processor, not its weights."""
 
     name: str
@@ -128,7 +128,7 @@ class Preparer:
         content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def prepare(self, image: Image.Image | None, prompts: Sequence[str]) -> Prepared:
+    def prepare(self, image: Image.Image | None, prompts: Sequence[str]) -> PreparedImage:
         """What the processor makes of one image with each of k prompts; the image itself is processed once.
 
         Without an image the prompts go through the template and the tokenizer alone.
@@ -168,16 +168,16 @@ class Preparer:
         if self.image_id is not None and not counts[0]:
             raise ValueError(f"{self.name} got no image token for the prompt {prompts[0][:80]!r}: the chat template "
                              "of this checkpoint does not place images")
-        return Prepared({key: once.output[key] for key in made if key in of_image}, tokens, shown)
+        return PreparedImage({key: once.output[key] for key in made if key in of_image}, tokens, shown)
 
     def _shown(self, row: dict[str, np.ndarray]) -> np.ndarray:
         mask = row.get("image_embeds_position_mask")
         return row["input_ids"] == self.image_id if mask is None else mask == 1
 
-    def _text_only(self, texts: list[str], prompts: Sequence[str], options: dict[str, bool]) -> Prepared:
+    def _text_only(self, texts: list[str], prompts: Sequence[str], options: dict[str, bool]) -> PreparedImage:
         tokens = [{"input_ids": np.array(ids)} for ids in self.processor.tokenizer(texts, **options)["input_ids"]]
         self._check_lengths(tokens, prompts)
-        return Prepared({}, tokens, [np.zeros(len(row["input_ids"]), bool) for row in tokens])
+        return PreparedImage({}, tokens, [np.zeros(len(row["input_ids"]), bool) for row in tokens])
 
     def _check_lengths(self, tokens: list[dict[str, np.ndarray]], prompts: Sequence[str]) -> None:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from probekit.probes import comparison, logreg
-from probekit.probes.labels import Labels
+from probekit.probes import bootstrap, logreg
+from probekit.probes.labels import LabelSet
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # of the images, as in the paper
 TOLERANCE = 1e-3  # of a probe's gradient: whatever probe there is makes a code, so it need not be at its optimum
@@ -32,7 +32,7 @@ def blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     return [np.flatnonzero(block_of[number] == k) for k in range(len(ends)) if (block_of[number] == k).any()]
 
 
-def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memory_gb: float) -> np.ndarray:
+def online(x_lnd: torch.Tensor, labels: LabelSet, strengths: Sequence[float], memory_gb: float) -> np.ndarray:
     """Bits (l, n) for the labels of the n training examples together, in the order of ``labels.split["train"]``.
 
     Each block's probe takes the strength with the lowest log loss on validation, the same for all classes.
@@ -64,7 +64,7 @@ def online(x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float], memo
     return bits.numpy()
 
 
-def table(bits_ln: np.ndarray, labels: Labels, layers: Sequence[str], resamples: int) -> pd.DataFrame:
+def table(bits_ln: np.ndarray, labels: LabelSet, layers: Sequence[str], resamples: int) -> pd.DataFrame:
     """`codelength` in bits a label (1 is what the uniform code takes) and `compression`, 1 / codelength.
 
     Intervals are bootstrapped over the training images whose labels were sent, with the probes as they are.
@@ -74,8 +74,8 @@ def table(bits_ln: np.ndarray, labels: Labels, layers: Sequence[str], resamples:
     counts = np.zeros((len(images), len(layers), 2))
     np.add.at(counts[..., 0], number, bits_ln.T)
     np.add.at(counts[..., 1], number, np.broadcast_to(mask.sum(1)[:, None], bits_ln.T.shape))
-    curve = comparison.resample(counts, images, lambda total: total[..., 0] / total[..., 1], resamples)
-    lo, hi = comparison.bca(curve)
+    curve = bootstrap.bootstrap_curve(counts, images, lambda total: total[..., 0] / total[..., 1], resamples)
+    lo, hi = bootstrap.bca_interval(curve)
     row = {"layer": list(layers), "class": "", "n": int(mask.sum()), "split": "train"}
     return pd.concat([
         pd.DataFrame(row | {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}),

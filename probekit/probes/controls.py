@@ -16,18 +16,17 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-INPUTS = ("no_image", "no_text", "wrong_image")
-LABELS = ("shuffled", "control_task")
-TEXTS = {"bag_of_words": 1, "word_order": 3}  # words in a row that are counted, at most; of binary tasks alone
-BASELINES = ("majority", "name_alone", *TEXTS)
+LABEL_CONTROLS = ("shuffled", "control_task")
+TEXT_BASELINES = {"bag_of_words": 1, "word_order": 3}  # words in a row that are counted, at most; of binary tasks alone
+BASELINES = ("majority", "name_alone", *TEXT_BASELINES)
 FEWEST = 10  # prompts that a random label is drawn for, and examples that score it
-WORDS = {
+CONTROL_WORDS = {
     "untrained": "untrained model", "no_image": "no image", "no_text": "no text", "wrong_image": "wrong image",
     "shuffled": "shuffled labels", "control_task": "control task", "majority": "majority label",
     "name_alone": "category's name alone", "bag_of_words": "bag of words",
     "word_order": "words and their order",
 }
-MEANING = {  # of a score above chance
+CONTROL_MEANING = {  # of a score above chance
     "untrained": "random weights carry that much of the input to the probe: only what lies above it was learnt",
     "no_image": "the texts alone give that much of the labels away: only what lies above it needs the image",
     "no_text": "the image alone gives that much of the labels away, whatever is asked about it",
@@ -41,9 +40,10 @@ MEANING = {  # of a score above chance
     "word_order": "the texts alone, by which words follow each other, give that much of the labels away: only what "
                   "lies above it is about the image",
 }
+from probekit.tasks.input_controls import INPUT_CONTROLS
 
 
-def check(names: Sequence[str], known: Sequence[str] = INPUTS + LABELS) -> None:
+def check_controls(names: Sequence[str], known: Sequence[str] = INPUT_CONTROLS + LABEL_CONTROLS) -> None:
     """Raise ValueError naming what can be chosen where a name is no control."""
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -54,42 +54,8 @@ def check(names: Sequence[str], known: Sequence[str] = INPUTS + LABELS) -> None:
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def inputs(examples: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
-    """The examples with other inputs and their own labels; "none" leaves them as they are.
-
-    no_image
-        the prompt alone, in the same chat template; ``file`` is ""
-    no_text
-        the image alone: the prompt is empty
-    wrong_image
-        each image's prompts and labels with another image of its split
-
-    Raises
-    ------
-    ValueError
-        A split with a single image has no other one.
-    """
-    if name == "none":
-        return examples
-    check([name], INPUTS)
-    if name == "no_image":
-        changed = examples.assign(file="")
-    elif name == "no_text":
-        changed = examples.assign(prompt="")
-    else:
-        changed = examples.assign(file=examples.image_id.map(_other_images(examples, seed)))
-    return changed
 
 
-def _other_images(examples: pd.DataFrame, seed: int) -> dict:
-    """The file of another image of the same split, for each image."""
-    rng, other = np.random.default_rng([seed, crc32(b"wrong_image")]), {}
-    for split, rows in examples.drop_duplicates("image_id").groupby("split", sort=False):
-        if len(rows) < 2:
-            raise ValueError(f"wrong_image needs a second image in {split}: take more images in 01_build_data")
-        rows = rows.iloc[rng.permutation(len(rows))]
-        other |= dict(zip(rows.image_id, np.roll(rows.file, 1), strict=True))
-    return other
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -125,7 +91,7 @@ def labels(name: str, y_nc: np.ndarray, mask_nc: np.ndarray, prompts: np.ndarray
     ValueError
         A control task for prompts that do not repeat, or of which there are too few to be learnt by heart.
     """
-    check([name], LABELS)
+    check_controls([name], LABEL_CONTROLS)
     rng = np.random.default_rng([seed, crc32(name.encode())])
     if name == "shuffled":
         out = y_nc.copy()

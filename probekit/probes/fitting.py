@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from probekit.probes import adam, codelength, controls, logreg
-from probekit.probes.labels import Labels, Task
+from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.weights import ProbeWeights
 
 
@@ -54,7 +54,7 @@ def spread(x_lnd: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torc
     return mean, torch.where(scale > 1e-7 * part.abs().amax(1), scale, torch.inf)
 
 
-def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengths: Sequence[float],
+def with_logreg(x_lnd: torch.Tensor, task: LabelledTask, sets: Sequence[LabelSet], strengths: Sequence[float],
                 layers: Sequence[str], memory_gb: float, coded: bool = False) -> list[Fitted]:
     """Logistic regressions for several sets of labels of a task, in one solve.
 
@@ -77,7 +77,7 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     if short.any():
         worst = torch.where(short, solution.gradient_lsk, -1).argmax()
         layer, strength, k = (int(at) for at in torch.unravel_index(worst, short.shape))
-        words = controls.WORDS.get(sets[k // c].name, "true labels")
+        words = controls.CONTROL_WORDS.get(sets[k // c].name, "true labels")
         norm = solution.gradient_lsk[layer, strength, k].item()
         warnings.warn(f"logreg did not converge in {int(short.sum()):,} of {short.numel():,} problems; the worst: "
                       f"{task.name}, {layers[layer]}, {words}, class {task.true.classes[k % c]!r}, "
@@ -94,7 +94,7 @@ def with_logreg(x_lnd: torch.Tensor, task: Task, sets: Sequence[Labels], strengt
     return found
 
 
-def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, strengths: Sequence[float],
+def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet, strengths: Sequence[float],
             layers: Sequence[str]) -> tuple[Fitted, logreg.Solution]:
     """Each layer with the strength that has the lowest log loss on validation, and the solution for those."""
     rows = labels.split["validation"]
@@ -110,7 +110,7 @@ def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: Labels, stre
     return Fitted(p, about, pd.DataFrame()), solution
 
 
-def with_adam(x_lnd: torch.Tensor, sets: Sequence[Labels], seeds: Sequence[int], setting: adam.Training,
+def with_adam(x_lnd: torch.Tensor, sets: Sequence[LabelSet], seeds: Sequence[int], setting: adam.Training,
               layers: Sequence[str]) -> list[Fitted]:
     """The probes "linear" (no hidden layer) and "mlp", one Fitted for each set of labels with its seed.
 

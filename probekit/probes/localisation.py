@@ -21,11 +21,11 @@ from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models import forward
 from probekit.models.load import Vlm, load_vlm
-from probekit.models.processor import Prepared
-from probekit.models.token_grid import Grid, NoGrid, check, covered
-from probekit.probes import comparison
+from probekit.models.processor import PreparedImage
+from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
+from probekit.probes import bootstrap, comparison
 from probekit.probes.probing import control_of, folder_of
-from probekit.probes.results import COLUMNS, Results
+from probekit.probes.results import COLUMNS, ProbeResults
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import TaskInfo, task_infos
 
@@ -37,14 +37,14 @@ METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
 
 
 @dataclass(frozen=True)
-class Heat:
+class HeatMap:
     """What the probes of all layers say of each image token of one example.
 
     Attributes
     ----------
     logit_ltc : log-odds of each class, (l, t, c); for ``image_mean`` the example's own are their mean over tokens, for
         ``mean`` that over image and text tokens
-    cell_t4 : see :class:`probekit.models.token_grid.Grid`
+    cell_t4 : see :class:`probekit.models.token_grid.TokenGrid`
     """
 
     logit_ltc: np.ndarray
@@ -52,12 +52,12 @@ class Heat:
 
     @cached_property
     def above_ltc(self) -> np.ndarray:
-        """Heat: log-odds above the mean of the image's tokens, 0 for the others."""
+        """HeatMap: log-odds above the mean of the image's tokens, 0 for the others."""
         values = self.logit_ltc.astype(np.float32)
         return np.maximum(values - values.mean(1, keepdims=True), 0)
 
 
-def heat(vlm: Vlm, prepared: Sequence[Prepared], linear: ProbeWeights, cells: Sequence[np.ndarray]) -> list[Heat]:
+def heat(vlm: Vlm, prepared: Sequence[PreparedImage], linear: ProbeWeights, cells: Sequence[np.ndarray]) -> list[HeatMap]:
     """Run images of one shape, each with its first prompt, and apply each layer's probe to every image token.
 
     No hidden states are kept: the probes are applied in the layers' hooks, on the device.
@@ -67,7 +67,7 @@ def heat(vlm: Vlm, prepared: Sequence[Prepared], linear: ProbeWeights, cells: Se
     cells : where each image's tokens lie
     """
     raw = {layer: [part.to(vlm.device) for part in linear.raw(k)] for k, layer in enumerate(vlm.layers)}
-    shown = [torch.from_numpy(np.flatnonzero(one.shown[0])).to(vlm.device) for one in prepared]
+    shown = [torch.from_numpy(np.flatnonzero(one.image_masks[0])).to(vlm.device) for one in prepared]
     logits: list[list[np.ndarray]] = [[] for _ in prepared]
 
     def take(layer: str, hidden_ntd: torch.Tensor) -> None:
@@ -75,8 +75,8 @@ def heat(vlm: Vlm, prepared: Sequence[Prepared], linear: ProbeWeights, cells: Se
         for i, places in enumerate(shown):
             logits[i].append((hidden_ntd[i, places].float() @ weight_dc + intercept_c).cpu().numpy())
 
-    forward.read(vlm, prepared, take)
-    return [Heat(np.stack(values), cell_t4) for values, cell_t4 in zip(logits, cells, strict=True)]
+    forward.read_layers(vlm, prepared, take)
+    return [HeatMap(np.stack(values), cell_t4) for values, cell_t4 in zip(logits, cells, strict=True)]
 
 
 def boxes_of(instances: pd.DataFrame) -> np.ndarray:
@@ -85,12 +85,12 @@ def boxes_of(instances: pd.DataFrame) -> np.ndarray:
     return corners / instances[["width", "height", "width", "height"]].to_numpy()
 
 
-def shares(found: Heat, boxes_b4: np.ndarray) -> tuple[np.ndarray, float] | None:
+def shares(found: HeatMap, boxes_b4: np.ndarray) -> tuple[np.ndarray, float] | None:
     """Which share of each class's heat lies in the boxes (l, c), and which share of the tokens.
 
     None where the boxes cover all of the tokens, or none.
     """
-    inside_t = covered(found.cell_t4, boxes_b4)
+    inside_t = box_coverage(found.cell_t4, boxes_b4)
     counts = np.isfinite(inside_t)
     inside_t = np.nan_to_num(inside_t)
     if not 0 < inside_t.sum() < counts.sum():
@@ -105,14 +105,14 @@ def shares(found: Heat, boxes_b4: np.ndarray) -> tuple[np.ndarray, float] | None
 
 
 def run(vlm: Vlm, rows: pd.DataFrame, linear: ProbeWeights, longest_side: int | None, batch_tokens: int
-        ) -> Iterator[tuple[int, Heat]]:
+        ) -> Iterator[tuple[int, HeatMap]]:
     """The place in `rows` (columns `file`, `prompt`; an image each) and the heat of every example, batch by batch."""
-    works = loading.ahead(vlm.preparer, longest_side, [shards.rows_of(rows)], 0)
-    grid, checked = Grid(vlm), False
+    works = loading.ahead(vlm.prompt_processor, longest_side, [shards.rows_of(rows)], 0)
+    grid, checked = TokenGrid(vlm), False
     for batch in loading.batches(works, lambda: batch_tokens, lambda: "plain"):
         images = [load_rgb(paths.Home.find().resolve(rows.file.iloc[work.rows[0]]), longest_side) for work in batch]
         if not checked:
-            check(vlm, images[:CHECKED], rows.prompt.iloc[0])
+            check_token_grid(vlm, images[:CHECKED], rows.prompt.iloc[0])
             checked = True
         prepared = [work.prepared for work in batch]
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
@@ -133,12 +133,12 @@ def table(found: dict[str, np.ndarray], image_n: np.ndarray, layers: Sequence[st
     for metric in METRICS:
         counts = np.zeros((len(names), len(layers), 2))
         np.add.at(counts, number, np.stack([found[metric], np.ones_like(found[metric])], -1))
-        curve = comparison.resample(counts, names, lambda total: total[..., 0] / total[..., 1].clip(1e-9), resamples)
-        lo, hi = comparison.bca(curve)
+        curve = bootstrap.bootstrap_curve(counts, names, lambda total: total[..., 0] / total[..., 1].clip(1e-9), resamples)
+        lo, hi = bootstrap.bca_interval(curve)
         row = pd.DataFrame({"layer": layers, "metric": metric, "class": "", "value": curve.score_l, "lo": lo, "hi": hi,
                             "n": len(image_n)})
         if metric == "localisation":
-            row = row.merge(comparison.layers(curve, layers)[["layer", *comparison.COLUMNS]], on="layer")
+            row = row.merge(comparison.compare_layers(curve, layers)[["layer", *comparison.COLUMNS]], on="layer")
         rows.append(row)
     return pd.concat(rows, ignore_index=True)
 
@@ -174,7 +174,7 @@ def _localise(store: Activations, rows: pd.DataFrame, classes: Sequence[str], in
                  resamples), kept
 
 
-def _pairs(found: Heat, own: pd.DataFrame, classes: Sequence[str], learnt: np.ndarray
+def _pairs(found: HeatMap, own: pd.DataFrame, classes: Sequence[str], learnt: np.ndarray
            ) -> Iterator[dict[str, np.ndarray]]:
     """The metrics by layer (l,) of each category that an image shows in boxes, and that probes could learn.
 
@@ -201,14 +201,14 @@ def _made(own: Path, make: Callable[[], tuple[pd.DataFrame, dict[str, np.ndarray
             told, kept = make()
             paths.write_atomic(own / "localisation.parquet", told.to_parquet)
             paths.write_atomic(own / "heat.safetensors", lambda part: save_file(kept, part))
-        except NoGrid as error:
+        except NoTokenGrid as error:
             nothing = str(error)
         paths.write_json(own / "heat.json", {"nothing": nothing})
     return paths.read_json(own / "heat.json")["nothing"]
 
 
-def localise(stores: Sequence[Activations], examples: pd.DataFrame, instances: pd.DataFrame, task: str, whole: Results,
-             folder: Path, keep: int = 100, resamples: int = 2000, device: str | None = None) -> Results:
+def add_localisation(stores: Sequence[Activations], examples: pd.DataFrame, instances: pd.DataFrame, task: str, whole: ProbeResults,
+             folder: Path, keep: int = 100, resamples: int = 2000, device: str | None = None) -> ProbeResults:
     """Ask the probes of a local task of every image token of all test images; what `folder` holds is read back.
 
     The models run once more, over the test images. What has no heat (a model whose tokens have no known place in the
@@ -217,7 +217,7 @@ def localise(stores: Sequence[Activations], examples: pd.DataFrame, instances: p
     Parameters
     ----------
     stores : of the run; those of input controls are passed over
-    instances : see :func:`probekit.tasks.building.instances`
+    instances : see :func:`probekit.tasks.building.load_instances`
     task : name of a multilabel task whose classes are categories
     whole : results of the run, with its "logreg" probes; poolings :data:`POOLINGS` are read
     folder : of the run's results
@@ -225,7 +225,7 @@ def localise(stores: Sequence[Activations], examples: pd.DataFrame, instances: p
 
     Returns
     -------
-    Results
+    ProbeResults
         With the rows of :data:`METRICS` added to its metrics, and the files of the kept heat.
     """
     about = task_infos(examples).get(task, TaskInfo("", (), ""))
@@ -258,7 +258,7 @@ def localise(stores: Sequence[Activations], examples: pd.DataFrame, instances: p
     return replace(whole, metrics=metrics, heat=files)
 
 
-class Kept:
+class StoredHeat:
     """The stored heat of a run's inspection set.
 
     Parameters
@@ -271,9 +271,9 @@ class Kept:
         self.files = {key: safe_open(file, framework="numpy") for key, file in there.items()}
         self.names = {key: set(file.keys()) for key, file in self.files.items()}
 
-    def get(self, key: str, image_id: int) -> Heat | None:
+    def get(self, key: str, image_id: int) -> HeatMap | None:
         """The heat of a test image; None where none is stored."""
         if f"{image_id}|logit" not in self.names.get(key, ()):
             return None
         file = self.files[key]
-        return Heat(file.get_tensor(f"{image_id}|logit"), file.get_tensor(f"{image_id}|cell"))
+        return HeatMap(file.get_tensor(f"{image_id}|logit"), file.get_tensor(f"{image_id}|cell"))

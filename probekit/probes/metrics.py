@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from probekit.probes import comparison
+from probekit.probes import bootstrap, comparison
 
 COUNTS = ("tp", "fp", "fn", "tn", "log_loss")  # the last one is a sum of losses
 PLAIN = (*COUNTS[:4], "prevalence")  # of a class, without an interval
@@ -115,7 +115,7 @@ def average_precision(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, 
     out = np.full((b, layers, classes), np.nan)
     for c in range(classes):
         asked = mask_nc[:, c] > 0
-        y, part = torch.from_numpy(y_nc[asked, c] > 0), max(1, 10 * comparison.BLOCK // max(1, asked.sum()))
+        y, part = torch.from_numpy(y_nc[asked, c] > 0), max(1, 10 * bootstrap.BLOCK // max(1, asked.sum()))
         for at in range(0, b, part):
             w_bn = torch.from_numpy(weight_bn[at : at + part, asked].astype(np.float32))
             for layer in range(layers):
@@ -129,16 +129,16 @@ def average_precision(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, 
 
 
 def _ranked(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, resamples: int, seed: int
-            ) -> dict[int | None, comparison.Curve]:
+            ) -> dict[int | None, bootstrap.Curve]:
     """Curves of the average precision: of each class, and their mean (None)."""
     images, number = np.unique(image_n, return_inverse=True)
     left_out = 1 - np.eye(len(images), dtype=np.uint8)
-    rounds = [np.ones((1, len(images)), np.uint8), comparison.weights(images, resamples, seed), left_out]
+    rounds = [np.ones((1, len(images)), np.uint8), bootstrap.image_weights(images, resamples, seed), left_out]
     found_blc = average_precision(p_lnc, y_nc, mask_nc, np.concatenate(rounds)[:, number])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a positive example of any class
         found = {None: np.nanmean(found_blc, -1), **dict(enumerate(np.moveaxis(found_blc, -1, 0)))}
-    return {k: comparison.Curve(v[0], v[1 : 1 + resamples], comparison.acceleration(v[1 + resamples :]))
+    return {k: bootstrap.Curve(v[0], v[1 : 1 + resamples], bootstrap.acceleration(v[1 + resamples :]))
             for k, v in found.items()}
 
 
@@ -147,14 +147,14 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
           threshold_lc: np.ndarray | None = None) -> pd.DataFrame:
     """Tidy scores of all layers: `layer, metric, class, value, lo, hi, n`, and how the layers compare.
 
-    `lo` and `hi` are 95 % intervals (:func:`probekit.probes.comparison.bca`) from `resamples` bootstrap samples of the images (an
+    `lo` and `hi` are 95 % intervals (:func:`probekit.probes.bootstrap.bca_interval`) from `resamples` bootstrap samples of the images (an
     image's examples stay together; the same samples for every layer, model and task, so that they can be compared).
     `class` is empty where a metric is about all classes; counts, and a class's `prevalence`, have no interval; `n` is
     the number of entries that count (of the class, where there are several).
 
     Parameters
     ----------
-    by_class : scores of each class, average precision, and the columns of :func:`probekit.probes.comparison.layers` for the
+    by_class : scores of each class, average precision, and the columns of :func:`probekit.probes.comparison.compare_layers` for the
         metrics :data:`COMPARED`, besides the scores about all classes
     threshold_lc : adds `<metric>_tuned`, with these thresholds instead of one half: accuracy of binary tasks, F1 of
         others, as :func:`thresholds` chooses them
@@ -175,7 +175,7 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
     names, n_c, n, rows = ["no", "yes"] if binary else classes, mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
     for (metric, k), values in point.items():
         curve = curves.get((metric, k))  # none for counts, and classes that were never asked for
-        lo, hi = comparison.bca(curve) if curve else (np.nan, np.nan)
+        lo, hi = bootstrap.bca_interval(curve) if curve else (np.nan, np.nan)
         row = pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
                             "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]})
         if by_class and k is None and metric in COMPARED and np.isfinite(values).all():
@@ -186,21 +186,21 @@ def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.
 
 
 def _scored(counts: np.ndarray, image_n: np.ndarray, binary: bool, kept: Callable[[tuple], bool], resamples: int,
-            seed: int) -> tuple[dict[tuple, np.ndarray], dict[tuple, comparison.Curve]]:
+            seed: int) -> tuple[dict[tuple, np.ndarray], dict[tuple, bootstrap.Curve]]:
     """The kept scores (l,), and the curves of those that have an interval."""
     point, layers = scores(counts.sum(0), binary), counts.shape[1]
     drawn = [key for key, values in point.items() if key[0] not in PLAIN and kept(key) and not np.isnan(values).all()]
-    curve = comparison.resample(counts, np.unique(image_n), lambda total: np.concatenate(
+    curve = bootstrap.bootstrap_curve(counts, np.unique(image_n), lambda total: np.concatenate(
         [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
     return ({key: values for key, values in point.items() if kept(key)},
             {key: curve.only(slice(i * layers, (i + 1) * layers)) for i, key in enumerate(drawn)})
 
 
-def _compared(curve: comparison.Curve, layers: list[str], smaller: bool) -> pd.DataFrame:
+def _compared(curve: bootstrap.Curve, layers: list[str], smaller: bool) -> pd.DataFrame:
     """The layers of each stage against each other."""
     if smaller:
-        curve = comparison.Curve(-curve.score_l, -curve.resampled_bl)
+        curve = bootstrap.Curve(-curve.score_l, -curve.resampled_bl)
     stage = np.array([layer.partition(".")[0] for layer in layers])
     parts = [np.flatnonzero(stage == name) for name in dict.fromkeys(stage)]
-    found = pd.concat([comparison.layers(curve.only(rows), np.array(layers)[rows]) for rows in parts])
+    found = pd.concat([comparison.compare_layers(curve.only(rows), np.array(layers)[rows]) for rows in parts])
     return found[["layer", *comparison.COLUMNS]]

@@ -17,15 +17,16 @@ from probekit import paths
 from probekit.extraction.store import Activations
 from probekit.probes import adam, codelength, comparison, controls, fitting, metrics, transfer
 from probekit.probes.fitting import Fitted
-from probekit.probes.labels import Labels, Task
-from probekit.probes.results import Results
+from probekit.probes.labels import LabelledTask, LabelSet
+from probekit.probes.results import ProbeResults
 from probekit.probes.weights import ProbeWeights
+from probekit.tasks import input_controls
 from probekit.tasks.base import task_infos
-from probekit.tasks.building import rows_key, table_key
+from probekit.tasks.building import input_fingerprint, table_fingerprint
 
 PROBES = ("logreg", "linear", "mlp")
 PREDICTED = ("none", "untrained")  # controls whose test predictions are kept, and whose layers are compared
-LabelSets = dict[tuple[str, int], Labels]  # by control and seed
+LabelSets = dict[tuple[str, int], LabelSet]  # by control and seed
 LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 VERSION = 7  # of what the tables hold: those of older versions are made anew
 
@@ -42,7 +43,7 @@ class ProbeSettings:
         labels have one "logreg", which has no seed
     strengths : values of C that "logreg" chooses from, for each layer the one with the lowest validation log loss
     training : setting of "linear" and "mlp"
-    controls : names out of :data:`probekit.probes.controls.LABELS`: the same probes on the same states with other labels
+    controls : names out of :data:`probekit.probes.controls.LABEL_CONTROLS`: the same probes on the same states with other labels
     codelength : measure the online codelength of the labels, too (with "logreg")
     resamples : bootstrap samples for the intervals
     memory_gb : bound on what is held at a time; layers go through the probes in groups that fit
@@ -62,7 +63,7 @@ class ProbeSettings:
         unknown = [name for name in self.probes if name not in PROBES]
         if unknown or not self.probes:
             raise ValueError(f"unknown probes {unknown or self.probes}: take names out of {', '.join(PROBES)}")
-        controls.check(self.controls, controls.LABELS)
+        controls.check_controls(self.controls, controls.LABEL_CONTROLS)
         for name in ("probes", "seeds", "strengths"):
             if len(set(getattr(self, name))) < len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{name}={list(getattr(self, name))}: name each once, and at least one")
@@ -71,7 +72,7 @@ class ProbeSettings:
 # ------------------------------------------------------------------------------------------------------------ a store
 
 
-def probe(store: Activations, examples: pd.DataFrame, settings: ProbeSettings, folder: Path) -> Results:
+def probe(store: Activations, examples: pd.DataFrame, settings: ProbeSettings, folder: Path) -> ProbeResults:
     """Probe every layer, pooling and task of a store; what `folder` already holds for these settings is read back.
 
     Parameters
@@ -80,22 +81,22 @@ def probe(store: Activations, examples: pd.DataFrame, settings: ProbeSettings, f
     folder : where the tables go, into a folder of the store's name
     """
     settings.check()
-    if rows_key(store.examples) != rows_key(controls.inputs(examples, store.control)):
+    if input_fingerprint(store.examples) != input_fingerprint(input_controls.change_inputs(examples, store.control)):
         raise ValueError("the store is open for another examples table: open it for this one")
     if control_of(store) != "none":  # other labels are about the real states
         settings = replace(settings, controls=(), codelength=settings.codelength and store.control == "none")
-    key = paths.fingerprint(VERSION, settings, store.key, table_key(examples))
+    key = paths.fingerprint(VERSION, settings, store.key, table_fingerprint(examples))
     own = folder_of(store, folder)
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
-        return Results.read(own, table_key(examples))
+        return ProbeResults.read(own, table_fingerprint(examples))
     (own / "probe.json").unlink(missing_ok=True)
-    tasks = [Task.of(examples, name) for name in task_infos(examples)]
+    tasks = [LabelledTask.of(examples, name) for name in task_infos(examples)]
     sets = {task.name: _label_sets(task, settings) for task in tasks}
-    done = Results.join([part.stamped(key) for pooling in store.poolings
+    done = ProbeResults.join([part.stamped(key) for pooling in store.poolings
                          for part in _probe_pooling(store, pooling, tasks, sets, settings)])
     done = replace(done, stores=({"record": store.record, "meta": store.meta, "settings": asdict(settings),
                                   "versions": paths.versions(*LIBRARIES), "fingerprint": key},))
-    done.write(own, table_key(examples))
+    done.write(own, table_fingerprint(examples))
     paths.write_json(own / "probe.json", {"fingerprint": key})
     return done
 
@@ -109,8 +110,8 @@ def control_of(store: Activations) -> str:
     return "untrained" if store.meta["untrained"] and store.control == "none" else store.control
 
 
-def _probe_pooling(store: Activations, pooling: str, tasks: Sequence[Task], sets: dict[str, LabelSets], settings: ProbeSettings
-                   ) -> Iterator[Results]:
+def _probe_pooling(store: Activations, pooling: str, tasks: Sequence[LabelledTask], sets: dict[str, LabelSets], settings: ProbeSettings
+                   ) -> Iterator[ProbeResults]:
     """A part for each task and kind of probe; the last one says how the layers relate."""
     linear, main = {}, control_of(store)
     for task, kind, fitted in _fit_all(store, pooling, tasks, sets, settings):
@@ -121,18 +122,18 @@ def _probe_pooling(store: Activations, pooling: str, tasks: Sequence[Task], sets
         about = {"model": store.meta["model"], "control": main, "pooling": pooling}
         scores, near = transfer.relate(store, pooling, [task for task in tasks if task.name in linear], linear)
         prefix = "|".join(about.values())
-        yield Results(pd.DataFrame(), pd.DataFrame(), scores.assign(**about), {},
+        yield ProbeResults(pd.DataFrame(), pd.DataFrame(), scores.assign(**about), {},
                       {f"{prefix}|{name}": values for name, values in near.items()},
                       {f"{prefix}|{name}|{part}": values for name, one in linear.items()
                        for part, values in vars(one).items()})
 
 
-def _fit_all(store: Activations, pooling: str, tasks: Sequence[Task], sets: dict[str, LabelSets], settings: ProbeSettings
-             ) -> Iterator[tuple[Task, str, dict[tuple[str, int], Fitted]]]:
+def _fit_all(store: Activations, pooling: str, tasks: Sequence[LabelledTask], sets: dict[str, LabelSets], settings: ProbeSettings
+             ) -> Iterator[tuple[LabelledTask, str, dict[tuple[str, int], Fitted]]]:
     """Every task and kind of probe, fitted to all layers: by control of the labels and seed."""
     parts: dict[tuple[str, str], dict[tuple[str, int], list[Fitted]]] = defaultdict(lambda: defaultdict(list))
     name = f"probing {store.folder.parent.name} ({store.control}, {pooling})"
-    with tqdm(total=len(store.layers_of(pooling)), desc=name, unit="layer") as bar:
+    with tqdm(total=len(store.layers_with(pooling)), desc=name, unit="layer") as bar:
         for layers, x_lnd in _groups(store, pooling, settings.memory_gb / 16):
             for task in tasks:
                 x_task = x_lnd[:, task.rows].to(fitting.device())
@@ -145,18 +146,18 @@ def _fit_all(store: Activations, pooling: str, tasks: Sequence[Task], sets: dict
             yield task, kind, {key: Fitted.join(found) for key, found in parts[task.name, kind].items()}
 
 
-def _label_sets(task: Task, settings: ProbeSettings) -> LabelSets:
+def _label_sets(task: LabelledTask, settings: ProbeSettings) -> LabelSets:
     """The true labels first, then those of the controls for each seed; a control that it cannot have is a warning."""
     found = {("none", settings.seeds[0]): task.true}
     for name in settings.controls:
         try:
             found |= {(name, seed): task.labels(name, seed) for seed in settings.seeds}
         except ValueError as error:
-            warnings.warn(f"{task.name} has no {controls.WORDS[name]}: {error}", stacklevel=2)
+            warnings.warn(f"{task.name} has no {controls.CONTROL_WORDS[name]}: {error}", stacklevel=2)
     return found
 
 
-def _fit(x_lnd: torch.Tensor, task: Task, kind: str, settings: ProbeSettings, layers: Sequence[str],
+def _fit(x_lnd: torch.Tensor, task: LabelledTask, kind: str, settings: ProbeSettings, layers: Sequence[str],
          sets: LabelSets) -> dict[tuple[str, int], Fitted]:
     """One kind of probe, for the true labels and those of controls: by control and seed."""
     if kind == "logreg":
@@ -174,7 +175,7 @@ def _groups(store: Activations, pooling: str, gigabytes: float) -> Iterator[tupl
     """Neighbouring layers of one width, as many as fit, with their features (l, n, d); at least one."""
     names: list[str] = []
     held: list[np.ndarray] = []
-    for layer in store.layers_of(pooling):
+    for layer in store.layers_with(pooling):
         x_nd = store[layer, pooling]
         if held and (x_nd.shape != held[0].shape or (len(held) + 1) * x_nd.nbytes > gigabytes * 1e9):
             yield names, torch.from_numpy(np.stack(held))
@@ -187,10 +188,10 @@ def _groups(store: Activations, pooling: str, gigabytes: float) -> Iterator[tupl
 # ----------------------------------------------------------------------------------------------------------- scoring
 
 
-def scored(store: Activations, pooling: str, task: Task, kind: str, fitted: dict[tuple[str, int], Fitted],
-           sets: LabelSets, settings: ProbeSettings) -> Results:
+def scored(store: Activations, pooling: str, task: LabelledTask, kind: str, fitted: dict[tuple[str, int], Fitted],
+           sets: LabelSets, settings: ProbeSettings) -> ProbeResults:
     """Tables of one task and kind of probe, all controls and seeds, and the first seed's test predictions."""
-    layers, main, b = store.layers_of(pooling), control_of(store), settings.resamples
+    layers, main, b = store.layers_with(pooling), control_of(store), settings.resamples
     tables = []
     for (name, seed), one in fitted.items():
         labels = sets.get((name, seed), task.true)  # those of "linear" and "mlp" are true for every seed
@@ -213,7 +214,7 @@ def scored(store: Activations, pooling: str, task: Task, kind: str, fitted: dict
     if main == "none":
         tables += [_baseline(name, task.true, layers, b, task.p_texts_n.get(name)).assign(
             seed=settings.seeds[0], control=name)
-            for name in controls.BASELINES if name in task.p_texts_n or name not in controls.TEXTS]
+            for name in controls.BASELINES if name in task.p_texts_n or name not in controls.TEXT_BASELINES]
     about = {"model": store.meta["model"], "pooling": pooling, "task": task.name, "probe": kind}
     table = pd.concat(tables, ignore_index=True)
     losses = pd.concat([one.losses.assign(control=main if name == "none" else name, **about)
@@ -221,20 +222,20 @@ def scored(store: Activations, pooling: str, task: Task, kind: str, fitted: dict
     decoder = [layer.startswith("lm.") for layer in layers]
     test = fitted["none", settings.seeds[0]].p_lnc["test"][decoder].astype(np.float16)
     key = "|".join((about["model"], main, pooling, task.name, kind))
-    return Results(table.assign(stage=table.layer.str.partition(".")[0], **about), losses,
+    return ProbeResults(table.assign(stage=table.layer.str.partition(".")[0], **about), losses,
                    predictions={key: test} if main in PREDICTED and len(test) else {})
 
 
-def _selectivity(own: Fitted, control: Fitted, true: Labels, arbitrary: Labels, layers: Sequence[str], resamples: int
+def _selectivity(own: Fitted, control: Fitted, true: LabelSet, arbitrary: LabelSet, layers: Sequence[str], resamples: int
                  ) -> pd.DataFrame:
     """Accuracy minus that of the control task (Hewitt and Liang, 2019, section 2), with its percentile interval."""
-    gap = comparison.difference(true.curve(own.p_lnc["test"], "test", "accuracy", resamples),
+    gap = comparison.curve_difference(true.curve(own.p_lnc["test"], "test", "accuracy", resamples),
                              arbitrary.curve(control.p_lnc["test"], "test", "accuracy", resamples), layers)
     return gap[["layer", "lo", "hi"]].assign(value=gap.difference, metric="selectivity", split="test",
                                              n=int(true.of("test")[1].sum()), **{"class": ""})
 
 
-def _baseline(name: str, labels: Labels, layers: Sequence[str], resamples: int, p_n: np.ndarray | None = None
+def _baseline(name: str, labels: LabelSet, layers: Sequence[str], resamples: int, p_n: np.ndarray | None = None
               ) -> pd.DataFrame:
     """The same scores at every layer: a baseline looks at none. `p_n` are its probabilities, where it has some."""
     train = labels.split["train"]

@@ -24,7 +24,7 @@ TABLES, ARRAYS = ("metrics", "losses", "transfer"), ("predictions", "neighbours"
 
 
 @dataclass(frozen=True)
-class Results:
+class ProbeResults:
     """What probing gives, for one store or for a whole run.
 
     Attributes
@@ -65,12 +65,12 @@ class Results:
         except KeyError:
             raise KeyError(f"no logreg probes of {key}: run 03_probe with probes that include logreg") from None
 
-    def stamped(self, settings: str) -> Results:
+    def stamped(self, settings: str) -> ProbeResults:
         """The same with `settings` in every row."""
         return replace(self, **{name: getattr(self, name).assign(settings=settings) for name in TABLES})
 
     @classmethod
-    def join(cls, parts: Sequence[Results]) -> Results:
+    def join(cls, parts: Sequence[ProbeResults]) -> ProbeResults:
         """Put the results of several probings together.
 
         Raises
@@ -102,7 +102,7 @@ class Results:
                                                    "heat": self.heat})
 
     @classmethod
-    def read(cls, folder: Path, examples_key: str) -> Results:
+    def read(cls, folder: Path, examples_key: str) -> ProbeResults:
         """Read what :meth:`write` wrote.
 
         Raises
@@ -134,13 +134,13 @@ def stage_of(table: pd.DataFrame) -> str:
     return "lm" if (table.stage == "lm").any() or not len(table) else table.stage.iloc[0]
 
 
-def select(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None
+def select_curve(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None
            ) -> pd.DataFrame:
     """One metric about all classes of one stage's layers, in their order, averaged over the seeds.
 
     The stage is the decoder ("lm") unless another one is named, or the table has no decoder.
 
-    How the layers compare (:func:`probekit.probes.comparison.layers`) is the first seed's; `spread` is the largest seed's score
+    How the layers compare (:func:`probekit.probes.comparison.compare_layers`) is the first seed's; `spread` is the largest seed's score
     minus the smallest's.
 
     Raises
@@ -173,7 +173,7 @@ def best_layers(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "l
     """
     keys, found = ["task", "model", "control", "pooling", "layer"], []
     for name, about in tasks.items():
-        validation, test = (select(table[table.task == name], probe, HEADLINE[about.kind], split)
+        validation, test = (select_curve(table[table.task == name], probe, HEADLINE[about.kind], split)
                             for split in ("validation", "test"))
         chosen = validation.loc[validation.groupby(keys[:-1], sort=False).value.idxmax(), keys]
         found.append(chosen.merge(test, on=keys, how="left"))

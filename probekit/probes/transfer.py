@@ -9,14 +9,14 @@ import pandas as pd
 
 from probekit.extraction.store import Activations
 from probekit.probes import metrics
-from probekit.probes.labels import HEADLINE, Task
+from probekit.probes.labels import HEADLINE, LabelledTask
 from probekit.probes.weights import ProbeWeights
 
 NEAREST = 5
 CHUNK = 1000  # examples that are compared with all others at a time
 
 
-def relate(store: Activations, pooling: str, tasks: Sequence[Task], linear: dict[str, ProbeWeights]
+def relate(store: Activations, pooling: str, tasks: Sequence[LabelledTask], linear: dict[str, ProbeWeights]
            ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Read every decoder layer once more, with the probes of all layers.
 
@@ -32,7 +32,7 @@ def relate(store: Activations, pooling: str, tasks: Sequence[Task], linear: dict
     dict
         By task the :func:`nearest` test examples of each, (l, n, 5).
     """
-    layers, rows, near = [name for name in store.layers_of(pooling) if name.startswith("lm.")], [], {}
+    layers, rows, near = [name for name in store.layers_with(pooling) if name.startswith("lm.")], [], {}
     for b, layer in enumerate(layers):
         x_nd = store[layer, pooling]
         for task in tasks:

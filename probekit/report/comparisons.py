@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.probes.results import select
+from probekit.probes.results import select_curve
 from probekit.report import style as look
 from probekit.report.curves import curve_traces
 from probekit.report.style import FULL, GREY, SYMBOLS, WORDS, faded, layer_number
@@ -22,7 +22,7 @@ def global_and_local(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str
     The global task is the first binary one, local ones are multilabel. On the right each point is a layer; filled ones
     are those that no other layer beats at both: along them one is traded for the other.
     """
-    every = select(table[table.control == "none"], probe, "accuracy")
+    every = select_curve(table[table.control == "none"], probe, "accuracy")
     rows = every[every.pooling == every.pooling.iloc[0]]
     whole = next(name for name, about in tasks.items() if about.kind == "binary")
     local = [name for name, about in tasks.items() if about.kind == "multilabel"]
@@ -87,7 +87,7 @@ def stage_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
             part = own[(own.model == model) & (own.stage == stage) & (own.pooling == pooling)]
             if not len(part):
                 continue
-            curve = select(part, probe, metric, stage=stage)
+            curve = select_curve(part, probe, metric, stage=stage)
             x = start + np.arange(len(curve)) / max(1, len(curve) - 1) * (end - start)
             first = not any(trace.name == model for trace in figure.data)
             for trace in curve_traces(curve, model, "none", colours[model], SYMBOLS[0], metric):
@@ -103,7 +103,7 @@ def stage_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
 
 def pooling_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logreg") -> go.Figure:
     """How the choice of tokens matters: a panel a model, a symbol and a shade of its colour for each pooling."""
-    rows = select(table[(table.control == "none") & (table.task == task)], probe, metric)
+    rows = select_curve(table[(table.control == "none") & (table.task == task)], probe, metric)
     figure = _shades(rows, "pooling", look.colour_of(table), metric)
     return look.style(figure, f"Poolings: {look.headed(metric, task)}", 450, FULL, True)
 
@@ -113,7 +113,7 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], probe: str = "logreg"
 
     Dotted, of the same symbol: what the words of the prompts and their order alone tell (the control ``word_order``).
     """
-    every = select(table[table.task.isin(tasks)], probe, "accuracy")
+    every = select_curve(table[table.task.isin(tasks)], probe, "accuracy")
     rows = every[every.pooling == every.pooling.iloc[0]]
     colours = look.colour_of(table)
     figure = _shades(rows[rows.control == "none"], "task", colours, "accuracy")

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from probekit.probes import controls
-from probekit.probes.results import select
+from probekit.probes.results import select_curve
 from probekit.report import style as look
 from probekit.report.style import (
     DASHES,
@@ -32,7 +32,7 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
                  ) -> go.Figure:
     """A metric by layer: one colour a model, its 95 % interval as a band, its plateau highlighted, controls dashed.
 
-    The plateau are the layers that cannot be told from the best one (:func:`probekit.probes.comparison.layers`).
+    The plateau are the layers that cannot be told from the best one (:func:`probekit.probes.comparison.compare_layers`).
 
     Parameters
     ----------
@@ -44,18 +44,18 @@ def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logr
     pooling : which one to draw; None takes the table's first. :func:`pooling_curves` compares them
     """
     figure, colours, deepest = go.Figure(), look.colour_of(table), []
-    everything = select(table[table.task == task], probe, metric, split)
+    everything = select_curve(table[table.task == task], probe, metric, split)
     pooling = pooling or everything.pooling.iloc[0]
     rows = everything[(everything.pooling == pooling) & ~everything.control.isin(controls.BASELINES)]
     models = list(colours)
     for (model, control), curve in rows.groupby(["model", "control"], sort=False):
         curve, again = curve.reset_index(drop=True), models.index(model) // len(look.PALETTE)
-        name = model + (f" {controls.WORDS[control].removesuffix(' model')}" if control != "none" else "")
+        name = model + (f" {controls.CONTROL_WORDS[control].removesuffix(' model')}" if control != "none" else "")
         traces = curve_traces(curve, name, control, colours[model], SYMBOLS[again % len(SYMBOLS)], metric)
         figure.add_traces(traces)
         deepest += [int(layer_number(curve.layer).max())] * len(traces)
     for control in [name for name in DASHES if name in set(rows.control)]:
-        figure.add_trace(look.key(controls.WORDS[control], legendgroup=control,
+        figure.add_trace(look.key(controls.CONTROL_WORDS[control], legendgroup=control,
                                   line={"dash": DASHES[control], "color": GREY, "width": 2}))
     if rows.plateau.notna().any():
         figure.add_trace(look.key("cannot be told from the best", line={"color": faded(GREY, PLATEAU), "width": 14}))
@@ -100,7 +100,7 @@ def _level_lines(figure: go.Figure, rows: pd.DataFrame, metric: str, chance: flo
     for name in controls.BASELINES if metric in ("accuracy", "log_loss") else ():  # an F1 of guesses says little
         value = rows[rows.control == name].value.max()
         if value == value and not any(abs(value - known) < 0.01 for known in lines.values()):
-            lines[controls.WORDS[name]] = value
+            lines[controls.CONTROL_WORDS[name]] = value
     for name, value in lines.items():
         place = "bottom right" if name == "chance" else "top right"
         figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text=name,
@@ -169,7 +169,7 @@ def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: st
     It opens at the layer that `metric` on validation finds best for the first model; losses are means over the seeds
     that are still trained.
     """
-    scores = select(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
+    scores = select_curve(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
     models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
     named, colours = look.pooling_named(scores, pooling), look.colour_of(table)
     scores = scores[scores.pooling == pooling]

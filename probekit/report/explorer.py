@@ -9,10 +9,9 @@ from collections.abc import Callable
 import ipywidgets as w
 import numpy as np
 
-from probekit.models.token_grid import NoGrid
-from probekit.report import saved_run
-from probekit.probes.localisation import POOLINGS, Heat, shares
-from probekit.report import pictures
+from probekit.models.token_grid import NoTokenGrid
+from probekit.probes.localisation import POOLINGS, HeatMap, shares
+from probekit.report import pictures, saved_run
 from probekit.report.example_search import ORDERS, find
 from probekit.report.style import PALETTE
 
@@ -182,7 +181,7 @@ class Explorer:
             asked = [task.classes[k] for k in self.asked[self.place] if row.labels[k]]
             known = [name for name in self.there if name in task.classes]
             self.where.value = next(iter([*asked, *known]), task.classes[0])
-        self._heat: Heat | None = None
+        self._heat: HeatMap | None = None
         self._why_cold = "" if local else "Image tokens stand before the text: only category tasks have heat."
         if local and (pooling not in POOLINGS or self.probe.value != "logreg"):
             self._why_cold = f"Heat is of logreg probes on states pooled as {' or '.join(POOLINGS)}."
@@ -190,7 +189,7 @@ class Explorer:
             try:
                 self._heat = self.data.heat(self.key, row, self.live.value)
                 self._why_cold = "No heat is kept for this example: tick “run the model where none is kept”."
-            except NoGrid as error:
+            except NoTokenGrid as error:
                 self._why_cold = html.escape(str(error))
         self._show_layer()
 

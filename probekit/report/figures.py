@@ -7,13 +7,13 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from probekit.probes.results import HEADLINE, Results
+from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
 from probekit.report.style import WORDS
 from probekit.tasks.base import TaskInfo
 
 
-class Drawn(NamedTuple):
+class Figure(NamedTuple):
     """A figure, how to read it, and under which heading it stands."""
 
     figure: go.Figure
@@ -25,9 +25,9 @@ BANDS = ("Bands are 95 % bootstrap intervals over test images. Highlighted layer
          "(99 % confidence). Dashed lines are controls, which should lie at chance or bound what a score means.")
 
 
-def all_figures(whole: Results, tasks: dict[str, TaskInfo], probe: str = "logreg", published: bool = False,
-                relative: bool = False) -> dict[str, Drawn]:
-    """Every figure that a run's tables have something for: name to :class:`Drawn`, first what they all come to.
+def run_figures(whole: ProbeResults, tasks: dict[str, TaskInfo], probe: str = "logreg", published: bool = False,
+                relative: bool = False) -> dict[str, Figure]:
+    """Every figure that a run's tables have something for: name to :class:`Figure`, first what they all come to.
 
     Parameters
     ----------
@@ -37,14 +37,14 @@ def all_figures(whole: Results, tasks: dict[str, TaskInfo], probe: str = "logreg
     """
     table, figures = whole.metrics, {}
     if {"binary", "multilabel"} <= {about.kind for about in tasks.values()}:
-        figures["global_and_local"] = Drawn(comparisons.global_and_local(table, tasks, probe), (
+        figures["global_and_local"] = Figure(comparisons.global_and_local(table, tasks, probe), (
             "Left: both kinds of semantics by layer, both by accuracy, with chance at one half where labels are "
             "balanced; stars are where each peaks. Right: each point is a layer, at its scores in both. A way that "
             "leads up and to the right gains both; where it turns left or down, one is traded for the other."),
             "Global and local")
     asked = [name for name in tasks if name.startswith("caption")]
     if len(asked) > 1:
-        figures["negatives"] = Drawn(comparisons.task_curves(table, asked, probe), (
+        figures["negatives"] = Figure(comparisons.task_curves(table, asked, probe), (
             "The same question with wrong captions of several kinds, from easy to hard: of any other image (caption), "
             "the most similar of another one, of one with the same categories, and the right one with two words "
             "exchanged. Dotted: what the captions alone say, by their words and word order; only what lies above it "
@@ -53,7 +53,7 @@ def all_figures(whole: Results, tasks: dict[str, TaskInfo], probe: str = "logreg
     for task, about in tasks.items():
         figures |= _of_task(table, whole, task, about, probe, published, relative)
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
-        figures[f"{task}_localisation"] = Drawn(curves.localisation_curves(table, task, relative), (
+        figures[f"{task}_localisation"] = Figure(curves.localisation_curves(table, task, relative), (
             "The local logreg probe asked of every image token. Heat is what a token says for a category above the "
             "image's mean; drawn is the share of it that lies in the boxes of that category's instances, over all "
             "pairs of test image and category (bands: 95 % over images). The grey line is the share of tokens in the "
@@ -64,12 +64,12 @@ def all_figures(whole: Results, tasks: dict[str, TaskInfo], probe: str = "logreg
     return figures
 
 
-def _of_task(table: pd.DataFrame, whole: Results, task: str, about: TaskInfo, probe: str, published: bool, relative: bool
-             ) -> dict[str, Drawn]:
+def _of_task(table: pd.DataFrame, whole: ProbeResults, task: str, about: TaskInfo, probe: str, published: bool, relative: bool
+             ) -> dict[str, Figure]:
     own = table[table.task == task]
     parts = _scores(table, own, task, about, probe, published, relative)
     parts |= _details(table, own, whole, task, about, probe)
-    return {f"{task}_{name}": Drawn(figure, caption, f"{task}: {about['question']}")
+    return {f"{task}_{name}": Figure(figure, caption, f"{task}: {about['question']}")
             for name, (figure, caption) in parts.items()}
 
 
@@ -107,7 +107,7 @@ def _scores(table: pd.DataFrame, own: pd.DataFrame, task: str, about: TaskInfo, 
     return found
 
 
-def _details(table: pd.DataFrame, own: pd.DataFrame, whole: Results, task: str, about: TaskInfo, probe: str
+def _details(table: pd.DataFrame, own: pd.DataFrame, whole: ProbeResults, task: str, about: TaskInfo, probe: str
              ) -> dict[str, tuple[go.Figure, str]]:
     """What is behind the scores: classes, kinds of errors, other layers, training."""
     binary, found = about.kind == "binary", {}

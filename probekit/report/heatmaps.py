@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.probes.results import select, stage_of
+from probekit.probes.results import select_curve, stage_of
 from probekit.report import style as look
 from probekit.report.style import FULL, SCORES, TASK_WORDS, WORDS, layer_number
 
@@ -18,7 +18,7 @@ COUNTS = {"tp": ("yes, rightly", "#0072B2"), "tn": ("no, rightly", "#56B4E9"), "
 def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str = "logreg") -> go.Figure:
     """Several metrics (rows) by layer (columns), a panel a model; the untrained control is left out."""
     kept = table[(table.control == "none") & (table.task == task)]
-    rows = pd.concat([select(kept, probe, metric) for metric in metrics])
+    rows = pd.concat([select_curve(kept, probe, metric) for metric in metrics])
     models, pooling = list(dict.fromkeys(rows.model)), rows.pooling.iloc[0]
     figure = make_subplots(len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models))
     for i, model in enumerate(models, 1):

@@ -16,21 +16,21 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from probekit import paths
-from probekit.report.figures import Drawn
+from probekit.report.figures import Figure
 from probekit.report.style import DARK, LIGHT
 
 CONFIG = {"displaylogo": False, "responsive": True}
 PAGE = Path(__file__).with_name("page.html")
 
 
-def write_page(figures: dict[str, Drawn], folder: Path, title: str, lead: str, said: Sequence[str],
+def write_page(figures: dict[str, Figure], folder: Path, title: str, lead: str, said: Sequence[str],
                settings: Mapping[str, object] | None = None, files: Mapping[str, str] | None = None) -> Path:
     """Write each figure as its own HTML and ``index.html`` that shows them all, light or dark, without a network.
 
     Parameters
     ----------
     lead : the question in a sentence or two
-    said : paragraphs of the summary (:func:`probekit.report.sentences.summary`)
+    said : paragraphs of the summary (:func:`probekit.report.sentences.summarise`)
     settings : what the run was made with, name to value
     files : tables in the folder, name to what they hold
     """
@@ -74,7 +74,7 @@ def _folded(text: str) -> str:
     return f"<details><summary>{first}</summary><p>{html.escape(rest)}</p></details>" if rest else f"<p>{first}</p>"
 
 
-def _figure(name: str, drawn: Drawn, folder: Path) -> str:
+def _figure(name: str, drawn: Figure, folder: Path) -> str:
     drawn.figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config=CONFIG)
     inner = drawn.figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
     return (f'<figure id="{name}">{inner}<figcaption>{html.escape(drawn.caption)} '
@@ -93,7 +93,7 @@ def _still(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def write_images(figures: dict[str, Drawn], folder: Path, formats: Sequence[str] = ("png", "svg"), scale: float = 2
+def write_images(figures: dict[str, Figure], folder: Path, formats: Sequence[str] = ("png", "svg"), scale: float = 2
                  ) -> str:
     """Save every figure in each format where a Chrome is found; returns one line that says what happened.
 

@@ -8,22 +8,22 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.report.saved_run import SavedRun
 from probekit.report import pictures
 from probekit.report import style as look
 from probekit.report.example_search import ORDERS, find
-from probekit.report.figures import Drawn
+from probekit.report.figures import Figure
+from probekit.report.saved_run import SavedRun
 from probekit.report.style import FULL, PALETTE
 
 COLUMNS = 24  # of the raster that heat is drawn on
 PHOTO = 400  # pixels
 
 
-def explorers(run: SavedRun) -> dict[str, Drawn]:
+def page_explorers(run: SavedRun) -> dict[str, Figure]:
     """An :func:`explorer` for each trained model of a run that has logreg probes."""
     models = [model for model in dict.fromkeys(key.partition("|")[0] for key in run.results.predictions)
               if _keys(run, model)]
-    return {f"explorer_{model}": Drawn(explorer(run, model), (
+    return {f"explorer_{model}": Figure(explorer(run, model), (
         f"{model}, logreg probes. Choose an example above the photo, and move the slider through the layers. Left: "
         "heat of the category in the title, as this layer's local probe says of each image token, with the category's "
         "boxes. Right: the probability that each probe gives its class; full lines are truly yes, dashed ones truly "

@@ -12,9 +12,9 @@ import pandas as pd
 from probekit import paths
 from probekit.images import load_rgb
 from probekit.models.load import Vlm, load_vlm
-from probekit.models.token_grid import Grid
+from probekit.models.token_grid import TokenGrid
 from probekit.probes import localisation
-from probekit.probes.results import Results
+from probekit.probes.results import ProbeResults
 from probekit.tasks import building
 from probekit.tasks.base import TaskInfo, task_infos
 
@@ -32,15 +32,15 @@ class SavedRun:
     Attributes
     ----------
     examples, instances : see :mod:`probekit.tasks.building`
-    results : see :class:`probekit.probes.results.Results`
+    results : see :class:`probekit.probes.results.ProbeResults`
     kept : the heat of its inspection set
     """
 
     name: str
     examples: pd.DataFrame
-    results: Results
-    kept: localisation.Kept
-    _live: dict[tuple[str, str], tuple[Vlm, Grid]] = field(default_factory=dict)
+    results: ProbeResults
+    kept: localisation.StoredHeat
+    _live: dict[tuple[str, str], tuple[Vlm, TokenGrid]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str) -> SavedRun:
@@ -50,9 +50,9 @@ class SavedRun:
         FileNotFoundError, ValueError
             A step of the run has not been done, or belongs to another examples table.
         """
-        examples = building.load(paths.Home.find().data / "tasks" / name)
-        results = Results.read(paths.Home.find().data / "probes" / name, building.table_key(examples))
-        return cls(name, examples, results, localisation.Kept(results.heat))
+        examples = building.load_examples(paths.Home.find().data / "tasks" / name)
+        results = ProbeResults.read(paths.Home.find().data / "probes" / name, building.table_fingerprint(examples))
+        return cls(name, examples, results, localisation.StoredHeat(results.heat))
 
     @property
     def tasks(self) -> dict[str, TaskInfo]:
@@ -61,7 +61,7 @@ class SavedRun:
 
     @cached_property
     def instances(self) -> pd.DataFrame:
-        return building.instances(paths.Home.find().data / "tasks" / self.name)
+        return building.load_instances(paths.Home.find().data / "tasks" / self.name)
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -112,7 +112,7 @@ class SavedRun:
         tests = set(self.examples.image_id[self.examples.split == "test"])
         return dict([*self.instances[self.instances.image_id.isin(tests)].groupby("image_id")])
 
-    def heat(self, key: str, row: pd.Series, live: bool = True) -> localisation.Heat | None:
+    def heat(self, key: str, row: pd.Series, live: bool = True) -> localisation.HeatMap | None:
         """What the probes of ``"<model>|<control>|<pooling>|<task>"`` say of each image token of a test example.
 
         Stored heat is read; else, if `live`, the model runs once, over this example alone; it is loaded at the first.
@@ -132,10 +132,10 @@ class SavedRun:
             self._live = {}
             vlm = self._load(model, control)
             localisation.check(vlm, [load_rgb(paths.Home.find().resolve(file)) for file in self._some_files], row.prompt)
-            self._live[model, control] = vlm, Grid(vlm)
+            self._live[model, control] = vlm, TokenGrid(vlm)
         vlm, grid = self._live[model, control]
         image = load_rgb(paths.Home.find().resolve(row.file), self._meta(model, control)["longest_side"])
-        prepared = vlm.preparer.prepare(image, [row.prompt])
+        prepared = vlm.prompt_processor.prepare(image, [row.prompt])
         found, = localisation.heat(vlm, [prepared], self.results.probes(key), [grid(prepared, image.size)])
         return found
 

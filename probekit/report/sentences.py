@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from probekit.probes import comparison, controls
-from probekit.probes.labels import HEADLINE, Task
-from probekit.probes.results import Results, best_layers, select
+from probekit.probes.labels import HEADLINE, LabelledTask
+from probekit.probes.results import ProbeResults, best_layers, select_curve
 from probekit.tasks.base import TaskInfo, task_infos
 
 NAMES = {"accuracy": "accuracy", "f1_macro": "macro-F1"}
@@ -17,7 +17,7 @@ PROBES = {"logreg": "logistic-regression", "linear": "linear (Adam)", "mlp": "on
 WIDE = 0.1  # of an interval
 
 
-def summary(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logreg") -> list[str]:
+def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logreg") -> list[str]:
     """A paragraph a task, model and pooling: best layer, plateau, selectivity, codelength, controls, doubts.
 
     Parameters
@@ -35,7 +35,7 @@ def summary(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logre
         parts = [
             f"{name}: of the {PROBES[probe]} probes on {len(curve)} layers, the one on {row['best layer']} (chosen on "
             f"validation images) has a test {NAMES[row.metric]} of {_interval(row)}, n = {row.n:,.0f} labels.",
-            comparison.sentence(curve) if curve.plateau.notna().all() else "",
+            comparison.plateau_sentence(curve) if curve.plateau.notna().all() else "",
             _selectivity(own, probe, row["best layer"]), _codelength(own, probe, row["best layer"]),
             *_controls(own, best, row, probe), *_doubts(own, curve, row, probe),
         ]
@@ -43,7 +43,7 @@ def summary(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logre
     return out
 
 
-def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg", resamples: int = 2000) -> pd.DataFrame:
+def compare_pairs(whole: ProbeResults, examples: pd.DataFrame, probe: str = "logreg", resamples: int = 2000) -> pd.DataFrame:
     """Models, their untrained twins, poolings and tasks against each other at their best layers (of validation).
 
     All pairs that differ in one of them and have the same headline metric; test images that both have are paired.
@@ -56,7 +56,7 @@ def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg", resamp
     """
     best = best_layers(whole.metrics, task_infos(examples), probe)
     best = best[best.control.isin(["none", "untrained"]) & best["best layer"].str.startswith("lm.")]
-    tasks, found = {name: Task.of(examples, name) for name in best.task.unique()}, []
+    tasks, found = {name: LabelledTask.of(examples, name) for name in best.task.unique()}, []
     for metric, rows in best.groupby("metric", sort=False):
         curves = {}
         for _, row in rows.iterrows():
@@ -66,7 +66,7 @@ def versus(whole: Results, examples: pd.DataFrame, probe: str = "logreg", resamp
             model = row.model + " (untrained)" * (row.control == "untrained")
             curves[row.task, model, row.pooling] = row["best layer"], curve
         pairs = [(a, b) for a, b in combinations(curves, 2) if sum(x != y for x, y in zip(a, b, strict=True)) == 1]
-        parts = [comparison.difference(curves[a][1], curves[b][1], [metric]).assign(
+        parts = [comparison.curve_difference(curves[a][1], curves[b][1], [metric]).assign(
             a=", ".join([*a, curves[a][0]]), b=", ".join([*b, curves[b][0]])) for a, b in pairs]
         if parts:
             part = pd.concat(parts).rename(columns={"layer": "metric"})
@@ -82,7 +82,7 @@ def _interval(row: pd.Series) -> str:
 def _curve(own: pd.DataFrame, probe: str, metric: str, control: str = "none") -> pd.DataFrame:
     rows = own[own.control == control]
     has = ((rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")).any()
-    return select(rows, probe, metric) if has else pd.DataFrame(columns=["layer", "value", "lo", "hi"])
+    return select_curve(rows, probe, metric) if has else pd.DataFrame(columns=["layer", "value", "lo", "hi"])
 
 
 def _at(curve: pd.DataFrame, layer: str) -> pd.Series | None:
@@ -113,13 +113,13 @@ def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str)
     for _, control in same[~same.control.isin(["none", *controls.BASELINES])].iterrows():
         here = _at(_curve(own, probe, "accuracy", control.control), control["best layer"])
         guessed = max(level, _curve(own, probe, "chance", control.control).value.max(), key=np.nan_to_num)
-        told = f"{controls.WORDS[control.control]} {here.value:.3f} ({here.lo:.3f} to {here.hi:.3f})"
+        told = f"{controls.CONTROL_WORDS[control.control]} {here.value:.3f} ({here.lo:.3f} to {here.hi:.3f})"
         if here.lo > guessed:
-            high.append(f"{told}, above chance: {controls.MEANING[control.control]}.")
+            high.append(f"{told}, above chance: {controls.CONTROL_MEANING[control.control]}.")
         else:
             low.append(told)
     out = [f"Without the states the labels can be guessed with an accuracy of {level:.3f}."]
-    high += [f"{controls.WORDS[name]} {guess.value.iloc[0]:.3f}, above one half: {controls.MEANING[name]}."
+    high += [f"{controls.CONTROL_WORDS[name]} {guess.value.iloc[0]:.3f}, above one half: {controls.CONTROL_MEANING[name]}."
              for name, guess in guesses.items() if len(guess) and guess.lo.iloc[0] > 0.5]
     if low:
         out.append(f"At chance, as it should be, at the best layer of each: {'; '.join(low)}.")

@@ -23,7 +23,7 @@ class BuildSettings:
     folder : COCO folder (see :mod:`probekit.data.coco`), or one of the other kinds that :mod:`probekit.data.layouts` reads
     coco_splits : which of its splits to draw images from; () takes all
     train, validation, test : numbers of images
-    tasks : names out of :data:`probekit.tasks.building.TASKS`, and files or folders of statements (:mod:`probekit.data.statement_files`)
+    tasks : names out of :data:`probekit.tasks.registry.TASKS`, and files or folders of statements (:mod:`probekit.data.statement_files`)
     categories : ``"all"``, ``"frequent40"`` (the 40 that most of the chosen training images show), or their names
     labels_from : ``"instances"``, or ``"captions"``: the words of an image's first caption, as in the study
     smallest : share of an image's area below which an instance is too small to be asked about
@@ -150,7 +150,7 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
     return infos
 
 
-def rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: Sequence | None = None) -> pd.DataFrame:
+def example_rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: Sequence | None = None) -> pd.DataFrame:
     """Examples as a task returns them: one a row of `images`.
 
     Parameters
@@ -166,7 +166,7 @@ def rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: 
     return images[["file", "split"]].assign(prompt=list(prompts), labels=y.tolist(), mask=mask.tolist())
 
 
-def made_by(task: Task) -> list:
+def task_source(task: Task) -> list:
     """What the rows of a task come from, for :func:`~probekit.paths.fingerprint`: another answer may mean other rows.
 
     Its words and settings, and all of the file in which a function of the user's own stands. What was typed in, in a

@@ -9,7 +9,6 @@ class of the task (`labels` 0 or 1, counted only where `mask` is 1); a binary ta
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
@@ -18,11 +17,12 @@ import numpy as np
 import pandas as pd
 
 from probekit import paths
-from probekit.data import coco, layouts, statement_files
+from probekit.data import dataset, layouts, statement_files
 from probekit.images import unreadable_images
-from probekit.tasks import captions, objects, spatial, statements
+from probekit.tasks import captions, objects
 from probekit.tasks.balance import TooFew
-from probekit.tasks.base import BuildSettings, Selection, Task, made_by, task_infos
+from probekit.tasks.base import BuildSettings, Selection, Task, task_infos, task_source
+from probekit.tasks.registry import TASKS, find_tasks
 
 VERSION = 7  # of what a build leaves: older ones are made anew
 SPLITS = ("train", "validation", "test")
@@ -31,75 +31,26 @@ SPLITS = ("train", "validation", "test")
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
-BELONGS, THERE = "Does this caption belong to this image?", "Is this object in the image?"
-WHICH = "Which categories are there"
-TASKS = {
-    "caption": Task("binary", captions.caption_task, BELONGS),
-    "caption_similar": Task("binary", partial(captions.caption_task, negatives="similar"),
-                            f"{BELONGS} (or a similar one?)"),
-    "caption_same_categories": Task("binary", partial(captions.caption_task, negatives="same_categories"),
-                                    f"{BELONGS} (or one with the same categories?)", needs="categories"),
-    "caption_swapped": Task("binary", partial(captions.caption_task, negatives="swapped"),
-                            f"{BELONGS} (or are two words exchanged?)"),
-    "category": Task("multilabel", objects.category_task, f"{WHICH} (not listed in the prompt)?", needs="categories"),
-    "category_list": Task("multilabel", objects.category_list_task, f"{WHICH} (listed in the prompt)?",
-                          needs="categories"),
-    "category_dense": Task("multilabel", objects.category_dense_task, f"{WHICH} (all of them asked)?",
-                           needs="categories"),
-    "object": Task("binary", objects.object_task, THERE, needs="categories"),
-    "object_popular": Task("binary", partial(objects.object_task, absent="popular"),
-                           f"{THERE} (absent ones are frequent)", needs="categories"),
-    "object_adversarial": Task("binary", partial(objects.object_task, absent="adversarial"),
-                               f"{THERE} (absent ones go with what is there)", needs="categories"),
-    "relation": Task("binary", spatial.relation_task, "Is the one left of, right of, above, below the other?",
-                     needs="instances"),
-    "size": Task("binary", spatial.size_task, "Is the one larger, or smaller, than the other?", needs="instances"),
-    "count": Task("one_of", spatial.count_task, "How many of them are there?", spatial.COUNTS, needs="instances"),
-    "attribute": Task("one_of", spatial.attribute_task, "Which colour does it have?", spatial.COLOURS, needs="instances"),
-}
 
 
-def named(names: tuple[str, ...]) -> dict[str, Task]:
-    """Tasks by name: of :data:`TASKS`, and one for each file of statements.
-
-    Raises
-    ------
-    ValueError
-        Neither a task nor a file, two of the same name, or none.
-    """
-    found: dict[str, Task] = {}
-    if not names:
-        raise ValueError(f"tasks=[]: take one or more of {', '.join(TASKS)}")
-    for name in names:
-        of_files = {} if name in TASKS else statement_files.files(name)
-        if name not in TASKS and not of_files:
-            raise ValueError(f"unknown tasks ['{name}']: take names out of {', '.join(TASKS)}, or a file of statements "
-                             f"({', '.join(statement_files.KINDS)}) or a folder of them")
-        new = {name: TASKS[name]} if name in TASKS else {
-            stem: statements.statement_task(stem, file) for stem, file in of_files.items()}
-        twice = [stem for stem in new if stem in found or (of_files and stem in TASKS)]
-        if twice:
-            raise ValueError(f"there are two tasks of the name {twice[0]!r}: name each once, and rename files")
-        found |= new
-    return found
 
 
 def _files(names: tuple[str, ...]) -> dict[str, Path]:
-    return {stem: file for name in names if name not in TASKS for stem, file in statement_files.files(name).items()}
+    return {stem: file for name in names if name not in TASKS for stem, file in statement_files.find_statement_files(name).items()}
 
 
 def _made_as(build: BuildSettings) -> str:
     """Fingerprint of what a build comes from: settings, the dataset as it is on disk, statements, and tasks' code."""
     read = {stem: sha256(file.read_bytes()).hexdigest() for stem, file in _files(build.tasks).items()}
-    state = layouts.state(paths.Home.find().resolve(build.folder), build.coco_splits)
-    made = [made_by(TASKS[name]) for name in build.tasks if name in TASKS]
+    state = layouts.dataset_state(paths.Home.find().resolve(build.folder), build.coco_splits)
+    made = [task_source(TASKS[name]) for name in build.tasks if name in TASKS]
     return paths.fingerprint(VERSION, build, read, state, made)
 
 
 # ------------------------------------------------------------------------------------------------------------ build
 
 
-def choose(build: BuildSettings, data: coco.Coco) -> tuple[Selection, pd.DataFrame]:
+def choose(build: BuildSettings, data: dataset.Dataset) -> tuple[Selection, pd.DataFrame]:
     """Draw the images of a build, leave out the unreadable ones, and split them by image.
 
     Drawn are images that have captions, and those that statements are about before any other.
@@ -155,27 +106,27 @@ def _check(build: BuildSettings) -> None:
         raise ValueError(f"smallest={build.smallest}: a share of the image's area, from 0 to below 1")
 
 
-def _usable(file: Path, data: coco.Coco) -> pd.DataFrame:
-    every = statement_files.read(file)
-    table = statement_files.found(every, data.images)
+def _usable(file: Path, data: dataset.Dataset) -> pd.DataFrame:
+    every = statement_files.read_statements(file)
+    table = statement_files.match_statements(every, data.images)
     if table.empty:
         raise ValueError(f"none of the images that {file} names ({every.image[0]}, ...) is in this dataset "
                          f"({Path(data.images.file.iloc[0]).name}, ...): name the dataset that it is about")
     return table
 
 
-def _captions_of(data: coco.Coco, images: pd.DataFrame) -> pd.Series:
+def _captions_of(data: dataset.Dataset, images: pd.DataFrame) -> pd.Series:
     rows = data.captions[data.captions.image_id.isin(images.index)]
     return rows.caption.map(captions.clean).groupby(rows.image_id).agg(list)
 
 
-def _instances_of(data: coco.Coco, images: pd.DataFrame, smallest: float) -> pd.DataFrame:
+def _instances_of(data: dataset.Dataset, images: pd.DataFrame, smallest: float) -> pd.DataFrame:
     rows = data.instances[data.instances.image_id.isin(images.index)]
     size = (images.width * images.height).reindex(rows.image_id).to_numpy()
     return rows.assign(tiny=rows.area.to_numpy(dtype=float) < smallest * size)
 
 
-def _categories(data: coco.Coco, build: BuildSettings) -> list[str]:
+def _categories(data: dataset.Dataset, build: BuildSettings) -> list[str]:
     """The names that are asked about, or may be."""
     if build.categories in ("all", "frequent40"):
         return list(data.categories)
@@ -187,7 +138,7 @@ def _categories(data: coco.Coco, build: BuildSettings) -> list[str]:
     return names
 
 
-def build_examples(build: BuildSettings, folder: Path, data: coco.Coco | None = None) -> pd.DataFrame:
+def build_examples(build: BuildSettings, folder: Path, data: dataset.Dataset | None = None) -> pd.DataFrame:
     """Build the examples of all tasks and write them to `folder`.
 
     They are read back, not made again, where settings, dataset, statements and the tasks' code are what they were.
@@ -202,12 +153,12 @@ def build_examples(build: BuildSettings, folder: Path, data: coco.Coco | None = 
         The examples, those of one image next to each other; ``attrs["tasks"]`` holds kind and classes of each task,
         ``attrs["settings"]`` the fingerprint of what it was made from, ``attrs["versions"]`` of which libraries.
     """
-    asked, made_as = named(build.tasks), _made_as(build)
+    asked, made_as = find_tasks(build.tasks), _made_as(build)
     record, file = folder / "build.json", folder / "examples.parquet"
     if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == made_as:
-        return load(folder)
+        return load_examples(folder)
     record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
-    data = data or layouts.read(paths.Home.find().resolve(build.folder), build.coco_splits)
+    data = data or layouts.read_dataset(paths.Home.find().resolve(build.folder), build.coco_splits)
     _check_needs(asked, build, data)
     chosen, bad = choose(build, data)
     tables = []
@@ -229,10 +180,10 @@ def build_examples(build: BuildSettings, folder: Path, data: coco.Coco | None = 
     objects.agreement(said, *clear).to_csv(folder / "caption_words.csv")
     paths.write_json(record, {"fingerprint": made_as, "settings": asdict(build), "left_out_images": len(bad),
                               "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow")})
-    return load(folder)
+    return load_examples(folder)
 
 
-def _check_needs(asked: dict[str, Task], build: BuildSettings, data: coco.Coco) -> None:
+def _check_needs(asked: dict[str, Task], build: BuildSettings, data: dataset.Dataset) -> None:
     """Refuse tasks about what the dataset does not have."""
     lacks = {"instances": not len(data.instances), "categories": not _categories(data, build)}
     mends = {"instances": "take other tasks, or a dataset with COCO's instances",
@@ -262,7 +213,7 @@ def _examples(name: str, task: Task, chosen: Selection) -> pd.DataFrame:
     return rows.reset_index(names="image_id").assign(task=name)
 
 
-def load(folder: Path) -> pd.DataFrame:
+def load_examples(folder: Path) -> pd.DataFrame:
     """Read the examples that :func:`build_examples` wrote."""
     file = folder / "examples.parquet"
     if not file.exists():
@@ -270,7 +221,7 @@ def load(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def instances(folder: Path) -> pd.DataFrame:
+def load_instances(folder: Path) -> pd.DataFrame:
     """The instances of a run's images: `image_id, category, x, y, w, h, area, iscrowd`, the image's `width, height`.
 
     All in pixels of the image file.
@@ -281,12 +232,12 @@ def instances(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(file)
 
 
-def rows_key(examples: pd.DataFrame) -> str:
+def input_fingerprint(examples: pd.DataFrame) -> str:
     """Fingerprint of what a model is given: images and prompts, in their order."""
     return paths.fingerprint(examples.file.tolist(), examples.prompt.tolist())
 
 
-def table_key(examples: pd.DataFrame) -> str:
+def table_fingerprint(examples: pd.DataFrame) -> str:
     """Fingerprint of the whole table, labels and splits included."""
-    return paths.fingerprint(rows_key(examples), [examples[c].tolist() for c in ("task", "split", "labels", "mask")],
+    return paths.fingerprint(input_fingerprint(examples), [examples[c].tolist() for c in ("task", "split", "labels", "mask")],
                              [[name, asdict(info)] for name, info in task_infos(examples).items()])

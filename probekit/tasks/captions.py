@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.tasks.balance import dealt, mixed, without
-from probekit.tasks.base import Selection, rows
+from probekit.tasks.base import Selection, example_rows
 from probekit.tasks.similar_captions import STOP, judge, similar
 
 PROMPT = "This image contains: {caption}.\nIs this right?"
@@ -184,7 +184,7 @@ def caption_task(chosen: Selection, rng: np.random.Generator, negatives: str = "
         kept = [i for i, text in enumerate(wrong) if text is not None]
         for label, texts in ((1, right), (0, wrong)):
             prompts = [PROMPT.format(caption=texts[i]) for i in kept]
-            parts.append(rows(images.iloc[kept], prompts, [label] * len(kept)))
+            parts.append(example_rows(images.iloc[kept], prompts, [label] * len(kept)))
     return pd.concat(parts)
 
 

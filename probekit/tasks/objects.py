@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.tasks.balance import completed, mixed
-from probekit.tasks.base import Selection, rows
+from probekit.tasks.base import Selection, example_rows
 
 PROMPT = "This image contains the following types of object:"
 LIST_PROMPT = PROMPT + " {categories}"
@@ -167,7 +167,7 @@ def _category_rows(chosen: Selection) -> pd.DataFrame:
         shows, unclear = _there(chosen, images)
         mask = balanced_mask(shows.astype(int), rng, ASKED, unclear)
         images, shows, mask = (table[mask.any(1)] for table in (images, shows, mask))
-        parts.append(rows(images, [PROMPT] * len(images), shows, mask))
+        parts.append(example_rows(images, [PROMPT] * len(images), shows, mask))
     return pd.concat(parts)
 
 
@@ -232,7 +232,7 @@ def category_list_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFr
 def category_dense_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
     """Which categories are there? Every category of every image counts; most are absent."""
     shows, unclear = _there(chosen, chosen.images)
-    return rows(chosen.images, [PROMPT] * len(shows), shows, ~unclear)
+    return example_rows(chosen.images, [PROMPT] * len(shows), shows, ~unclear)
 
 
 def object_task(chosen: Selection, rng: np.random.Generator, absent: str = "random") -> pd.DataFrame:
@@ -253,5 +253,5 @@ def object_task(chosen: Selection, rng: np.random.Generator, absent: str = "rand
         left = np.flatnonzero(numbers[1] >= 0)
         for label in (1, 0):
             prompts = [QUERY_PROMPT.format(categories=lists[i], category=names[numbers[1 - label, i]]) for i in left]
-            parts.append(rows(images.iloc[left], prompts, [label] * len(left)))
+            parts.append(example_rows(images.iloc[left], prompts, [label] * len(left)))
     return pd.concat(parts)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.tasks.balance import paired
-from probekit.tasks.base import Selection, rows
+from probekit.tasks.base import Selection, example_rows
 
 COMPARED_PROMPT = "Is the {a} {how} the {b} in this image?"
 COUNT_PROMPT = "Number of objects of the type {category} in this image:"
@@ -84,7 +84,7 @@ def _asked_both_ways(chosen: Selection, rng: np.random.Generator, judge: Callabl
                     asked.append(image)
                     prompts.append(COMPARED_PROMPT.format(a=one, b=other, how=WAYS[kind][turn]))
                     labels.append(int(state ^ order ^ turn == 0))
-        parts.append(rows(images.loc[asked], prompts, labels))
+        parts.append(example_rows(images.loc[asked], prompts, labels))
     return pd.concat(parts)
 
 
@@ -121,7 +121,7 @@ def _one_of(chosen: Selection, rng: np.random.Generator, answers: dict[Hashable,
                 labels.append(np.arange(classes) == own)
                 masks.append(np.isin(np.arange(classes), (found[a][2], found[b][2])))
         labels, masks = (np.reshape(table, (-1, classes)) for table in (labels, masks))
-        parts.append(rows(images.loc[asked], prompts, labels, masks))
+        parts.append(example_rows(images.loc[asked], prompts, labels, masks))
     return pd.concat(parts)
 
 

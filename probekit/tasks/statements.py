@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.tasks import captions
-from probekit.tasks.base import Selection, Task, rows
+from probekit.tasks.base import Selection, Task, example_rows
 
 
 def statement_task(name: str, file: Path) -> Task:
@@ -21,6 +21,6 @@ def statement_task(name: str, file: Path) -> Task:
             captions.PROMPT.format(caption=captions.clean(text)) if is_caption else text
             for text, is_caption in zip(own.text, own.is_caption, strict=True)
         ]
-        return rows(chosen.images.loc[own.image_id], prompts, own.label)
+        return example_rows(chosen.images.loc[own.image_id], prompts, own.label)
 
     return Task("binary", build, f"Is this statement of {file.name} true?")

@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 
 def test_bad_images_are_named_and_odd_ones_become_rgb(folder):
-    data = coco.read(folder)
+    data = coco.read_coco(folder)
     bad = unreadable_images(data.images)
     assert {f.rpartition("/")[2] for f in bad.file} == {f"{n}.jpg" for n in ("empty", "truncated", "text", "absent")}
     assert (bad.reason.str.len() > 10).all()
@@ -58,21 +58,21 @@ def test_longest_side_bounds_large_images_and_leaves_small_ones(folder):
 
 
 def test_reading_is_silent(folder, capsys):
-    coco.read(folder)
+    coco.read_coco(folder)
     assert capsys.readouterr().out == ""
 
 
 def test_what_is_missing_or_broken_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        coco.read(tmp_path / "nowhere")
+        coco.read_coco(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="captions_other"):
-        coco.read(folder, ["other"])
+        coco.read_coco(folder, ["other"])
     (folder / "annotations" / "instances_some.json").write_text('{"images": [')
     with pytest.raises(ValueError, match="instances_some"):
-        coco.read(folder)
+        coco.read_coco(folder)
     (folder / "annotations" / "instances_some.json").unlink()
     with pytest.raises(FileNotFoundError, match="instances_some"):
-        coco.read(folder)
+        coco.read_coco(folder)
 
 
 @pytest.mark.parametrize(("kind", "content"), [
@@ -83,7 +83,7 @@ def test_what_is_missing_or_broken_is_named(folder, tmp_path):
 def test_what_is_no_annotation_file_is_named(folder, kind, content):
     (folder / "annotations" / f"{kind}_some.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"{kind}_some\.json is not a readable COCO annotation file"):
-        coco.read(folder)
+        coco.read_coco(folder)
 
 
 def test_outlines_are_not_held_in_memory(folder):
@@ -92,7 +92,7 @@ def test_outlines_are_not_held_in_memory(folder):
     found = {"id": 0, "image_id": 0, "category_id": 9, "bbox": [1, 2, 3, 4], "area": 12, "segmentation": [[*outline]]}
     path.write_text(json.dumps({"categories": [{"id": 9, "name": "cup"}], "annotations": [found] * 2000}))
     tracemalloc.start()
-    assert len(coco.read(folder).instances) == 2000
+    assert len(coco.read_coco(folder).instances) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * path.stat().st_size  # with them it is more than 5 times
@@ -105,7 +105,7 @@ def renamed(folder, *names):
     for image, name in zip(told["images"], names, strict=False):
         image["file_name"] = name
     file.write_text(json.dumps(told))
-    return [path.removeprefix(str(folder)) for path in coco.read(folder).images.file[: len(names)]]
+    return [path.removeprefix(str(folder)) for path in coco.read_coco(folder).images.file[: len(names)]]
 
 
 def test_images_lie_in_folders_of_their_split_and_never_outside(folder):
@@ -124,14 +124,14 @@ def test_images_lie_in_folders_of_their_split_and_never_outside(folder):
 def test_splits_that_share_an_image_are_refused(folder):
     for kind in ("captions", "instances"):
         shutil.copy(folder / "annotations" / f"{kind}_some.json", folder / "annotations" / f"{kind}_twin.json")
-    assert coco.splits_of(folder) == ["some", "twin"]
+    assert coco.split_names(folder) == ["some", "twin"]
     with pytest.raises(ValueError, match="more than one"):
-        coco.read(folder)
+        coco.read_coco(folder)
 
 
 @needs_real_coco
 def test_real_photographs():
-    data = coco.read(REAL_COCO)
+    data = coco.read_coco(REAL_COCO)
     assert len(data.images) == 300 and len(data.categories) == 80
     assert data.captions.groupby("image_id").size().min() >= 5
     assert data.instances.image_id.isin(data.images.index).all()

@@ -7,7 +7,7 @@ import pytest
 from probekit.data import scenes
 from probekit.extraction import extract
 from probekit.probes import results
-from probekit.probes.localisation import METRICS, localise
+from probekit.probes.localisation import METRICS, add_localisation
 from probekit.probes.probing import ProbeSettings, probe
 from probekit.tasks import building
 from tests.conftest import DEMO_MODELS, REPOSITORY
@@ -38,7 +38,7 @@ def test_the_curves_tell_the_truth(data, tmp_path):
 
     And where in the image: the trained model's probes find a category in its boxes, not in those of any object.
     """
-    folder = scenes.write(tmp_path / "coco", n=500, seed=11)
+    folder = scenes.write_scenes(tmp_path / "coco", n=500, seed=11)
     examples = building.build_examples(
         building.BuildSettings(str(folder), train=300, validation=60, test=140, tasks=("caption", "category")), tmp_path / "tasks"
     )
@@ -47,12 +47,12 @@ def test_the_curves_tell_the_truth(data, tmp_path):
         store = extract.extract(extract.ExtractionSettings("tiny-qwen2-vl", untrained=untrained), examples, "cpu")
         settings = ProbeSettings(probes=("logreg",), resamples=20, codelength=False)
         whole = probe(store, examples, settings, tmp_path / "probes")
-        whole = localise([store], examples, building.instances(tmp_path / "tasks"), "category", whole, tmp_path / "probes",
+        whole = add_localisation([store], examples, building.load_instances(tmp_path / "tasks"), "category", whole, tmp_path / "probes",
                          0, 100, "cpu")
         where[untrained] = whole.metrics[whole.metrics.metric.isin(METRICS)].set_index(["metric", "layer"])
         table = whole.metrics[whole.metrics.metric == "accuracy"]
         table = table[table.control == ("untrained" if untrained else "none")]
-        score[untrained] = results.select(table, "logreg", "accuracy").set_index(["task", "layer"]).value
+        score[untrained] = results.select_curve(table, "logreg", "accuracy").set_index(["task", "layer"]).value
     assert score[False]["caption"].max() >= 0.75
     assert score[False]["caption"]["lm.00"] <= 0.6
     assert score[True]["caption"].max() <= 0.6

@@ -112,13 +112,13 @@ def put(server, hows, name="{number:012d}.jpg", split="val2017"):
 
 def test_what_can_be_had_is_had_and_the_rest_is_named(server, tmp_path):
     hows = ["ok", "fails", "stalls", "truncates", "absent", "wrong", "noise", "ok", "drips"]
-    lost = download.coco_images(tmp_path / "coco", {"val2017": 9}, server=put(server, hows))
+    lost = download.download_coco(tmp_path / "coco", {"val2017": 9}, server=put(server, hows))
     reasons = lost.set_index("image_id").reason
     assert set(reasons.index) == {4, 5, 6, 8}
     assert "404" in reasons[4] and "50 x 50 pixels" in reasons[5] and "cannot be read" in reasons[6]
     assert "within 5 seconds" in reasons[8]
     assert server.asked["/images/4/absent.jpg"] == 1 and server.asked["/images/3/truncates.jpg"] == 3
-    data = coco.read(tmp_path / "coco")
+    data = coco.read_coco(tmp_path / "coco")
     assert set(data.images.index) == {0, 1, 2, 3, 7} and len(data.captions) == 10 and len(data.instances) == 5
     assert not len(unreadable_images(data.images))
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("escaped*"))
@@ -127,14 +127,14 @@ def test_what_can_be_had_is_had_and_the_rest_is_named(server, tmp_path):
 
 def test_a_second_call_fetches_what_is_missing_or_damaged_alone(server, tmp_path):
     source = put(server, ["ok"] * 30)
-    download.coco_images(tmp_path, {"val2017": 12}, server=source)
-    first = set(coco.read(tmp_path).images.index)
+    download.download_coco(tmp_path, {"val2017": 12}, server=source)
+    first = set(coco.read_coco(tmp_path).images.index)
     damaged = sorted((tmp_path / "val2017").iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:200])
     server.asked.clear()
-    download.coco_images(tmp_path, {"val2017": 20}, server=source)
+    download.download_coco(tmp_path, {"val2017": 20}, server=source)
     assert sum(server.asked.values()) == 8 + 1 and not server.asked["/archive.zip"]
-    more = coco.read(tmp_path).images
+    more = coco.read_coco(tmp_path).images
     assert first < set(more.index) and len(more) == 20 and not len(unreadable_images(more))
     told = download._of_archive(tmp_path / "archives" / "archive.zip", "val2017")["captions"]
     assert download._sampled(told, 12, seed=0) == first != download._sampled(told, 12, seed=1)
@@ -145,7 +145,7 @@ def test_a_sound_image_of_another_size_is_fetched_again(server, tmp_path):
     (tmp_path / "val2017").mkdir()
     wrong = tmp_path / "val2017" / f"{1:012d}.jpg"
     wrong.write_bytes(jpeg(1, (50, 50)))
-    assert not len(download.coco_images(tmp_path, {"val2017": 3}, server=source))
+    assert not len(download.download_coco(tmp_path, {"val2017": 3}, server=source))
     assert wrong.read_bytes() == jpeg(1) and server.asked["/images/1/ok.jpg"] == 1
 
 
@@ -155,15 +155,15 @@ def notes(folder, kind="captions"):
 
 def test_annotations_that_are_there_only_grow(server, tmp_path):
     source = put(server, ["ok"] * 30)
-    download.coco_images(tmp_path, {"val2017": 20}, server=source)
+    download.download_coco(tmp_path, {"val2017": 20}, server=source)
     for kind in ("captions", "instances"):  # a user's corrections
         notes(tmp_path, kind).write_text(notes(tmp_path, kind).read_text().replace("a cup", "two cups")
                                          .replace("[1, 1, 9, 9]", "[2, 2, 5, 5]"))
-    before = coco.read(tmp_path)
-    lost = download.coco_images(tmp_path, {"val2017": 5}, server=source)
+    before = coco.read_coco(tmp_path)
+    lost = download.download_coco(tmp_path, {"val2017": 5}, server=source)
     assert lost.attrs["there"] == {"val2017": 20} and notes(tmp_path).read_text().count("two cups") == 40
-    lost = download.coco_images(tmp_path, {"val2017": 20}, seed=1, server=source)
-    data = coco.read(tmp_path)
+    lost = download.download_coco(tmp_path, {"val2017": 20}, seed=1, server=source)
+    data = coco.read_coco(tmp_path)
     assert lost.attrs["there"] == {"val2017": len(data.images)} and 20 < len(data.images) <= 30
     assert set(before.images.index) < set(data.images.index) and not len(unreadable_images(data.images))
     assert set(data.instances.image_id) == set(data.images.index) and len(data.instances) == len(data.images)
@@ -173,10 +173,10 @@ def test_annotations_that_are_there_only_grow(server, tmp_path):
 
 def test_a_file_of_one_kind_alone_is_completed(server, tmp_path):
     source = put(server, ["ok"] * 10)
-    download.coco_images(tmp_path, {"val2017": 6}, server=source)
+    download.download_coco(tmp_path, {"val2017": 6}, server=source)
     notes(tmp_path, "instances").unlink()
-    download.coco_images(tmp_path, {"val2017": 2}, server=source)
-    data = coco.read(tmp_path)
+    download.download_coco(tmp_path, {"val2017": 2}, server=source)
+    data = coco.read_coco(tmp_path)
     assert len(data.images) == 6 and set(data.instances.image_id) == set(data.images.index)
 
 
@@ -211,11 +211,11 @@ def listed(folder):
     (cut, "cannot be read"), (listed, "cannot be read")])
 def test_annotations_of_other_images_are_not_touched(server, tmp_path, change, told):
     source = put(server, ["ok"] * 30)
-    download.coco_images(tmp_path, {"val2017": 12}, server=source)
+    download.download_coco(tmp_path, {"val2017": 12}, server=source)
     change(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=rf"{told}.*--folder"):
-        download.coco_images(tmp_path, {"val2017": 1}, seed=3, server=source)
+        download.download_coco(tmp_path, {"val2017": 1}, seed=3, server=source)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -227,40 +227,40 @@ def test_a_link_is_not_followed_out_of_the_folder(server, tmp_path, name):
     outside.mkdir()
     (folder / name).symlink_to(outside)
     with pytest.raises(ValueError, match=r"leads out of the folder.*--folder"):
-        download.coco_images(folder, {"val2017": 3}, server=source)
+        download.download_coco(folder, {"val2017": 3}, server=source)
     assert not list(outside.iterdir())
     (folder / name).unlink()
     (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
-    assert not len(download.coco_images(tmp_path / "link", {"val2017": 3}, server=source))
+    assert not len(download.download_coco(tmp_path / "link", {"val2017": 3}, server=source))
 
 
 def test_how_much_it_is_is_said_before_anything_is_fetched(server, tmp_path, monkeypatch):
     source, said = put(server, ["ok"] * 3), []
     monkeypatch.setattr(download.tqdm, "write", lambda text: said.append((text, sum(server.asked.values()))))
     server.told = 5_000_000_000
-    download.coco_images(tmp_path / "one", {"val2017": 10_000}, server=source)
+    download.download_coco(tmp_path / "one", {"val2017": 10_000}, server=source)
     assert "6.60 GB" in said[0][0] and said[0][1] == 0
     monkeypatch.setattr(Bad, "do_HEAD", lambda self: self.send_error(501))
     said.clear()
-    download.coco_images(tmp_path / "two", {"val2017": 10_000}, server=source)
+    download.download_coco(tmp_path / "two", {"val2017": 10_000}, server=source)
     assert "1.85 GB" in said[0][0]
 
 
 def test_a_cut_archive_goes_on_where_it_stopped(server, tmp_path):
     source = put(server, ["ok"] * 3)
     server.cut = True  # without a range only half of it comes
-    download.coco_images(tmp_path, {"val2017": 3}, server=source)
-    assert server.asked["/archive.zip"] == 2 and len(coco.read(tmp_path).images) == 3
+    download.download_coco(tmp_path, {"val2017": 3}, server=source)
+    assert server.asked["/archive.zip"] == 2 and len(coco.read_coco(tmp_path).images) == 3
 
 
 def test_a_broken_archive_and_an_unknown_split_are_named(server, tmp_path):
     source = put(server, ["ok"] * 3)
     whole, server.archive = server.archive, b"not a zip file at all"
     with pytest.raises(OSError, match="not a zip file"):
-        download.coco_images(tmp_path, {"val2017": 3}, server=source)
+        download.download_coco(tmp_path, {"val2017": 3}, server=source)
     server.archive = whole  # nothing of the broken one is kept
     with pytest.raises(ValueError, match="take splits out of val2017"):
-        download.coco_images(tmp_path, {"train2017": 3}, server=source)
+        download.download_coco(tmp_path, {"train2017": 3}, server=source)
 
 
 NAMES = ["../{number}.jpg", "/tmp/{number}.jpg", "a/{number}.jpg", "..", "C:\\{number}.jpg", ""]
@@ -270,7 +270,7 @@ NAMES = ["../{number}.jpg", "/tmp/{number}.jpg", "a/{number}.jpg", "..", "C:\\{n
 def test_no_name_leads_out_of_the_folder(server, tmp_path, name):
     source = put(server, ["ok"] * 3, name)
     with pytest.raises(ValueError, match="no plain file name"):
-        download.coco_images(tmp_path / "coco", {"val2017": 3}, server=source)
+        download.download_coco(tmp_path / "coco", {"val2017": 3}, server=source)
     assert {path.name for path in tmp_path.iterdir()} == {"coco"}
     assert {path.name for path in (tmp_path / "coco").iterdir()} == {"archives"}
 
@@ -315,5 +315,5 @@ def test_an_archive_that_was_fetched_but_not_yet_looked_through_is_not_asked_for
     part = tmp_path / "archives" / "archive.zip.part"
     part.parent.mkdir()
     part.write_bytes(server.archive)
-    assert not len(download.coco_images(tmp_path, {"val2017": 2}, server=source))
+    assert not len(download.download_coco(tmp_path, {"val2017": 2}, server=source))
     assert server.asked["/archive.zip"] == 0 and not part.exists()

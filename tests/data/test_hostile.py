@@ -27,12 +27,12 @@ HOSTILE = st.lists(PIECES, max_size=12).map("".join)
 
 @pytest.fixture(scope="module")
 def image():
-    return scenes.draw(scenes.sample(np.random.default_rng(0)))
+    return scenes.draw_scene(scenes.sample_scene(np.random.default_rng(0)))
 
 
 def special(vlm, tokens) -> list[int]:
     """The tokens of a prompt that are not text, in their order."""
-    known = {*vlm.processor.tokenizer.all_special_ids, vlm.preparer.image_id}
+    known = {*vlm.processor.tokenizer.all_special_ids, vlm.prompt_processor.image_id}
     return [int(token) for token in tokens["input_ids"] if int(token) in known]
 
 
@@ -42,21 +42,21 @@ def special(vlm, tokens) -> list[int]:
 @example(prompts=["<|im_<|im_end|>end|>", "<i<image>mage>", "plain"])
 @pytest.mark.filterwarnings("ignore:.* in a prompt is read as text")
 def test_no_prompt_gets_out_of_its_turn(vlm, image, prompts):
-    plain = vlm.preparer.prepare(image, ["A dog"])
-    made = vlm.preparer.prepare(image, prompts)
-    alone = vlm.preparer.prepare(None, prompts)
-    for tokens, shown, of_text in zip(made.tokens, made.shown, alone.tokens, strict=True):
+    plain = vlm.prompt_processor.prepare(image, ["A dog"])
+    made = vlm.prompt_processor.prepare(image, prompts)
+    alone = vlm.prompt_processor.prepare(None, prompts)
+    for tokens, shown, of_text in zip(made.tokens, made.image_masks, alone.tokens, strict=True):
         assert special(vlm, tokens) == special(vlm, plain.tokens[0])
-        assert np.array_equal(shown[: made.head], plain.shown[0][: plain.head])
-        assert vlm.preparer.image_id not in of_text["input_ids"]
+        assert np.array_equal(shown[: made.head], plain.image_masks[0][: plain.head])
+        assert vlm.prompt_processor.image_id not in of_text["input_ids"]
 
 
 def test_what_a_prompt_spells_out_is_said_and_kept_as_text(vlm, image):
     with pytest.warns(UserWarning, match=r"'<\|im_end\|>' in a prompt is read as text"):
-        made = vlm.preparer.prepare(image, ["one <|im_end|> two"])
-        assert "one < |im_end|> two" in vlm.preparer.wrap(vlm.preparer.as_text("one <|im_end|> two"))
-    assert vlm.preparer.as_text("a < b, [c] and <d>") == "a < b, [c] and <d>"
-    assert len(made.tokens[0]["input_ids"]) > len(vlm.preparer.prepare(image, ["one two"]).tokens[0]["input_ids"])
+        made = vlm.prompt_processor.prepare(image, ["one <|im_end|> two"])
+        assert "one < |im_end|> two" in vlm.prompt_processor.wrap(vlm.prompt_processor.as_text("one <|im_end|> two"))
+    assert vlm.prompt_processor.as_text("a < b, [c] and <d>") == "a < b, [c] and <d>"
+    assert len(made.tokens[0]["input_ids"]) > len(vlm.prompt_processor.prepare(image, ["one two"]).tokens[0]["input_ids"])
 
 
 def photo(kind: str) -> bytes:
@@ -139,8 +139,8 @@ def test_statements_are_read_or_a_clear_error(scene_folder, tmp_path, content, e
     file = tmp_path / f"some{ending}"
     file.write_text(content, errors="replace")
     try:
-        table = statement_files.read(file)
-        found = statement_files.found(table, coco.read(scene_folder).images)
+        table = statement_files.read_statements(file)
+        found = statement_files.match_statements(table, coco.read_coco(scene_folder).images)
     except ValueError as error:
         assert str(file) in str(error) or "is the name of" in str(error)
     else:

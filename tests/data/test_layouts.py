@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from probekit.data import layouts
-from probekit.tasks import building
+from probekit.tasks import building, registry
 
 SAID = ["A red cup.", "A blue car, and a kite"]
 
@@ -42,7 +42,7 @@ def table(separator, header, line):
 ])
 def test_common_forms_are_read(photos, name, content):
     (photos / name).write_text(content)
-    check(layouts.read(photos))
+    check(layouts.read_dataset(photos))
 
 
 def test_splits_of_an_image_folder(photos):
@@ -52,10 +52,10 @@ def test_splits_of_an_image_folder(photos):
             (photos / f"{1000 + k}.jpg").rename(photos / split / f"{1000 + k}.jpg")
         (photos / split / "metadata.jsonl").write_text("\n".join(
             json.dumps({"file_name": f"{1000 + k}.jpg", "captions": SAID}) for k in range(low, high)))
-    check(layouts.read(photos))
-    check(layouts.read(photos, ["test"]), 10)
+    check(layouts.read_dataset(photos))
+    check(layouts.read_dataset(photos, ["test"]), 10)
     with pytest.raises(ValueError, match=r"no folders val: .* take coco_splits out of test, train"):
-        layouts.read(photos, ["val"])
+        layouts.read_dataset(photos, ["val"])
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ def test_the_folders_in_a_name_say_which_image_is_meant(twins):
     names = [f"{split}/{k}.jpg" for k in range(3) for split in ("train", "test")]
     (twins / "captions.csv").write_text("image,caption\n" + "\n".join(f"{name},of {name}" for name in names))
     for splits in (None, ["test"]):
-        data = layouts.read(twins, splits)
+        data = layouts.read_dataset(twins, splits)
         files = data.images.file[data.captions.image_id]
         ends = [str(file).removeprefix(f"{twins}/") for file in files]
         assert data.captions.caption.tolist() == [f"of {end}" for end in ends] and len(ends) == (3 if splits else 6)
     (twins / "captions.csv").write_text("image,caption\n1.jpg,of which?\n")
     for splits in (None, ["test"]):
         with pytest.raises(ValueError, match=r"captions\.csv: 1\.jpg is the name of 2 images: write the folders"):
-            layouts.read(twins, splits)
+            layouts.read_dataset(twins, splits)
 
 
 @pytest.mark.parametrize("text", ["This is Flickr30k, as it was given to us.\n\nIt has images, captions, and more.\n",
@@ -87,11 +87,11 @@ def test_the_folders_in_a_name_say_which_image_is_meant(twins):
 def test_other_texts_beside_the_images_do_not_matter(photos, text):
     (photos / "README.txt").write_text(text)
     with pytest.raises(ValueError, match=r"README\.txt .*(put it elsewhere|quotation marks)"):
-        layouts.read(photos)  # it might be meant for one
+        layouts.read_dataset(photos)  # it might be meant for one
     (photos / "own.csv").write_text("image,text,label\n1000.jpg,Is there a cup?,yes\n")
-    assert layouts.read(photos).captions.empty
+    assert layouts.read_dataset(photos).captions.empty
     (photos / "captions.txt").write_text(table(",", "image,caption", '{k}.jpg,"{text}"'))
-    check(layouts.read(photos))
+    check(layouts.read_dataset(photos))
 
 
 @pytest.mark.parametrize("rows", [[{"file_name": "1000.jpg", "text": None}, {"file_name": "1001.jpg"}],
@@ -99,7 +99,7 @@ def test_other_texts_beside_the_images_do_not_matter(photos, text):
 def test_a_row_that_lacks_something_says_nothing(photos, rows):
     known = {"file_name": "1002.jpg", "captions" if "captions" in rows[0] else "text": "a cup"}
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, known])))
-    assert layouts.read(photos).captions.to_numpy().tolist() == [[2, "a cup"]]
+    assert layouts.read_dataset(photos).captions.to_numpy().tolist() == [[2, "a cup"]]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -109,7 +109,7 @@ def test_a_row_that_lacks_something_says_nothing(photos, rows):
 def test_a_table_that_cannot_be_read_is_named(photos, name, content, message):
     (photos / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read .*{message}"):
-        layouts.read(photos)
+        layouts.read_dataset(photos)
 
 
 def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
@@ -117,7 +117,7 @@ def test_tasks_run_on_it_where_coco_is_not(photos, tmp_path):
     settings = {"folder": str(photos), "train": 18, "validation": 6, "test": 6}
     made = building.build_examples(building.BuildSettings(tasks=("caption", "caption_similar"), **settings), tmp_path / "out")
     assert made.groupby(["task", "split"]).size().unstack().loc["caption"].tolist() == [12, 36, 12]
-    for name in sorted(set(building.TASKS) - {"caption", "caption_similar", "caption_swapped"}):
+    for name in sorted(set(registry.TASKS) - {"caption", "caption_similar", "caption_swapped"}):
         needs = "instances" if name in ("relation", "size", "count", "attribute") else "categories"
         with pytest.raises(ValueError, match=f"task {name} asks about {needs}, and .* has none: take"):
             building.build_examples(building.BuildSettings(tasks=("caption", name), **settings), tmp_path / "out")
@@ -135,10 +135,10 @@ def test_what_a_folder_holds_is_known_before_it_is_read(photos, tmp_path):
     (photos / "captions.txt").write_text((photos / "captions.txt").read_text().replace("red cup", "old cup"))
     second = building.build_examples(build, tmp_path / "out")
     assert first.prompt.str.contains("red cup").any() and not second.prompt.str.contains("red cup").any()
-    before = layouts.state(photos)
-    assert layouts.state(photos) == before
+    before = layouts.dataset_state(photos)
+    assert layouts.dataset_state(photos) == before
     shutil.copy(photos / "1000.jpg", photos / "2000.jpg")
-    assert layouts.state(photos) != before and layouts.state(photos / "nowhere") == []
+    assert layouts.dataset_state(photos) != before and layouts.dataset_state(photos / "nowhere") == []
 
 
 def test_statements_need_images_alone(photos, tmp_path):
@@ -150,13 +150,13 @@ def test_statements_need_images_alone(photos, tmp_path):
 
 def test_what_is_missing_is_named(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist: name a folder"):
-        layouts.read(tmp_path / "nowhere")
+        layouts.read_dataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images: expected annotations"):
-        layouts.read(tmp_path / "empty")
+        layouts.read_dataset(tmp_path / "empty")
     (photos / "metadata.csv").write_text("picture,words\n1000.jpg,x\n")
     with pytest.raises(ValueError, match="has the columns picture, words: one of file_name"):
-        layouts.read(photos)
+        layouts.read_dataset(photos)
     (photos / "metadata.csv").write_text("file_name,text\n7.png,x\n")
     with pytest.raises(ValueError, match="names none of the 30 images"):
-        layouts.read(photos)
+        layouts.read_dataset(photos)

@@ -11,11 +11,11 @@ from probekit.images import unreadable_images
 def some(n=40):
     for i in range(n):
         rng = np.random.default_rng([3, i])
-        yield scenes.sample(rng), rng
+        yield scenes.sample_scene(rng), rng
 
 
 def test_a_seed_draws_the_same_scene_and_another_seed_another():
-    a, b, c = (scenes.draw(scenes.sample(np.random.default_rng(s))).tobytes() for s in (1, 1, 2))
+    a, b, c = (scenes.draw_scene(scenes.sample_scene(np.random.default_rng(s))).tobytes() for s in (1, 1, 2))
     assert a == b != c
 
 
@@ -69,7 +69,7 @@ def test_relation_words_follow_the_pixels():
 def test_masks_agree_with_the_picture():
     scene = next(s for s, _ in some())
     plain = scenes.Scene((), scene.landscape, scene.horizon)
-    change = np.abs(np.asarray(scenes.draw(scene), int) - np.asarray(scenes.draw(plain), int)).sum(-1)
+    change = np.abs(np.asarray(scenes.draw_scene(scene), int) - np.asarray(scenes.draw_scene(plain), int)).sum(-1)
     width, height = scenes.SIZE
     union = np.zeros((height, width), bool)
     for a in scenes.annotate(scene):
@@ -81,10 +81,10 @@ def test_masks_agree_with_the_picture():
 
 
 def test_folder_reads_as_coco(scene_folder):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     assert len(data.images) == 60 and len(data.captions) == 300
     assert data.categories == tuple(scene_shapes.SHAPES) and len(data.categories) >= 12
     assert len(unreadable_images(data.images)) == 0
     before = (scene_folder / "annotations" / "captions_scenes.json").stat().st_mtime_ns
-    scenes.write(scene_folder, n=60, seed=7)
+    scenes.write_scenes(scene_folder, n=60, seed=7)
     assert (scene_folder / "annotations" / "captions_scenes.json").stat().st_mtime_ns == before

@@ -29,17 +29,17 @@ def pope(images):
 
 
 def test_every_format_is_read(tmp_path):
-    table = statement_files.read(written(tmp_path, "crepe.json", crepe([3])))
+    table = statement_files.read_statements(written(tmp_path, "crepe.json", crepe([3])))
     assert table.text.tolist() == [captions.PROMPT.format(caption=f"A {thing} 0") for thing in ("cup", "car")]
     assert table.label.tolist() == [1, 0] and set(table.image) == {"000000000003.jpg"}
-    table = statement_files.read(written(tmp_path, "pope.json", pope([1, 2])))
+    table = statement_files.read_statements(written(tmp_path, "pope.json", pope([1, 2])))
     assert table.label.tolist() == [0, 1] and table.text[0] == "Is there a cup in the image?"
-    table = statement_files.read(written(tmp_path, "own.csv", 'image,text,label\n1.jpg,"A cup, red",TRUE\n1.jpg,None,0\n'))
+    table = statement_files.read_statements(written(tmp_path, "own.csv", 'image,text,label\n1.jpg,"A cup, red",TRUE\n1.jpg,None,0\n'))
     assert table.to_numpy().tolist() == [["1.jpg", "A cup, red", 1], ["1.jpg", "None", 0]]
     one = written(tmp_path, "one.jsonl", '{"image": "1.jpg", "text": "x", "label": true}')
-    assert statement_files.read(one).label.tolist() == [1]
+    assert statement_files.read_statements(one).label.tolist() == [1]
     one.write_text(one.read_text(), encoding="utf-8-sig")  # as Windows' editors save it
-    assert statement_files.read(one).label.tolist() == [1]
+    assert statement_files.read_statements(one).label.tolist() == [1]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -62,7 +62,7 @@ def test_every_format_is_read(tmp_path):
 ])
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
-        statement_files.read(written(tmp_path, name, content))
+        statement_files.read_statements(written(tmp_path, name, content))
 
 
 def test_images_are_found_by_name_by_path_and_by_number():
@@ -70,11 +70,11 @@ def test_images_are_found_by_name_by_path_and_by_number():
     names = ["val/7.jpg", "./train/7.jpg", "COCO_val2014_000000000012.jpg", "000000000012.jpg", "8.jpg",
              "../../etc/passwd"]
     table = pd.DataFrame({"image": names, "text": "x", "label": 1})
-    assert statement_files.found(table, images).image_id.tolist() == [2, 1, 12, 12]
+    assert statement_files.match_statements(table, images).image_id.tolist() == [2, 1, 12, 12]
     with pytest.raises(ValueError, match="name of 2 images: write the folders"):
-        statement_files.found(table.assign(image="7.jpg"), images)
+        statement_files.match_statements(table.assign(image="7.jpg"), images)
     elsewhere = pd.DataFrame({"image": ["000000000002.jpg"], "text": "x", "label": 1})
-    assert statement_files.found(elsewhere, images).empty  # an id is not a number in a name
+    assert statement_files.match_statements(elsewhere, images).empty  # an id is not a number in a name
 
 
 def test_files_become_tasks_about_the_images_they_name(scene_folder, tmp_path):
@@ -114,17 +114,17 @@ def test_names_that_clash_or_are_unknown(scene_folder, tmp_path):
 @needs_real_coco
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"no published benchmarks at {PUBLISHED}")
 def test_the_published_files_are_read_and_what_the_words_alone_say_of_them():
-    data = coco.read(REAL_COCO)
+    data = coco.read_coco(REAL_COCO)
     sizes = {}
     for path in sorted([*(PUBLISHED / "sugar-crepe").glob("*.json"), *(PUBLISHED / "pope").glob("*.json")]):
-        table = statement_files.read(path)
+        table = statement_files.read_statements(path)
         assert table.label.mean() == 0.5
-        usable = statement_files.found(table, data.images)
+        usable = statement_files.match_statements(table, data.images)
         assert usable.image_id.isin(data.images.index).all()
         sizes[path.stem] = len(table), len(usable)
     assert sizes["swap_obj"][0] == 490 and sizes["add_att"][0] == 1384 and sizes["coco_pope_random"][0] == 3000
     assert sum(usable for _, usable in sizes.values()) > 1000
-    table = statement_files.read(PUBLISHED / "sugar-crepe" / "add_obj.json")
+    table = statement_files.read_statements(PUBLISHED / "sugar-crepe" / "add_obj.json")
     train = np.arange(len(table)) < len(table) // 2
     right = (controls.bag_of_words(table.text.to_numpy(), table.label.to_numpy(), train) >= 0.5) == table.label
     assert right[~train].mean() > 0.55  # known to leak: what a model makes of it is read against this line

@@ -17,7 +17,7 @@ from probekit.extraction.extract import ExtractionSettings
 from probekit.images import load_rgb
 from probekit.models import forward
 from probekit.models.load import load_vlm
-from probekit.probes import controls
+from probekit.tasks import input_controls
 from tests.conftest import REPOSITORY
 
 
@@ -79,7 +79,7 @@ def test_only_what_is_missing_is_computed(data, examples, computed):
     assert not computed
     afresh = extract.extract(replace(stages, poolings=("mean", "text_mean", "last"), sharing="off"), examples, "cpu")
     for store_, pooling in ((whole, "mean"), (both, "last"), (seen, "text_mean")):
-        for layer in store_.layers_of(pooling):
+        for layer in store_.layers_with(pooling):
             a, b = store_[layer, pooling], afresh[layer, pooling]
             assert np.abs(a - b).max() <= 2e-3 * np.abs(b).max(), (layer, pooling)
 
@@ -210,7 +210,7 @@ def spoil(monkeypatch):
     """Change what forward passes return, of some ways or of all."""
 
     def set_to(change, *ways):
-        def changed(vlm, prepared, poolings, stages=("lm",), way="plain", honest=forward.run):
+        def changed(vlm, prepared, poolings, stages=("lm",), way="plain", honest=forward.run_pooled):
             states = {key: values.clone() for key, values in honest(vlm, prepared, poolings, stages, way).items()}
             if way in ways or not ways:
                 change(states)
@@ -262,7 +262,7 @@ def test_sharing_that_is_not_exact_is_seen(data, examples, spoil):
 
 def test_batches_fill_their_budget_and_hold_whole_images(examples, vlm):
     rows = shards.rows_of(examples)
-    works = list(loading.ahead(vlm.preparer, None, [rows], 2))
+    works = list(loading.ahead(vlm.prompt_processor, None, [rows], 2))
     assert [work.image for work in works] == list(range(60))
     assert np.array_equal(np.concatenate([work.rows for work in works]), np.arange(len(rows)))
     for way in ("shared", "plain"):
@@ -276,7 +276,7 @@ def test_what_a_worker_cannot_read_is_named_as_it_is(examples, vlm, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     rows.loc[rows.file == rows.file.iloc[-1], ["file", "size"]] = str(tmp_path / "broken.jpg"), 10
     with pytest.raises(OSError, match=r"broken\.jpg") as caught:
-        list(loading.ahead(vlm.preparer, None, [rows], 1))
+        list(loading.ahead(vlm.prompt_processor, None, [rows], 1))
     assert "Traceback" not in str(caught.value)
 
 
@@ -299,17 +299,17 @@ def test_one_model_is_gone_before_the_next_is_loaded(data, examples, monkeypatch
 def test_controls_of_the_inputs_are_extracted_beside_the_examples(data, examples, computed):
     some = examples[examples.image_id.isin(examples.image_id.unique()[:12])].reset_index(drop=True)
     settings = ExtractionSettings("tiny-qwen2-vl", poolings=("mean", "image_mean"), stages=("lm", "vision"))
-    plain, blind, mute, wrong = extract.extract_all(settings, some, controls.INPUTS, "cpu")
-    assert [one.control for one in (plain, blind, mute, wrong)] == ["none", *controls.INPUTS]
+    plain, blind, mute, wrong = extract.extract_all(settings, some, input_controls.INPUT_CONTROLS, "cpu")
+    assert [one.control for one in (plain, blind, mute, wrong)] == ["none", *input_controls.INPUT_CONTROLS]
     assert blind.stages == ("lm",) and blind.poolings == ("mean",) and len(blind["lm.08", "mean"]) == len(some)
     vlm = load_vlm("tiny-qwen2-vl", device="cpu")
-    other = controls.inputs(some, "wrong_image")
+    other = input_controls.change_inputs(some, "wrong_image")
     for i in (0, 5, len(some) - 1):
         row, file = some.iloc[i], other.file[i]
         picture = load_rgb(paths.Home.find().resolve(file))
-        expected = {"lm/blind": forward.run(vlm, [vlm.preparer.prepare(None, [row.prompt])], ["mean"]),
-                    "lm/wrong": forward.run(vlm, [vlm.preparer.prepare(picture, [row.prompt])], ["mean"]),
-                    "lm/mute": forward.run(vlm, [vlm.preparer.prepare(load_rgb(paths.Home.find().resolve(row.file)), [""])],
+        expected = {"lm/blind": forward.run_pooled(vlm, [vlm.prompt_processor.prepare(None, [row.prompt])], ["mean"]),
+                    "lm/wrong": forward.run_pooled(vlm, [vlm.prompt_processor.prepare(picture, [row.prompt])], ["mean"]),
+                    "lm/mute": forward.run_pooled(vlm, [vlm.prompt_processor.prepare(load_rgb(paths.Home.find().resolve(row.file)), [""])],
                                            ["mean"])}
         for one, name in ((blind, "lm/blind"), (wrong, "lm/wrong"), (mute, "lm/mute")):
             np.testing.assert_allclose(one["lm.05", "mean"][i], expected[name]["lm.05/mean"][0], atol=1e-2)
@@ -322,7 +322,7 @@ def test_controls_of_the_inputs_are_extracted_beside_the_examples(data, examples
         other[["file", "prompt"]].merge(some[["file", "prompt"]], how="left", indicator=True).query(
             "_merge == 'left_only'").drop_duplicates())
     computed.clear()
-    extract.extract_all(settings, some, controls.INPUTS, "cpu")
+    extract.extract_all(settings, some, input_controls.INPUT_CONTROLS, "cpu")
     assert computed == []
 
 
@@ -330,11 +330,11 @@ def test_without_an_image_the_model_reads_what_its_tokenizer_says(data):
     for name in ("tiny-qwen2-vl", "tiny-fast-vlm"):
         vlm = load_vlm(name, device="cpu")
         prompts = ["This image contains: a red circle.", "", "two"]
-        one = vlm.preparer.prepare(None, prompts)
-        assert not any(mask.any() for mask in one.shown) and not one.image
+        one = vlm.prompt_processor.prepare(None, prompts)
+        assert not any(mask.any() for mask in one.image_masks) and not one.image
         text = vlm.processor.tokenizer.decode(one.tokens[0]["input_ids"])
         assert prompts[0] in text and "image_pad" not in text and "<image>" not in text
-        together = forward.run(vlm, [one], ["mean", "last"])
+        together = forward.run_pooled(vlm, [one], ["mean", "last"])
         for k in range(3):
             ids = torch.from_numpy(one.tokens[k]["input_ids"])[None]
             states = vlm.model(input_ids=ids, output_hidden_states=True).hidden_states

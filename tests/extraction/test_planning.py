@@ -20,10 +20,10 @@ def test_operations_are_those_of_the_forward_passes(examples, name, way):
     given = examples.groupby("image_id").head(2).head(4).assign(prompt=["a b c d", "d c b a"] * 2)  # nothing is padded
     rows = shards.rows_of(given)
     vlm = load.load_vlm(name, device="cpu")
-    works = [*loading.ahead(vlm.preparer, None, [rows], 0)]
+    works = [*loading.ahead(vlm.prompt_processor, None, [rows], 0)]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's own is not counted
         for work in works:
-            forward.run(vlm, [work.prepared], ["mean"], ("lm",), way)
+            forward.run_pooled(vlm, [work.prepared], ["mean"], ("lm",), way)
     settings = ExtractionSettings(name, sharing="auto" if way == "shared" else "off")
     told = planning.estimate(settings, (), given, given.image_id.nunique(), 1e9, "cpu")
     key = "operations" if way == "shared" else "plain operations"

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from probekit.extraction.extract import ExtractionSettings, extract
-from probekit.models import architectures, forward, presets, token_grid
-from probekit.models.load import describe, load_vlm
+from probekit.models import architectures, forward, presets, sharing, token_grid
+from probekit.models.load import describe_model, load_vlm
 from tests.conftest import REPOSITORY
 from tests.support.architectures import ROWS, make
 
@@ -57,36 +57,36 @@ def reference_states(vlm, prepared) -> list[torch.Tensor] | None:
 def found(name: str, folder: Path) -> dict[str, str | int]:
     """Check one architecture; a row of the table."""
     vlm = load_vlm(str(make(name, folder)), device="cpu", dtype="float32")
-    prepared = [vlm.preparer.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
+    prepared = [vlm.prompt_processor.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
     assert len(vlm.blocks) == stated(vlm) == len(vlm.layers) - 1
     states = reference_states(vlm, prepared[0])
     assert len(states) == len(vlm.layers)
     vlm = load_vlm(str(folder), device="cpu", dtype="float32")  # some keep what they were asked for
-    read = forward.run(vlm, [prepared[0].only(0)], ["mean", "max", "token:3"])
+    read = forward.run_pooled(vlm, [prepared[0].only(0)], ["mean", "max", "token:3"])
     for layer, hidden in list(zip(vlm.layers, states, strict=True))[: -1 if name in NOT_NORMED else None]:
         one_td = architectures.merge_streams(hidden, vlm.special, vlm.width)[0]
         expected = {"mean": one_td.mean(0), "max": one_td.max(0).values, "token:3": one_td[3]}
         assert gap(read, {f"{layer}/{pooling}": values[None] for pooling, values in expected.items()}) < 1e-5
-    choice, _ = forward.choose(vlm, prepared, POOLINGS, ("lm",), ("shared", "encoded", "plain"))
+    choice, _ = sharing.choose_way(vlm, prepared, POOLINGS, ("lm",), ("shared", "encoded", "plain"))
     batched = "plain" if choice.way != "alone" else "alone"
     stages = ("lm", *(stage for stage, layers in vlm.layers_of_stage.items() if layers and stage != "lm"))
-    alone = forward.run(vlm, prepared, POOLINGS, stages, "alone")
-    assert gap(forward.run(vlm, prepared, POOLINGS, stages, batched), alone) < 1e-5
-    assert gap(forward.run(vlm, prepared, POOLINGS, stages, choice.way), alone) < 5e-5
+    alone = forward.run_pooled(vlm, prepared, POOLINGS, stages, "alone")
+    assert gap(forward.run_pooled(vlm, prepared, POOLINGS, stages, batched), alone) < 1e-5
+    assert gap(forward.run_pooled(vlm, prepared, POOLINGS, stages, choice.way), alone) < 5e-5
     claimed = [layer for stage in stages for layer in vlm.layers_of_stage[stage]]
     assert {key.rpartition("/")[0] for key in alone} == {*claimed}
     last = alone[f"{vlm.layers[-1]}/mean"]
     assert (last[0] - last[3]).abs().max() > 1e-3 and (last[0] - last[1]).abs().max() > 1e-3
     seen = alone.get(f"{vlm.vision_layers[-1] if vlm.vision else 'projector'}/mean")
     assert seen is None or (len(seen) == 2 and (seen[0] - seen[1]).abs().max() > 1e-4)  # it sees images
-    described = describe(str(folder)).set_index("stage")
+    described = describe_model(str(folder)).set_index("stage")
     for stage in stages:
         assert described.layers[stage] == len(vlm.layers_of_stage[stage])
         if stage != "projector":
             assert described.width[stage] == alone[f"{vlm.layers_of_stage[stage][0]}/mean"].shape[1]
     shared = "exact" if choice.way == "shared" else "no: " + _reason(choice.words, "shared")
     return {"architecture": name, "layers": f"{stated(vlm)} blocks, {len(vlm.layers)} layers",
-            "image tokens": int(prepared[0].shown[0].sum()),
+            "image tokens": int(prepared[0].image_masks[0].sum()),
             "batches": "padded right" if batched == "plain" else "one prompt each", "sharing": shared,
             "encoder once": "yes" if choice.way in ("shared", "encoded") else "no",
             "vision": f"{len(vlm.vision[1])} blocks" if vlm.vision else f"no: {vlm.special.no_vision or 'no stack'}",
@@ -97,8 +97,8 @@ def _heat_map(vlm) -> str:
     """Is it known where in the image the image tokens lie? Checked by changing a quarter of the image."""
     blocks = np.random.default_rng(0).integers(0, 255, (4, 6, 8, 3)).astype(np.uint8)  # pictures with large shapes
     try:
-        token_grid.check(vlm, [Image.fromarray(block).resize((320, 240)) for block in blocks], "Is there a dog?")
-    except token_grid.NoGrid:
+        token_grid.check_token_grid(vlm, [Image.fromarray(block).resize((320, 240)) for block in blocks], "Is there a dog?")
+    except token_grid.NoTokenGrid:
         return "no"
     return "yes"
 
@@ -127,9 +127,9 @@ def test_one_prompt_an_image_does_not_settle_how_many_are_run(tmp_path, data):
     settings = ExtractionSettings(str(make("instructblip", tmp_path / "model")))
     extract(settings, rows.groupby("file").head(1).reset_index(drop=True), "cpu")
     vlm = load_vlm(settings.model, device="cpu")
-    mixed = [vlm.preparer.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
+    mixed = [vlm.prompt_processor.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
     mixed[1] = mixed[1].only(0)  # the one with several prompts is the one to look at
-    assert forward.choose(vlm, mixed, ("mean",), ("lm",), ("shared", "plain"))[0].way == "plain"
+    assert sharing.choose_way(vlm, mixed, ("mean",), ("lm",), ("shared", "plain"))[0].way == "plain"
     ours = extract(settings, rows, "cpu")
     plain = extract(replace(settings, sharing="off"), rows, "cpu")
     assert ours.meta["sharing"]["way"] == "plain"
@@ -150,7 +150,7 @@ def test_a_stage_that_a_model_lacks_is_named(tmp_path, data):
 def test_every_preset_is_of_a_checked_type():
     assert len(ROWS) >= 40 and list(TABLE.index) == list(ROWS)
     assert {preset.type for preset in presets.PRESETS.values()} <= set(ROWS)
-    text = presets.known()
+    text = presets.list_models()
     assert all(name in text for name in [*presets.PRESETS, *presets.NOT_IN_TRANSFORMERS])
 
 

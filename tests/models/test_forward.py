@@ -5,12 +5,12 @@ from PIL import Image
 
 from probekit import paths
 from probekit.images import load_rgb
-from probekit.models import batches, forward
-from probekit.models.forward import run
-from probekit.models.pooling import NAMES
-from probekit.models.processor import Prepared
+from probekit.models import batches, sharing
+from probekit.models.forward import run_pooled
+from probekit.models.pooling import POOLINGS
+from probekit.models.processor import PreparedImage
 
-POOLINGS = (*NAMES[:6], "token:2", "token:-3")
+POOLINGS = (*POOLINGS[:6], "token:2", "token:-3")
 STAGES = ("lm", "vision", "projector")
 
 
@@ -18,7 +18,7 @@ STAGES = ("lm", "vision", "projector")
 def ragged(examples, vlm):
     """Two images with three and two prompts of very different lengths."""
     groups = list(examples.groupby("image_id"))[:2]
-    return [vlm.preparer.prepare(load_rgb(paths.Home.find().resolve(rows.file.iloc[0])), rows.prompt.tolist()[:k])
+    return [vlm.prompt_processor.prepare(load_rgb(paths.Home.find().resolve(rows.file.iloc[0])), rows.prompt.tolist()[:k])
             for (_, rows), k in zip(groups, (3, 2), strict=True)]
 
 
@@ -29,14 +29,14 @@ def close(ours, reference, tolerance):
 
 
 def test_hooks_read_what_transformers_returns(vlm, ragged):
-    pooled = run(vlm, ragged, POOLINGS)
+    pooled = run_pooled(vlm, ragged, POOLINGS)
     prompts = [(one, k) for one in ragged for k in range(len(one.tokens))]
     for i, (one, k) in enumerate(prompts):
         with torch.inference_mode():
             tokens = {key: torch.from_numpy(value)[None] for key, value in one.tokens[k].items()}
             states = vlm.model(**tokens, **one.image, output_hidden_states=True, use_cache=False).hidden_states
         assert len(states) == len(vlm.layers)
-        image = torch.from_numpy(one.shown[k])
+        image = torch.from_numpy(one.image_masks[k])
         for layer, hidden_1td in zip(vlm.layers, states, strict=True):
             real = hidden_1td[0]
             wanted = {"mean": real.mean(0), "last": real[-1], "cls": real[0], "max": real.max(0).values,
@@ -46,36 +46,36 @@ def test_hooks_read_what_transformers_returns(vlm, ragged):
 
 
 def test_a_batch_changes_nothing(vlm, ragged):
-    alone = [run(vlm, [one.only(k)], POOLINGS) for one in ragged for k in range(len(one.tokens))]
-    close(run(vlm, ragged, POOLINGS), {key: torch.cat([one[key] for one in alone]) for key in alone[0]}, 1e-4)
+    alone = [run_pooled(vlm, [one.only(k)], POOLINGS) for one in ragged for k in range(len(one.tokens))]
+    close(run_pooled(vlm, ragged, POOLINGS), {key: torch.cat([one[key] for one in alone]) for key in alone[0]}, 1e-4)
 
 
 @pytest.mark.parametrize("way", ["shared", "encoded"])
 def test_the_cheaper_ways_change_nothing(vlm, ragged, way):
     poolings = [name for name in POOLINGS if name != "text_mean"]
-    close(run(vlm, ragged, poolings, STAGES, way), run(vlm, ragged, poolings, STAGES), 1e-5)
-    close(run(vlm, ragged, POOLINGS, ("lm",), way), run(vlm, ragged, POOLINGS), 1e-5)
+    close(run_pooled(vlm, ragged, poolings, STAGES, way), run_pooled(vlm, ragged, poolings, STAGES), 1e-5)
+    close(run_pooled(vlm, ragged, POOLINGS, ("lm",), way), run_pooled(vlm, ragged, POOLINGS), 1e-5)
 
 
 def test_the_order_and_the_number_of_prompts_change_nothing(vlm, ragged):
-    whole = run(vlm, ragged, POOLINGS, way="shared")
-    turned = run(vlm, ragged[::-1], POOLINGS, way="shared")
+    whole = run_pooled(vlm, ragged, POOLINGS, way="shared")
+    turned = run_pooled(vlm, ragged[::-1], POOLINGS, way="shared")
     close({key: values[[2, 3, 4, 0, 1]] for key, values in turned.items()}, whole, 1e-5)
-    close(run(vlm, [ragged[0].only(1)], POOLINGS, way="shared"), {key: v[1:2] for key, v in whole.items()}, 1e-5)
+    close(run_pooled(vlm, [ragged[0].only(1)], POOLINGS, way="shared"), {key: v[1:2] for key, v in whole.items()}, 1e-5)
 
 
 def test_the_first_token_and_the_image_never_see_the_prompt(vlm, ragged):
-    pooled, last = run(vlm, ragged[:1], POOLINGS, way="shared"), vlm.layers[-1]
+    pooled, last = run_pooled(vlm, ragged[:1], POOLINGS, way="shared"), vlm.layers[-1]
     for pooling in ("cls", "image_mean"):
         assert pooled[f"{last}/{pooling}"].std(0).max() == 0
     assert pooled[f"{last}/mean"].std(0).max() > 1e-3
 
 
 def test_the_image_encoder_is_read_over_patches(vlm, ragged):
-    found = run(vlm, ragged, ["mean", "image_mean", "max"], ("vision", "projector"))
+    found = run_pooled(vlm, ragged, ["mean", "image_mean", "max"], ("vision", "projector"))
     assert not any(key.startswith("lm.") for key in found)
     assert torch.equal(found["projector/mean"], found["projector/image_mean"]) and len(found["projector/mean"]) == 2
-    into_decoder = run(vlm, ragged, ["image_mean"])["lm.00/image_mean"]  # what the decoder gets at the image's tokens
+    into_decoder = run_pooled(vlm, ragged, ["image_mean"])["lm.00/image_mean"]  # what the decoder gets at the image's tokens
     torch.testing.assert_close(found["projector/mean"], into_decoder[[0, 3]], rtol=1e-5, atol=1e-6)
     if not vlm.vision:
         assert vlm.layers_of_stage["vision"] == ()
@@ -94,13 +94,13 @@ def test_images_of_other_shapes_do_not_fit_into_one_batch():
     vlm = load_vlm("tiny-qwen2-vl", device="cpu")
     vlm.processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
     noise = np.random.default_rng(0).integers(0, 255, (300, 500, 3), np.uint8)
-    ready = [vlm.preparer.prepare(Image.fromarray(part), ["a", "another one"])
+    ready = [vlm.prompt_processor.prepare(Image.fromarray(part), ["a", "another one"])
              for part in (noise, noise[:60], noise[:, ::-1].copy())]
-    shapes = [batches.shape_of(one) for one in ready]
+    shapes = [batches.input_shape(one) for one in ready]
     assert shapes[0] == shapes[2] != shapes[1]
     batch = [ready[0], ready[2]]
-    choice, states = forward.choose(vlm, batch, ["max"], ("lm",), ["shared"])
-    close({"lm.02/max": states["lm.02/max"]}, {"lm.02/max": run(vlm, batch, ["max"])["lm.02/max"]}, 1e-5)
+    choice, states = sharing.choose_way(vlm, batch, ["max"], ("lm",), ["shared"])
+    close({"lm.02/max": states["lm.02/max"]}, {"lm.02/max": run_pooled(vlm, batch, ["max"])["lm.02/max"]}, 1e-5)
     assert choice.way == "shared" and "largest difference" in choice.words
 
 
@@ -114,21 +114,21 @@ def test_image_vectors_are_counted_against_image_tokens(ragged, vlm, monkeypatch
 
     monkeypatch.setattr(type(vlm.model), "get_image_features", lambda self, *a, **k: one_less(*a, **k))
     with pytest.raises(ValueError, match=r"announced \d+ image tokens but got \d+ image vectors"):
-        run(vlm, ragged, ["mean"])
+        run_pooled(vlm, ragged, ["mean"])
 
 
 def test_padding_patches_are_left_out():
     def one(**masks):
-        return Prepared({"pixel_values": torch.zeros(1, 3, 8, 12), **masks}, [], [])
+        return PreparedImage({"pixel_values": torch.zeros(1, 3, 8, 12), **masks}, [], [])
 
     patches, pixels = torch.ones(1, 2, 3), torch.zeros(1, 8, 12)
     patches[0, 1, 2], pixels[:, :5, :8] = 0, 1  # patches of 4 x 4 pixels
     by_patch, by_pixel = one(image_attention_mask=patches), one(pixel_mask=pixels)
     expected = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]]).bool()
-    assert torch.equal(batches.real_patches([by_patch, by_pixel], 6), expected)
-    assert batches.real_patches([one(pixel_mask=torch.ones(1, 8, 12))], 5).all()
+    assert torch.equal(batches.patch_mask([by_patch, by_pixel], 6), expected)
+    assert batches.patch_mask([one(pixel_mask=torch.ones(1, 8, 12))], 5).all()
     with pytest.raises(ValueError, match="pixel_mask pads the image, but not patch by patch"):
-        batches.real_patches([by_pixel], 5)
+        batches.patch_mask([by_pixel], 5)
 
 
 def test_half_precision_stays_within_its_tolerance(examples):
@@ -136,6 +136,6 @@ def test_half_precision_stays_within_its_tolerance(examples):
 
     half, exact = (load_vlm("tiny-qwen2-vl", device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))
     rows = examples[examples.image_id == examples.image_id.iloc[0]]
-    ready = [exact.preparer.prepare(load_rgb(paths.Home.find().resolve(rows.file.iloc[0])), rows.prompt.tolist())]
-    assert forward.choose(half, ready, ["mean"], ("lm",), ["shared"])[0].way == "shared"
-    close(run(half, ready, ["mean"]), run(exact, ready, ["mean"]), 0.05)
+    ready = [exact.prompt_processor.prepare(load_rgb(paths.Home.find().resolve(rows.file.iloc[0])), rows.prompt.tolist())]
+    assert sharing.choose_way(half, ready, ["mean"], ("lm",), ["shared"])[0].way == "shared"
+    close(run_pooled(half, ready, ["mean"]), run_pooled(exact, ready, ["mean"]), 0.05)

@@ -93,11 +93,11 @@ def test_nothing_is_pickled():
 
 
 def test_a_revision_stands_behind_an_id(tmp_path):
-    assert presets.locate("org/model@abc") == "org/model" and presets.revision_of("org/model@abc", None) == "abc"
+    assert presets.locate("org/model@abc") == "org/model" and presets.pinned_revision("org/model@abc", None) == "abc"
     assert presets.locate("qwen2-vl-2b@main") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert presets.revision_of("qwen2-vl-2b@main", None) == "main"
-    assert len(presets.revision_of("qwen2-vl-2b", None)) == 40
-    assert [presets.title(name) for name in ("org/model@refs/pr/1", "org/model")] == ["model@refs-pr-1", "model"]
+    assert presets.pinned_revision("qwen2-vl-2b@main", None) == "main"
+    assert len(presets.pinned_revision("qwen2-vl-2b", None)) == 40
+    assert [presets.short_name(name) for name in ("org/model@refs/pr/1", "org/model")] == ["model@refs-pr-1", "model"]
     (tmp_path / "a@b").mkdir()
     (tmp_path / "a@b" / "config.json").touch()
     assert presets.locate(str(tmp_path / "a@b")) == str(tmp_path / "a@b")

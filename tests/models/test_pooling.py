@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from probekit.models.pooling import NAMES, Pooler, Prefix
+from probekit.models.pooling import POOLINGS, Pooler, Prefix
 
 LENGTHS = (3, 7, 5)
 ALL = ("mean", "max", "cls", "last", "token:2", "token:-2")
@@ -43,7 +43,7 @@ def test_a_prefix_run_on_its_own_pools_like_the_whole_sequence():
     owner = torch.tensor([1, 0, 1])
     prefixes, own = torch.randn(2, 4, 5), torch.randn(3, 6, 5)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
-    names = [*NAMES[:6], "token:0", "token:3", "token:5", "token:-2", "token:-6"]
+    names = [*POOLINGS[:6], "token:0", "token:3", "token:5", "token:-2", "token:-6"]
     split = Pooler(names, mask, None, Prefix(image, owner))
     found = split.pool(own, split.prefix_part(prefixes))
     whole = torch.cat([prefixes[owner], own], 1)

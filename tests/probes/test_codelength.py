@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from probekit.probes import codelength
-from probekit.probes.labels import Labels
+from probekit.probes.labels import LabelSet
 
 
 def study(strength, n=600, seed=0):
@@ -14,7 +14,7 @@ def study(strength, n=600, seed=0):
     parts = {"train": torch.arange(n // 2), "validation": torch.arange(n // 2, 3 * n // 4),
              "test": torch.arange(3 * n // 4, n)}
     image = np.repeat(np.arange(n // 2), 2)
-    return torch.from_numpy(x), Labels("none", "binary", ["match"], image, torch.from_numpy(y),
+    return torch.from_numpy(x), LabelSet("none", "binary", ["match"], image, torch.from_numpy(y),
                                        torch.ones(n, 1), parts)
 
 
@@ -57,7 +57,7 @@ def test_it_is_the_sum_over_blocks_of_what_probes_trained_before_them_say():
 def test_many_rare_classes_of_noise_cost_about_a_bit_a_label_too():
     rng = np.random.default_rng(1)
     n, c = 800, 40
-    labels = Labels("none", "multilabel", [str(k) for k in range(c)], np.arange(n),
+    labels = LabelSet("none", "multilabel", [str(k) for k in range(c)], np.arange(n),
                     torch.from_numpy(rng.integers(0, 2, (n, c)).astype(np.float32)),
                     torch.from_numpy((rng.random((n, c)) < 0.075).astype(np.float32)),  # three an image
                     {"train": torch.arange(500), "validation": torch.arange(500, 650), "test": torch.arange(650, n)})

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 
 from probekit.probes import controls
-from probekit.probes.labels import Task
+from probekit.probes.labels import LabelledTask
+from probekit.tasks import input_controls
 from tests.support.tables import with_task_info
 
 
@@ -28,18 +29,18 @@ def table(images=60):
 
 def test_controls_of_the_inputs_change_the_inputs_alone():
     examples = table()
-    for name in controls.INPUTS:
-        changed = controls.inputs(examples, name)
+    for name in input_controls.INPUT_CONTROLS:
+        changed = input_controls.change_inputs(examples, name)
         columns = [c for c in examples if c != {"no_text": "prompt"}.get(name, "file")]
         pd.testing.assert_frame_equal(changed[columns], examples[columns])
-    assert set(controls.inputs(examples, "no_image").file) == {""}
-    assert set(controls.inputs(examples, "no_text").prompt) == {""}
-    assert controls.inputs(examples, "none") is examples
+    assert set(input_controls.change_inputs(examples, "no_image").file) == {""}
+    assert set(input_controls.change_inputs(examples, "no_text").prompt) == {""}
+    assert input_controls.change_inputs(examples, "none") is examples
 
 
 def test_a_wrong_image_is_another_one_of_the_same_split_for_all_prompts_of_an_image():
     examples = table()
-    wrong = controls.inputs(examples, "wrong_image")
+    wrong = input_controls.change_inputs(examples, "wrong_image")
     assert (wrong.file != examples.file).all()
     assert (wrong.groupby("image_id").file.nunique() == 1).all()
     split_of = examples.groupby("file").split.first()
@@ -48,11 +49,11 @@ def test_a_wrong_image_is_another_one_of_the_same_split_for_all_prompts_of_an_im
     one = examples[examples.split != "test"]
     lonely = pd.concat([one, examples[examples.image_id == examples.image_id.max()]])
     with pytest.raises(ValueError, match="second image in test"):
-        controls.inputs(lonely, "wrong_image")
+        input_controls.change_inputs(lonely, "wrong_image")
 
 
 def test_shuffled_labels_are_the_same_labels_elsewhere():
-    task = Task.of(table(), "category")
+    task = LabelledTask.of(table(), "category")
     shuffled = task.labels("shuffled")
     asked = task.true.mask_nc.numpy() > 0
     assert not asked.all()
@@ -65,7 +66,7 @@ def test_shuffled_labels_are_the_same_labels_elsewhere():
 
 
 def test_the_control_task_of_captions_scores_known_captions_with_their_other_image():
-    task = Task.of(table(200), "caption")
+    task = LabelledTask.of(table(200), "caption")
     control = task.labels("control_task")
     label = pd.Series(control.y_nc[:, 0].numpy()).groupby(task.prompts)
     assert (label.nunique() == 1).all() and 0.3 < label.first().mean() < 0.7
@@ -84,7 +85,7 @@ def test_the_control_task_of_one_answer_is_a_function_of_the_question():
                              "labels": np.eye(4, dtype=int)[rng.integers(4, size=300)].tolist(),
                              "mask": [[1, 1, 1, 1]] * 300})
     examples = with_task_info(examples, "one_of", "1234")
-    task = Task.of(examples, "count")
+    task = LabelledTask.of(examples, "count")
     control = task.labels("control_task")
     drawn = pd.DataFrame(control.y_nc.numpy()).groupby(task.prompts)
     assert (drawn.nunique() == 1).all(axis=None) and 0.2 < drawn.first().to_numpy().mean() < 0.8
@@ -93,7 +94,7 @@ def test_the_control_task_of_one_answer_is_a_function_of_the_question():
 
 
 def test_the_control_task_of_categories_is_a_function_of_the_rarest_other_one():
-    task = Task.of(table(), "category")
+    task = LabelledTask.of(table(), "category")
     control = task.labels("control_task")
     y, count = task.true.y_nc.numpy(), task.true.y_nc[task.true.split["train"]].sum(0).numpy()
     label: dict[tuple[int, int], set] = {}
@@ -109,7 +110,7 @@ def test_the_control_task_of_categories_is_a_function_of_the_rarest_other_one():
 
 
 def test_the_control_task_says_nothing_about_the_truth():
-    task, agree = Task.of(table(400), "category"), []
+    task, agree = LabelledTask.of(table(400), "category"), []
     for seed in range(40):
         control = task.labels("control_task", seed)
         counted = control.mask_nc.numpy() > 0
@@ -122,7 +123,7 @@ def test_too_few_prompts_have_no_control_task():
     examples = table()
     examples["prompt"] = examples.prompt.where(examples.task != "caption", "the same")
     with pytest.raises(ValueError, match="at least 10 different prompts in training"):
-        Task.of(examples, "caption").labels("control_task")
+        LabelledTask.of(examples, "caption").labels("control_task")
 
 
 def test_prompts_that_hardly_come_back_have_no_control_task():
@@ -130,7 +131,7 @@ def test_prompts_that_hardly_come_back_have_no_control_task():
     rows = np.flatnonzero(examples.task == "caption")
     examples.loc[rows[:-6], "prompt"] = [f"caption {k}" for k in rows[:-6]]
     with pytest.raises(ValueError, match="20 examples whose prompt is asked once more"):
-        Task.of(examples, "caption").labels("control_task")
+        LabelledTask.of(examples, "caption").labels("control_task")
 
 
 def test_a_category_that_has_one_answer_in_training_is_not_scored():
@@ -138,12 +139,12 @@ def test_a_category_that_has_one_answer_in_training_is_not_scored():
     rows = np.flatnonzero((examples.task == "category") & (examples.split == "train"))
     for k in rows:
         examples.at[k, "labels"] = [1, *examples.labels[k][1:3], 0]
-    task = Task.of(examples, "category")
+    task = LabelledTask.of(examples, "category")
     assert (task.true.mask_nc.amax(0) == np.array([0, 1, 1, 0])).all()
     for k in rows:
         examples.at[k, "labels"] = [1, 1, 0, 0]
     with pytest.raises(ValueError, match=r"task category has no category with both answers.*more categories"):
-        Task.of(examples, "category")
+        LabelledTask.of(examples, "category")
 
 
 def test_baselines_are_the_shares_of_the_training_labels():
@@ -157,10 +158,10 @@ def test_word_order_tells_what_a_bag_of_words_cannot():
     y, train = np.arange(200) % 2, np.arange(200) < 100
     prompts = np.array([f"is {k // 2} the {'dog on a cat' if k % 2 else 'cat on a dog'}" for k in range(200)])
     right = {name: ((controls.bag_of_words(prompts, y, train, longest) >= 0.5) == y)[~train].mean()
-             for name, longest in controls.TEXTS.items()}
+             for name, longest in controls.TEXT_BASELINES.items()}
     assert right == {"bag_of_words": 0.5, "word_order": 1.0}
 
 
 def test_unknown_controls_are_named():
     with pytest.raises(ValueError, match=r"unknown controls .'no_picture'"):
-        controls.check(["no_picture"])
+        controls.check_controls(["no_picture"])

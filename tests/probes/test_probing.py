@@ -47,7 +47,7 @@ def planted(folder, layer="lm.02", images=400, seed=0):
 
 def accuracy(found, name):
     rows = found.metrics[found.metrics.control == "none"]
-    return results.select(rows, name, "accuracy").set_index("layer").value
+    return results.select_curve(rows, name, "accuracy").set_index("layer").value
 
 
 @pytest.mark.parametrize("name", ["logreg", "linear", "mlp"])
@@ -128,8 +128,8 @@ def test_what_does_not_fit_together_is_named(tmp_path):
 def test_results_belong_to_their_examples_and_names_to_one_model(tmp_path):
     activations, table = planted(tmp_path, images=60)
     found = probe(activations, table, QUICK, tmp_path / "out")
-    found.write(tmp_path / "run", building.table_key(table))
-    read = results.Results.read(tmp_path / "run", building.table_key(table))
+    found.write(tmp_path / "run", building.table_fingerprint(table))
+    read = results.ProbeResults.read(tmp_path / "run", building.table_fingerprint(table))
     pd.testing.assert_frame_equal(read.metrics, found.metrics)
     for name in results.ARRAYS:
         assert getattr(read, name).keys() == getattr(found, name).keys() and len(getattr(read, name))
@@ -141,11 +141,11 @@ def test_results_belong_to_their_examples_and_names_to_one_model(tmp_path):
         np.testing.assert_allclose(shares, accuracy(read, key.rpartition("|")[2]), atol=1e-6)
     other = table.assign(split=table.split.to_numpy()[::-1])
     with pytest.raises(ValueError, match="another examples table"):
-        results.Results.read(tmp_path / "run", building.table_key(other))
+        results.ProbeResults.read(tmp_path / "run", building.table_fingerprint(other))
     with pytest.raises(FileNotFoundError, match="run 03_probe"):
-        results.Results.read(tmp_path / "nothing", building.table_key(table))
+        results.ProbeResults.read(tmp_path / "nothing", building.table_fingerprint(table))
     with pytest.raises(ValueError, match="planted is there twice"):
-        results.Results.join([found, found])
+        results.ProbeResults.join([found, found])
 
 
 def test_the_best_layer_is_chosen_without_the_test_images(tmp_path):
@@ -155,7 +155,7 @@ def test_the_best_layer_is_chosen_without_the_test_images(tmp_path):
         activations, table = planted(tmp_path / str(seed), layer="none", images=100, seed=seed)
         found = probe(activations, table, replace(QUICK, probes=("logreg",)), tmp_path / str(seed)).metrics
         chosen.append(results.best_layers(found, task_infos(table)).value[0])
-        highest.append(results.select(found, "logreg", "accuracy").value.max())
+        highest.append(results.select_curve(found, "logreg", "accuracy").value.max())
     assert abs(np.mean(chosen) - 0.5) < 0.045 and np.mean(highest) > np.mean(chosen) + 0.02
 
 

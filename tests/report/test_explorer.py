@@ -113,11 +113,11 @@ def test_a_run_that_cannot_be_opened_leaves_the_one_that_is_shown(explorer):
 
 
 def test_a_model_without_a_known_grid_says_so_and_shows_the_rest(explorer, monkeypatch):
-    from probekit.models.token_grid import NoGrid
+    from probekit.models.token_grid import NoTokenGrid
     from probekit.probes import localisation
 
     def broken(*arguments):
-        raise NoGrid("its tokens lie nowhere")
+        raise NoTokenGrid("its tokens lie nowhere")
 
     monkeypatch.setattr(localisation, "check", broken)
     explorer.task.value = "category"

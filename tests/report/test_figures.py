@@ -138,7 +138,7 @@ def test_heatmaps_hold_what_the_table_holds(small_run):
     asked = sum(int(np.sum(mask)) for mask in small_run.tests("category")["mask"])
     np.testing.assert_allclose(np.sum([t.y for t in counts.data], 0), asked)
     grid = plots.transfer_heatmap(transfer, "caption").data[0]
-    accuracy = results.select(own_task(table, "caption"), "logreg", "accuracy").value
+    accuracy = results.select_curve(own_task(table, "caption"), "logreg", "accuracy").value
     np.testing.assert_allclose(np.diag(grid.z), accuracy, atol=1e-6)  # at home a probe scores as in the table
 
 
@@ -162,7 +162,7 @@ def page(small_data, tmp_path_factory):
         patch.setenv("PROBEKIT_HOME", str(small_data))
         run = SavedRun.open("small")
         figures = plots.all_figures(run.results, run.tasks) | plots.explorers(run)
-        said = [*sentences.summary(run.results.metrics, run.tasks), "one <sentence>"]
+        said = [*sentences.summarise(run.results.metrics, run.tasks), "one <sentence>"]
         plots.write_page(figures, folder, "A <title>", "lead", said, run.settings, run.write_tables(folder))
     return folder, figures
 

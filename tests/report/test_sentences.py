@@ -19,7 +19,7 @@ def run(tmp_path, **change):
 
 def test_the_summary_names_the_planted_layer_its_controls_and_no_false_alarm(tmp_path):
     found, table = run(tmp_path, controls=("shuffled", "control_task"), codelength=True)
-    text, = sentences.summary(found.metrics, task_infos(table))
+    text, = sentences.summarise(found.metrics, task_infos(table))
     best = results.best_layers(found.metrics, task_infos(table))
     value = best[best.control == "none"].value[0]
     assert f"the one on lm.02 (chosen on validation images) has a test accuracy of {value:.3f}" in text
@@ -41,7 +41,7 @@ def test_selectivity_is_the_difference_to_the_control_task(tmp_path):
 def test_a_control_above_chance_is_said_with_its_meaning(tmp_path):
     found, table = run(tmp_path)
     leaking = found.metrics[found.metrics.control == "none"].assign(control="no_image")
-    text, = sentences.summary(pd.concat([found.metrics, leaking]), task_infos(table))
+    text, = sentences.summarise(pd.concat([found.metrics, leaking]), task_infos(table))
     assert "No image 0." in text and "above chance: the texts alone give that much of the labels away" in text
 
 
@@ -49,7 +49,7 @@ def test_what_to_doubt_is_said(tmp_path):
     activations, table = planted(tmp_path, layer="none", images=60)
     settings = replace(QUICK, probes=("logreg",), resamples=200, strengths=(1.0, 10.0))
     found = probe(activations, table, settings, tmp_path / "out")
-    text, = sentences.summary(found.metrics, task_infos(table))
+    text, = sentences.summarise(found.metrics, task_infos(table))
     doubt = text.partition("Doubt: ")[2]
     assert "no layer can be told from the best" in doubt and "wide: take more test images" in doubt
     assert "at an end of the grid" in doubt
@@ -59,16 +59,16 @@ def test_two_models_are_compared_on_the_same_images(tmp_path):
     found, table = run(tmp_path)
     key, = found.predictions
     other = {key.replace("planted", "other"): np.full_like(found.predictions[key], 0.4)}
-    both = results.Results(pd.concat([found.metrics, found.metrics.assign(model="other")]), found.losses,
+    both = results.ProbeResults(pd.concat([found.metrics, found.metrics.assign(model="other")]), found.losses,
                            predictions=found.predictions | other)
-    row, = sentences.versus(both, table).itertuples()
+    row, = sentences.compare_pairs(both, table).itertuples()
     assert row.a == "caption, planted, mean, lm.02" and row.b == "caption, other, mean, lm.02"
     yes = np.mean([y[0] for y, split in zip(table.labels, table.split, strict=True) if split == "test"])
     true = found.metrics[found.metrics.control == "none"]
-    own = results.select(true, "logreg", "accuracy").set_index("layer").value["lm.02"]
+    own = results.select_curve(true, "logreg", "accuracy").set_index("layer").value["lm.02"]
     np.testing.assert_allclose(row.difference, own - (1 - yes), atol=1e-6)
     assert row.lo < row.difference < row.hi and row.p < 0.01
-    assert not len(sentences.versus(found, table))
+    assert not len(sentences.compare_pairs(found, table))
 
 
 def test_a_guess_that_beats_one_half_is_said_with_its_meaning(tmp_path):
@@ -76,6 +76,6 @@ def test_a_guess_that_beats_one_half_is_said_with_its_meaning(tmp_path):
     labels = [[1] if i % 4 else y for i, y in enumerate(table.labels)]  # nearly all are yes
     table = table.assign(labels=labels)
     found = probe(activations, table, replace(QUICK, probes=("logreg",), resamples=200), tmp_path / "out")
-    text, = sentences.summary(found.metrics, task_infos(table))
+    text, = sentences.summarise(found.metrics, task_infos(table))
     assert re.search(r"Majority label 0\.8\d\d, above one half: labels are out of balance", text)
     assert re.search(r"guessed with an accuracy of 0\.8", text)

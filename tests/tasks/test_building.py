@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.tasks.base import task_infos
 from probekit.data import coco, scenes
-from probekit.tasks import building, captions, objects
-from probekit.tasks.base import Task, made_by
+from probekit.tasks import building, captions, objects, registry
+from probekit.tasks.base import Task, task_infos, task_source
 from tests.conftest import REAL_COCO, REPOSITORY, needs_real_coco
 
 
@@ -35,7 +34,7 @@ def test_splits_share_no_image_and_images_stay_together(examples):
 
 
 def test_captions_are_right_and_wrong_as_said(examples, scene_folder):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     own = data.captions.groupby("image_id").caption.agg(lambda c: {captions.clean(t) for t in c})
     rows = examples[examples.task == "caption"]
     for row in rows.itertuples():
@@ -52,7 +51,7 @@ def test_a_caption_alone_says_nothing(examples):
 
 
 def test_categories_follow_the_instances(examples, scene_folder):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     classes = list(task_infos(examples)["category"].classes)
     there = set(zip(data.instances.image_id, data.instances.category, strict=True))
     for task in ("category", "category_list"):
@@ -102,7 +101,7 @@ def test_wrong_settings_are_named(scene_folder, tmp_path):
     with pytest.raises(ValueError, match=r"unknown tasks .'riddle'"):
         build(tasks=("riddle",))
     with pytest.raises(FileNotFoundError, match="01_build_data"):
-        building.load(tmp_path / "nowhere")
+        building.load_examples(tmp_path / "nowhere")
 
 
 def test_bad_images_stop_the_build_or_are_left_out(scene_folder, tmp_path):
@@ -131,7 +130,7 @@ def test_real_coco_builds_with_all_and_with_frequent_categories(tmp_path):
 @needs_real_coco
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 20, 40, 80])
 def test_a_category_s_name_says_nothing_about_its_label_however_few_are_asked(count):
-    data = coco.read(REAL_COCO)
+    data = coco.read_coco(REAL_COCO)
     often = tuple(data.instances.drop_duplicates(["image_id", "category"]).category.value_counts().index[:count])
     build = building.BuildSettings(str(REAL_COCO), train=200, validation=50, test=50, tasks=("category",), categories=often)
     chosen = building.choose(build, data)[0]
@@ -145,7 +144,7 @@ def test_a_category_s_name_says_nothing_about_its_label_however_few_are_asked(co
 
 
 def test_labels_from_captions_leave_the_annotated_categories_as_they_are(scene_folder):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     made = [building.choose(building.BuildSettings(str(scene_folder), train=60, validation=0, test=0, **settings), data)[0]
             for settings in ({}, {"labels_from": "captions", "categories": ("cup",)})]
     assert made[0].annotated_nc.equals(made[1].annotated_nc) and made[0].annotated_nc.equals(made[0].shows_nc)
@@ -153,7 +152,7 @@ def test_labels_from_captions_leave_the_annotated_categories_as_they_are(scene_f
 
 
 def test_what_no_category_can_be_asked_for_names_the_mend(scene_folder, tmp_path):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     for name in ("object", "object_popular", "object_adversarial"):
         build = building.BuildSettings(str(scene_folder), train=40, validation=10, test=10, tasks=(name,), categories=("cup",))
         with pytest.raises(ValueError, match=r"nothing to ask in train, validation, test.*more categories"):
@@ -164,7 +163,7 @@ def test_the_task_of_the_readme_runs(scene_folder, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     code = next(block for block in blocks if "def many_task" in block)
     assert len(code.splitlines()) < 40
-    monkeypatch.setattr(building, "TASKS", building.TASKS.copy())
+    monkeypatch.setattr(building, "TASKS", registry.TASKS.copy())
     build = building.BuildSettings(str(scene_folder), train=40, validation=10, test=10, tasks=("caption", "many"))
 
     def made(text: str) -> pd.DataFrame:
@@ -175,7 +174,7 @@ def test_the_task_of_the_readme_runs(scene_folder, tmp_path, monkeypatch):
 
     table = made(code)
     own = table[table.task == "many"]
-    counts = coco.read(scene_folder).instances.image_id.value_counts()
+    counts = coco.read_coco(scene_folder).instances.image_id.value_counts()
     assert len(own) > 20 and [y[0] for y in own.labels] == (counts[own.image_id] > 2).astype(int).tolist()
     assert np.mean([y[0] for y in own.labels]) == 0.5
     other = made(code.replace("count > 2", "count > 3").replace("count <= 2", "count <= 3"))
@@ -188,7 +187,7 @@ def test_a_table_of_other_annotations_is_not_read_back(scene_folder, tmp_path, m
     build = building.BuildSettings(str(folder), train=40, validation=10, test=10, tasks=("caption", "category_dense"))
     first, times = building.build_examples(build, tmp_path / "out"), []
     monkeypatch.setattr(building, "choose", lambda *given, own=building.choose: times.append(1) or own(*given))
-    scenes.write(folder, n=60, seed=7)  # they are there: nothing is touched
+    scenes.write_scenes(folder, n=60, seed=7)  # they are there: nothing is touched
     assert building.build_examples(build, tmp_path / "out").equals(first) and not times
     for kind, old, new, task in (("captions", '"caption": "', '"caption": "Look: ', "caption"),
                                  ("instances", '"category_id": 1,', '"category_id": 2,', "category_dense")):
@@ -202,11 +201,11 @@ def test_a_table_of_other_annotations_is_not_read_back(scene_folder, tmp_path, m
 
 
 def test_words_and_settings_of_a_task_count():
-    usual = building.TASKS["caption"]
+    usual = registry.TASKS["caption"]
     kept = [usual, replace(usual, question="?"), replace(usual, kind="one_of"), replace(usual, classes=("a", "b")),
             *(replace(usual, build=partial(usual.build, negatives=name)) for name in ("similar", "swapped")),
             replace(usual, build=objects.object_task)]
-    assert len({str(made_by(task)) for task in kept}) == len(kept)
+    assert len({str(task_source(task)) for task in kept}) == len(kept)
 
 
 def test_a_constant_beside_a_task_counts(tmp_path):
@@ -214,19 +213,19 @@ def test_a_constant_beside_a_task_counts(tmp_path):
         (tmp_path / "mine.py").write_text(text)
         spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        return made_by(Task("binary", module.task, "?"))
+        return task_source(Task("binary", module.task, "?"))
 
     code = "KNOWN = 1\ndef task(chosen, rng): return KNOWN\n"
     assert of(code) == of(code) != of(code.replace("1", "2"))
 
 
 def test_what_was_typed_in_is_built_anew(scene_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(building.TASKS, "typed", replace(building.TASKS["caption"], build=eval("lambda *given: ask(*given)", {
+    monkeypatch.setitem(registry.TASKS, "typed", replace(registry.TASKS["caption"], build=eval("lambda *given: ask(*given)", {
         "ask": captions.caption_task})))
     build, times = building.BuildSettings(str(scene_folder), train=40, validation=10, test=10, tasks=("typed",)), []
     monkeypatch.setattr(building, "choose", lambda *given, own=building.choose: times.append(1) or own(*given))
     first, again = (building.build_examples(build, tmp_path / "out") for _ in range(2))
-    assert len(times) == 2 and building.table_key(first) == building.table_key(again)
+    assert len(times) == 2 and building.table_fingerprint(first) == building.table_fingerprint(again)
 
 
 def test_labels_from_captions_are_what_the_study_had(scene_folder, tmp_path):

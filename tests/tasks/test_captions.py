@@ -17,8 +17,8 @@ KINDS = ("random", "similar", "same_categories", "swapped")
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
-    folder = scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
-    return building.choose(building.BuildSettings(str(folder), train=140, validation=50, test=50), coco.read(folder))[0]
+    folder = scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
+    return building.choose(building.BuildSettings(str(folder), train=140, validation=50, test=50), coco.read_coco(folder))[0]
 
 
 def said(prompt: str) -> str:
@@ -138,7 +138,7 @@ def test_images_that_show_nothing_are_not_of_the_same_categories():
 @pytest.mark.parametrize("settings", [{"categories": ("cup",)}, {"categories": ("cup", "car"),
                                                                  "labels_from": "captions"}])
 def test_the_same_categories_are_all_that_are_annotated(scene_folder, settings):
-    data = coco.read(scene_folder)
+    data = coco.read_coco(scene_folder)
     chosen = building.choose(building.BuildSettings(str(scene_folder), train=60, validation=0, test=0, **settings), data)[0]
     rows = captions.caption_task(chosen, np.random.default_rng(0), "same_categories")
     there = data.instances.groupby("image_id").category.agg(frozenset)
@@ -163,7 +163,7 @@ def test_a_bag_of_words_finds_a_leak_and_nothing_else(chosen):
 @needs_real_coco
 def test_swapped_real_captions_have_the_same_words_and_marks():
     build = building.BuildSettings(str(REAL_COCO), train=300, validation=0, test=0, captions=5)
-    rows = captions.caption_task(building.choose(build, coco.read(REAL_COCO))[0], np.random.default_rng(0), "swapped")
+    rows = captions.caption_task(building.choose(build, coco.read_coco(REAL_COCO))[0], np.random.default_rng(0), "swapped")
     texts = rows.prompt.map(said).to_numpy().reshape(2, -1)
     for right, wrong in texts.T:
         assert words(right) == words(wrong) and re.sub(r"\w", "", right) != "" and right.lower() != wrong.lower()
@@ -177,7 +177,7 @@ def test_swapped_real_captions_have_the_same_words_and_marks():
 @needs_real_coco
 def test_similar_real_captions_share_a_content_word():
     build = building.BuildSettings(str(REAL_COCO), train=300, validation=0, test=0)
-    chosen = building.choose(build, coco.read(REAL_COCO))[0]
+    chosen = building.choose(build, coco.read_coco(REAL_COCO))[0]
     rows = captions.caption_task(chosen, np.random.default_rng(0), "similar")
     wrong = rows[[labels == [0] for labels in rows.labels]].prompt.map(said)
     assert len(wrong) >= 290
@@ -210,7 +210,7 @@ def test_own_captions_in_another_script_are_not_asked_as_wrong(kind):
 @needs_real_coco
 def test_real_captions_have_wrong_ones_of_every_kind():
     build = building.BuildSettings(str(REAL_COCO), train=200, validation=50, test=50)
-    chosen = building.choose(build, coco.read(REAL_COCO))[0]
+    chosen = building.choose(build, coco.read_coco(REAL_COCO))[0]
     images = {kind: len(captions.caption_task(chosen, np.random.default_rng(0), kind)) // 2 for kind in KINDS}
     assert images["random"] == 300 and images["similar"] > 250  # of splits of 50 captions some are like no other
     assert images["swapped"] > 130 and images["same_categories"] > 40

@@ -8,7 +8,7 @@ import pytest
 
 from probekit.data import coco, scenes
 from probekit.probes import controls
-from probekit.tasks import building, objects
+from probekit.tasks import building, objects, registry
 from tests.conftest import REAL_COCO, needs_real_coco
 
 
@@ -72,13 +72,13 @@ def test_images_that_show_nothing_answer_no_where_others_do_not_suffice():
 @needs_real_coco
 @pytest.mark.parametrize("name", ["object", "object_popular", "object_adversarial"])
 def test_few_categories_and_small_splits_leave_images_out_instead_of_stopping(name):
-    data = coco.read(REAL_COCO)
+    data = coco.read_coco(REAL_COCO)
     often = tuple(data.instances.drop_duplicates(["image_id", "category"]).category.value_counts().index)
     images = {}
     for count in (2, 5, 10, 40):
         build = building.BuildSettings(str(REAL_COCO), train=240, validation=30, test=30, categories=often[:count])
         chosen = building.choose(build, data)[0]
-        rows = building.TASKS[name].build(chosen, np.random.default_rng(0))
+        rows = registry.TASKS[name].build(chosen, np.random.default_rng(0))
         rows["yes"] = [labels[0] for labels in rows.labels]
         rows["asked"] = rows.prompt.str.extract("Is there a (.*) in this image")[0].to_numpy()
         assert (rows.groupby(["split", "asked"]).yes.mean() == 0.5).all() and (rows.groupby(level=0).size() == 2).all()
@@ -99,14 +99,14 @@ def test_crowds_count_and_tiny_instances_neither_way():
 
 @pytest.fixture(scope="module")
 def many_scenes(tmp_path_factory):
-    return scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
+    return scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
 
 
 @pytest.mark.parametrize("task", ["category", "category_list", "category_dense", "object", "object_popular",
                                   "object_adversarial", "relation", "size", "count", "attribute"])
 def test_tiny_instances_and_crowds_go_through_every_task_as_said(task, many_scenes):
     """Of every third image the first thing is tiny, of every other third it is a crowd."""
-    data = coco.read(many_scenes)
+    data = coco.read_coco(many_scenes)
     rows = data.instances.copy()
     first = ~rows.image_id.duplicated()
     tiny, crowd = first & (rows.image_id % 3 == 0), first & (rows.image_id % 3 == 1)
@@ -117,7 +117,7 @@ def test_tiny_instances_and_crowds_go_through_every_task_as_said(task, many_scen
     only = ~rows.duplicated(["image_id", "category"], keep=False)
     small, many = (set(zip(rows.image_id[what & only], rows.category[what & only], strict=True))
                    for what in (tiny, crowd))
-    made = building.TASKS[task].build(chosen, np.random.default_rng(0))
+    made = registry.TASKS[task].build(chosen, np.random.default_rng(0))
     asked = [(image, name, label) for image, row in made.iterrows() for name, label in _asked(task, row, chosen)]
     about = {(image, name) for image, name, _ in asked}
     assert len(about) > 15 and not about & small
@@ -150,9 +150,9 @@ def test_labels_from_captions_are_whole_words():
 
 @pytest.mark.parametrize("name", ["object", "object_popular", "object_adversarial"])
 def test_the_name_alone_is_at_chance(name, tmp_path):
-    folder = scenes.write(tmp_path / "scenes", n=300, seed=3)
-    chosen = building.choose(building.BuildSettings(str(folder), train=180, validation=60, test=60), coco.read(folder))[0]
-    rows = building.TASKS[name].build(chosen, np.random.default_rng(0))
+    folder = scenes.write_scenes(tmp_path / "scenes", n=300, seed=3)
+    chosen = building.choose(building.BuildSettings(str(folder), train=180, validation=60, test=60), coco.read_coco(folder))[0]
+    rows = registry.TASKS[name].build(chosen, np.random.default_rng(0))
     y, train = np.array([labels[0] for labels in rows.labels]), (rows.split == "train").to_numpy()
     right = (controls.bag_of_words(rows.prompt.to_numpy(), y, train) >= 0.5) == y
     assert abs(right[~train].mean() - 0.5) <= 3 * (0.25 / (~train).sum()) ** 0.5

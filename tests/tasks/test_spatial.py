@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from probekit.data import coco, scenes
-from probekit.tasks import building, spatial
+from probekit.tasks import building, registry, spatial
 from tests.conftest import REAL_COCO, needs_real_coco
 
 NAMES = ("relation", "size", "count", "attribute")
@@ -14,12 +14,12 @@ NAMES = ("relation", "size", "count", "attribute")
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
-    folder = scenes.write(tmp_path_factory.mktemp("coco") / "scenes", n=300, seed=5)
-    return building.choose(building.BuildSettings(str(folder), train=200, validation=50, test=50), coco.read(folder))[0]
+    folder = scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=300, seed=5)
+    return building.choose(building.BuildSettings(str(folder), train=200, validation=50, test=50), coco.read_coco(folder))[0]
 
 
 def asked(name: str, chosen) -> pd.DataFrame:
-    task = building.TASKS[name]
+    task = registry.TASKS[name]
     rows, classes = task.build(chosen, np.random.default_rng(0)), task.classes or ["match"]
     entries = [(image, row.split, row.prompt, classes[k], row.labels[k]) for image, row in rows.iterrows()
                for k in np.flatnonzero(row["mask"])]
@@ -92,7 +92,7 @@ def test_crowds_tiny_ones_and_twins_are_not_asked_about():
 @needs_real_coco
 def test_real_photographs_have_relations_sizes_and_counts_but_no_colours():
     build = building.BuildSettings(str(REAL_COCO), train=200, validation=50, test=50)
-    chosen = building.choose(build, coco.read(REAL_COCO))[0]
+    chosen = building.choose(build, coco.read_coco(REAL_COCO))[0]
     for name in ("relation", "size", "count"):
         rows = asked(name, chosen)
         assert (rows.groupby(["split", "prompt", "class"]).label.mean() == 0.5).all()
