@@ -102,7 +102,7 @@ class Activations:
         return [layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])]
 
     @property
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Fingerprint of what these activations are: the model, the images as they are on disk, the prompts."""
         return paths.fingerprint(self.record, self._rows.to_csv(index=False))
 

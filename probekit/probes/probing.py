@@ -85,7 +85,7 @@ def probe(store: Activations, examples: pd.DataFrame, settings: ProbeSettings, f
         raise ValueError("the store is open for another examples table: open it for this one")
     if control_of(store) != "none":  # other labels are about the real states
         settings = replace(settings, controls=(), codelength=settings.codelength and store.control == "none")
-    key = paths.fingerprint(VERSION, settings, store.key, table_fingerprint(examples))
+    key = paths.fingerprint(VERSION, settings, store.fingerprint, table_fingerprint(examples))
     own = folder_of(store, folder)
     if (own / "probe.json").exists() and paths.read_json(own / "probe.json")["fingerprint"] == key:
         return ProbeResults.read(own, table_fingerprint(examples))
