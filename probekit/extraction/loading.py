@@ -1,4 +1,4 @@
-"""Images and prompts on their way to the model: prepared ahead in worker processes, and put together into batches."""
+"""Images and prompts on their way to the model: prepared ahead in worker processes, then batched."""
 
 from __future__ import annotations
 
@@ -7,126 +7,217 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from probekit import paths
-from probekit.extraction.shards import units_of
+from probekit.extraction.shards import unit_numbers
 from probekit.images import load_rgb
 from probekit.models.batches import input_shape
 from probekit.models.processor import PreparedImage, PromptProcessor
+from probekit.paths import Home
+
+WAITING_BUDGETS = 4  # batches' worth of tokens that may wait for images of their shape
 
 
 @dataclass(frozen=True)
-class Work:
-    """One image of a shard with its prompts, or a prompt without an image.
+class WorkItem:
+    """One image of a table with its prompts, or a prompt without an image.
 
     Attributes
     ----------
-    shard : which of the shards that are being worked on
-    image : its place among the shard's images
-    rows : places of its prompts among the shard's rows
+    table : int
+        Which of the tables that are worked on.
+    image : int
+        Its place among the table's images.
+    rows : ndarray of int
+        Places of its prompts among the table's rows.
+    prepared : PreparedImage
+        What the processor makes of it.
     """
 
-    shard: int
+    table: int
     image: int
     rows: np.ndarray
     prepared: PreparedImage
 
-    def tokens(self, way: str) -> int:
-        """Tokens that the decoder has to compute for it."""
-        lengths = [len(row["input_ids"]) for row in self.prepared.tokens]
-        shared = self.prepared.prefix_length * (len(lengths) - 1) if way == "shared" else 0
-        return sum(lengths) - shared
+    def count_tokens(self, way: str) -> int:
+        """Count the tokens that the decoder computes for it, going a way of :data:`probekit.models.forward.WAYS`."""
+        lengths = [len(tokens["input_ids"]) for tokens in self.prepared.tokens]
+        if way != "shared":
+            return sum(lengths)
+        return sum(lengths) - self.prepared.prefix_length * (len(lengths) - 1)
 
 
-class _Images(Dataset):
-    """The images of several tables of rows, one after the other; an error is an item too."""
+class _ImageRow(NamedTuple):
+    table: int
+    image: int
+    rows: np.ndarray
+    file: str
+    size: int
+    prompts: list[str]
 
-    def __init__(self, preparer: PromptProcessor, longest_side: int | None, shards: Sequence[pd.DataFrame]):
-        self.prompt_processor, self.longest_side, self.items, self.starts = preparer, longest_side, [], [0]
-        for shard, rows in enumerate(shards):
-            starts = np.flatnonzero(np.diff(units_of(rows), prepend=-1))
-            for image, places in enumerate(np.split(np.arange(len(rows)), starts[1:])):
-                first = rows.iloc[places[0]]
-                self.items.append((shard, image, places, first.file, first["size"], rows.prompt[places].tolist()))
-            self.starts.append(len(self.items))
+
+class _ImageDataset(Dataset):
+    """The images of several tables, one after the other; an error is an item too."""
+
+    def __init__(
+        self,
+        processor: PromptProcessor,
+        *,
+        longest_side: int | None,
+        tables: Sequence[pd.DataFrame],
+        home: Home,
+    ) -> None:
+        self.processor = processor
+        self.longest_side = longest_side
+        self.home = home
+        self.items: list[_ImageRow] = []
+        self.table_starts = [0]
+        for number, table in enumerate(tables):
+            self.items += _image_rows(number, table)
+            self.table_starts.append(len(self.items))
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, k: int) -> Work | Exception:
-        shard, image, places, file, size, prompts = self.items[k]
+    def __getitem__(self, k: int) -> WorkItem | Exception:
+        item = self.items[k]
         try:
-            if file and paths.Home.find().resolve(file).stat().st_size != size:
-                return ValueError(f"{file} has changed since this extraction was planned: run 02_extract again")
-            picture = load_rgb(paths.Home.find().resolve(file), self.longest_side) if file else None
+            image = self._load(item)
         except Exception as error:
             return error
         try:
-            return Work(shard, image, places, self.prompt_processor.prepare(picture, prompts))
+            prepared = self.processor.prepare(image, item.prompts)
         except Exception as error:
-            return ValueError(f"{file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: {error} "
-                              "(if it is the image: take it out of the dataset and run 01_build_data again)")
+            return ValueError(
+                f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: {error} "
+                "(if it is the image: take it out of the dataset and run 01_build_data again)"
+            )
+        return WorkItem(item.table, item.image, item.rows, prepared)
+
+    def _load(self, item: _ImageRow):
+        if not item.file:
+            return None
+        file = self.home.resolve(item.file)
+        if file.stat().st_size != item.size:
+            raise ValueError(
+                f"{item.file} has changed since this extraction was planned: run 02_extract again"
+            )
+        return load_rgb(file, self.longest_side)
 
 
-class _InOrder(Sampler):
-    """The images of shards, each shard asked for when its first image is."""
+def _image_rows(number: int, table: pd.DataFrame) -> list[_ImageRow]:
+    starts = np.flatnonzero(np.diff(unit_numbers(table), prepend=-1))
+    rows_per_image = np.split(np.arange(len(table)), starts[1:])
+    image_rows = []
+    for image, rows in enumerate(rows_per_image):
+        first = table.iloc[rows[0]]
+        prompts = table.prompt.iloc[rows].tolist()
+        image_rows.append(_ImageRow(number, image, rows, first["file"], first["size"], prompts))
+    return image_rows
 
-    def __init__(self, starts: Sequence[int], order: Iterable[int]):
-        self.starts, self.order = starts, order
+
+class _TableOrder(Sampler):
+    """The images of tables; each table is taken from `order` when its first image is needed."""
+
+    def __init__(self, table_starts: Sequence[int], order: Iterable[int]) -> None:
+        self.table_starts = table_starts
+        self.order = order
 
     def __iter__(self) -> Iterator[int]:
-        return (k for shard in self.order for k in range(self.starts[shard], self.starts[shard + 1]))
+        for table in self.order:
+            yield from range(self.table_starts[table], self.table_starts[table + 1])
 
 
-def ahead(preparer: PromptProcessor, longest_side: int | None, shards: Sequence[pd.DataFrame], workers: int,
-          order: Iterable[int] | None = None) -> Iterator[Work]:
-    """The images of shards, decoded and processed ahead of the model by worker processes.
+def prepare_images(
+    processor: PromptProcessor,
+    tables: Sequence[pd.DataFrame],
+    *,
+    longest_side: int | None,
+    home: Home,
+    workers: int = 0,
+    order: Iterable[int] | None = None,
+) -> Iterator[WorkItem]:
+    """Decode and process the images of tables ahead of the model, in worker processes.
 
     Parameters
     ----------
-    shards : rows with `file` and `prompt`, those of one image next to each other
-    workers : 0 prepares each image when it is asked for
-    order : numbers of the shards that are wanted, each taken from it not long before it is worked on; None takes all
+    processor : PromptProcessor
+    tables : sequence of DataFrame
+        With `file`, `size` and `prompt`, rows of one image side by side.
+    longest_side : int or None
+        Pixels that bound an image.
+    home : Home
+        Where relative files start.
+    workers : int
+        0 prepares each image when it is needed.
+    order : iterable of int
+        Numbers of the tables that are wanted; each is taken not long before it is worked on. None takes
+        all.
+
+    Raises
+    ------
+    OSError, ValueError
+        An image cannot be read or processed; the message names it.
     """
-    images = _Images(preparer, longest_side, shards)
-    workers = min(workers, len(images) // 8)
-    start = {"multiprocessing_context": "fork"} if workers and sys.platform == "linux" else {}
-    order = _InOrder(images.starts, range(len(shards)) if order is None else order)
-    loader = DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=_quiet, sampler=order, **start)
-    for work in loader:
-        if isinstance(work, Exception):
-            raise work
-        if workers:  # a copy of its own frees the worker's shared memory and its file handle
-            own = {key: value.clone() for key, value in work.prepared.image.items()}
-            work = replace(work, prepared=replace(work.prepared, image=own))
-        yield work
+    dataset = _ImageDataset(processor, longest_side=longest_side, tables=tables, home=home)
+    workers = min(workers, len(dataset) // 8)
+    order = range(len(tables)) if order is None else order
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_silence_tokenizers,
+        sampler=_TableOrder(dataset.table_starts, order),
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield _copied_out_of_shared_memory(item) if workers else item
 
 
-def _quiet(worker: int) -> None:
+def _silence_tokenizers(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def batches(works: Iterable[Work], budget: Callable[[], int], way: Callable[[], str]) -> Iterator[list[Work]]:
-    """Images of one shape together, each with all its prompts, until the next would go over the budget of tokens.
+def _copied_out_of_shared_memory(item: WorkItem) -> WorkItem:
+    """Free the worker's shared memory and its file handle."""
+    copies = {key: value.clone() for key, value in item.prepared.image.items()}
+    return replace(item, prepared=replace(item.prepared, image=copies))
 
-    `budget` may shrink meanwhile, and `way`, on which the number of tokens depends, be found out. Images of rare shapes
-    wait for others of theirs, up to four budgets in all; then the fullest batch goes.
+
+def fill_batches(
+    items: Iterable[WorkItem], *, token_budget: Callable[[], int], way: Callable[[], str]
+) -> Iterator[list[WorkItem]]:
+    """Put images of one shape together, each with all its prompts, until a batch is full.
+
+    Images of rare shapes wait for others of theirs, up to :data:`WAITING_BUDGETS` budgets in all; then
+    the fullest batch goes.
+
+    Parameters
+    ----------
+    items : iterable of WorkItem
+    token_budget : callable
+        Tokens of a batch; may shrink meanwhile.
+    way : callable
+        The way the model goes, on which the number of tokens depends; may be settled meanwhile.
     """
-    waiting: dict[tuple, list[Work]] = defaultdict(list)
-    filled: dict[tuple, int] = defaultdict(int)
-    for work in works:
-        shape, tokens = input_shape(work.prepared), work.tokens(way())
-        if waiting[shape] and filled[shape] + tokens > budget():
-            filled.pop(shape)
+    waiting: dict[tuple, list[WorkItem]] = defaultdict(list)
+    waiting_tokens: dict[tuple, int] = defaultdict(int)
+    for item in items:
+        shape = input_shape(item.prepared)
+        tokens = item.count_tokens(way())
+        if waiting[shape] and waiting_tokens[shape] + tokens > token_budget():
+            waiting_tokens.pop(shape)
             yield waiting.pop(shape)
-        waiting[shape].append(work)
-        filled[shape] += tokens
-        if sum(filled.values()) > 4 * budget():
-            fullest = max(filled, key=filled.get)
-            filled.pop(fullest)
+        waiting[shape].append(item)
+        waiting_tokens[shape] += tokens
+        if sum(waiting_tokens.values()) > WAITING_BUDGETS * token_budget():
+            fullest = max(waiting_tokens, key=lambda one: waiting_tokens[one])
+            waiting_tokens.pop(fullest)
             yield waiting.pop(fullest)
     yield from waiting.values()

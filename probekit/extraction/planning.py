@@ -1,23 +1,27 @@
 """What an extraction takes, before it runs: examples, tokens, operations, bytes, memory, hours.
 
-Some images are drawn as notebook 01 would, their examples are built and their prompts prepared; the rest is arithmetic:
+The prompts of a sample are prepared; the rest is arithmetic:
 
-    decoder   2 x (parameters of its blocks that a token meets) x tokens + 4 x layers x heads x head size x (pairs of
-              tokens that attention compares: new ones with all)
-    encoder   counted on weights without values where its shapes do not depend on values, else the same formula, with
-              patches for tokens
-    bytes     2 a number (float16), of every layer and pooling, an example (decoder) or an image (encoder)
-    memory    the weights, and for each token of a batch its keys and values and the largest of what a block holds
-    time      that of the sample's own shards on this device, or operations / (operations a second that are named)
+decoder
+    2 × (parameters of its blocks that a token meets) × tokens + 4 × layers × heads × head size × (pairs of
+    tokens that attention compares: new ones with all)
+encoder
+    counted on weights without values where its shapes do not depend on values, else the same formula with
+    patches for tokens
+bytes
+    2 per number (float16), of every layer and pooling, per example (decoder) or image (encoder)
+memory
+    the weights, and for each token of a batch its keys and values and the largest of what a block holds
+time
+    that of the sample's own shards on this device, or operations / (operations per second that are named)
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,253 +30,380 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probekit import paths
-from probekit.data import layouts, scenes
-from probekit.extraction import extract, loading, shards
-from probekit.extraction.extract import ExtractionSettings
-from probekit.extraction.worker import Job, Worker
-from probekit.models import batches
+from probekit.extraction.folder import open_folder
+from probekit.extraction.jobs import Job, input_tables
+from probekit.extraction.loading import WorkItem, prepare_images
+from probekit.extraction.runner import Runner
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.shards import count_units, model_inputs, plan_shards
 from probekit.models.architectures import width_of
+from probekit.models.batches import input_shape
 from probekit.models.load import Vlm, best_device, load_skeleton
-from probekit.models.presets import CHECKED, PRESETS
+from probekit.models.presets import PRESETS, read_checked_architectures
 from probekit.models.processor import PreparedImage
-from probekit.tasks import building, input_controls
-from probekit.tasks.balance import TooFew
-from probekit.tasks.base import BuildSettings
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE_EXPERT_COUNTS = ("num_experts_per_tok", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The numbers of a model that operations and memory follow from, out of its config and the shapes of its weights.
+class ModelSize:
+    """The numbers of a model that operations and memory follow from.
 
     Attributes
     ----------
-    parameters : of the model without its head
-    active : parameters of the decoder's blocks that a token meets (of experts, those that it is sent to)
-    pair : operations for each pair of tokens that attention compares, over all layers
-    token_bytes : in a batch, for two bytes a number: keys and values of all layers, and the widest of a block
+    parameters : int
+        Of the model without its head.
+    active_parameters : int
+        Of the decoder's blocks that a token meets (of experts, those that it is sent to).
+    operations_per_pair : int
+        For each pair of tokens that attention compares, over all layers.
+    bytes_per_token : int
+        In a batch, for two bytes per number: keys and values of all layers, and the widest of a block.
     """
 
     parameters: int
-    active: int
-    pair: int
-    token_bytes: int
+    active_parameters: int
+    operations_per_pair: int
+    bytes_per_token: int
 
     @classmethod
-    def of(cls, vlm: Vlm) -> Shape:
+    def of(cls, vlm: Vlm) -> ModelSize:
+        """Read them off a config and the shapes of the weights."""
         text = vlm.config.get_text_config(decoder=True)
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kept = getattr(text, "num_key_value_heads", None) or heads
-        experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-                        if isinstance(n := getattr(text, name, None), int) and n), 1)
-        asked = next((k for name in ("num_experts_per_tok", "moe_k", "top_k_experts")
-                      if isinstance(k := getattr(text, name, None), int)), experts)
-        named = [(name, p.numel()) for name, p in vlm.blocks.named_parameters() if p.ndim > 1]
-        expert = sum(n for name, n in named if ".experts." in name)
-        active = sum(n for _, n in named) - expert + expert * asked // experts
-        wide = max(getattr(text, "intermediate_size", 0) or 0, 4 * text.hidden_size)
         layers = len(vlm.blocks)
-        return cls(sum(p.numel() for p in vlm.model.parameters()), active, 4 * layers * heads * size,
-                   2 * (2 * layers * kept * size + 3 * wide + 6 * text.hidden_size))
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        cached = 2 * layers * key_heads * head_size
+        intermediate = getattr(text, "intermediate_size", 0) or 0
+        widest = 3 * max(intermediate, 4 * text.hidden_size) + 6 * text.hidden_size
+        return cls(
+            parameters=sum(parameter.numel() for parameter in vlm.model.parameters()),
+            active_parameters=_count_active_parameters(vlm, text),
+            operations_per_pair=4 * layers * heads * head_size,
+            bytes_per_token=2 * (cached + widest),
+        )
 
-    def decoder(self, tokens: int, before: int = 0) -> int:
-        """Operations of new tokens that come after others."""
-        return 2 * self.active * tokens + self.pair * tokens * (tokens + before)
+    def decoder_operations(self, tokens: int, *, cached_tokens: int = 0) -> int:
+        """Return the operations of new tokens that come after cached ones."""
+        pairs = tokens * (tokens + cached_tokens)
+        return 2 * self.active_parameters * tokens + self.operations_per_pair * pairs
 
 
-def encoder(vlm: Vlm, prepared: PreparedImage) -> int | None:
-    """Operations of the image encoder for one image; None where they cannot be told without running it."""
-    pictures = {key: value.to("meta") if value.is_floating_point() else value for key, value in prepared.image.items()}
+def _count_active_parameters(vlm: Vlm, text_config) -> int:
+    matrices = [
+        (name, parameter.numel())
+        for name, parameter in vlm.blocks.named_parameters()
+        if parameter.ndim > 1
+    ]
+    total = sum(count for _, count in matrices)
+    of_experts = sum(count for name, count in matrices if ".experts." in name)
+    experts = _first_integer(text_config, EXPERT_COUNTS) or 1
+    active_experts = _first_integer(text_config, ACTIVE_EXPERT_COUNTS) or experts
+    return total - of_experts + of_experts * active_experts // experts
+
+
+def _first_integer(config, names: Sequence[str]) -> int | None:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value:
+            return value
+    return None
+
+
+# ------------------------------------------------------------------------------------------ encoder
+
+
+def count_encoder_operations(vlm: Vlm, prepared: PreparedImage) -> int | None:
+    """Count the operations of the image encoder for one image; None where that takes running it."""
+    inputs = {}
+    for key, value in prepared.image.items():
+        is_float = value.is_floating_point()
+        inputs[key] = value.to("meta", torch.bfloat16) if is_float else value
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            vlm.model.get_image_features(**{key: value.to(torch.bfloat16) if value.is_floating_point() else value
-                                            for key, value in pictures.items()})
+            vlm.model.get_image_features(**inputs)
         return counter.get_total_flops()
     except Exception:  # whatever an encoder makes of weights without values
-        return _by_patches(vlm, prepared)
+        return _count_by_patches(vlm, prepared)
 
 
-def _by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
+def _count_by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
     config = getattr(vlm.config, "vision_config", None)
-    side, pixels = getattr(config, "patch_size", None), prepared.image.get("pixel_values")
-    if vlm.vision is None or not isinstance(side, int) or pixels is None:
+    patch_size = getattr(config, "patch_size", None)
+    pixels = prepared.image.get("pixel_values")
+    if vlm.vision is None or not isinstance(patch_size, int) or pixels is None:
         return None
-    patches = pixels.numel() // (3 * side**2 * getattr(config, "temporal_patch_size", 1))
+    frames = getattr(config, "temporal_patch_size", 1)
+    patches = pixels.numel() // (3 * patch_size**2 * frames)
+    image_tokens = int(prepared.image_masks[0].sum())
     module, blocks = vlm.vision
-    width = next(p.shape[-1] for name, p in blocks[0].named_parameters() if "norm" in name)
-    within = {*blocks.parameters()}
-    found = 4 * len(blocks) * width * patches**2
-    for name, p in module.named_parameters():
-        if p.ndim > 1 and (p in within or "patch_embed" in name):
-            found += 2 * p.numel() * patches
-        elif p.ndim > 1 and "embed" not in name:  # what makes image tokens of patches
-            found += 2 * p.numel() * int(prepared.image_masks[0].sum())
-    return found
+    width = next(
+        parameter.shape[-1] for name, parameter in blocks[0].named_parameters() if "norm" in name
+    )
+    block_parameters = set(blocks.parameters())
+    operations = 4 * len(blocks) * width * patches**2
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        if parameter in block_parameters or "patch_embed" in name:
+            operations += 2 * parameter.numel() * patches
+        elif "embed" not in name:  # what makes image tokens of patches
+            operations += 2 * parameter.numel() * image_tokens
+    return operations
 
 
-# ------------------------------------------------------------------------------------------------------------- a sample
+# ----------------------------------------------------------------------------------------- estimates
 
 
-def sample(parameters: dict, n: int, folder: Path) -> tuple[pd.DataFrame, int]:
-    """Examples of about n of a run's images, built into `folder`, and the number of all its images.
+@dataclass(frozen=True)
+class Estimate:
+    """What extracting some images with one model takes.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As notebook 01. Where tasks find nothing to ask about so few images, more are taken.
+    Attributes
+    ----------
+    model, model_type : str
+    images, examples : int
+    tokens, plain_tokens : int
+        Each image once for all its prompts, and with every prompt.
+    operations, plain_operations : float
+        Likewise; NaN where the encoder's cannot be told without running it.
+    disk_gb, weights_gb, batch_gb : float
+        Gigabytes of activations, of weights in memory, of a batch in memory.
+    shards : int
+    way : str
+        How the hours are counted, out of :data:`probekit.models.forward.WAYS`.
+    hours : float
+        Without loading the model.
+    load_s : float
+        Seconds to load it; 0 where nothing was run.
     """
-    splits = {name: parameters[name] for name in building.SPLITS}
-    whole = sum(splits.values())
-    if min(splits.values()) < 1:
-        raise ValueError(f"{', '.join(f'{name}={size}' for name, size in splits.items())}: each split needs images")
-    few = {name: min(size, max(1, round(size * n / whole))) for name, size in splits.items()}
-    dataset = parameters["dataset"]
-    if dataset == "scenes":
-        dataset = scenes.write_scenes(folder / f"scenes-{n}", sum(few.values()), parameters["seed"])
-    categories = parameters["categories"]
-    build = BuildSettings(str(dataset), tuple(parameters["coco_splits"]), **few, tasks=tuple(parameters["tasks"]),
-                  categories=categories if isinstance(categories, str) else tuple(categories), max_bad=1.0,
-                  **{name: parameters[name] for name in ("seed", "labels_from", "smallest", "captions", "similarity")})
-    data = layouts.read_dataset(paths.Home.find().resolve(dataset), build.coco_splits)
-    if whole > len(data.images) and parameters["dataset"] != "scenes":
-        raise ValueError(f"{whole:,} images are asked for, {dataset} has {len(data.images):,}")
-    try:
-        examples = building.build_examples(build, folder / f"tasks-{n}", data)
-        examples.attrs["sampled"] = sum(few.values())
-        return examples, whole
-    except TooFew as error:
-        if n >= whole:
-            raise
-        print(f"of {sum(few.values())} sampled images, {error}: taking twice as many", file=sys.stderr)
-    return sample(parameters, 2 * n, folder)
+
+    model: str
+    model_type: str
+    images: int
+    examples: int
+    tokens: int
+    plain_tokens: int
+    operations: float
+    plain_operations: float
+    disk_gb: float
+    weights_gb: float
+    batch_gb: float
+    shards: int
+    way: str
+    hours: float
+    load_s: float
 
 
-def rows_of(examples: pd.DataFrame, control: Sequence[str]) -> pd.DataFrame:
-    """What a model is given for the examples and their controls, each once."""
-    given = [shards.rows_of(input_controls.change_inputs(examples, name)) for name in ("none", *control)]
-    return pd.concat(given).drop_duplicates().reset_index(drop=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- a model
-
-
-def estimate(settings: ExtractionSettings, control: Sequence[str], examples: pd.DataFrame, images: int, flops: float | None,
-             device: str | None = None) -> dict[str, object]:
-    """What extracting `images` images takes of which `examples` are a sample.
+def estimate_extraction(
+    settings: ExtractionSettings,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    images: int,
+    sampled_images: int,
+    operations_per_second: float | None = None,
+    device: str | None = None,
+    home: paths.Home | None = None,
+) -> Estimate:
+    """Estimate what extracting `images` images takes, from tables about a sample of them.
 
     Parameters
     ----------
-    flops : operations a second that the device keeps up; None measures on the sample, for which the model is loaded
+    settings : ExtractionSettings
+    tables : mapping of str to DataFrame
+        As for :func:`probekit.extraction.extracting.extract_tables`.
+    images : int
+        How many there are in all.
+    sampled_images : int
+        How many the tables were built from; some may have been left out of them.
+    operations_per_second : float or None
+        That the device keeps up; None loads the model and measures on the sample.
+    device : str or None
+    home : Home or None
+    """
+    settings.check()
+    home = paths.Home.find(home)
+    device = device or best_device()
+    settings = settings.fill_in(device, home)
+    skeleton = load_skeleton(
+        settings.model,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        with_processor=True,
+        home=home,
+    )
+    vlm = skeleton.vlm
+    inputs = [model_inputs(table.table, home) for table in input_tables(tables)]
+    rows = pd.concat(inputs).drop_duplicates().reset_index(drop=True)
+    size = ModelSize.of(vlm)
+    if "lm" not in settings.stages:
+        size = replace(size, active_parameters=0, operations_per_pair=0)
+    items = list(
+        prepare_images(vlm.prompt_processor, [rows], longest_side=settings.longest_side, home=home)
+    )
+    ratio = images / sampled_images
+    tokens = {way: ratio * sum(item.count_tokens(way) for item in items) for way in WAYS_COUNTED}
+    operations = _count_operations(vlm, size, items)
+    if operations_per_second:
+        way = _expected_way(settings, vlm)
+        seconds = ratio * operations[way] / operations_per_second
+        load_s = 0.0
+    else:
+        way, sample_seconds, load_s = measure_sample(settings, rows, device=device, home=home)
+        seconds = ratio * sample_seconds
+    number_bytes = BYTES_PER_NUMBER[settings.dtype or "float32"]
+    return Estimate(
+        model=f"{vlm.name} (untrained)" if settings.untrained else vlm.name,
+        model_type=vlm.config.model_type,
+        images=images,
+        examples=round(len(rows) * ratio),
+        tokens=round(tokens["shared"]),
+        plain_tokens=round(tokens["plain"]),
+        operations=ratio * operations["shared"],
+        plain_operations=ratio * operations["plain"],
+        disk_gb=ratio * _count_disk_bytes(settings, vlm, rows) / 1e9,
+        weights_gb=size.parameters * number_bytes / 1e9,
+        batch_gb=settings.token_budget * size.bytes_per_token * number_bytes / 2 / 1e9,
+        shards=int(np.ceil(ratio * count_units(rows) / settings.shard_images)),
+        way=way,
+        hours=seconds / 3600,
+        load_s=load_s,
+    )
+
+
+WAYS_COUNTED = ("shared", "plain")
+
+
+def _count_operations(vlm: Vlm, size: ModelSize, items: Sequence[WorkItem]) -> dict[str, float]:
+    """Operations of the sample, going each way."""
+    encoder_operations: dict[tuple, float] = {}
+    for item in items:
+        shape = input_shape(item.prepared)
+        if shape not in encoder_operations:
+            encoder_operations[shape] = _encoder_operations_or_nan(vlm, item.prepared)
+    totals = dict.fromkeys(WAYS_COUNTED, 0.0)
+    for item in items:
+        per_image = encoder_operations[input_shape(item.prepared)]
+        lengths = [len(row["input_ids"]) for row in item.prepared.tokens]
+        prefix = item.prepared.prefix_length
+        decoder_plain = sum(size.decoder_operations(length) for length in lengths)
+        decoder_shared = size.decoder_operations(prefix)
+        for length in lengths:
+            decoder_shared += size.decoder_operations(length - prefix, cached_tokens=prefix)
+        totals["plain"] += len(lengths) * per_image + decoder_plain
+        totals["shared"] += per_image + decoder_shared
+    return totals
+
+
+def _encoder_operations_or_nan(vlm: Vlm, prepared: PreparedImage) -> float:
+    if not prepared.image:
+        return 0.0
+    operations = count_encoder_operations(vlm, prepared)
+    return np.nan if operations is None else float(operations)
+
+
+def _count_disk_bytes(settings: ExtractionSettings, vlm: Vlm, rows: pd.DataFrame) -> int:
+    total = 0
+    for stage, layers in vlm.layers_of_stage.items():
+        if stage not in settings.stages or not layers:
+            continue
+        count = len(rows) if stage == "lm" else rows.file.nunique()
+        width = width_of(vlm.vision[1]) if stage == "vision" and vlm.vision else vlm.width
+        total += 2 * len(settings.poolings) * count * len(layers) * width
+    return total
+
+
+def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
+    preset = PRESETS.get(settings.model)
+    architecture = preset.type if preset else vlm.config.model_type
+    sharing = read_checked_architectures().sharing.get(architecture)
+    return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
+
+
+def measure_sample(
+    settings: ExtractionSettings, rows: pd.DataFrame, *, device: str, home: paths.Home
+) -> tuple[str, float, float]:
+    """Extract a sample into a temporary folder.
 
     Returns
     -------
-    dict
-        `model, type, images, examples, tokens` (each image once for all its prompts), `plain tokens, operations,
-        plain operations, way` (how the hours are counted), `GB on disk, GB weights, GB batch, hours, load_s, shards`.
+    tuple
+        The way that the model goes, seconds for these rows, and seconds to load the model.
     """
-    settings.check()
-    device = device or best_device()
-    settings = extract.resolved(settings, device)
-    vlm, _ = load_skeleton(settings.model, settings.revision, settings.trust_remote_code, processor=True)
-    rows, shape = rows_of(examples, control), Shape.of(vlm)
-    shape = shape if "lm" in settings.stages else replace(shape, active=0, pair=0)
-    ratio = images / examples.attrs.get("sampled", examples.image_id.nunique())  # tasks leave some images out
-    works = [*loading.ahead(vlm.prompt_processor, settings.longest_side, [rows], 0)]
-    encoders = {batches.input_shape(work.prepared): work.prepared for work in works if work.prepared.image}
-    encoders = {shape: encoder(vlm, prepared) for shape, prepared in encoders.items()}
-    kind = PRESETS[settings.model].type if settings.model in PRESETS else vlm.config.model_type
-    exact = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture").sharing.get(kind)
-    found = {"model": vlm.name + " (untrained)" * settings.untrained, "type": vlm.config.model_type, "images": images,
-             "examples": round(len(rows) * ratio)}
-    for name, way in (("", "shared"), ("plain ", "plain")):
-        found[f"{name}tokens"] = round(ratio * sum(work.tokens(way) for work in works))
-        found[f"{name}operations"] = ratio * sum(
-            _operations(shape, work, encoders.get(batches.input_shape(work.prepared), 0), way) for work in works)
-    on_disk = [2 * len(settings.poolings) * (rows.file.nunique() if stage != "lm" else len(rows)) * len(layers) * (
-        vlm.width if stage != "vision" else width_of(vlm.vision[1])) for stage, layers in vlm.layers_of_stage.items()
-        if stage in settings.stages and layers]
-    shard_count = int(np.ceil(ratio * (shards.units_of(rows).max() + 1) / settings.shard_images))
-    size = SIZES[settings.dtype]
-    found |= {"GB on disk": ratio * sum(on_disk) / 1e9, "GB weights": shape.parameters * size / 1e9, "shards": shard_count,
-              "GB batch": settings.batch_tokens * shape.token_bytes * size / 2 / 1e9}
-    if flops:
-        way = "shared" if exact == "exact" and settings.sharing != "off" else "plain"
-        seconds, load = found["operations" if way == "shared" else "plain operations"] / flops, 0.0
-    else:
-        way, seconds, load = measured(settings, rows, device)
-        seconds *= ratio
-    return found | {"way": way, "hours": seconds / 3600, "load_s": load}
-
-
-def _operations(shape: Shape, work: loading.Work, image: int | None, way: str) -> float:
-    lengths, head = [len(row["input_ids"]) for row in work.prepared.tokens], work.prepared.prefix_length
-    if image is None:
-        return np.nan
-    if way == "plain":
-        return len(lengths) * image + sum(shape.decoder(t) for t in lengths)
-    return image + shape.decoder(head) + sum(shape.decoder(t - head, head) for t in lengths)
-
-
-def measured(settings: ExtractionSettings, rows: pd.DataFrame, device: str) -> tuple[str, float, float]:
-    """The way that the model goes, seconds for these rows, and seconds for loading it."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model" / "settings"
-        planned = shards.plan(folder, rows, settings.wants, settings.shard_images)
-        worker = Worker(Job(settings, folder, device, tuple(planned)))
+        folder = open_folder(Path(temporary) / "model" / "settings", home)
+        shards = plan_shards(
+            folder, rows, contents=settings.contents, shard_images=settings.shard_images
+        )
+        runner = Runner(Job(settings, folder, device, tuple(shards), home))
         start = time.perf_counter()
-        worker.load()
-        began = time.perf_counter()
+        runner.load()
+        loaded = time.perf_counter()
         try:
-            worker(range(len(planned)))
-            return worker.passes.way, time.perf_counter() - began, began - start
+            runner.make_shards(range(len(shards)))
+            return runner.way, time.perf_counter() - loaded, loaded - start
         finally:
-            worker.release()
+            runner.release()
 
 
-def estimates(data: dict, extraction: dict, flops: float | None = None, n: int = 32) -> pd.DataFrame:
-    """A row of :func:`estimate` for each model of a run, of `n` sampled images.
-
-    Parameters
-    ----------
-    data, extraction : parameters of 01_build_data and of 02_extract
-    """
-    asked = extract.asked_by(extraction)
-    with tempfile.TemporaryDirectory() as temporary:
-        examples, images = sample(data, n, Path(temporary))
-        return pd.DataFrame([estimate(settings, control, examples, images, flops, extraction["device"])
-                             for settings, control in asked])
+# --------------------------------------------------------------------------------------- description
 
 
-def by_workers(table: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Hours of all models by number of workers, each with a device of its own: whole shards, one model after the other.
+def estimates_table(estimates: Sequence[Estimate]) -> pd.DataFrame:
+    """Return one row per model, columns as the attributes of :class:`Estimate`."""
+    return pd.DataFrame([asdict(estimate) for estimate in estimates])
+
+
+def hours_by_workers(table: pd.DataFrame, most_workers: int) -> pd.DataFrame:
+    """Return the hours of all models by number of workers, each with a device of its own.
+
+    Whole shards, one model after the other.
 
     Parameters
     ----------
-    table : of :func:`estimates`
+    table : DataFrame
+        As :func:`estimates_table` returns it.
+    most_workers : int
     """
-    counts = sorted({1 << k for k in range(most.bit_length())} | {most})
-    hours = [sum(np.ceil(row.shards / k) / row.shards * row.hours + row.load_s / 3600 for row in table.itertuples())
-             for k in counts]
+    powers_of_two = {1 << k for k in range(most_workers.bit_length())}
+    counts = sorted(powers_of_two | {most_workers})
+    hours = []
+    for count in counts:
+        rounds = np.ceil(table.shards / count) / table.shards
+        hours.append(float((rounds * table.hours + table.load_s / 3600).sum()))
     return pd.DataFrame({"workers": counts, "hours": hours})
 
 
-def told(table: pd.DataFrame, most: int, flops: float | None) -> str:
-    """The estimates in words: a column a model, and hours by number of workers."""
-    def number(value: object, unit: float = 1.0, form: str = ",.0f") -> str:
-        return "unknown" if pd.isna(value) else format(value / unit, form)
-
-    lines = {"images": [number(x) for x in table.images], "examples": [number(x) for x in table.examples],
-             "tokens": [number(x, 1e6, ",.2f") + " M" for x in table.tokens],
-             "tokens, unshared": [number(x, 1e6, ",.2f") + " M" for x in table["plain tokens"]],
-             "operations": [number(x, 1e12, ",.4g") + " TFLOP" for x in table.operations],
-             "operations, unshared": [number(x, 1e12, ",.4g") + " TFLOP" for x in table["plain operations"]],
-             "activations on disk": [number(x, 1, ",.3f") + " GB" for x in table["GB on disk"]],
-             "weights in memory": [number(x, 1, ",.3f") + " GB" for x in table["GB weights"]],
-             "a batch in memory, about": [number(x, 1, ",.3f") + " GB" for x in table["GB batch"]],
-             "hours": [f"{number(row.hours, 1, ',.3g')} ({row.way})" for row in table.itertuples()]}
-    how = f"at {flops:.3g} operations a second" if flops else "as the sample took here, without loading"
+def describe_estimates(
+    table: pd.DataFrame, *, most_workers: int, operations_per_second: float | None
+) -> str:
+    """Say the estimates in words: one column per model, and hours by number of workers."""
+    lines = {
+        "images": [_say(value) for value in table.images],
+        "examples": [_say(value) for value in table.examples],
+        "tokens": [_say(value / 1e6, ",.2f", " M") for value in table.tokens],
+        "tokens, unshared": [_say(value / 1e6, ",.2f", " M") for value in table.plain_tokens],
+        "operations": [_say(value / 1e12, ",.4g", " TFLOP") for value in table.operations],
+        "operations, unshared": [
+            _say(value / 1e12, ",.4g", " TFLOP") for value in table.plain_operations
+        ],
+        "activations on disk": [_say(value, ",.3f", " GB") for value in table.disk_gb],
+        "weights in memory": [_say(value, ",.3f", " GB") for value in table.weights_gb],
+        "a batch in memory, about": [_say(value, ",.3f", " GB") for value in table.batch_gb],
+        "hours": [f"{_say(row.hours, ',.3g')} ({row.way})" for row in table.itertuples()],
+    }
     models = pd.DataFrame(lines, index=table.model.to_numpy()).T.to_string()
-    hours = by_workers(table, most).to_string(index=False, float_format="{:.3g}".format)
-    return f"{models}\n\nhours: {how}; probing comes on top, see the README\n\n{hours}"
+    if operations_per_second:
+        basis = f"at {operations_per_second:.3g} operations per second"
+    else:
+        basis = "as the sample took here, without loading"
+    hours = hours_by_workers(table, most_workers)
+    hours_text = hours.to_string(index=False, float_format="{:.3g}".format)
+    return f"{models}\n\nhours: {basis}; probing comes on top, see docs/cost.md\n\n{hours_text}"
+
+
+def _say(value: float, form: str = ",.0f", unit: str = "") -> str:
+    return "unknown" if pd.isna(value) else format(value, form) + unit

@@ -1,10 +1,11 @@
-"""The activations of a run: a view on parts, read one layer at a time."""
+"""The activations of a run: a view on shards, read one layer at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,85 +13,148 @@ import torch
 from safetensors import safe_open
 
 from probekit import paths
-from probekit.extraction.shards import Part, digest, keys_of, meta_of, note_of, rows_of
-from probekit.tasks import input_controls
+from probekit.extraction.folder import ActivationFolder, open_folder
+from probekit.extraction.shards import (
+    Content,
+    Shard,
+    ShardSet,
+    TensorKey,
+    content_keys,
+    model_inputs,
+    shard_note,
+    tensor_digest,
+)
+
+RowPlaces = slice | torch.Tensor
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The activations of a run: ``store["lm.12", "mean"]`` is (n, d) float32, rows as in its examples.
+    """Pooled hidden states of a model: ``activations["lm.12", "mean"]`` is (n, d) float32.
+
+    Rows are those of :attr:`examples`, labels and all: whoever has the activations needs nothing else.
 
     Attributes
     ----------
-    examples : what the model was given; that of a control differs from the run's examples
-    control : "none", or a name out of :data:`probekit.tasks.input_controls.INPUT_CONTROLS`
+    folder : ActivationFolder
+        The model's.
+    examples : DataFrame, n rows
+        What the model was given (`file`, `prompt`), and the other columns of the caller's table.
+    stages, poolings : tuple of str
+        What can be read.
+    control : str
+        ``"none"``, or the control of the inputs that changed what the model was given.
+    home : Home
+        Where relative files start.
+    controls : mapping of str to Activations
+        Those of the same examples with changed inputs, by control.
 
     Raises
     ------
     FileNotFoundError
         Some of them have not been extracted.
-    ValueError
-        What is read is not what was written.
     """
 
-    folder: Path
+    folder: ActivationFolder
     examples: pd.DataFrame
     stages: tuple[str, ...]
     poolings: tuple[str, ...]
     control: str = "none"
+    home: paths.Home = field(default_factory=paths.Home.find)
+    controls: Mapping[str, Activations] = field(default_factory=dict)
 
-    def __post_init__(self):
-        for stage in self.stages:
-            for pooling in self.poolings_of(stage):
-                missing = self._where(f"{stage}/{pooling}").shard.isna().sum()
-                if missing:
-                    raise FileNotFoundError(f"{missing:,} of {len(self.examples):,} examples have no {stage}/{pooling} "
-                                            f"in {self.folder}: run 02_extract for this run, it computes only those")
+    def __post_init__(self) -> None:
+        for content in self.contents:
+            missing = self._places(content).shard.isna().sum()
+            if missing:
+                raise FileNotFoundError(
+                    f"{missing:,} of {len(self.examples):,} examples have no "
+                    f"{content.stage}/{content.pooling} in {self.folder.url}: run 02_extract for this run, "
+                    "it computes only those"
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"Activations({self.name}: {len(self.layers)} layers × {', '.join(self.poolings)} × "
+            f"{len(self.examples):,} examples)"
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
 
     @classmethod
-    def open(cls, record: dict, examples: pd.DataFrame) -> Activations:
-        """The store that a run's record (:attr:`record`) names; `examples` are the run's."""
-        control = record["control"]
-        return cls(paths.Home.find().resolve(record["folder"]), input_controls.change_inputs(examples, control), tuple(record["stages"]),
-                   tuple(record["poolings"]), control)
+    def open(
+        cls, record: Mapping, examples: pd.DataFrame, *, home: paths.Home | None = None
+    ) -> Activations:
+        """Open what a :attr:`record` names.
+
+        Parameters
+        ----------
+        record : mapping
+        examples : DataFrame
+            What the model was given; for a control of the inputs the changed table.
+        home : Home or None
+        """
+        home = paths.Home.find(home)
+        return cls(
+            open_folder(record["folder"], home),
+            examples,
+            tuple(record["stages"]),
+            tuple(record["poolings"]),
+            control=record["control"],
+            home=home,
+        )
 
     @property
     def record(self) -> dict:
-        return {"folder": paths.Home.find().relative(self.folder), "stages": self.stages, "poolings": self.poolings,
-                "control": self.control}
+        """What :meth:`open` needs besides the examples, for a JSON file."""
+        folder = self.folder.url
+        return {
+            "folder": self.home.relative(folder) if self.folder.is_local else folder,
+            "stages": self.stages,
+            "poolings": self.poolings,
+            "control": self.control,
+        }
 
     @property
-    def dtypes(self) -> dict[str, int]:
-        """How many of the tensors that this run reads are on disk in which type."""
-        found: dict[str, int] = {}
-        for part, i in self._shards:
-            with safe_open(part.shard(i), framework="numpy") as shard:
-                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
-                    dtype = shard.get_slice(key).get_dtype()
-                    found[dtype] = found.get(dtype, 0) + 1
-        return found
+    def name(self) -> str:
+        """Model, settings and control: what tables made from these activations are filed under."""
+        return f"{self.folder.model_name}-{self.folder.settings_name}-{self.control}"
 
     @property
-    def megabytes(self) -> float:
-        """Size on disk of the shards that this run reads."""
-        return round(sum(part.shard(i).stat().st_size for part, i in self._shards) / 1e6, 1)
-
-    @property
-    def _shards(self) -> list[tuple[Part, int]]:
-        wants = [f"{stage}/{pooling}" for stage in self.stages for pooling in self.poolings_of(stage)]
-        pairs = pd.concat([self._where(want)[["part", "shard"]] for want in wants]).drop_duplicates()
-        return [(self._parts[int(k)], int(i)) for k, i in pairs.itertuples(index=False)]
-
-    def poolings_of(self, stage: str) -> list[str]:
-        return [pooling for pooling in self.poolings if stage == "lm" or pooling != "text_mean"]
+    def fingerprint(self) -> str:
+        """What these activations are: the model, the images as they are on disk, the prompts."""
+        return paths.fingerprint(self.record, self._rows.to_csv(index=False))
 
     @cached_property
     def meta(self) -> dict:
-        meta = meta_of(self.folder)
+        """What ``meta.json`` says of the model.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is missing, damaged, or of another format.
+        """
+        meta = self.folder.read_meta()
         if meta is None:
-            raise FileNotFoundError(f"{self.folder / 'meta.json'} is missing, damaged, or of another version: run "
-                                    "02_extract again for this run, it makes no sound shard anew")
+            raise FileNotFoundError(
+                f"{self.folder.url}/meta.json is missing, damaged, or of another format: run 02_extract "
+                "again for this run, it makes no sound shard again"
+            )
         return meta
+
+    # --------------------------------------------------------------------------------- what there is
+
+    @property
+    def contents(self) -> list[Content]:
+        """Stage and pooling of all that can be read; text is no part of an image."""
+        return [
+            Content(stage, pooling) for stage in self.stages for pooling in self.poolings_of(stage)
+        ]
+
+    def poolings_of(self, stage: str) -> list[str]:
+        """Return the poolings of a stage."""
+        return [pooling for pooling in self.poolings if stage == "lm" or pooling != "text_mean"]
 
     @property
     def layers(self) -> list[str]:
@@ -98,67 +162,146 @@ class Activations:
         return [layer for stage in self.stages for layer in self.meta["layers"][stage]]
 
     def layers_with(self, pooling: str) -> list[str]:
-        """The layers that have this pooling: text is no part of an image."""
-        return [layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])]
+        """Return the layers that have a pooling."""
+        return [
+            layer for layer in self.layers if pooling in self.poolings_of(layer.partition(".")[0])
+        ]
 
     @property
-    def fingerprint(self) -> str:
-        """Fingerprint of what these activations are: the model, the images as they are on disk, the prompts."""
-        return paths.fingerprint(self.record, self._rows.to_csv(index=False))
+    def tensor_dtypes(self) -> dict[str, int]:
+        """How many tensors of these shards are on disk in which type."""
+        counts: dict[str, int] = {}
+        for shard in self._shards:
+            with safe_open(self.folder.local_copy(shard.name), framework="numpy") as file:
+                for key in file.keys():  # noqa: SIM118  # it is no dictionary
+                    dtype = file.get_slice(key).get_dtype()
+                    counts[dtype] = counts.get(dtype, 0) + 1
+        return counts
+
+    @property
+    def megabytes(self) -> float:
+        """Size on disk of the shards that are read."""
+        sizes = [self.folder.local_copy(shard.name).stat().st_size for shard in self._shards]
+        return round(sum(sizes) / 1e6, 1)
+
+    # -------------------------------------------------------------------------------------- reading
+
+    def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
+        """Return one layer with one pooling, (n, d) float32, without reading the others.
+
+        Raises
+        ------
+        KeyError
+            No such layer or pooling; the message says which there are.
+        ValueError
+            What is on disk is not what was written.
+        """
+        key = TensorKey(*key)
+        self._check_key(key)
+        values_nd: torch.Tensor | None = None
+        for read in self._reads(key.content):
+            tensor = self._read_tensor(read.shard, key)
+            if values_nd is None:
+                values_nd = torch.empty(len(self.examples), tensor.shape[1])
+            rows = tensor[read.rows]
+            values_nd[read.examples] = (
+                rows.float() if isinstance(read.examples, torch.Tensor) else rows
+            )
+        if values_nd is None:
+            raise ValueError("there are no examples, so there is nothing to read")
+        return values_nd.numpy()
+
+    def _check_key(self, key: TensorKey) -> None:
+        if key.layer not in self.layers:
+            raise KeyError(
+                f"layer {key.layer} is not stored: this run has {', '.join(self.layers)}; take one of these"
+            )
+        poolings = self.poolings_of(key.stage)
+        if key.pooling not in poolings:
+            raise KeyError(
+                f"pooling {key.pooling} is not stored: this run has {', '.join(poolings)}; run 02_extract "
+                "with poolings that include it"
+            )
+
+    def _read_tensor(self, shard: Shard, key: TensorKey) -> torch.Tensor:
+        path = self.folder.local_copy(shard.name)
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(key.tensor_name)
+            digests = shard_note(file).get("digests", {})
+        if tensor_digest(tensor.numpy()) != digests.get(key.tensor_name):
+            self.folder.forget_copy(shard.name)
+            raise ValueError(
+                f"{self.folder.url}/{shard.name} is damaged, its {key.tensor_name} is not what was written: "
+                f"python -m probekit verify {self.record['folder']} --remove takes away what is damaged, "
+                "then 02_extract makes just that again"
+            )
+        return tensor
 
     @cached_property
     def _rows(self) -> pd.DataFrame:
-        return rows_of(self.examples)
+        return model_inputs(self.examples, self.home)
 
     @cached_property
-    def _parts(self) -> list[Part]:
-        return Part.all_of(self.folder)
+    def _shard_sets(self) -> list[ShardSet]:
+        return ShardSet.list_all(self.folder)
 
-    def _where(self, want: str) -> pd.DataFrame:
-        """(n) part, shard and row of each example's values; nothing where no finished shard has them."""
-        cache = self.__dict__.setdefault("_found", {})
-        if want not in cache:
-            tables = []
-            for k, part in enumerate(self._parts):
-                if want in part.wants:
-                    done = [i for i in range(len(part.starts) - 1) if part.is_done(i)]
-                    places = part.places(want)
-                    tables.append(places[places.shard.isin(done)].assign(part=k))
-            held = pd.concat(tables) if tables else pd.DataFrame(columns=["shard", "row", "part"])
-            held = held[~held.index.duplicated()]
-            cache[want] = held.reindex(keys_of(self._rows, want)).reset_index(drop=True)
-        return cache[want]
+    @property
+    def _shards(self) -> list[Shard]:
+        places = pd.concat([self._places(content) for content in self.contents])
+        pairs = places[["shard_set", "shard"]].drop_duplicates()
+        return [Shard(self._shard_sets[int(k)], int(i)) for k, i in pairs.itertuples(index=False)]
 
-    def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
-        layer, pooling = key
-        stage = layer.partition(".")[0]
-        known = self.poolings_of(stage)
-        for what, wanted, there in (("layer", layer, self.layers), ("pooling", pooling, known)):
-            if wanted not in there:
-                mend = "take one of these" if what == "layer" else "run 02_extract with poolings that include it"
-                raise KeyError(f"{what} {wanted} is not stored: this run has {', '.join(there)}; {mend}")
-        out = None
-        for path, to, rows in self._reads(f"{stage}/{pooling}"):
-            with safe_open(path, framework="pt") as shard:
-                values = shard.get_tensor(f"{layer}/{pooling}")
-                if digest(values.numpy()) != note_of(shard).get("sha256", {}).get(f"{layer}/{pooling}"):
-                    raise ValueError(f"{path} is damaged, its {layer}/{pooling} is not what was written: python -m "
-                                     f"probekit verify {paths.Home.find().relative(self.folder)} --remove takes away what is "
-                                     "damaged, then 02_extract makes just that again")
-            out = torch.empty(len(self.examples), values.shape[1]) if out is None else out
-            out[to] = values[rows].float() if isinstance(to, torch.Tensor) else values[rows]
-        return out.numpy()
+    @cached_property
+    def _places_by_content(self) -> dict[Content, pd.DataFrame]:
+        return {}
 
-    def _reads(self, want: str) -> list[tuple[Path, slice | torch.Tensor, slice | torch.Tensor]]:
-        """Which shards hold a want, whose rows of theirs go where; neighbours as slices, which need no copy."""
-        cache = self.__dict__.setdefault("_plans", {})
-        if want not in cache:
-            cache[want] = []
-            for (k, i), places in self._where(want).groupby(["part", "shard"]):
-                to, rows = places.index.to_numpy(), places.row.to_numpy(np.int64)
-                if (np.diff(to) == 1).all() and (np.diff(rows) == 1).all():
-                    to, rows = (slice(int(at[0]), int(at[-1]) + 1) for at in (to, rows))
-                else:
-                    to, rows = torch.tensor(to), torch.tensor(rows)
-                cache[want].append((self._parts[int(k)].shard(int(i)), to, rows))
-        return cache[want]
+    def _places(self, content: Content) -> pd.DataFrame:
+        """`shard_set`, `shard` and `row` (n) of each example's values; NaN where no finished shard has them."""
+        if content not in self._places_by_content:
+            self._places_by_content[content] = self._find_places(content)
+        return self._places_by_content[content]
+
+    def _find_places(self, content: Content) -> pd.DataFrame:
+        tables = [pd.DataFrame(columns=["shard", "row", "shard_set"])]
+        for k, shard_set in enumerate(self._shard_sets):
+            if content in shard_set.contents:
+                done = [i for i in range(shard_set.shard_count) if shard_set.is_done(i)]
+                places = shard_set.locate(content)
+                tables.append(places[places.shard.isin(done)].assign(shard_set=k))
+        stored = pd.concat(tables[1:] or tables)
+        stored = stored[~stored.index.duplicated()]
+        return stored.reindex(content_keys(self._rows, content)).reset_index(drop=True)
+
+    @cached_property
+    def _reads_by_content(self) -> dict[Content, list[_Read]]:
+        return {}
+
+    def _reads(self, content: Content) -> list[_Read]:
+        if content not in self._reads_by_content:
+            grouped = self._places(content).groupby(["shard_set", "shard"])
+            self._reads_by_content[content] = [
+                _plan_read(Shard(self._shard_sets[int(k)], int(i)), places)
+                for (k, i), places in grouped
+            ]
+        return self._reads_by_content[content]
+
+
+class _Read(NamedTuple):
+    """Which rows of a shard's tensors go to which examples."""
+
+    shard: Shard
+    rows: RowPlaces
+    examples: RowPlaces
+
+
+def _plan_read(shard: Shard, places: pd.DataFrame) -> _Read:
+    """Neighbours are read as slices, which need no copy."""
+    examples = places.index.to_numpy()
+    rows = places.row.to_numpy(np.int64)
+    if (np.diff(examples) == 1).all() and (np.diff(rows) == 1).all():
+        return _Read(
+            shard,
+            slice(int(rows[0]), int(rows[-1]) + 1),
+            slice(int(examples[0]), int(examples[-1]) + 1),
+        )
+    return _Read(shard, torch.tensor(rows), torch.tensor(examples))

@@ -1,0 +1,82 @@
+"""From tables of (file, prompt) to activations: the only step that needs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pandas as pd
+
+from probekit import paths
+from probekit.extraction.jobs import Job, input_tables, plan_job
+from probekit.extraction.launch import Launcher
+from probekit.extraction.runner import Runner
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.store import Activations
+
+
+def extract_tables(
+    settings: ExtractionSettings,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    device: str | None = None,
+    launcher: Launcher = Launcher(),
+    root: str | None = None,
+    home: paths.Home | None = None,
+) -> Activations:
+    """Extract what a model holds of some tables, shard by shard.
+
+    What is on disk, of whatever run, is not computed again. The model is loaded only where something is
+    missing, and released at the end.
+
+    Parameters
+    ----------
+    settings : ExtractionSettings
+    tables : mapping of str to DataFrame
+        ``"none"`` is the table of examples; others, by the name of a control of the inputs, have the
+        same rows with other files or prompts. Columns besides `file` and `prompt` travel along. An image
+        that several tables show still runs once.
+    device : str or None
+        See :func:`probekit.models.load.load_vlm`.
+    launcher : Launcher
+        Who makes the shards.
+    root : str or None
+        Folder or URL of all activations; None takes ``data/activations`` of the home.
+    home : Home or None
+
+    Returns
+    -------
+    Activations
+        Of the examples, with those of the controls in :attr:`Activations.controls`.
+
+    Raises
+    ------
+    ValueError, OSError, MemoryError, ArithmeticError
+        A setting makes no sense, a model or an image cannot be read, something does not fit the memory,
+        a hidden state is not finite; the message names it and the fix.
+    """
+    home = paths.Home.find(home)
+    job = plan_job(settings, input_tables(tables), device=device, root=root, home=home)
+    launcher.make_shards(job)
+    if job.folder.read_meta() is None:  # lost, while all shards are there
+        runner = Runner(job)
+        runner.load()
+        runner.release()
+    return open_views(job, tables)
+
+
+def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
+    """Open the finished shards of a job as the activations of its tables."""
+    views = {}
+    for table in input_tables(tables):
+        adapted = table.adapt(job.settings)
+        views[table.name] = Activations(
+            job.folder,
+            table.table.reset_index(drop=True),
+            adapted.stages,
+            adapted.poolings,
+            control=table.name,
+            home=job.home,
+        )
+    examples = views.pop("none")
+    return replace(examples, controls=views)

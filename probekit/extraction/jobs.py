@@ -1,0 +1,129 @@
+"""What is asked of a model: one job per model and setting, the same for all who work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from probekit import paths
+from probekit.extraction.folder import ActivationFolder, open_folder
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.shards import Shard, model_inputs, plan_shards
+from probekit.models.load import best_device
+
+ACTIVATIONS = "data/activations"  # below the home
+
+
+@dataclass(frozen=True)
+class Job:
+    """The shards that hold what a run needs of a model.
+
+    Attributes
+    ----------
+    settings : ExtractionSettings
+        Filled in.
+    folder : ActivationFolder
+        The model's.
+    device : str
+        See :func:`probekit.models.load.load_vlm`.
+    shards : tuple of Shard
+        Done or not.
+    home : Home
+        Where relative image files and checkpoint folders start.
+    """
+
+    settings: ExtractionSettings
+    folder: ActivationFolder
+    device: str
+    shards: tuple[Shard, ...]
+    home: paths.Home
+
+    def missing_shards(self) -> list[int]:
+        """Return the places in `shards` of those that are not done."""
+        return [place for place, shard in enumerate(self.shards) if not shard.is_done]
+
+
+@dataclass(frozen=True)
+class InputTable:
+    """A table that a model is given, with a name.
+
+    Attributes
+    ----------
+    name : str
+        ``"none"`` for the examples themselves, else the control of the inputs that made it.
+    table : DataFrame
+        With the columns `file` (``""`` for a prompt without an image) and `prompt`; other columns
+        travel along.
+    """
+
+    name: str
+    table: pd.DataFrame
+
+    def adapt(self, settings: ExtractionSettings) -> ExtractionSettings:
+        """Return the settings that suit this table: poolings of image tokens need an image."""
+        has_no_image = bool((self.table.file == "").all()) and len(self.table) > 0
+        return settings.without_image() if has_no_image else settings
+
+
+def plan_job(
+    settings: ExtractionSettings,
+    tables: Iterable[InputTable],
+    *,
+    device: str | None = None,
+    root: str | None = None,
+    home: paths.Home | None = None,
+) -> Job:
+    """Plan what is to be extracted; what is on disk, of whatever run, is part of it.
+
+    Parameters
+    ----------
+    settings : ExtractionSettings
+    tables : iterable of InputTable
+        An image that several of them show still runs once.
+    device : str or None
+        None takes the best there is.
+    root : str or None
+        Folder or URL of all activations; None takes ``data/activations`` of the home.
+    home : Home or None
+
+    Raises
+    ------
+    ValueError
+        A setting makes no sense.
+    FileNotFoundError
+        An image is gone.
+    """
+    settings.check()
+    home = paths.Home.find(home)
+    device = device or best_device()
+    settings = settings.fill_in(device, home)
+    folder = open_model_folder(settings, root=root, home=home)
+    rows_by_settings: dict[ExtractionSettings, list[pd.DataFrame]] = {}
+    for table in tables:
+        rows = model_inputs(table.table, home)
+        rows_by_settings.setdefault(table.adapt(settings), []).append(rows)
+    shards: dict[str, Shard] = {}
+    for adapted, row_tables in rows_by_settings.items():
+        planned = plan_shards(
+            folder,
+            pd.concat(row_tables, ignore_index=True),
+            contents=adapted.contents,
+            shard_images=adapted.shard_images,
+        )
+        shards |= {shard.name: shard for shard in planned}
+    return Job(settings, folder, device, tuple(shards.values()), home)
+
+
+def open_model_folder(
+    settings: ExtractionSettings, *, root: str | None, home: paths.Home
+) -> ActivationFolder:
+    """Open the folder of a model's activations; the settings must be filled in."""
+    root = (root or ACTIVATIONS).rstrip("/")
+    return open_folder(f"{root}/{settings.folder_name(home)}", home)
+
+
+def input_tables(tables: Mapping[str, pd.DataFrame]) -> list[InputTable]:
+    """Name tables by control."""
+    return [InputTable(name, table) for name, table in tables.items()]

@@ -1,0 +1,516 @@
+"""The runner: one copy of the model, and the shards that it makes, whoever starts it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from probekit import paths
+from probekit.extraction.jobs import Job
+from probekit.extraction.loading import WorkItem, fill_batches, prepare_images
+from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
+from probekit.extraction.shards import Shard, TensorKey, count_units
+from probekit.models import forward
+from probekit.models.load import Vlm, load_vlm
+from probekit.models.processor import PreparedImage
+from probekit.models.sharing import SharingVerdict, choose_way, is_out_of_memory
+
+VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
+PROGRESS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
+SEEING_POOLINGS = (
+    "mean",
+    "max",
+    "last",
+    "text_mean",
+)  # first tokens never see a causal model's prompt
+
+States = dict[TensorKey, torch.Tensor]
+
+
+class Runner:
+    """One copy of a job's model. It is loaded with the first shard that is missing.
+
+    Attributes
+    ----------
+    job : Job
+    token_budget : int
+        Tokens of a batch; becomes smaller where one does not fit the memory.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.token_budget = job.settings.token_budget
+        self._vlm: Vlm | None = None
+        self._verdict: SharingVerdict | None = None
+
+    @property
+    def vlm(self) -> Vlm:
+        """The loaded model."""
+        if self._vlm is None:
+            raise RuntimeError("the model is not loaded: call load first")
+        return self._vlm
+
+    @property
+    def way(self) -> str:
+        """The way that the model goes, out of :data:`probekit.models.forward.WAYS`."""
+        return self._verdict.way if self._verdict else "plain"
+
+    def make_shards(self, places: Sequence[int]) -> list[int]:
+        """Make those shards of the job that are missing.
+
+        Whether a shard is missing is looked up again right before it is begun. Two runners that make
+        the same shard write the same bytes.
+
+        Parameters
+        ----------
+        places : sequence of int
+            Of shards in the job.
+
+        Returns
+        -------
+        list of int
+            The places of those that were made.
+        """
+        if not any(not self.job.shards[place].is_done for place in places):
+            return []
+        self.load()
+        return self._make_missing(places)
+
+    def release(self) -> None:
+        """Drop the model and give its memory back."""
+        if self._vlm is not None:
+            self._vlm.release()
+            self._vlm = None
+
+    # ----------------------------------------------------------------------------------- the model
+
+    def load(self) -> None:
+        """Load the model, write down what it is, and settle which way it goes.
+
+        Raises
+        ------
+        ValueError
+            It has none of the stages, or sharing is "on" and is not exact with it.
+        """
+        if self._vlm is not None:
+            return
+        settings = self.job.settings
+        self._vlm = load_vlm(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=self.job.device,
+            untrained=settings.untrained,
+            seed=settings.seed,
+            trust_remote_code=settings.trust_remote_code,
+            home=self.job.home,
+        )
+        self._check_stages()
+        self._report_other_versions()
+        self._report_what_is_missing()
+        self._verdict = self._settle_way()
+
+    def _check_stages(self) -> None:
+        stages = self.job.settings.stages
+        missing = [stage for stage in stages if not self.vlm.layers_of_stage[stage]]
+        if not missing:
+            return
+        message = (
+            f"{self.vlm.name} ({self.vlm.config.model_type}) has no stage {', '.join(missing)} that can "
+            "be read layer by layer"
+        )
+        if len(missing) == len(stages):
+            raise ValueError(f'{message}: take stages=["lm"]')
+        tqdm.write(f"{message}: left out")
+
+    def _report_other_versions(self) -> None:
+        meta = self.job.folder.read_meta() or {}
+        earlier = meta.get("versions", {})
+        now = paths.versions(*VERSIONED_PACKAGES)
+        changes = [
+            f"{name} {earlier[name]} (now {now[name]})"
+            for name in now
+            if earlier.get(name, now[name]) != now[name]
+        ]
+        if changes:
+            tqdm.write(
+                f"{self.job.folder.url} was begun with {', '.join(changes)}: what is added may differ in "
+                "the last digits"
+            )
+
+    def _report_what_is_missing(self) -> None:
+        missing = [self.job.shards[place].rows for place in self.job.missing_shards()]
+        examples = sum(len(rows) for rows in missing)
+        images = sum(count_units(rows) for rows in missing)
+        name = f"{self.vlm.name} (untrained)" if self.job.settings.untrained else self.vlm.name
+        tqdm.write(
+            f"{name} on {self.vlm.device} in {self.vlm.dtype}: {examples:,} examples of {images:,} "
+            f"images, {len(missing)} of {len(self.job.shards)} shards"
+        )
+
+    # ------------------------------------------------------------------------------------- the way
+
+    def _settle_way(self) -> SharingVerdict:
+        """Find out which way the model goes, or read what was found before.
+
+        It is settled on the first images of the job that have several prompts, whoever asks, so all who
+        work on a job come to the same verdict; ``meta.json`` keeps it. Images with one prompt cannot
+        tell: the prompt is all prefix. Where there are no others, they run plainly, or alone where
+        batches are not exact, and nothing is kept.
+        """
+        recorded = self._recorded_verdict()
+        if recorded is not None:
+            return self._accept(recorded)
+        shard = self._first_shard(lambda prompts: prompts > 1)
+        if shard is not None:
+            verdict = self._try_ways(
+                shard, lambda prompts: prompts > 1, SHARING_WAYS[self.job.settings.sharing]
+            )
+            verdict = self._recorded_verdict() or verdict  # another runner may have been faster
+            self._accept(verdict)
+            self._write_meta(verdict)
+            return verdict
+        self._write_meta(None)
+        shard = self._first_shard(lambda prompts: prompts > 0)
+        if shard is None:
+            return SharingVerdict("plain", "there is no prompt with an image")
+        return self._try_ways(shard, lambda prompts: prompts > 0, ("plain",))
+
+    def _recorded_verdict(self) -> SharingVerdict | None:
+        recorded = (self.job.folder.read_meta() or {}).get("sharing")
+        return SharingVerdict(**recorded) if recorded else None
+
+    def _accept(self, verdict: SharingVerdict) -> SharingVerdict:
+        if self.job.settings.sharing == "on" and verdict.way != "shared":
+            raise ValueError(
+                f'sharing="on", but with {self.vlm.name} {verdict.reason}; take sharing="auto" or "off"'
+            )
+        tqdm.write(f"{self.vlm.name}: {verdict.reason}")
+        return verdict
+
+    def _write_meta(self, verdict: SharingVerdict | None) -> None:
+        meta = describe_extraction(self.vlm, self.job.settings)
+        self.job.folder.write_meta(meta | {"sharing": asdict(verdict) if verdict else None})
+
+    def _first_shard(self, is_enough: Callable[[pd.Series], pd.Series]) -> Shard | None:
+        """The first shard of decoder states with an image that has enough prompts."""
+        for shard in self.job.shards:
+            if "lm" in shard.shard_set.stages and len(_rows_with(shard.rows, is_enough)):
+                return shard
+        return None
+
+    def _try_ways(
+        self, shard: Shard, is_enough: Callable[[pd.Series], pd.Series], ways: Sequence[str]
+    ) -> SharingVerdict:
+        rows = _rows_with(shard.rows, is_enough)
+        items = prepare_images(
+            self.vlm.prompt_processor,
+            [rows],
+            longest_side=self.job.settings.longest_side,
+            home=self.job.home,
+        )
+        batch = next(
+            fill_batches(items, token_budget=lambda: self.token_budget, way=lambda: "plain")
+        )
+        verdicts: list[SharingVerdict] = []
+
+        def try_batch(prepared: Sequence[PreparedImage]) -> States:
+            verdict, states = choose_way(
+                self.vlm,
+                prepared,
+                poolings=shard.shard_set.poolings,
+                stages=shard.shard_set.stages,
+                ways=ways,
+            )
+            verdicts.append(verdict)
+            return _with_tensor_keys(states)
+
+        self._run_what_fits([item.prepared for item in batch], try_batch)
+        return verdicts[0]
+
+    # ---------------------------------------------------------------------------------- the shards
+
+    def _make_missing(self, places: Sequence[int]) -> list[int]:
+        shards = [self.job.shards[place] for place in places]
+        tables = [shard.rows for shard in shards]
+        made: list[int] = []
+
+        def still_missing() -> Iterator[int]:
+            for number, shard in enumerate(shards):
+                if not shard.is_done:
+                    yield number
+
+        items = prepare_images(
+            self.vlm.prompt_processor,
+            tables,
+            longest_side=self.job.settings.longest_side,
+            home=self.job.home,
+            workers=self.job.settings.workers or 0,
+            order=still_missing(),
+        )
+        progress = tqdm(
+            total=sum(count_units(table) for table in tables),
+            desc=self.job.folder.model_name,
+            unit="image",
+            bar_format=PROGRESS_BAR,
+        )
+        with progress:
+            for number, items_of_shard in groupby(items, key=lambda item: item.table):
+                states = self.compute_shard(shards[number], items_of_shard, progress)
+                write_checked(shards[number], states, self.vlm.name)
+                made.append(places[number])
+        return made
+
+    def compute_shard(
+        self, shard: Shard, items: Iterable[WorkItem], progress: tqdm
+    ) -> dict[TensorKey, np.ndarray]:
+        """Compute the states of a shard: same model, way and rows, same numbers.
+
+        Parameters
+        ----------
+        shard : Shard
+        items : iterable of WorkItem
+            The shard's images in order.
+        progress : tqdm
+            Told of each image.
+
+        Returns
+        -------
+        dict
+            From key to float32: (rows, d) for the decoder, (images, d) for the image encoder.
+        """
+        assembled = _ShardStates(shard)
+        in_flight: _Transfer | None = None
+        batches = fill_batches(items, token_budget=lambda: self.token_budget, way=lambda: self.way)
+        for batch in batches:
+            states = self._run_batch(batch, shard)
+            arriving = {
+                key: values.to("cpu", non_blocking=True)
+                for key, values in states.items()
+                if key.content in shard.shard_set.contents
+            }
+            transfer = _Transfer(batch, arriving, self.vlm.mark())
+            if in_flight is not None:  # the device works on this batch meanwhile
+                assembled.add(in_flight)
+            in_flight = transfer
+            progress.update(len(batch))
+        if in_flight is not None:
+            assembled.add(in_flight)
+        return assembled.states
+
+    def _run_batch(self, batch: Sequence[WorkItem], shard: Shard) -> States:
+        def run(prepared: Sequence[PreparedImage]) -> States:
+            states = forward.run_pooled(
+                self.vlm,
+                prepared,
+                poolings=shard.shard_set.poolings,
+                stages=shard.shard_set.stages,
+                way=self.way,
+            )
+            return _with_tensor_keys(states)
+
+        return self._run_what_fits([item.prepared for item in batch], run)
+
+    # --------------------------------------------------------------------------------- the memory
+
+    def _run_what_fits(
+        self,
+        prepared: Sequence[PreparedImage],
+        run: Callable[[Sequence[PreparedImage]], States],
+    ) -> States:
+        """Run images with their prompts, in halves where they do not fit the memory.
+
+        Raises
+        ------
+        MemoryError
+            A single prompt with its image does not fit.
+        """
+        try:
+            return run(prepared)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        gc.collect()  # outside of the except: a traceback holds on to what did not fit
+        if self.vlm.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        tokens = sum(len(row["input_ids"]) for image in prepared for row in image.tokens)
+        halves = _split_in_halves(prepared)
+        if halves is None:
+            raise MemoryError(
+                f"one prompt with its image, {tokens:,} tokens, does not fit the memory of "
+                f"{self.vlm.device}: take a smaller longest_side, or a half-precision dtype ({reason})"
+            )
+        self._shrink_budget(tokens)
+        first, second = [self._run_what_fits(half, run) for half in halves]
+        return _join_halves(first, second, of_images=len(prepared) > 1)
+
+    def _shrink_budget(self, tokens: int) -> None:
+        if self.token_budget == 1:
+            return
+        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
+        tqdm.write(
+            f"{self.vlm.name}: a batch of {tokens:,} tokens does not fit the memory of {self.vlm.device}: "
+            f"halved, and batches of {self.token_budget:,} tokens from here on"
+        )
+
+
+class _Transfer(NamedTuple):
+    """States of a batch on their way to the host."""
+
+    batch: Sequence[WorkItem]
+    arriving: States
+    wait: Callable[[], None]
+
+
+class _ShardStates:
+    """The states of a shard, put together batch by batch."""
+
+    def __init__(self, shard: Shard) -> None:
+        rows = shard.rows
+        self.row_count = len(rows)
+        self.image_count = rows.file.nunique()
+        self.states: dict[TensorKey, np.ndarray] = {}
+
+    def add(self, transfer: _Transfer) -> None:
+        transfer.wait()
+        rows = np.concatenate([item.rows for item in transfer.batch])
+        images = np.array([item.image for item in transfer.batch])
+        for key, values in transfer.arriving.items():
+            is_decoder = key.stage == "lm"
+            count = self.row_count if is_decoder else self.image_count
+            places = rows if is_decoder else images
+            if key not in self.states:
+                self.states[key] = np.empty((count, values.shape[1]), np.float32)
+            self.states[key][places] = values.numpy()
+
+
+def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
+    return {TensorKey.of(name): values for name, values in states.items()}
+
+
+def _rows_with(rows: pd.DataFrame, is_enough: Callable[[pd.Series], pd.Series]) -> pd.DataFrame:
+    """The rows of images whose number of prompts is enough."""
+    prompts = rows.groupby("file").prompt.transform("size")
+    return rows[(rows.file != "") & is_enough(prompts)].reset_index(drop=True)
+
+
+def _split_in_halves(
+    prepared: Sequence[PreparedImage],
+) -> tuple[Sequence[PreparedImage], Sequence[PreparedImage]] | None:
+    """The images, or the prompts of the only one, in two halves; None where there is but one prompt."""
+    if len(prepared) > 1:
+        middle = len(prepared) // 2
+        return prepared[:middle], prepared[middle:]
+    image = prepared[0]
+    middle = len(image.tokens) // 2
+    if middle == 0:
+        return None
+    first = replace(image, tokens=image.tokens[:middle], image_masks=image.image_masks[:middle])
+    second = replace(image, tokens=image.tokens[middle:], image_masks=image.image_masks[middle:])
+    return [first], [second]
+
+
+def _join_halves(first: States, second: States, *, of_images: bool) -> States:
+    joined = {}
+    for key in first:
+        if of_images or key.stage == "lm":
+            joined[key] = torch.cat([first[key], second[key]])
+        else:  # two halves of the prompts of one image
+            joined[key] = first[key]
+    return joined
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def write_checked(shard: Shard, states: dict[TensorKey, np.ndarray], model: str) -> None:
+    """Check the states of a shard and write it.
+
+    Raises
+    ------
+    FloatingPointError
+        A hidden state is not finite; model, layer and example are named.
+    ValueError
+        The model does not see the prompts.
+    """
+    rows = shard.rows
+    check_finite(states, rows, model)
+    check_prompts_are_seen(states, rows, model)
+    shard.shard_set.write_shard(shard.number, states)
+
+
+def check_finite(states: dict[TensorKey, np.ndarray], rows: pd.DataFrame, model: str) -> None:
+    """Raise FloatingPointError where a hidden state is not finite."""
+    for key, values in states.items():
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if not len(bad):
+            continue
+        is_of_images = key.stage != "lm"
+        examples = rows[rows.file.ne(rows.file.shift())] if is_of_images else rows
+        first = examples.iloc[bad[0]]
+        raise FloatingPointError(
+            f"{model}, {key.tensor_name}: not finite for {len(bad)} of {len(values)}, the first is "
+            f'{first["file"]} with {first.prompt[:80]!r}; try dtype="float32" or "bfloat16"'
+        )
+
+
+def check_prompts_are_seen(
+    states: dict[TensorKey, np.ndarray], rows: pd.DataFrame, model: str
+) -> None:
+    """Raise ValueError where the last layer is the same whatever the prompt."""
+    decoder_layers = [key.layer for key in states if key.stage == "lm"]
+    if not decoder_layers:
+        return
+    last_layer = max(decoder_layers)
+    first_row, differs = _pair_with_other_prompts(rows)
+    if not differs.any():
+        return
+    for pooling in SEEING_POOLINGS:
+        values = states.get(TensorKey(last_layer, pooling))
+        if values is not None and (values[differs] == values[first_row[differs]]).all():
+            raise ValueError(
+                f"{model}, {last_layer}/{pooling}: the same for examples with different prompts, in all "
+                f"{differs.sum()} pairs, so any probe of it scores at chance; the prompt does not reach "
+                "the tokens that are pooled: check this checkpoint's chat template, processor and "
+                "attention mask"
+            )
+
+
+def _pair_with_other_prompts(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first one of its image, and where their prompts differ; both (n,).
+
+    With one prompt per image, rows are paired with the very first one.
+    """
+    image = pd.factorize(rows.file)[0]
+    first_of_image = np.unique(image, return_index=True)[1]
+    first_row = first_of_image[image]
+    if (first_row == np.arange(len(rows))).all():
+        first_row = np.zeros(len(rows), int)
+    prompts = rows.prompt.to_numpy()
+    return first_row, prompts != prompts[first_row]
+
+
+def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
+    """Return what ``meta.json`` says of a model and its settings."""
+    return {
+        "model": vlm.name,
+        "type": vlm.config.model_type,
+        "revision": vlm.revision,
+        "untrained": settings.untrained,
+        "dtype": vlm.dtype,
+        "device": vlm.device,
+        "layers": vlm.layers_of_stage,
+        "settings": asdict(settings),
+        "prompt": vlm.prompt_processor.wrap("{prompt}"),
+        "image_processor": type(vlm.processor.image_processor).__name__,
+        "versions": paths.versions(*VERSIONED_PACKAGES),
+    }

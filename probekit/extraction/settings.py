@@ -1,0 +1,196 @@
+"""Settings of an extraction, and the folder that they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import xxhash
+
+from probekit import paths
+from probekit.extraction.shards import STAGES, Content
+from probekit.models.load import best_dtype
+from probekit.models.pooling import check_pooling
+from probekit.models.presets import locate, resolve_commit, short_name
+from probekit.models.sharing import TOLERANCE
+
+SHARING_WAYS = {
+    "auto": ("shared", "encoded", "plain"),
+    "on": ("shared",),
+    "off": ("plain",),
+}  # for each setting of `sharing` what is tried, the cheapest first
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """Settings of one extraction.
+
+    Attributes
+    ----------
+    model : str
+        Hub id, ``id@revision``, checkpoint folder, or the name of a preset.
+    revision, dtype, untrained, seed, trust_remote_code
+        As for :func:`probekit.models.load.load_vlm`.
+    longest_side : int or None
+        Pixels that bound an image before the processor sees it; None leaves it to the checkpoint.
+    sharing : {"auto", "on", "off"}
+        Run each image once for all its prompts: as far as a check finds it exact, always (an error
+        where it is not exact), never.
+    poolings : tuple of str
+        See :mod:`probekit.models.pooling`.
+    stages : tuple of str
+        ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over the
+        image's patches.
+    shard_images : int
+        Images per shard, the unit of work, of writing and of resuming.
+    batch_tokens : int or None
+        Tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a
+        GPU and 2,048 without, where small batches stay in the cache.
+    workers : int or None
+        Processes that decode and preprocess images ahead of the model; 0 does it in between. None
+        takes 4 with a GPU (fewer with fewer cores), and 0 without, where they would take the model's
+        cores.
+    """
+
+    model: str
+    _: KW_ONLY
+    revision: str | None = None
+    dtype: str | None = None
+    untrained: bool = False
+    seed: int = 0
+    longest_side: int | None = None
+    sharing: str = "auto"
+    poolings: tuple[str, ...] = ("mean",)
+    stages: tuple[str, ...] = ("lm",)
+    shard_images: int = 200
+    batch_tokens: int | None = None
+    workers: int | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def contents(self) -> list[Content]:
+        """What is to be stored of each stage; text is no part of an image."""
+        contents = [Content(stage, pooling) for stage in self.stages for pooling in self.poolings]
+        return [one for one in contents if one.stage == "lm" or one.pooling != "text_mean"]
+
+    @property
+    def token_budget(self) -> int:
+        """`batch_tokens`, once it is filled in."""
+        if self.batch_tokens is None:
+            raise ValueError("batch_tokens is not filled in yet: see fill_in")
+        return self.batch_tokens
+
+    def check(self) -> None:
+        """Refuse settings that make no sense.
+
+        Raises
+        ------
+        ValueError
+            The message names the setting and what can be chosen.
+        """
+        if not self.poolings:
+            raise ValueError("poolings=(): name at least one, such as mean")
+        for pooling in self.poolings:
+            check_pooling(pooling)
+        _check_choice("sharing", [self.sharing], list(SHARING_WAYS))
+        _check_choice("stages", self.stages, STAGES)
+        _check_choice("dtype", [self.dtype], (None, *TOLERANCE))
+        if self.shard_images < 1:
+            raise ValueError(f"shard_images={self.shard_images}: it is a number from 1")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens={self.batch_tokens}: it is a number from 1")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers={self.workers}: it is a number from 0")
+
+    def fill_in(self, device: str, home: paths.Home) -> ExtractionSettings:
+        """Return the settings with what they leave open filled in: what suits the device, the commit on the hub.
+
+        Raises
+        ------
+        ValueError
+            The device is a GPU that this machine does not have, and no dtype is named.
+        """
+        is_absent_gpu = device.startswith("cuda") and not torch.cuda.is_available()
+        if is_absent_gpu and not self.dtype:
+            raise ValueError(
+                "this machine has no GPU that says which dtype suits it: name one, such as dtype=bfloat16"
+            )
+        default_tokens = 2048 if device == "cpu" else 8192
+        default_workers = 0 if device == "cpu" else min(4, (os.cpu_count() or 2) - 1)
+        commit = resolve_commit(
+            self.model, self.revision, trust_remote_code=self.trust_remote_code, home=home
+        )
+        return replace(
+            self,
+            dtype=self.dtype or best_dtype(device),
+            revision=commit,
+            batch_tokens=self.batch_tokens or default_tokens,
+            workers=default_workers if self.workers is None else self.workers,
+        )
+
+    def without_image(self) -> ExtractionSettings:
+        """Return the settings for prompts without an image: decoder states, poolings that need no image token.
+
+        Raises
+        ------
+        ValueError
+            Nothing is left.
+        """
+        poolings = tuple(
+            pooling
+            for pooling in self.poolings
+            if pooling != "image_mean" and not pooling.startswith("token:")
+        )
+        if "lm" not in self.stages or not poolings:
+            raise ValueError(
+                "prompts without an image need the stage lm, and a pooling besides image_mean and token:<i>"
+            )
+        return replace(self, stages=("lm",), poolings=poolings)
+
+    def folder_name(self, home: paths.Home) -> str:
+        """Return ``<model>/<fingerprint>``: the folder of all that a checkpoint says with these settings.
+
+        Images, prompts, poolings and stages do not matter. The settings must be filled in.
+        """
+        source = Path(locate(self.model, home=home))
+        weights = []
+        if source.is_absolute():  # a hub id has its commit instead
+            files = sorted(file for file in source.glob("*") if file.is_file())
+            weights = [(file.name, file.stat().st_size, _sampled_hash(file)) for file in files]
+        deciding = {
+            "model": self.model,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "untrained": self.untrained,
+            "seed": self.seed,
+            "longest_side": self.longest_side,
+            "trust_remote_code": self.trust_remote_code,
+            "plain_passes": self.sharing == "off",
+            "transformers": version("transformers"),
+        }
+        suffix = "-untrained" if self.untrained else ""
+        return f"{short_name(self.model, home=home)}{suffix}/{paths.fingerprint(deciding, weights)}"
+
+
+def _check_choice(name: str, values: Sequence[str | None], choices: Sequence[str | None]) -> None:
+    unknown = [value for value in values if value not in choices]
+    if unknown or not values:
+        known_names = ", ".join(map(str, choices))
+        raise ValueError(f"{name}={unknown or list(values)}: take out of {known_names}")
+
+
+def _sampled_hash(file: Path, *, pieces: int = 128, piece_bytes: int = 1 << 15) -> str:
+    """Hash 4 MiB spread over a file: it tells checkpoints apart without reading gigabytes."""
+    size = file.stat().st_size
+    digest = xxhash.xxh3_128()
+    last_start = max(0, size - piece_bytes)
+    starts = sorted({round(k * last_start / (pieces - 1)) for k in range(pieces)})
+    with file.open("rb") as handle:
+        for start in starts:
+            handle.seek(start)
+            digest.update(handle.read(piece_bytes))
+    return digest.hexdigest()

@@ -1,0 +1,331 @@
+"""The way of the data in a few calls: examples, activations, results. The notebooks and the front door use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from probekit import paths
+from probekit.data.scenes import write_scenes
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.launch import Launcher
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.store import Activations
+from probekit.probes.adam import AdamSettings
+from probekit.probes.controls import check_controls
+from probekit.probes.localisation import add_localisation
+from probekit.probes.probing import ProbeSettings, probe_activations
+from probekit.probes.results import ProbeResults
+from probekit.report.results import Results
+from probekit.report.saved_run import SavedRun
+from probekit.tasks import building
+from probekit.tasks.base import BuildSettings
+from probekit.tasks.input_controls import INPUT_CONTROLS, change_inputs
+
+HomeLike = str | Path | paths.Home | None
+
+
+# ---------------------------------------------------------------------------------------- examples
+
+
+def build_examples(
+    dataset: str | Path,
+    *,
+    run: str | None = None,
+    home: HomeLike = None,
+    **settings,
+) -> pd.DataFrame:
+    """Draw images from a dataset, ask tasks about them, and split them by image.
+
+    Parameters
+    ----------
+    dataset : str or Path
+        A folder in COCO's layout or another one of ``data/README.md``, or ``"scenes"``, which draws as
+        many scenes as are needed.
+    run : str or None
+        Name of the run that the examples belong to: activations and results are filed under it. None
+        takes a fingerprint of the settings.
+    home : str, Path, Home or None
+        Where artefacts go; None takes ``PROBEKIT_HOME``, else the checkout, else the working directory.
+    **settings
+        Attributes of :class:`probekit.tasks.base.BuildSettings`: `train`, `validation`, `test` (images),
+        `tasks`, `categories`, `seed`, ...
+
+    Returns
+    -------
+    DataFrame
+        One row per example: `image_id, file, split, task, prompt, labels, mask`, what its task is
+        (`kind, classes, question`), and `run`. It is read back where nothing has changed.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The dataset is not there or lacks something, a setting makes no sense; the message names the fix.
+    """
+    home = paths.Home.find(home)
+    build = _build_settings(dataset, home, settings)
+    run = run or f"run-{paths.fingerprint(build)}"
+    examples = building.build_examples(build, examples_folder(run, home), home=home)
+    return examples.assign(run=run)
+
+
+def _build_settings(dataset: str | Path, home: paths.Home, settings: dict) -> BuildSettings:
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    if str(dataset) != "scenes":
+        return BuildSettings(home.relative(home.resolve(dataset)), **values)
+    sizes = BuildSettings("scenes", **values)
+    count = sizes.train + sizes.validation + sizes.test
+    folder = home.data / "coco" / f"scenes-{count}-seed{sizes.seed}"
+    write_scenes(folder, count, sizes.seed)
+    return BuildSettings(home.relative(folder), **values)
+
+
+def examples_folder(run: str, home: HomeLike = None) -> Path:
+    """Return the folder of a run's examples."""
+    return paths.Home.find(home).data / "tasks" / run
+
+
+def open_examples(run: str, *, home: HomeLike = None) -> pd.DataFrame:
+    """Read the examples of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        They have not been built.
+    """
+    return building.load_examples(examples_folder(run, home)).assign(run=run)
+
+
+def run_of(examples: pd.DataFrame) -> str:
+    """Return the run that examples belong to.
+
+    Raises
+    ------
+    ValueError
+        They belong to several, or to none.
+    """
+    runs = examples["run"].unique() if "run" in examples.columns else []
+    if len(runs) != 1:
+        raise ValueError(
+            f"the examples belong to {len(runs)} runs: give them one with "
+            'examples = examples.assign(run="name")'
+        )
+    return str(runs[0])
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+def extract(
+    model: str,
+    examples: pd.DataFrame,
+    *,
+    controls: Sequence[str] = (),
+    device: str | None = None,
+    engine: str = "local",
+    copies: int | None = None,
+    root: str | None = None,
+    home: HomeLike = None,
+    **settings,
+) -> Activations:
+    """Run a frozen model on the examples and pool every layer's hidden states.
+
+    Parameters
+    ----------
+    model : str
+        Hub id, ``id@revision``, checkpoint folder, or the name of a preset.
+    examples : DataFrame
+        As :func:`build_examples` returns it.
+    controls : sequence of str
+        Controls of the inputs to extract beside them: no_image, no_text, wrong_image.
+    device : str or None
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None takes the best one.
+    engine, copies
+        Who makes the shards, see :class:`probekit.extraction.launch.Launcher`.
+    root : str or None
+        Folder or URL of all activations; None takes ``data/activations`` of the home.
+    home : str, Path, Home or None
+        See :func:`build_examples`.
+    **settings
+        Attributes of :class:`probekit.extraction.settings.ExtractionSettings`: `poolings`, `stages`,
+        `untrained`, `longest_side`, `dtype`, ...
+
+    Returns
+    -------
+    Activations
+        ``activations["lm.12", "mean"]`` is (n examples, d). The labels travel with them.
+    """
+    return extract_tables(
+        extraction_settings(model, settings),
+        tables_with_controls(examples, controls),
+        device=device,
+        launcher=Launcher(engine, copies=copies),
+        root=root,
+        home=paths.Home.find(home),
+    )
+
+
+def extraction_settings(model: str, settings: dict) -> ExtractionSettings:
+    """Return the settings of an extraction, with tuples for lists."""
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return ExtractionSettings(model, **values)
+
+
+def tables_with_controls(
+    examples: pd.DataFrame, controls: Sequence[str]
+) -> dict[str, pd.DataFrame]:
+    """Return the examples as ``"none"``, and with the inputs that each control gives the model.
+
+    Raises
+    ------
+    ValueError
+        No such control of the inputs.
+    """
+    return {name: change_inputs(examples, name) for name in ("none", *controls)}
+
+
+def record_activations(
+    activations: Iterable[Activations], *, run: str, home: HomeLike = None
+) -> Path:
+    """Write down which activations a run has, so that :func:`open_activations` finds them.
+
+    Returns
+    -------
+    Path
+        ``data/activations/<run>.json``.
+    """
+    records = [view.record for view in with_controls(activations)]
+    file = paths.Home.find(home).data / "activations" / f"{run}.json"
+    return paths.write_json(file, {"stores": records})
+
+
+def open_activations(run: str, *, home: HomeLike = None) -> list[Activations]:
+    """Open all activations of a run: of each model, and of each control of the inputs.
+
+    Raises
+    ------
+    FileNotFoundError
+        Examples or activations have not been made.
+    """
+    home = paths.Home.find(home)
+    examples = open_examples(run, home=home)
+    record = paths.read_json(home.data / "activations" / f"{run}.json")
+    return [
+        Activations.open(one, change_inputs(examples, one["control"]), home=home)
+        for one in record["stores"]
+    ]
+
+
+def with_controls(activations: Iterable[Activations]) -> list[Activations]:
+    """Return activations, each followed by those of its controls."""
+    views = []
+    for view in activations:
+        views += [view, *view.controls.values()]
+    return views
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def probe(
+    activations: Activations | Iterable[Activations],
+    *,
+    localise: str = "",
+    heat_images: int = 100,
+    epochs: int = 10,
+    patience: int | None = None,
+    device: str | None = None,
+    home: HomeLike = None,
+    **settings,
+) -> Results:
+    """Train a light probe on every layer, score it with intervals and controls, and save the results.
+
+    Parameters
+    ----------
+    activations : Activations or several
+        Of one or several models, trained or not; their controls of the inputs are probed too.
+    localise : str
+        A local task whose probes are also asked of every image token; "" leaves it out.
+    heat_images : int
+        Test images whose heat maps are kept for the explorer.
+    epochs, patience
+        Of the probes "linear" and "mlp", see :class:`probekit.probes.adam.AdamSettings`.
+    device : str or None
+        Where the models run once more for `localise`.
+    home : str, Path, Home or None
+        See :func:`build_examples`.
+    **settings
+        Attributes of :class:`probekit.probes.probing.ProbeSettings`: `probes`, `seeds`, `strengths`,
+        `controls` (shuffled, control_task), `codelength`, `resamples`, `memory_gb`.
+
+    Returns
+    -------
+    Results
+        They are in ``data/probes/<run>``, too; what is there already for these settings is read back.
+    """
+    home = paths.Home.find(home)
+    views = with_controls([activations] if isinstance(activations, Activations) else activations)
+    if not views:
+        raise ValueError("there are no activations to probe: extract some first")
+    examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
+    run = run_of(examples)
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    probe_settings = ProbeSettings(
+        training=AdamSettings(epochs=epochs, patience=patience), **values
+    )
+    folder = results_folder(run, home)
+    results = ProbeResults.join(
+        [probe_activations(view, settings=probe_settings, folder=folder) for view in views]
+    )
+    if localise:
+        results = add_localisation(
+            views,
+            results=results,
+            instances=building.load_instances(examples_folder(run, home)),
+            task=localise,
+            folder=folder,
+            keep=heat_images,
+            resamples=probe_settings.resamples,
+            device=device,
+            home=home,
+        )
+    results.write(folder, building.table_fingerprint(examples))
+    return Results.of(results, examples)
+
+
+def results_folder(run: str, home: HomeLike = None) -> Path:
+    """Return the folder of a run's results."""
+    return paths.Home.find(home).data / "probes" / run
+
+
+def open_run(run: str, *, home: HomeLike = None) -> SavedRun:
+    """Open all that is on disk of a run: examples, results, heat maps.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A step of the run has not been done, or belongs to other examples.
+    """
+    return SavedRun.open(run, home)
+
+
+def split_controls(controls: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tell controls of the inputs, which are extracted, from those of the labels, which are trained.
+
+    Raises
+    ------
+    ValueError
+        A name is neither.
+    """
+    check_controls(controls)
+    of_inputs = tuple(name for name in controls if name in INPUT_CONTROLS)
+    of_labels = tuple(name for name in controls if name not in INPUT_CONTROLS)
+    return of_inputs, of_labels
