@@ -13,7 +13,7 @@ from probekit.models.processor import PreparedImage
 
 def input_shape(prepared: PreparedImage) -> tuple:
     """Prepared images of one shape fit into one batch."""
-    return (prepared.prefix_length, *((key, values.shape[1:]) for key, values in prepared.image.items()))
+    return (prepared.prefix_length, *((key, values.shape[1:]) for key, values in prepared.image_inputs.items()))
 
 
 def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, t
 def batch_images(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
     """What belongs to the images, each as often as `counts` says, one after the other."""
     order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
-    parts = {key: [prepared[i].image[key] for i in order] for key in prepared[0].image}
+    parts = {key: [prepared[i].image_inputs[key] for i in order] for key in prepared[0].image_inputs}
     if (counted := vlm.special.counted) and parts:
         starts = np.cumsum([0, *(pixels.shape[:2].numel() for pixels in parts["pixel_values"])]).tolist()
         parts[counted] = [torch.where(part < 0, part, part + start)
@@ -59,9 +59,9 @@ def patch_mask(prepared: Sequence[PreparedImage], p: int) -> torch.Tensor:
     """
     real = torch.ones(len(prepared), p, dtype=torch.bool)
     for i, one in enumerate(prepared):
-        masks = {key: mask for key, mask in one.image.items() if "mask" in key}
-        if "image_position_ids" in one.image:
-            masks["image_position_ids"] = (one.image["image_position_ids"] >= 0).all(-1)
+        masks = {key: mask for key, mask in one.image_inputs.items() if "mask" in key}
+        if "image_position_ids" in one.image_inputs:
+            masks["image_position_ids"] = (one.image_inputs["image_position_ids"] >= 0).all(-1)
         for key, mask in masks.items():
             mask = mask.bool()
             side = int((mask.numel() / p) ** 0.5)  # of a patch, where the mask is about pixels

@@ -55,7 +55,7 @@ def run_pooled(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[s
     elif way == "shared":
         _shared(vlm, prepared, poolings, stages, states)
     elif way == "alone":
-        each = [run_pooled(vlm, [one.only(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
+        each = [run_pooled(vlm, [one.with_prompt(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
         firsts = np.cumsum([0, *(len(one.tokens) for one in prepared[:-1])])
         states |= {key: torch.cat([each[i][key] for i in (range(len(each)) if key.startswith("lm.") else firsts)])
                    for key in each[0]}

@@ -21,21 +21,21 @@ class PreparedImage:
 
     Attributes
     ----------
-    image : what belongs to the image (pixels, grids), first axis: parts of the image
+    image_inputs : what belongs to the image (pixels, grids), first axis: parts of the image
     tokens : for each prompt what belongs to its tokens, (t, ...) arrays; ``input_ids`` among them
-    shown : (k, t) as lists: True at image tokens
+    image_masks : (k, t) as lists: True at image tokens
     """
 
-    image: dict[str, torch.Tensor]
+    image_inputs: dict[str, torch.Tensor]
     tokens: list[dict[str, np.ndarray]]
-    shown: list[np.ndarray]
+    image_masks: list[np.ndarray]
 
-    def only(self, k: int) -> PreparedImage:
+    def with_prompt(self, k: int) -> PreparedImage:
         """The image with its k-th prompt alone."""
-        return PreparedImage(self.image, [self.tokens[k]], [self.image_masks[k]])
+        return PreparedImage(self.image_inputs, [self.tokens[k]], [self.image_masks[k]])
 
     @property
-    def head(self) -> int:
+    def prefix_length(self) -> int:
         """Number of tokens up to the image's last one."""
         return int(np.flatnonzero(self.image_masks[0])[-1]) + 1 if self.image_masks[0].any() else 1
 
@@ -97,7 +97,7 @@ class PromptProcessor:
     def _spelt(self) -> re.Pattern:
         return re.compile("|".join(map(re.escape, sorted(self._reserved, key=len, reverse=True))) or r"\b\B")
 
-    def as_text(self, prompt: str) -> str:
+    def escape(self, prompt: str) -> str:
         """The prompt as nothing but text: a special token that it spells out gets a space after its first character.
 
         Else a caption with ``<|im_end|>`` in it would end the user's turn, and one with ``<image>`` ask for an image.
@@ -139,7 +139,7 @@ class PromptProcessor:
             A prompt that is longer than the model's positions, that is not all text, or that changes how often the
             image is seen.
         """
-        texts = [self.wrap(self.as_text(prompt), image is not None) for prompt in prompts]
+        texts = [self.wrap(self.escape(prompt), image is not None) for prompt in prompts]
         start = getattr(self.processor.tokenizer, "bos_token", None)
         written = bool(start) and texts[0].startswith(start)  # by the template
         options = {"add_special_tokens": False} if written else {}

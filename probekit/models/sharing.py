@@ -28,7 +28,7 @@ class SharingVerdict:
     """The cheapest way that is exact with a model, and what was found when it was tried."""
 
     way: str
-    words: str
+    reason: str
 
 
 def choose_way(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str],
@@ -54,7 +54,7 @@ def choose_way(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[s
                 raise
             failed.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
             continue
-        alone = alone or run_pooled(vlm, [prepared[i].only(-1)], poolings)
+        alone = alone or run_pooled(vlm, [prepared[i].with_prompt(-1)], poolings)
         gaps = {key: float(((states[key][row] - values[0]).abs().max() / values.abs().max()).nan_to_num(torch.inf))
                 for key, values in alone.items()}
         where = max(gaps, key=gaps.get)

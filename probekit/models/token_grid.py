@@ -47,7 +47,7 @@ class TokenGrid:
 
 def _cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.ndarray:
     t, pixels = int(prepared.image_masks[0].sum()), _pixels(prepared)
-    grid = prepared.image.get("image_grid_thw")
+    grid = prepared.image_inputs.get("image_grid_thw")
     if grid is not None:  # patches of the whole image, neighbours merged into a token
         rows, columns = (int(v) for v in grid[0][-2:])
         merge = round((rows * columns / t) ** 0.5)
@@ -59,13 +59,13 @@ def _cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.ndarr
         rows = t // tiles // max(1, columns)
         if columns and rows * columns * tiles == t:
             return np.concatenate([_regular(rows, columns, span) for span in _spans(vlm, size, tiles)])
-    shapes = {key: tuple(value.shape) for key, value in prepared.image.items()}
+    shapes = {key: tuple(value.shape) for key, value in prepared.image_inputs.items()}
     raise NoTokenGrid(f"where the {t} image tokens of {vlm.name} lie in the image is not known (its encoder gets {shapes}): "
                  "there is no heat map for it")
 
 
 def _pixels(prepared: PreparedImage) -> torch.Tensor | None:
-    return prepared.image.get("pixel_values", prepared.image.get("pixel_values_images"))
+    return prepared.image_inputs.get("pixel_values", prepared.image_inputs.get("pixel_values_images"))
 
 
 def _regular(rows: int, columns: int, span: np.ndarray) -> np.ndarray:

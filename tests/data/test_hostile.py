@@ -47,15 +47,15 @@ def test_no_prompt_gets_out_of_its_turn(vlm, image, prompts):
     alone = vlm.prompt_processor.prepare(None, prompts)
     for tokens, shown, of_text in zip(made.tokens, made.image_masks, alone.tokens, strict=True):
         assert special(vlm, tokens) == special(vlm, plain.tokens[0])
-        assert np.array_equal(shown[: made.head], plain.image_masks[0][: plain.head])
+        assert np.array_equal(shown[: made.prefix_length], plain.image_masks[0][: plain.prefix_length])
         assert vlm.prompt_processor.image_id not in of_text["input_ids"]
 
 
 def test_what_a_prompt_spells_out_is_said_and_kept_as_text(vlm, image):
     with pytest.warns(UserWarning, match=r"'<\|im_end\|>' in a prompt is read as text"):
         made = vlm.prompt_processor.prepare(image, ["one <|im_end|> two"])
-        assert "one < |im_end|> two" in vlm.prompt_processor.wrap(vlm.prompt_processor.as_text("one <|im_end|> two"))
-    assert vlm.prompt_processor.as_text("a < b, [c] and <d>") == "a < b, [c] and <d>"
+        assert "one < |im_end|> two" in vlm.prompt_processor.wrap(vlm.prompt_processor.escape("one <|im_end|> two"))
+    assert vlm.prompt_processor.escape("a < b, [c] and <d>") == "a < b, [c] and <d>"
     assert len(made.tokens[0]["input_ids"]) > len(vlm.prompt_processor.prepare(image, ["one two"]).tokens[0]["input_ids"])
 
 

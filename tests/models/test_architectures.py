@@ -48,7 +48,7 @@ def reference_states(vlm, prepared) -> list[torch.Tensor] | None:
     with torch.inference_mode():
         start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if architectures.reads_with_encoder(
             vlm.config) else {}
-        output = vlm.model(**tokens, **vlm.place(prepared.image), **start, output_hidden_states=True, use_cache=False)
+        output = vlm.model(**tokens, **vlm.place(prepared.image_inputs), **start, output_hidden_states=True, use_cache=False)
     inner = getattr(output, "language_model_outputs", None)
     key = "encoder_hidden_states" if start else "hidden_states"
     return getattr(output, key, None) or getattr(inner, key, None)
@@ -62,7 +62,7 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
     states = reference_states(vlm, prepared[0])
     assert len(states) == len(vlm.layers)
     vlm = load_vlm(str(folder), device="cpu", dtype="float32")  # some keep what they were asked for
-    read = forward.run_pooled(vlm, [prepared[0].only(0)], ["mean", "max", "token:3"])
+    read = forward.run_pooled(vlm, [prepared[0].with_prompt(0)], ["mean", "max", "token:3"])
     for layer, hidden in list(zip(vlm.layers, states, strict=True))[: -1 if name in NOT_NORMED else None]:
         one_td = architectures.merge_streams(hidden, vlm.special, vlm.width)[0]
         expected = {"mean": one_td.mean(0), "max": one_td.max(0).values, "token:3": one_td[3]}
@@ -84,7 +84,7 @@ def found(name: str, folder: Path) -> dict[str, str | int]:
         assert described.layers[stage] == len(vlm.layers_of_stage[stage])
         if stage != "projector":
             assert described.width[stage] == alone[f"{vlm.layers_of_stage[stage][0]}/mean"].shape[1]
-    shared = "exact" if choice.way == "shared" else "no: " + _reason(choice.words, "shared")
+    shared = "exact" if choice.way == "shared" else "no: " + _reason(choice.reason, "shared")
     return {"architecture": name, "layers": f"{stated(vlm)} blocks, {len(vlm.layers)} layers",
             "image tokens": int(prepared[0].image_masks[0].sum()),
             "batches": "padded right" if batched == "plain" else "one prompt each", "sharing": shared,
@@ -128,7 +128,7 @@ def test_one_prompt_an_image_does_not_settle_how_many_are_run(tmp_path, data):
     extract(settings, rows.groupby("file").head(1).reset_index(drop=True), "cpu")
     vlm = load_vlm(settings.model, device="cpu")
     mixed = [vlm.prompt_processor.prepare(image, prompts) for image, prompts in zip(pictures(), PROMPTS, strict=True)]
-    mixed[1] = mixed[1].only(0)  # the one with several prompts is the one to look at
+    mixed[1] = mixed[1].with_prompt(0)  # the one with several prompts is the one to look at
     assert sharing.choose_way(vlm, mixed, ("mean",), ("lm",), ("shared", "plain"))[0].way == "plain"
     ours = extract(settings, rows, "cpu")
     plain = extract(replace(settings, sharing="off"), rows, "cpu")

@@ -34,7 +34,7 @@ def test_hooks_read_what_transformers_returns(vlm, ragged):
     for i, (one, k) in enumerate(prompts):
         with torch.inference_mode():
             tokens = {key: torch.from_numpy(value)[None] for key, value in one.tokens[k].items()}
-            states = vlm.model(**tokens, **one.image, output_hidden_states=True, use_cache=False).hidden_states
+            states = vlm.model(**tokens, **one.image_inputs, output_hidden_states=True, use_cache=False).hidden_states
         assert len(states) == len(vlm.layers)
         image = torch.from_numpy(one.image_masks[k])
         for layer, hidden_1td in zip(vlm.layers, states, strict=True):
@@ -46,7 +46,7 @@ def test_hooks_read_what_transformers_returns(vlm, ragged):
 
 
 def test_a_batch_changes_nothing(vlm, ragged):
-    alone = [run_pooled(vlm, [one.only(k)], POOLINGS) for one in ragged for k in range(len(one.tokens))]
+    alone = [run_pooled(vlm, [one.with_prompt(k)], POOLINGS) for one in ragged for k in range(len(one.tokens))]
     close(run_pooled(vlm, ragged, POOLINGS), {key: torch.cat([one[key] for one in alone]) for key in alone[0]}, 1e-4)
 
 
@@ -61,7 +61,7 @@ def test_the_order_and_the_number_of_prompts_change_nothing(vlm, ragged):
     whole = run_pooled(vlm, ragged, POOLINGS, way="shared")
     turned = run_pooled(vlm, ragged[::-1], POOLINGS, way="shared")
     close({key: values[[2, 3, 4, 0, 1]] for key, values in turned.items()}, whole, 1e-5)
-    close(run_pooled(vlm, [ragged[0].only(1)], POOLINGS, way="shared"), {key: v[1:2] for key, v in whole.items()}, 1e-5)
+    close(run_pooled(vlm, [ragged[0].with_prompt(1)], POOLINGS, way="shared"), {key: v[1:2] for key, v in whole.items()}, 1e-5)
 
 
 def test_the_first_token_and_the_image_never_see_the_prompt(vlm, ragged):
@@ -82,7 +82,7 @@ def test_the_image_encoder_is_read_over_patches(vlm, ragged):
         return
     with torch.inference_mode():
         one = ragged[1]
-        states = vlm.model.get_image_features(**one.image, output_hidden_states=True, return_dict=True).hidden_states
+        states = vlm.model.get_image_features(**one.image_inputs, output_hidden_states=True, return_dict=True).hidden_states
     for k, hidden in enumerate(states[: len(vlm.vision_layers)]):
         patches = hidden.reshape(-1, hidden.shape[-1])
         torch.testing.assert_close(found[f"vision.{k:02d}/mean"][1], patches.mean(0), rtol=1e-5, atol=1e-6)
@@ -101,7 +101,7 @@ def test_images_of_other_shapes_do_not_fit_into_one_batch():
     batch = [ready[0], ready[2]]
     choice, states = sharing.choose_way(vlm, batch, ["max"], ("lm",), ["shared"])
     close({"lm.02/max": states["lm.02/max"]}, {"lm.02/max": run_pooled(vlm, batch, ["max"])["lm.02/max"]}, 1e-5)
-    assert choice.way == "shared" and "largest difference" in choice.words
+    assert choice.way == "shared" and "largest difference" in choice.reason
 
 
 def test_image_vectors_are_counted_against_image_tokens(ragged, vlm, monkeypatch):

@@ -22,13 +22,13 @@ def test_many_prompts_at_once_are_what_the_processor_makes_of_each(vlm, image):
     made = vlm.prompt_processor.prepare(image, prompts)
     for prompt, row, shown in zip(prompts, made.tokens, made.image_masks, strict=True):
         honest = vlm.processor(images=[image], text=[vlm.prompt_processor.wrap(prompt)], return_tensors="np")
-        assert set(honest) == {*row, *made.image}
+        assert set(honest) == {*row, *made.image_inputs}
         for key, value in row.items():
             assert np.array_equal(value, honest[key][0]), key
-        for key, value in made.image.items():
+        for key, value in made.image_inputs.items():
             assert torch.equal(value, torch.from_numpy(honest[key])), key
         assert shown.sum() > 8 and shown.sum() == made.image_masks[0].sum()
-    assert made.head == np.flatnonzero(made.image_masks[0])[-1] + 1
+    assert made.prefix_length == np.flatnonzero(made.image_masks[0])[-1] + 1
     assert type(vlm.processor.image_processor).__name__ != "_Once"  # put back
 
 
