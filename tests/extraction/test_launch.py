@@ -1,6 +1,7 @@
-"""Several workers on the same shards: side by side, on a Ray cluster, and when some of them die."""
+"""Several runners on the same shards: side by side, on a Ray cluster, and when some of them die."""
 
-import inspect
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -9,48 +10,60 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from probekit import paths
-from probekit.cli.main import main
-from probekit.extraction import extract, launch, shared
-from probekit.extraction.launch import Launch, place_among
-from probekit.extraction.worker import Worker
-from probekit.tasks import building
+from probekit.extraction import launch
+from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.launch import Launcher, rank_from_environment
+from probekit.extraction.settings import ExtractionSettings
+from probekit.paths import Home
 from tests.conftest import REPOSITORY
 
-SHARDS = 60
-RAY = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # a dead head is given up sooner
-WORKER = """
-import json, os, sys, time
+SHARDS = 30
+RAY_VARIABLES = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a dead head is given up sooner
+}
+WORK = """
+import json
+import os
+import sys
+import time
 from pathlib import Path
+
 import pandas as pd
-from probekit import paths
-from probekit.extraction import extract
-from probekit.extraction import worker
-from probekit.extraction.launch import Launch
-folder, how = Path(sys.argv[1]), json.loads(sys.argv[2])
-paths.Home.find().data = folder
 
-def watched(part, i, *rest, honest=worker.finish_shard):
+from probekit.extraction import runner
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.launch import Launcher
+from probekit.extraction.settings import ExtractionSettings
+
+home = Path(sys.argv[1])
+how = json.loads(sys.argv[2])
+original = runner.write_checked
+
+
+def write_and_log(shard, states, model):
     time.sleep(how.get("sleep", 0))
-    done = honest(part, i, *rest)
-    with (folder / "made.txt").open("a") as log:
-        log.write(f"{part.shard(i).name} {os.getpid()}\\n")
-    return done
+    original(shard, states, model)
+    with (home / "made.txt").open("a") as log:
+        log.write(f"{shard.name} {os.getpid()}\\n")
 
-worker.finish_shard = watched
+
+runner.write_checked = write_and_log
 if __name__ == "__main__":
-    examples = pd.read_parquet(folder.parent / "examples.parquet")
-    settings = extract.Extraction("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
-    (folder / f"ready-{os.getpid()}").touch()
-    while len([*folder.glob("ready-*")]) < how.get("together", 1):
+    examples = pd.read_parquet(home.parent / "examples.parquet")
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=2, batch_tokens=900)
+    (home / f"ready-{os.getpid()}").touch()
+    while len(list(home.glob("ready-*"))) < how.get("together", 1):
         time.sleep(0.01)
-    if "rank" in how:
-        Launch(rank=how["rank"], world_size=2).make(extract.plan(settings, examples, (), "cpu")[0])
+    launcher = Launcher(**how.get("launcher", {}))
+    if launcher.world_size > 1:
+        job = plan_job(settings, [InputTable("none", examples)], device="cpu", home=home)
+        launcher.make_shards(job)
     else:
-        extract.extract_all(settings, examples, (), "cpu", Launch(**how.get("launch", {})))
+        extract_tables(settings, {"none": examples}, device="cpu", launcher=launcher, home=home)
 """
 
 
@@ -58,25 +71,30 @@ if __name__ == "__main__":
 def base(examples, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     examples.to_parquet(folder / "examples.parquet")
-    (folder / "work.py").write_text(WORKER)
+    (folder / "work.py").write_text(WORK)
     return folder
 
 
-def start(folder: Path, **how) -> subprocess.Popen:
-    folder.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | RAY
-    environment |= how.pop("environment", {})
-    return subprocess.Popen([sys.executable, folder.parent / "work.py", folder, json.dumps(how)], env=environment,
-                            stderr=(folder / "stderr.txt").open("a"), stdout=subprocess.DEVNULL, cwd=folder)
+def start(home: Path, *, environment: dict | None = None, **how) -> subprocess.Popen:
+    home.mkdir(exist_ok=True)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, home.parent / "work.py", home, json.dumps(how)],
+        env=os.environ | variables | RAY_VARIABLES | (environment or {}),
+        stderr=(home / "stderr.txt").open("a"),
+        stdout=subprocess.DEVNULL,
+        cwd=home,
+    )
 
 
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("activations/*/*/part-*/shard-*.safetensors"))}
+def shard_bytes(home: Path) -> dict[str, bytes]:
+    files = sorted(home.glob("data/activations/*/*/shards-*/shard-*.safetensors"))
+    return {file.name: file.read_bytes() for file in files}
 
 
-def made(folder: Path) -> list[list[str]]:
-    """(shard, process) in the order of the making."""
-    log = folder / "made.txt"
+def made(home: Path) -> list[list[str]]:
+    """Shard and process, in the order of the making."""
+    log = home / "made.txt"
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -88,173 +106,175 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
         time.sleep(0.02)
 
 
+def is_complete(home: Path, expected: dict[str, bytes]) -> bool:
+    return shard_bytes(home) == expected and not list(home.rglob("*.part"))
+
+
 @pytest.fixture(scope="module")
 def alone(base) -> dict[str, bytes]:
     """The shards as one process makes them."""
     assert start(base / "alone").wait() == 0
-    assert len(shards(base / "alone")) == SHARDS
-    return shards(base / "alone")
+    assert len(shard_bytes(base / "alone")) == SHARDS
+    return shard_bytes(base / "alone")
 
 
-def complete(folder: Path, expected: dict[str, bytes]) -> bool:
-    return shards(folder) == expected and not list(folder.rglob("*.claim-*")) and not list(folder.rglob("*.part"))
+def test_ranks_share_the_work_and_leave_the_same_bytes(base, alone):
+    home = base / "ranks"
+    ranks = [start(home, together=2, launcher={"rank": rank, "world_size": 2}) for rank in (0, 1)]
+    assert [process.wait() for process in ranks] == [0, 0]
+    assert is_complete(home, alone)
+    process_of = dict(made(home))
+    assert len(made(home)) == SHARDS
+    for rank, process in enumerate(ranks):
+        numbers = [
+            int(name[-17:-12]) for name, pid in process_of.items() if pid == str(process.pid)
+        ]
+        assert {number % 2 for number in numbers} == {rank}
 
 
-def test_two_processes_side_by_side_share_the_work(base, alone):
-    both = [start(base / "both", rank=rank, together=2, sleep=0.05) for rank in (0, 1)]
+def test_two_that_work_on_the_same_folder_leave_the_same_bytes(base, alone):
+    home = base / "both"
+    both = [start(home, together=2) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert complete(base / "both", alone)
-    by = dict(made(base / "both"))
-    assert len(made(base / "both")) == len(by) == SHARDS and len(set(by.values())) == 2
-    first = [name for name, pid in made(base / "both") if pid == str(both[1].pid)][:3]
-    assert [int(name[6:11]) % 2 for name in first] == [1, 1, 1]  # its own share first
+    assert is_complete(home, alone)
 
 
-def test_what_a_killed_process_had_begun_another_takes_up(base, alone):
-    folder = base / "killed"
-    one, two = (start(folder, together=2, sleep=0.05) for _ in range(2))
-    wait_for(lambda: {pid for _, pid in made(folder)} == {str(one.pid), str(two.pid)}, one)
-    one.send_signal(signal.SIGKILL)
-    one.wait()
-    before = len(made(folder))
-    assert before < SHARDS
-    assert two.wait() == 0 and complete(folder, alone)
-    names = [name for name, _ in made(folder)]
-    assert sorted(set(names)) == sorted(alone) and len(names) - SHARDS <= 1  # written, but not yet noted
-
-
-@pytest.mark.parametrize("name", ["plain", "odd [1]*{a,b}?"])
-def test_what_another_machine_left_when_it_died_is_taken_over(base, alone, name, monkeypatch):
-    folder = base / name
-    monkeypatch.setenv("PROBEKIT_HOME", str(folder))
-    job, _ = extract.plan(extract.ExtractionSettings("tiny-qwen2-vl", shard_images=1, batch_tokens=900),
-                          pd.read_parquet(base / "examples.parquet"), (), "cpu")
-    for part, i in job.shards[:5]:
-        part.shard(i).with_name(f"{part.shard(i).name}.claim-0").write_text(json.dumps(
-            {"host": "node17", "pid": 1, "started": 0, "sign": "a"}))
-    monkeypatch.setattr(shared, "ABANDONED", 3)
-    assert len(Launch(rank=1, world_size=2).make(job)) == SHARDS and complete(folder, alone)
-
-
-def test_a_shard_that_another_finished_between_the_look_and_the_claim_is_not_made_again(data, examples, monkeypatch):
-    job, _ = extract.plan(extract.ExtractionSettings("tiny-qwen2-vl", shard_images=30), examples, (), "cpu")
-    other = Worker(job)
-    honest = shared.Shared.claim
-
-    def overtaken(self, path):
-        monkeypatch.setattr(shared.Shared, "claim", honest)
-        assert other([0]) == [0]
-        return self.claim(path)
-
-    monkeypatch.setattr(shared.Shared, "claim", overtaken)
-    assert Worker(job)([0]) == [] and not list(data.rglob("*.claim-*"))
-
-
-def at_work(folder: Path) -> int:
-    """A process that has a claim now."""
-    while True:
-        for claim in folder.rglob("*.claim-*"):
-            try:
-                return json.loads(claim.read_text())["pid"]
-            except (FileNotFoundError, ValueError):  # given up, or being written
-                continue
+def test_whoever_comes_next_makes_what_a_killed_rank_left(base, alone):
+    home = base / "killed"
+    victim = start(home, launcher={"rank": 1, "world_size": 2}, sleep=0.1)
+    wait_for(lambda: len(made(home)) >= 2, victim)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    left = len(shard_bytes(home))
+    assert 2 <= left < SHARDS // 2
+    assert start(home).wait() == 0
+    assert is_complete(home, alone)
+    assert len(made(home)) <= SHARDS + 1  # one was perhaps written and not yet logged
 
 
 @pytest.fixture
 def cluster(base):
-    """A Ray cluster of its own that can be started and killed."""
+    """Start and stop a Ray cluster of its own."""
     pytest.importorskip("ray")
-    command = [str(Path(sys.executable).with_name("ray"))]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | RAY
+    command = str(Path(sys.executable).with_name("ray"))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | RAY_VARIABLES
 
     def run(*words):
-        return subprocess.run([*command, *words], env=environment, check=True, capture_output=True, text=True)
+        return subprocess.run(
+            [command, *words], env=environment, check=True, capture_output=True, text=True
+        )
 
-    def begin():
-        run("start", "--head", "--node-ip-address=127.0.0.1", "--port=6391", "--num-cpus=2",
-            "--include-dashboard=false", "--disable-usage-stats")
+    def begin() -> str:
+        run(
+            "start",
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            "--port=6391",
+            "--num-cpus=2",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+        )
         return "127.0.0.1:6391"
 
-    yield begin, lambda: run("stop", "--force")
-    run("stop", "--force")
+    def end() -> None:
+        run("stop", "--force")
 
-
-def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(base, alone, cluster):
-    begin, end = cluster
-    folder, how = base / "ray", {"launch": {"engine": "ray", "copies": 2}}
-    first = start(folder, **how, environment={"RAY_ADDRESS": begin()})
-    wait_for(lambda: len(shards(folder)) >= 2, first)
-    os.kill(at_work(folder), signal.SIGKILL)
-    wait_for(lambda: len(shards(folder)) >= 10, first)
+    yield begin, end
     end()
-    left = {path: path.stat().st_mtime_ns for path in folder.rglob("shard-*.safetensors")}
+
+
+def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(
+    base, alone, cluster
+):
+    begin, end = cluster
+    home = base / "ray"
+    how = {"launcher": {"engine": "ray", "copies": 2}, "sleep": 0.2}
+    first = start(home, **how, environment={"RAY_ADDRESS": begin()})
+    wait_for(lambda: len(made(home)) >= 2, first)
+    os.kill(int(made(home)[-1][1]), signal.SIGKILL)
+    wait_for(lambda: len(shard_bytes(home)) >= 8, first)
+    end()
+    left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
     assert first.wait(120) != 0
-    assert 10 <= len(left) < SHARDS and shards(folder).items() <= alone.items()
-    second = start(folder, **how, environment={"RAY_ADDRESS": begin()})
+    assert 8 <= len(left) < SHARDS
+    assert shard_bytes(home).items() <= alone.items()
+    second = start(home, **how, environment={"RAY_ADDRESS": begin()})
     assert second.wait(180) == 0
-    assert complete(folder, alone) and all(path.stat().st_mtime_ns == at for path, at in left.items())
+    assert is_complete(home, alone)
+    assert {file: file.stat().st_mtime_ns for file in left} == left
 
 
-@pytest.mark.parametrize(("told", "expected"), [
-    ({}, (0, 1, 0)),
-    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, (3, 4, 1)),
-    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
-    ({"SLURM_NTASKS": "8"}, (0, 8, 0)),  # a shell of salloc
-    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4, 0)),
-    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "0",
-      "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4, 0)),
-    ({"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "5"}, (4, 5, 0)),  # 5,9
-    ({"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-      "SLURM_LOCALID": "1"}, (5, 8, 1)),
-])
-def test_ranks_are_told_by_torchrun_and_slurm(told, expected, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK"))]:
-        monkeypatch.delenv(name)
-    for name, value in told.items():
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_NTASKS": "2"}, (3, 4, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        ({"SLURM_NTASKS": "8"}, (0, 8, 0)),  # a shell of salloc
+        (
+            {
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_ID": "7",
+                "SLURM_ARRAY_TASK_MIN": "5",
+            },
+            (2, 4, 0),
+        ),
+        (
+            {
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_ID": "6",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            (3, 4, 0),
+        ),
+        (  # --array 5,9
+            {
+                "SLURM_ARRAY_TASK_COUNT": "2",
+                "SLURM_ARRAY_TASK_ID": "9",
+                "SLURM_ARRAY_TASK_MIN": "5",
+            },
+            (4, 5, 0),
+        ),
+        (
+            {
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_ID": "2",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_LOCALID": "1",
+            },
+            (5, 8, 1),
+        ),
+    ],
+)
+def test_ranks_are_read_from_torchrun_and_slurm(variables, expected, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "RANK")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert place_among() == expected
+    assert rank_from_environment() == expected
 
 
-def test_ray_says_what_went_wrong_as_the_others_do(data, examples, monkeypatch):
-    pytest.importorskip("ray")
-    for name, value in RAY.items():
+def test_ray_says_what_went_wrong_in_the_same_words(data, examples, monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray")
+    for name, value in RAY_VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    file = data / "copied.png"
-    file.write_bytes(Path(paths.Home.find().resolve(examples.file[0])).read_bytes())
+    file = tmp_path / "copied.png"
+    file.write_bytes(Home.find().resolve(examples.file[0]).read_bytes())
     table = examples.head(6).assign(file=str(file))
-    job, _ = extract.plan(extract.ExtractionSettings("tiny-qwen2-vl", shard_images=1), table, (), "cpu")
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1)
+    job = plan_job(settings, [InputTable("none", table)], device="cpu")
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"on Ray, ValueError: .*copied.png has changed since"):
-        launch.on_ray(job, [0])
-    import ray
-
+        launch.run_on_ray(job, [0])
     ray.shutdown()
 
 
-def test_an_unknown_engine_names_those_that_are_known():
+def test_a_launcher_that_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="engine='spark': take out of local, ray"):
-        Launch("spark")
-
-
-@pytest.mark.parametrize("launcher", [
-    [launch.here], [launch.place_among, Launch.make], [launch.on_ray, launch._Copy]])
-def test_launchers_are_short(launcher):
-    assert sum(len(inspect.getsource(part).splitlines()) for part in launcher) < 60
-
-
-def test_a_rank_is_a_command(data, scene_folder, capsys):
-    demo = ["extract", "--params", str(REPOSITORY / "notebooks" / "params" / "demo.yaml"), "-p", "run=mine",
-            "-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]", "-p", "controls=[]", "-p", "shard_images=10",
-            "-p", "stages=[lm]"]
-    assert main(demo) == 2
-    assert "run 01_build_data for this run first" in capsys.readouterr().err
-    building.build_examples(building.BuildSettings(str(scene_folder), train=36, validation=12, test=12), data / "tasks" / "mine")
-    assert main([*demo, "--rank", "2", "--world-size", "2"]) == 2
-    assert "a rank is below the world size" in capsys.readouterr().err
-    assert main([*demo, "--rank", "1", "--world-size", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "rank 1 of 2 made 6 shards" in out and "-p run=mine -p 'models=[tiny-qwen2-vl]'" in out
-    assert main([*demo, "-p", "engine=ray"]) == 2
-    assert "say python -m probekit run, or engine=local" in capsys.readouterr().err
-    assert len(list(data.glob("activations/*/*/part-*/shard-*"))) == 6
+        Launcher("spark")
+    with pytest.raises(ValueError, match="a rank is below the world size"):
+        Launcher(rank=2, world_size=2)

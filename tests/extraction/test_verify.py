@@ -1,63 +1,80 @@
 """Looking through shards. What each kind of damage leads to is in benchmarks/faults.py, which the tests run."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
-from probekit import paths
 from probekit.cli.main import main
-from probekit.extraction import shards, verify
-from probekit.extraction.extract import ExtractionSettings, extract
+from probekit.extraction.shards import ShardSet, TensorKey
+from probekit.extraction.verify import find_content_fault, verify_activations
+from probekit.workflow import record_activations
 
 
 @pytest.fixture
-def run(data, examples):
-    """A run of four shards, and its store."""
-    store = extract(ExtractionSettings("tiny-qwen2-vl", shard_images=15), examples, "cpu")
-    paths.write_json(data / "activations" / "mine.json", {"stores": [store.record]})
-    return store
+def activations(extract, examples):
+    """A recorded run of four shards."""
+    view = extract(examples, shard_images=15)
+    record_activations([view], run="mine")
+    return view
 
 
-def test_the_command_says_what_is_wrong_and_what_to_run_again(run, data, capsys):
+def test_the_command_says_what_is_wrong_and_what_to_run_again(activations, data, capsys):
     folder = str(data / "activations")
     assert main(["verify", folder]) == 0
     assert capsys.readouterr().out == "shards: 4 sound, 0 damaged, 0 missing\n"
-    first, second, *_ = sorted(run.folder.glob("part-*/shard-*"))
+    first, second, *_ = sorted(activations.folder.path.glob("shards-*/shard-*"))
     first.write_bytes(first.read_bytes()[:-1])
     second.unlink()
     assert main(["verify", folder]) == 1
-    told = capsys.readouterr().out
-    assert f"{first.name} cannot be opened" in told and f"{second.name} is missing" in told
-    assert "2 sound, 1 damaged, 1 missing" in told and "run 02_extract of the runs mine again" in told
-    assert main(["verify", folder, "--remove"]) == 1 and not first.exists()
+    output = capsys.readouterr().out
+    assert f"{first.name} cannot be opened" in output
+    assert f"{second.name} is missing" in output
+    assert "2 sound, 1 damaged, 1 missing" in output
+    assert "run 02_extract of the runs mine again" in output
+    assert main(["verify", folder, "--remove"]) == 1
+    assert not first.exists()
     assert "1 damaged shards removed" in capsys.readouterr().out
     assert main(["verify", str(data / "nothing")]) == 2
     assert "holds no activations" in capsys.readouterr().err
 
 
-def test_whatever_bit_flips_in_a_header_only_that_shard_is_lost(run):
-    shard, *_ = sorted(run.folder.glob("part-*/shard-*.safetensors"))
-    content, rng = shard.read_bytes(), np.random.default_rng(0)
-    part, = shards.Part.all_of(run.folder)
+def test_whatever_bit_flips_in_a_header_only_that_shard_is_lost(activations):
+    path = min(activations.folder.path.glob("shards-*/shard-*.safetensors"))
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    (shard_set,) = ShardSet.list_all(activations.folder)
     end = 8 + int.from_bytes(content[:8], "little")
-    damaged = 0
-    for at in range(end):
+    noticed = 0
+    for place in range(end):
         changed = bytearray(content)
-        changed[at] ^= 1 << int(rng.integers(8))
-        shard.write_bytes(changed)
-        damaged += bool(part.lacks(0) or verify.wrong(part, 0, run.meta))
-    assert damaged > 0.95 * end  # some bits say nothing: a blank, a key that nobody reads
-    table = verify.verify(run.folder)
+        changed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        fault = find_content_fault(shard_set, 0, activations.meta)
+        noticed += bool(fault)
+    assert noticed > 0.95 * end  # some bits say nothing: a blank, a key that nobody reads
+    table = verify_activations(activations.folder.url)
     assert (table.state != "sound").sum() <= 1
 
 
-def test_shards_that_are_whole_but_wrong_are_found(run):
-    part, = shards.Part.all_of(run.folder)
-    rows = len(part.shard_rows(0))
-    good = {f"{layer}/mean": np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32) for layer in run.layers}
-    for change, reason in (({"lm.02/mean": good["lm.02/mean"][1:]}, "lm.02/mean has the shape"),
-                           ({"lm.03/mean": np.full((rows, 8), np.nan, np.float32)}, "lm.03/mean is not finite"),
-                           ({"lm.01/mean": None, "lm.04/mean": None}, "lacks lm.01/mean and 1 more")):
-        part.write(0, {key: values for key, values in (good | change).items() if values is not None})
-        table = verify.verify(run.folder)
-        bad, = table[table.state == "damaged"].itertuples()
-        assert bad.file.endswith("shard-00000.safetensors") and reason in bad.reason
+def test_shards_that_are_whole_but_wrong_are_noticed(activations):
+    (shard_set,) = ShardSet.list_all(activations.folder)
+    rows = len(shard_set.shard_rows(0))
+    rng = np.random.default_rng(0)
+    states = {
+        TensorKey(layer, "mean"): rng.normal(size=(rows, 8)).astype(np.float32)
+        for layer in activations.layers
+    }
+    short = states | {TensorKey("lm.02", "mean"): states[TensorKey("lm.02", "mean")][1:]}
+    not_finite = states | {TensorKey("lm.03", "mean"): np.full((rows, 8), np.nan, np.float32)}
+    lacking = {key: values for key, values in states.items() if key.layer not in ("lm.01", "lm.04")}
+    for wrong_states, reason in (
+        (short, "lm.02/mean has the shape"),
+        (not_finite, "lm.03/mean is not finite"),
+        (lacking, "lacks lm.01/mean and 1 more"),
+    ):
+        shard_set.write_shard(0, wrong_states)
+        table = verify_activations(activations.folder.url)
+        (damaged,) = table[table.state == "damaged"].itertuples()
+        assert damaged.file.endswith("shard-00000.safetensors")
+        assert reason in damaged.reason

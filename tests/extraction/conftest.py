@@ -1,0 +1,67 @@
+"""What the tests of extraction share."""
+
+from __future__ import annotations
+
+import pytest
+
+from probekit.extraction import runner
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.settings import ExtractionSettings
+
+
+@pytest.fixture
+def extract(data):
+    """Extract examples with a demo model into the test's own home."""
+
+    def extract_examples(examples, model="tiny-qwen2-vl", *, tables=None, device="cpu", **settings):
+        return extract_tables(
+            ExtractionSettings(model, **settings),
+            {"none": examples} | (tables or {}),
+            device=device,
+        )
+
+    return extract_examples
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[tuple[int, tuple]]:
+    """What is computed from now on: the number of rows and the contents of each shard."""
+    log = []
+    original = runner.write_checked
+
+    def log_and_write(shard, states, model):
+        log.append((len(shard.rows), shard.shard_set.contents))
+        original(shard, states, model)
+
+    monkeypatch.setattr(runner, "write_checked", log_and_write)
+    return log
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """From when it is called on, loading a model fails the test."""
+
+    def forbid():
+        monkeypatch.setattr(runner, "load_vlm", lambda *args, **kwargs: pytest.fail("loaded"))
+
+    return forbid
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """The URL of an empty bucket in an S3 server of its own."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = server_module.ThreadedMotoServer(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="probekit")
+        yield "s3://probekit"
+        server.stop()
