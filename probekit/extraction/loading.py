@@ -186,7 +186,7 @@ def _silence_tokenizers(worker: int) -> None:
 
 def _copied_out_of_shared_memory(item: WorkItem) -> WorkItem:
     """Free the worker's shared memory and its file handle."""
-    copies = {key: value.clone() for key, value in item.prepared.image.items()}
+    copies = {key: value.clone() for key, value in item.prepared.image_inputs.items()}
     return replace(item, prepared=replace(item.prepared, image=copies))
 
 

@@ -119,7 +119,7 @@ def _first_integer(config, names: Sequence[str]) -> int | None:
 def count_encoder_operations(vlm: Vlm, prepared: PreparedImage) -> int | None:
     """Count the operations of the image encoder for one image; None where that takes running it."""
     inputs = {}
-    for key, value in prepared.image.items():
+    for key, value in prepared.image_inputs.items():
         is_float = value.is_floating_point()
         inputs[key] = value.to("meta", torch.bfloat16) if is_float else value
     try:
@@ -133,7 +133,7 @@ def count_encoder_operations(vlm: Vlm, prepared: PreparedImage) -> int | None:
 def _count_by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
     config = getattr(vlm.config, "vision_config", None)
     patch_size = getattr(config, "patch_size", None)
-    pixels = prepared.image.get("pixel_values")
+    pixels = prepared.image_inputs.get("pixel_values")
     if vlm.vision is None or not isinstance(patch_size, int) or pixels is None:
         return None
     frames = getattr(config, "temporal_patch_size", 1)
@@ -299,7 +299,7 @@ def _count_operations(vlm: Vlm, size: ModelSize, items: Sequence[WorkItem]) -> d
 
 
 def _encoder_operations_or_nan(vlm: Vlm, prepared: PreparedImage) -> float:
-    if not prepared.image:
+    if not prepared.image_inputs:
         return 0.0
     operations = count_encoder_operations(vlm, prepared)
     return np.nan if operations is None else float(operations)
