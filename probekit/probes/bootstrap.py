@@ -10,98 +10,206 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-BLOCK = 2_000_000  # counts that are resampled at a time: 16 MB, and about 20 times that within metrics.scores
+# Counts that are resampled at a time: 16 MB, and about 20 times that within metrics.score_counts.
+BLOCK = 2_000_000
 
-
-ROUNDING = 1e-9  # scores closer than this are equal
+# Scores that are closer than this are equal.
+ROUNDING = 1e-9
 
 
 class Curve(NamedTuple):
-    """Scores of l layers (l,), the same in each of b bootstrap resamples (b, l), and how skewed they are.
+    """The scores of l layers, and the same scores in each of b bootstrap resamples.
 
-    The last, (l,), is the acceleration of :func:`bca`; it serves the intervals of the scores alone.
+    Attributes
+    ----------
+    score_l : ndarray
+        (l,) scores; larger is better where layers are compared.
+    resampled_bl : ndarray
+        (b, l) scores in each resample.
+    acceleration_l : ndarray or float
+        (l,) see :func:`acceleration`; only :func:`bca_interval` uses it.
     """
 
     score_l: np.ndarray
     resampled_bl: np.ndarray
     acceleration_l: np.ndarray | float = 0.0
 
-    def only(self, rows: Sequence[int] | slice) -> Curve:
-        """Some of the layers."""
-        skew = np.broadcast_to(self.acceleration_l, self.score_l.shape)[rows]
-        return Curve(self.score_l[rows], self.resampled_bl[:, rows], skew)
+    def select(self, layers: Sequence[int] | slice) -> Curve:
+        """Return the curve of some of the layers, by their places."""
+        acceleration_l = np.broadcast_to(self.acceleration_l, self.score_l.shape)
+        return Curve(self.score_l[layers], self.resampled_bl[:, layers], acceleration_l[layers])
 
 
-def image_weights(images: Sequence, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each image is drawn in each resample: (b, images) uint8, Poisson with mean 1.
+def image_weights(images: Sequence, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Draw how often each image occurs in each resample.
 
-    The Poisson bootstrap (Hanley and MacGibbon, 2006) draws every image for itself; for scores that do not change
-    when all counts double, it is the usual one. An image's column comes from its name and the seed alone.
+    Parameters
+    ----------
+    images : sequence
+        The names of the images, each once.
+    resamples : int
+        Number of resamples, b.
+    seed : int
+        Seed of all draws.
+
+    Returns
+    -------
+    ndarray
+        (b, images) uint8, Poisson distributed with mean 1. An image's column depends on its name
+        and the seed alone, so curves of different models, poolings or tasks are paired where they
+        share images. The array is cached and cannot be written to.
 
     Raises
     ------
     ValueError
-        Fewer than two images, or one that is there twice.
+        There are fewer than two images, or one of them is repeated.
+
+    References
+    ----------
+    Hanley and MacGibbon (2006), "Creating non-parametric bootstrap samples using Poisson
+    frequencies". Drawing every image independently is equivalent to the usual bootstrap for scores
+    that do not change when all counts double.
     """
     names = tuple(str(image).encode() for image in images)
     if len(names) < 2:
-        raise ValueError(f"{len(names)} test image cannot be resampled: take more images in 01_build_data")
+        raise ValueError(
+            f"{len(names)} test image cannot be resampled: take more images in 01_build_data"
+        )
     if len(set(names)) < len(names):
-        raise ValueError("an image is there twice: sum the counts of its examples first (metrics.image_counts)")
-    return _drawn(names, resamples, seed)
+        raise ValueError(
+            "an image is named twice: sum the counts of its examples first (metrics.count_by_image)"
+        )
+    return _draw_weights(names, resamples, seed)
 
 
 @lru_cache(maxsize=4)  # one set of test images serves many models, poolings and probes
-def _drawn(names: tuple[bytes, ...], resamples: int, seed: int) -> np.ndarray:
-    keys = [[seed, int.from_bytes(blake2b(name, digest_size=8).digest(), "big")] for name in names]
-    drawn = np.stack([np.random.default_rng(key).poisson(1.0, resamples).astype(np.uint8) for key in keys], 1)
-    drawn.setflags(write=False)
-    return drawn
+def _draw_weights(names: tuple[bytes, ...], resamples: int, seed: int) -> np.ndarray:
+    columns = []
+    for name in names:
+        # The digest decides the numbers that come out, so it must never change.
+        digest = int.from_bytes(blake2b(name, digest_size=8).digest(), "big")
+        rng = np.random.default_rng([seed, digest])
+        columns.append(rng.poisson(1.0, resamples).astype(np.uint8))
+    weight_bn = np.stack(columns, axis=1)
+    weight_bn.setflags(write=False)
+    return weight_bn
 
 
-def bootstrap_curve(counts: np.ndarray, images: Sequence, score: Callable[[np.ndarray], np.ndarray], resamples: int = 2000,
-             seed: int = 0) -> Curve:
+def bootstrap_curve(
+    counts: np.ndarray,
+    images: Sequence,
+    score: Callable[[np.ndarray], np.ndarray],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Curve:
     """Score all images together, and again in each bootstrap resample of them.
 
     Parameters
     ----------
-    counts : (images, l, ...) of each image, such as :func:`probekit.probes.metrics.image_counts` gives
-    images : (images,) their names, in the same order (``np.unique(image_n)`` for ``image_counts``)
-    score : from summed counts (b, l, ...) to scores (b, l); a score that is a ratio or a mean of such, for example
-        ``lambda total: metrics.scores(total, binary=False)["f1_macro", None]``
+    counts : ndarray
+        (images, l, ...) counts of each image, such as
+        :func:`probekit.probes.metrics.count_by_image` gives.
+    images : sequence
+        The names of the images in the same order; ``np.unique(image_n)`` for ``count_by_image``.
+    score : callable
+        From summed counts (b, l, ...) to scores (b, l). The score must be a ratio of sums, or a
+        mean of such, for example ``metrics.score_counts(total, binary=False)["f1_macro", None]``.
+    resamples : int
+        Number of resamples, b.
+    seed : int
+        Of :func:`image_weights`.
+
+    Raises
+    ------
+    ValueError
+        Counts and names differ in number, or :func:`image_weights` cannot resample these images.
     """
     if len(counts) != len(images):
         raise ValueError(f"counts of {len(counts)} images, but {len(images)} names")
-    drawn, flat = image_weights(images, resamples, seed), counts.reshape(len(counts), -1).astype(np.float32, copy=False)
-    step, total = max(1, BLOCK // flat.shape[1]), counts.sum(0, dtype=np.float64)
-    again = [score((drawn[b : b + step].astype(np.float32) @ flat).reshape(-1, *counts.shape[1:]))
-             for b in range(0, resamples, step)]
-    left_out = [score(total - counts[i : i + step]) for i in range(0, len(counts), step)]
-    return Curve(score(total[None])[0], np.concatenate(again), acceleration(np.concatenate(left_out)))
+    weight_bn = image_weights(images, resamples=resamples, seed=seed)
+    flat = counts.reshape(len(counts), -1).astype(np.float32, copy=False)
+    total = counts.sum(0, dtype=np.float64)
+    step = max(1, BLOCK // flat.shape[1])
+
+    resampled = []
+    for start in range(0, resamples, step):
+        totals = weight_bn[start : start + step].astype(np.float32) @ flat
+        resampled.append(score(totals.reshape(-1, *counts.shape[1:])))
+    left_out = []
+    for start in range(0, len(counts), step):
+        left_out.append(score(total - counts[start : start + step]))
+    return Curve(
+        score_l=score(total[None])[0],
+        resampled_bl=np.concatenate(resampled),
+        acceleration_l=acceleration(np.concatenate(left_out)),
+    )
 
 
 def acceleration(left_out: np.ndarray) -> np.ndarray:
-    """Skewness of a score (...), from the scores (images, ...) without one image each."""
-    known = np.isfinite(left_out)
-    pull = np.nansum(left_out, 0) / known.sum(0).clip(1) - left_out
-    spread = np.nansum(pull**2, 0) ** 1.5
-    return np.divide(np.nansum(pull**3, 0), 6 * spread, out=np.zeros(spread.shape), where=spread > 0)
+    """Estimate the acceleration of a score from its jackknife values.
+
+    Parameters
+    ----------
+    left_out : ndarray
+        (images, ...) scores without one image each. Scores that are not finite do not count.
+
+    Returns
+    -------
+    ndarray
+        (...) ``sum(d**3) / (6 * sum(d**2)**1.5)`` for the differences d of the jackknife values
+        from their mean; 0 where they do not differ.
+
+    References
+    ----------
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", equation 14.15.
+    """
+    finite = np.isfinite(left_out)
+    difference = np.nansum(left_out, 0) / finite.sum(0).clip(1) - left_out
+    scale = np.nansum(difference**2, 0) ** 1.5
+    skewness = np.nansum(difference**3, 0)
+    return np.divide(skewness, 6 * scale, out=np.zeros(scale.shape), where=scale > 0)
 
 
-def bca_interval(curve: Curve, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (l,) of each score by itself: bias-corrected and accelerated, Efron and Tibshirani (1993), chapter 14.3.
+def bca_interval(curve: Curve, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the bias-corrected and accelerated interval of each score by itself.
 
-    Percentiles are as good for scores of many examples, and miss more often for few: below some 100 images, and for the
-    F1 of a class with a dozen. With under 50 images, or a handful of a class, these intervals are too narrow as well.
+    Parameters
+    ----------
+    curve : Curve
+        Scores of l layers.
+    level : float
+        Probability with which an interval is meant to hold the truth.
+
+    Returns
+    -------
+    lower, upper : ndarray
+        (l,) bounds; NaN where a score is not finite.
+
+    Notes
+    -----
+    Plain percentiles are as good for scores of many examples, and miss more often for few: below
+    some 100 images, and for the F1 of a class with a dozen positives. With fewer than 50 images,
+    or a handful of positives, these intervals are too narrow as well.
+
+    References
+    ----------
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 14.3.
     """
     tails = ndtri([(1 - level) / 2, (1 + level) / 2])
-    skew, bounds = np.broadcast_to(curve.acceleration_l, curve.score_l.shape), []
-    for score, column, a in zip(curve.score_l, curve.resampled_bl.T, skew, strict=True):
-        drawn = column[np.isfinite(column)]
-        if not (len(drawn) and np.isfinite(score)):
+    acceleration_l = np.broadcast_to(curve.acceleration_l, curve.score_l.shape)
+    bounds = []
+    for score, resampled, a in zip(
+        curve.score_l, curve.resampled_bl.T, acceleration_l, strict=True
+    ):
+        finite = resampled[np.isfinite(resampled)]
+        if len(finite) == 0 or not np.isfinite(score):
             bounds.append((np.nan, np.nan))
             continue
-        below = (drawn < score - ROUNDING).mean() / 2 + (drawn <= score + ROUNDING).mean() / 2
-        z = ndtri(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
-        bounds.append(np.quantile(drawn, ndtr(z + (z + tails) / (1 - a * (z + tails)))))
-    return tuple(np.array(bounds).T)
+        # Half of the resamples that tie with the score count as below it.
+        below = (finite < score - ROUNDING).mean() / 2 + (finite <= score + ROUNDING).mean() / 2
+        z = ndtri(np.clip(below, 1 / len(finite), 1 - 1 / len(finite)))
+        quantiles = ndtr(z + (z + tails) / (1 - a * (z + tails)))
+        bounds.append(np.quantile(finite, quantiles))
+    lower, upper = np.array(bounds).T
+    return lower, upper

@@ -1,8 +1,9 @@
-"""Which layers differ, and which is best: curves compared on the same resamples of the test images.
+"""Which layers differ, and which is best: curves compared on the same resamples of the images.
 
-A curve is anything with one score a layer and its bootstrap resamples; larger is better (negate a log loss). An
-image's weight in a resample depends on nothing but its name and the seed, so curves of different models, poolings or
-tasks are paired where they share images, and independent where they do not, without being told.
+The functions take a :class:`~probekit.probes.bootstrap.Curve`: one score per layer and its
+bootstrap resamples, of which larger ones are better (negate a log loss). Since an image's weight in
+a resample depends only on its name and the seed, curves of different models, poolings or tasks are
+paired where they share images, and independent where they do not.
 """
 
 from __future__ import annotations
@@ -12,153 +13,291 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["gap", "gap_lo", "gap_hi", "p_holm", "p_plateau", "plateau", "best_share"]  # what layers() says of a layer
-TIE = 1e-6  # the same for differences in standard errors
 from probekit.probes.bootstrap import ROUNDING, Curve
 
-# -------------------------------------------------------------------------------------------------------- resampling
+# The columns of compare_layers that the metrics table keeps.
+COLUMNS = ["gap", "gap_lo", "gap_hi", "p_holm", "p_plateau", "plateau", "best_share"]
 
-
-
-
-
-
-
-
-
-
-
-
-# ---------------------------------------------------------------------------------------------------- layer by layer
+# Differences, in standard errors, that are smaller than this are ties.
+TIE = 1e-6
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's correction (1979): below 5 % where any of the hypotheses holds, it is wrong in at most 5 % of studies."""
-    order, m = np.argsort(p, kind="stable"), len(p)
-    out = np.empty(m)
-    out[order] = np.minimum(1, np.maximum.accumulate((m - np.arange(m)) * np.asarray(p)[order]))
-    return out
-
-
-def _standardised(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Leads of layer j over layer i: z_ll of the scores, z_bll of the resamples about them, standard error (l, l)."""
-    score, drawn = curve.score_l, curve.resampled_bl
-    cov = np.atleast_2d(np.cov(drawn.T))
-    own = np.diag(cov)[:, None] + np.diag(cov)
-    variance = own - 2 * cov
-    error = np.sqrt(np.where(variance > 1e-9 * own, variance, 0))
-    lead = score - score[:, None]
-    scale = np.where(error > 0, error, np.inf)
-    certain = np.where(lead > ROUNDING, np.inf, np.where(lead < -ROUNDING, -np.inf, 0))  # no resample differs
-    z_ll = np.where(error > 0, lead / scale, certain)
-    z_bll = np.empty((len(drawn), *lead.shape), np.float32)
-    for i in range(len(score)):  # a row at a time: no second array of this size
-        z_bll[:, i] = (drawn - drawn[:, [i]] - lead[i]) / scale[i]
-    return z_ll, z_bll, error
-
-
-def _tail(observed: np.ndarray, drawn_b: np.ndarray) -> np.ndarray:
-    """Share of resamples at least as extreme, the observed one among them (never 0)."""
-    return (1 + (drawn_b >= observed - TIE).sum(0)) / (1 + len(drawn_b))
-
-
-def _confidence_set(z_ll: np.ndarray, z_bll: np.ndarray) -> np.ndarray:
-    """p-values (l,) of the model confidence set: Hansen, Lunde and Nason (2011), range statistic, section 3.1.2."""
-    left, p, highest = list(range(len(z_ll))), np.ones(len(z_ll)), 0.0
-    while len(left) > 1:
-        behind = z_ll[np.ix_(left, left)].max(1)
-        drawn = z_bll[:, left][:, :, left].max((1, 2))
-        highest = max(highest, float(_tail(behind.max(), drawn)))
-        p[left[int(behind.argmax())]] = highest
-        del left[int(behind.argmax())]
-    return p
-
-
-def _gap_interval(curve: Curve, z_bll: np.ndarray, error: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of `score_i - max(score_j, j != i)`, which is the smallest of the differences to the others.
-
-    Below, the bound to the true best of the others suffices, whichever it is; above, all bounds must hold together.
-    """
-    tail, places = (1 - level) / 2, np.arange(len(error))
-    lo, hi = np.empty(len(places)), np.empty(len(places))
-    for i in places:
-        others = places != i
-        ahead, z = curve.score_l[i] - curve.score_l[others], z_bll[:, i, others]
-        lo[i] = (ahead + np.quantile(z, tail, axis=0) * error[i, others]).min()
-        hi[i] = (ahead + np.quantile(z.max(1), 1 - tail) * error[i, others]).min()
-    return lo, hi
-
-
-def compare_layers(curve: Curve, names: Sequence[str], alpha: float = 0.01, level: float = 0.95) -> pd.DataFrame:
-    """Each layer against the best of the others, and the plateau of those that cannot be told from the best.
-
-    The plateau is a model confidence set and not Hsu's comparison with the best (1984), because in simulation
-    (benchmarks/compare.py) Hsu's lost one of 12 equal layers in a third of the studies, and with Holm's correction it
-    found the planted plateau less often where differences were small (in 71 instead of 84 of 100).
+    """Correct p-values for the number of hypotheses, so that few studies have any false alarm.
 
     Parameters
     ----------
-    curve : scores of l layers
-    names : (l,)
-    alpha : all layers that are as good as the best are in the plateau in 1 - alpha of studies; so alpha bounds how
-        often a plateau of equals is found without one of them, which is why it is stricter than the intervals
-    level : of the interval of each single layer's gap
+    p : ndarray
+        (m,) p-values.
 
     Returns
     -------
-    One row a layer: `gap`, its score minus the best score of the others, with `gap_lo` and `gap_hi`; `p`, one-sided,
-    of "this layer, named beforehand, is as good as all others" (Hsu's); `p_holm`, corrected for asking it of all
-    layers; `p_plateau` of the confidence set, `plateau` where that is above alpha; `best_share`, the resamples in
-    which it comes first (it describes; it guarantees nothing). A gap's interval is about that layer alone, so it may
-    lie below 0 within the plateau. A single layer has no gap and is its own plateau.
+    ndarray
+        (m,) corrected p-values. If every hypothesis that is below 0.05 is rejected, at most 5 % of
+        studies reject one that holds.
+
+    References
+    ----------
+    Holm (1979), "A simple sequentially rejective multiple test procedure".
+    """
+    p = np.asarray(p)
+    order = np.argsort(p, kind="stable")
+    factor = len(p) - np.arange(len(p))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(factor * p[order]))
+    return corrected
+
+
+def _standardised_leads(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standardise how far layer j leads over layer i.
+
+    Returns
+    -------
+    z_ll : ndarray
+        (l, l) lead of the scores, in standard errors; row i, column j.
+    z_bll : ndarray
+        (b, l, l) lead of the resampled scores, less that of the scores, in standard errors.
+    error_ll : ndarray
+        (l, l) standard errors of the leads.
+    """
+    score_l = curve.score_l
+    resampled_bl = curve.resampled_bl
+    covariance = np.atleast_2d(np.cov(resampled_bl.T))
+    variance_l = np.diag(covariance)
+    sum_of_variances = variance_l[:, None] + variance_l
+    variance_ll = sum_of_variances - 2 * covariance
+    # Less than 1e-9 of the variances is rounding: the difference of these layers never varies.
+    varies = variance_ll > 1e-9 * sum_of_variances
+    error_ll = np.sqrt(np.where(varies, variance_ll, 0))
+    lead_ll = score_l - score_l[:, None]
+    certain_z = np.where(lead_ll > ROUNDING, np.inf, np.where(lead_ll < -ROUNDING, -np.inf, 0))
+    scale_ll = np.where(error_ll > 0, error_ll, np.inf)
+    z_ll = np.where(error_ll > 0, lead_ll / scale_ll, certain_z)
+    z_bll = np.empty((len(resampled_bl), *lead_ll.shape), np.float32)
+    for i in range(len(score_l)):  # one row at a time needs no second array of this size
+        lead_bl = resampled_bl - resampled_bl[:, [i]]
+        z_bll[:, i] = (lead_bl - lead_ll[i]) / scale_ll[i]
+    return z_ll, z_bll, error_ll
+
+
+def _tail_share(observed: np.ndarray, resampled: np.ndarray) -> np.ndarray:
+    """Compute the share of values at least as extreme as the observed one, itself among them.
+
+    Resamples are along the first axis. The share is never 0.
+    """
+    return (1 + (resampled >= observed - TIE).sum(0)) / (1 + len(resampled))
+
+
+def _confidence_set(z_ll: np.ndarray, z_bll: np.ndarray) -> np.ndarray:
+    """Compute the p-values (l,) of the model confidence set.
+
+    Hansen, Lunde and Nason (2011), "The Model Confidence Set", range statistic, section 3.1.2: the
+    layer that lies furthest behind another one is removed, again and again; a layer's p-value is
+    the largest of the tests up to its removal.
+    """
+    remaining = list(range(len(z_ll)))
+    p = np.ones(len(z_ll))
+    highest = 0.0
+    while len(remaining) > 1:
+        behind = z_ll[np.ix_(remaining, remaining)].max(1)
+        range_b = z_bll[:, remaining][:, :, remaining].max((1, 2))
+        highest = max(highest, float(_tail_share(behind.max(), range_b)))
+        worst = int(behind.argmax())
+        p[remaining[worst]] = highest
+        del remaining[worst]
+    return p
+
+
+def _gap_interval(
+    curve: Curve, z_bll: np.ndarray, error_ll: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound each layer's gap to the best of the others.
+
+    The gap is the smallest of the differences to the others. For its lower bound the bound to the
+    truly best of the others suffices, whichever that is; for its upper bound the bounds to all
+    others must hold together.
+    """
+    tail = (1 - level) / 2
+    layer_count = len(error_ll)
+    lower = np.empty(layer_count)
+    upper = np.empty(layer_count)
+    for i in range(layer_count):
+        others = np.arange(layer_count) != i
+        lead = curve.score_l[i] - curve.score_l[others]
+        error = error_ll[i, others]
+        z = z_bll[:, i, others]
+        lower[i] = (lead + np.quantile(z, tail, axis=0) * error).min()
+        upper[i] = (lead + np.quantile(z.max(1), 1 - tail) * error).min()
+    return lower, upper
+
+
+def compare_layers(
+    curve: Curve, layers: Sequence, *, alpha: float = 0.01, level: float = 0.95
+) -> pd.DataFrame:
+    """Compare each layer with the best of the others, and find the plateau.
+
+    The plateau are the layers that cannot be told from the best one.
+
+    Parameters
+    ----------
+    curve : Curve
+        Scores of l layers.
+    layers : sequence
+        (l,) their names.
+    alpha : float
+        All layers that are as good as the best are in the plateau in 1 - alpha of studies. So it
+        bounds how often a plateau of equal layers is found without one of them, which is why it is
+        stricter than the intervals.
+    level : float
+        Of the interval of each layer's gap.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, with the columns
+
+        * `layer`.
+        * `gap`: its score minus the best score of the others, with the interval `gap_lo` to
+          `gap_hi`. The interval is about that layer alone, so it may lie below 0 within the
+          plateau. A single layer has no gap, and is a plateau by itself.
+        * `p`: one-sided, of "this layer, named beforehand, is as good as all others" (Hsu's).
+        * `p_holm`: the same, corrected for asking it of all layers.
+        * `p_plateau`: of the model confidence set; `plateau` where it is above `alpha`.
+        * `best_share`: the share of resamples in which the layer comes first. It describes, and
+          guarantees nothing.
+
+    Raises
+    ------
+    ValueError
+        A layer has no score.
+
+    Notes
+    -----
+    The plateau is a model confidence set and not Hsu's comparison with the best: in simulation
+    (``benchmarks/compare.py``) Hsu's lost one of 12 equal layers in a third of the studies, and
+    with Holm's correction it found the planted plateau less often where differences were small (in
+    71 instead of 84 of 100).
+
+    References
+    ----------
+    Hansen, Lunde and Nason (2011), "The Model Confidence Set". Hsu (1984), "Constrained
+    simultaneous confidence intervals for multiple comparisons with the best".
     """
     if not np.isfinite(curve.score_l).all():
-        missing = [name for name, s in zip(names, curve.score_l, strict=True) if not np.isfinite(s)]
-        raise ValueError(f"no score for {', '.join(missing)}: leave these layers out (Curve.only)")
-    curve = Curve(curve.score_l, curve.resampled_bl[np.isfinite(curve.resampled_bl).all(1)])
-    first = np.isclose(curve.resampled_bl, curve.resampled_bl.max(1, keepdims=True), rtol=0, atol=ROUNDING)
-    table = pd.DataFrame({"layer": list(names), "gap": np.nan, "gap_lo": np.nan, "gap_hi": np.nan, "p": 1.0,
-                          "p_holm": 1.0, "p_plateau": 1.0, "plateau": True,
-                          "best_share": (first / first.sum(1, keepdims=True)).mean(0)})
+        missing = [
+            str(name)
+            for name, score in zip(layers, curve.score_l, strict=True)
+            if not np.isfinite(score)
+        ]
+        raise ValueError(
+            f"no score for {', '.join(missing)}: leave these layers out (Curve.select)"
+        )
+    is_finite_b = np.isfinite(curve.resampled_bl).all(1)
+    curve = Curve(curve.score_l, curve.resampled_bl[is_finite_b])
+    highest_b1 = curve.resampled_bl.max(1, keepdims=True)
+    is_first_bl = np.isclose(curve.resampled_bl, highest_b1, rtol=0, atol=ROUNDING)
+    best_share = (is_first_bl / is_first_bl.sum(1, keepdims=True)).mean(0)
+    table = pd.DataFrame(
+        {
+            "layer": list(layers),
+            "gap": np.nan,
+            "gap_lo": np.nan,
+            "gap_hi": np.nan,
+            "p": 1.0,
+            "p_holm": 1.0,
+            "p_plateau": 1.0,
+            "plateau": True,
+            "best_share": best_share,
+        }
+    )
     if len(table) == 1:
         return table
-    z_ll, z_bll, error = _standardised(curve)
-    s = curve.score_l
-    table["gap"] = [s[i] - np.delete(s, i).max() for i in range(len(s))]
-    table["gap_lo"], table["gap_hi"] = _gap_interval(curve, z_bll, error, level)
-    table["p"] = _tail(z_ll.max(1), z_bll.max(2))
-    table["p_holm"], table["p_plateau"] = holm(table.p), _confidence_set(z_ll, z_bll)
-    return table.assign(plateau=table.p_plateau > alpha)
+    z_ll, z_bll, error_ll = _standardised_leads(curve)
+    score_l = curve.score_l
+    table["gap"] = [score_l[i] - np.delete(score_l, i).max() for i in range(len(score_l))]
+    table["gap_lo"], table["gap_hi"] = _gap_interval(curve, z_bll, error_ll, level)
+    table["p"] = _tail_share(z_ll.max(1), z_bll.max(2))
+    table["p_holm"] = holm(table.p.to_numpy())
+    table["p_plateau"] = _confidence_set(z_ll, z_bll)
+    table["plateau"] = table.p_plateau > alpha
+    return table
 
 
-def plateau_sentence(table: pd.DataFrame, alpha: float = 0.01) -> str:
-    """The interval of the best layer in words, from the table that :func:`layers` gave for this alpha."""
-    names, inside = list(table.layer), np.flatnonzero(table.plateau)
-    runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
-    spans = [names[r[0]] if len(r) == 1 else f"{names[r[0]]} to {names[r[-1]]}" for r in runs]
-    best = names[int(table.gap.argmax())] if len(table) > 1 else names[0]
-    return (f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is among "
-            f"{', '.join(spans)} ({len(inside)} of {len(names)} layers).")
+def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
+    """Say in words where the plateau is.
 
-
-# ------------------------------------------------------------------------------------------------------- two curves
-
-
-def curve_difference(a: Curve, b: Curve, names: Sequence[str], level: float = 0.95) -> pd.DataFrame:
-    """Curve a minus curve b, point by point: two models, poolings, tasks, or named layers of one curve.
-
-    Both must come from :func:`resample` with one seed and number of resamples: then shared images are paired.
+    Parameters
+    ----------
+    table : DataFrame
+        Layers in order, with the columns of :func:`compare_layers`.
+    alpha : float
+        The one that :func:`compare_layers` was called with.
 
     Returns
     -------
-    One row a point: `difference` with `lo` and `hi` (each by itself), `p` (two-sided), `p_holm` over the points
+    str
+        Names the layer with the highest score, and every stretch of neighbouring layers of the
+        plateau.
+    """
+    layers = list(table.layer)
+    inside = np.flatnonzero(table.plateau)
+    stretches = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    spans = []
+    for stretch in stretches:
+        first = layers[stretch[0]]
+        last = layers[stretch[-1]]
+        spans.append(str(first) if len(stretch) == 1 else f"{first} to {last}")
+    best = layers[int(table.gap.argmax())] if len(table) > 1 else layers[0]
+    return (
+        f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is "
+        f"among {', '.join(spans)} ({len(inside)} of {len(layers)} layers)."
+    )
+
+
+def curve_difference(a: Curve, b: Curve, layers: Sequence, *, level: float = 0.95) -> pd.DataFrame:
+    """Subtract curve b from curve a, point by point.
+
+    The curves may be of two models, poolings or tasks, or selected layers of one curve.
+
+    Parameters
+    ----------
+    a, b : Curve
+        With the same seed and number of resamples; then shared images are paired.
+    layers : sequence
+        (l,) names of the points.
+    level : float
+        Of each interval.
+
+    Returns
+    -------
+    DataFrame
+        One row per point: `layer`, `difference` with the percentile interval `lo` to `hi`, `p`
+        (two-sided), and `p_holm`, corrected for the number of points.
+
+    Raises
+    ------
+    ValueError
+        The curves differ in the number of layers or resamples.
     """
     if a.resampled_bl.shape != b.resampled_bl.shape:
-        raise ValueError(f"resamples of shape {a.resampled_bl.shape} and {b.resampled_bl.shape}: compare as many "
-                         "layers and take as many resamples of both")
-    drawn, tail = a.resampled_bl - b.resampled_bl, (1 - level) / 2
-    lo, hi = np.quantile(drawn, [tail, 1 - tail], axis=0)
-    rarer = np.minimum((drawn <= ROUNDING).sum(0), (drawn >= -ROUNDING).sum(0))
-    p = np.minimum(1, 2 * (1 + rarer) / (1 + len(drawn)))
-    return pd.DataFrame({"layer": list(names), "difference": a.score_l - b.score_l, "lo": lo, "hi": hi, "p": p,
-                         "p_holm": holm(p)})
+        raise ValueError(
+            f"resamples of shape {a.resampled_bl.shape} and {b.resampled_bl.shape}: compare as "
+            "many layers and take as many resamples of both"
+        )
+    resampled_bl = a.resampled_bl - b.resampled_bl
+    tail = (1 - level) / 2
+    lower, upper = np.quantile(resampled_bl, [tail, 1 - tail], axis=0)
+    at_most_0 = (resampled_bl <= ROUNDING).sum(0)
+    at_least_0 = (resampled_bl >= -ROUNDING).sum(0)
+    rarer = np.minimum(at_most_0, at_least_0)
+    p = np.minimum(1, 2 * (1 + rarer) / (1 + len(resampled_bl)))
+    return pd.DataFrame(
+        {
+            "layer": list(layers),
+            "difference": a.score_l - b.score_l,
+            "lo": lower,
+            "hi": upper,
+            "p": p,
+            "p_holm": holm(p),
+        }
+    )

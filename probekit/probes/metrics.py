@@ -1,14 +1,18 @@
 """Scores of many layers at once, with their bootstrap intervals.
 
-Everything is computed from counts that add up over images, so a resample of the images is one matrix product.
-Which F1 is which: `f1_macro` is the mean of the classes' own F1 (Opitz and Burst, 2019, arXiv:1911.03347, "averaged
-F1"), `f1_micro` pools the counts of all classes, `f1_positive` is the F1 of label 1 of a binary task.
+Everything is computed from counts that add up over images, so a resample of the images is one
+matrix product.
+
+There are several F1 scores: `f1_macro` is the mean of the F1 of each class ("averaged F1" of Opitz
+and Burst, 2019, arXiv:1911.03347), `f1_micro` pools the counts of all classes, and `f1_positive` is
+the F1 of label 1 of a binary task.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,191 +20,433 @@ import torch
 
 from probekit.probes import bootstrap, comparison
 
-COUNTS = ("tp", "fp", "fn", "tn", "log_loss")  # the last one is a sum of losses
-PLAIN = (*COUNTS[:4], "prevalence")  # of a class, without an interval
-COMPARED = ("accuracy", "f1_macro", "f1_micro", "average_precision", "log_loss")  # layer against layer
-TUNED = {True: ("accuracy",), False: ("f1_macro", "f1_micro")}  # binary or not: what thresholds are chosen for
+# What is summed over the examples of an image; the last one is a sum of losses.
+COUNTS = ("tp", "fp", "fn", "tn", "log_loss")
+
+# Metrics of a class that have no interval.
+PLAIN = (*COUNTS[:4], "prevalence")
+
+# Metrics for which the layers are compared with each other.
+COMPARED = ("accuracy", "f1_macro", "f1_micro", "average_precision", "log_loss")
+
+# Metrics that thresholds are tuned for.
+TUNED_BINARY = ("accuracy",)
+TUNED_MULTILABEL = ("f1_macro", "f1_micro")
 
 
-def image_counts(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray,
-                 threshold_lc: np.ndarray | float = 0.5) -> np.ndarray:
-    """Sum hits, misses and log losses (in nats) over the examples of each image.
+class ScoreKey(NamedTuple):
+    """Names one score.
+
+    Attributes
+    ----------
+    metric : str
+        Name of the metric.
+    class_number : int or None
+        The class it is about; None for all classes together.
+    """
+
+    metric: str
+    class_number: int | None = None
+
+
+Scores = dict[ScoreKey, np.ndarray]
+Curves = dict[ScoreKey, bootstrap.Curve]
+
+
+def count_by_image(
+    p_lnc: np.ndarray,
+    y_nc: np.ndarray,
+    *,
+    mask_nc: np.ndarray,
+    image_n: np.ndarray,
+    threshold_lc: np.ndarray | float = 0.5,
+) -> np.ndarray:
+    """Sum hits, misses and log losses over the examples of each image.
 
     Parameters
     ----------
-    p_lnc : (l, n, c) probability of label 1
-    y_nc, mask_nc : (n, c) labels, and 1 where an entry counts
-    image_n : (n,) which image an example belongs to
-    threshold_lc : (l, c) probability from which on the answer is yes
+    p_lnc : ndarray
+        (l, n, c) probabilities of label 1.
+    y_nc : ndarray
+        (n, c) labels, 0 or 1.
+    mask_nc : ndarray
+        (n, c) 1 where an entry counts.
+    image_n : ndarray
+        (n,) which image each example shows.
+    threshold_lc : ndarray or float
+        (l, c) probability from which on the answer is yes.
 
     Returns
     -------
-    (images, l, c, 5) in the order of :data:`COUNTS`
+    ndarray
+        (images, l, c, 5) float32 in the order of :data:`COUNTS`, the images as ``np.unique`` sorts
+        them. Log losses are in nats.
     """
-    yes, y, m = p_lnc >= np.expand_dims(np.atleast_2d(threshold_lc), 1), y_nc.astype(bool), mask_nc.astype(bool)
+    yes = p_lnc >= np.expand_dims(np.atleast_2d(threshold_lc), 1)
+    y = y_nc.astype(bool)
+    mask = mask_nc.astype(bool)
     p = np.clip(p_lnc.astype(np.float64), 1e-7, 1 - 1e-7)
-    entries = (yes & y & m, yes & ~y & m, ~yes & y & m, ~yes & ~y & m, -np.log(np.where(y, p, 1 - p)) * m)
-    number = np.unique(image_n, return_inverse=True)[1]
-    totals = np.zeros((number.max() + 1, p_lnc.shape[0], p_lnc.shape[2], len(COUNTS)), np.float32)
-    for k, entry in enumerate(entries):
-        np.add.at(totals[..., k], number, entry.swapaxes(0, 1).astype(np.float32))
+    entries = (
+        yes & y & mask,
+        yes & ~y & mask,
+        ~yes & y & mask,
+        ~yes & ~y & mask,
+        -np.log(np.where(y, p, 1 - p)) * mask,
+    )
+    image_number_n = np.unique(image_n, return_inverse=True)[1]
+    shape = (image_number_n.max() + 1, p_lnc.shape[0], p_lnc.shape[2], len(COUNTS))
+    totals = np.zeros(shape, np.float32)
+    for k, entry_lnc in enumerate(entries):
+        entry_nlc = entry_lnc.swapaxes(0, 1).astype(np.float32)
+        np.add.at(totals[..., k], image_number_n, entry_nlc)
     return totals
 
 
-def _ratio(a: np.ndarray, b: np.ndarray, empty: float = 0.0) -> np.ndarray:
+def _divide(a: np.ndarray, b: np.ndarray, *, empty: float = 0.0) -> np.ndarray:
+    """Divide a by b; `empty` where b is 0."""
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, empty), where=b > 0)
 
 
-def _three(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Precision, recall, F1; 0 where nothing was predicted or present."""
-    return _ratio(tp, tp + fp), _ratio(tp, tp + fn), _ratio(2 * tp, 2 * tp + fp + fn)
+def _precision_recall_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "precision": _divide(tp, tp + fp),
+        "recall": _divide(tp, tp + fn),
+        "f1": _divide(2 * tp, 2 * tp + fp + fn),
+    }
 
 
-def scores(counts: np.ndarray, binary: bool) -> dict[tuple[str, int | None], np.ndarray]:
-    """Metrics from summed counts (..., c, 5), each of shape (...); the key is (metric, class or None for all).
-
-    A binary task has the classes 0 (no) and 1 (yes); classes that were never asked for are left out of macro means.
-    """
-    counts = counts.astype(np.float64)
-    tp, fp, fn, tn, loss = np.moveaxis(counts, -1, 0)
-    asked = tp + fp + fn + tn
-    out = {("accuracy", None): _ratio((tp + tn).sum(-1), asked.sum(-1)),
-           ("log_loss", None): _ratio(loss.sum(-1), asked.sum(-1), np.nan)}
-    if binary:
-        for name, values in zip(("precision", "recall", "f1"), _three(tp, fp, fn), strict=True):
-            out[f"{name}_positive", None] = values[..., 0]
-        tp, fp, fn, tn = (np.concatenate([no, yes], -1) for no, yes in ((tn, tp), (fn, fp), (fp, fn), (tp, tn)))
-        asked = tp + fp + fn + tn
-    each = _three(tp, fp, fn)
-    pooled = _three(*(v.sum(-1) for v in (tp, fp, fn)))
-    for name, by_class, micro in zip(("precision", "recall", "f1"), each, pooled, strict=True):
-        by_class = np.where(asked > 0, by_class, np.nan)
-        share = (asked > 0).sum(-1)
-        out[f"{name}_macro", None] = _ratio(np.nansum(by_class, -1), share, np.nan)
-        out[f"{name}_micro", None] = micro
-        out |= {(name, k): by_class[..., k] for k in range(by_class.shape[-1])}
-    for name, values in zip(PLAIN, (tp, fp, fn, tn, _ratio(tp + fn, asked, np.nan)), strict=True):
-        out |= {(name, k): values[..., k] for k in range(values.shape[-1])}
-    return out
-
-
-def thresholds(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, binary: bool) -> np.ndarray:
-    """(l, c) probabilities from which on to say yes: the ones with the highest F1 of each class (accuracy, if binary).
-
-    To be chosen on validation and used on test; in the middle between two neighbouring probabilities.
-    """
-    out = np.full((p_lnc.shape[0], p_lnc.shape[2]), 0.5)
-    for c in range(p_lnc.shape[2]):
-        asked = mask_nc[:, c] > 0
-        y = y_nc[asked, c]
-        if not 0 < y.sum() < len(y):
-            continue
-        order = np.argsort(-p_lnc[:, asked, c], 1)
-        p = np.take_along_axis(p_lnc[:, asked, c].astype(np.float64), order, 1)
-        p = np.pad(p, ((0, 0), (1, 1)), constant_values=((0, 0), (2, 0)))  # to say yes to none, or to all
-        tp, k = np.pad(y[order].cumsum(1), ((0, 0), (1, 0))), np.arange(len(y) + 1)
-        score = 2 * tp + len(y) - k - y.sum() if binary else 2 * tp / (k + y.sum())  # accuracy: tp + tn
-        best = np.where(np.diff(p) < 0, score, -np.inf).argmax(1)[:, None]  # not between equal ones
-        out[:, c] = (np.take_along_axis(p, best, 1) + np.take_along_axis(p, best + 1, 1))[:, 0] / 2
-    return out
-
-
-def average_precision(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, weight_bn: np.ndarray) -> np.ndarray:
-    """(b, l, c) average precision of each class, b times with other weights of the examples.
-
-    The sum of precision times the step in recall, as scikit-learn's ``average_precision_score``; equal probabilities
-    are one step. nan for a class without a positive example.
-    """
-    b, (layers, _, classes) = len(weight_bn), p_lnc.shape
-    out = np.full((b, layers, classes), np.nan)
-    for c in range(classes):
-        asked = mask_nc[:, c] > 0
-        y, part = torch.from_numpy(y_nc[asked, c] > 0), max(1, 10 * bootstrap.BLOCK // max(1, asked.sum()))
-        for at in range(0, b, part):
-            w_bn = torch.from_numpy(weight_bn[at : at + part, asked].astype(np.float32))
-            for layer in range(layers):
-                p, order = torch.from_numpy(p_lnc[layer, asked, c]).sort(descending=True)
-                last = torch.searchsorted(-p, -p, right=True) - 1  # of those that are equal
-                total = w_bn[:, order]
-                hits = total * y[order]
-                precision = (hits.cumsum(1) / total.cumsum(1).clamp(min=1e-30))[:, last]
-                out[at : at + part, layer, c] = ((precision * hits).sum(1) / hits.sum(1)).numpy()
-    return out
-
-
-def _ranked(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, resamples: int, seed: int
-            ) -> dict[int | None, bootstrap.Curve]:
-    """Curves of the average precision: of each class, and their mean (None)."""
-    images, number = np.unique(image_n, return_inverse=True)
-    left_out = 1 - np.eye(len(images), dtype=np.uint8)
-    rounds = [np.ones((1, len(images)), np.uint8), bootstrap.image_weights(images, resamples, seed), left_out]
-    found_blc = average_precision(p_lnc, y_nc, mask_nc, np.concatenate(rounds)[:, number])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a positive example of any class
-        found = {None: np.nanmean(found_blc, -1), **dict(enumerate(np.moveaxis(found_blc, -1, 0)))}
-    return {k: bootstrap.Curve(v[0], v[1 : 1 + resamples], bootstrap.acceleration(v[1 + resamples :]))
-            for k, v in found.items()}
-
-
-def table(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, image_n: np.ndarray, classes: list[str],
-          layers: list[str], binary: bool, resamples: int = 2000, seed: int = 0, by_class: bool = True,
-          threshold_lc: np.ndarray | None = None) -> pd.DataFrame:
-    """Tidy scores of all layers: `layer, metric, class, value, lo, hi, n`, and how the layers compare.
-
-    `lo` and `hi` are 95 % intervals (:func:`probekit.probes.bootstrap.bca_interval`) from `resamples` bootstrap samples of the images (an
-    image's examples stay together; the same samples for every layer, model and task, so that they can be compared).
-    `class` is empty where a metric is about all classes; counts, and a class's `prevalence`, have no interval; `n` is
-    the number of entries that count (of the class, where there are several).
+def score_counts(counts: np.ndarray, *, binary: bool) -> Scores:
+    """Compute all metrics from summed counts.
 
     Parameters
     ----------
-    by_class : scores of each class, average precision, and the columns of :func:`probekit.probes.comparison.compare_layers` for the
-        metrics :data:`COMPARED`, besides the scores about all classes
-    threshold_lc : adds `<metric>_tuned`, with these thresholds instead of one half: accuracy of binary tasks, F1 of
-        others, as :func:`thresholds` chooses them
+    counts : ndarray
+        (..., c, 5) in the order of :data:`COUNTS`.
+    binary : bool
+        Whether the task is binary: then c is 1, and there are scores of the classes 0 (no) and 1
+        (yes).
+
+    Returns
+    -------
+    dict of ScoreKey to ndarray
+        (...) each metric, over all classes and of each class.
+
+    Notes
+    -----
+    Precision, recall and F1 are 0 where nothing was predicted or present. Classes without any
+    entry that counts are left out of macro means.
     """
-    counts = image_counts(p_lnc, y_nc, mask_nc, image_n)
-    point, curves = _scored(counts, image_n, binary, lambda key: by_class or key[1] is None, resamples, seed)
+    counts = counts.astype(np.float64)
+    tp, fp, fn, tn, loss = np.moveaxis(counts, -1, 0)
+    entries = tp + fp + fn + tn
+    scores = {
+        ScoreKey("accuracy"): _divide((tp + tn).sum(-1), entries.sum(-1)),
+        ScoreKey("log_loss"): _divide(loss.sum(-1), entries.sum(-1), empty=np.nan),
+    }
+    if binary:
+        for name, values in _precision_recall_f1(tp, fp, fn).items():
+            scores[ScoreKey(f"{name}_positive")] = values[..., 0]
+        # What is a hit for "yes" is a rightly rejected "no", and the other way round.
+        tp, fp, fn, tn = (
+            np.concatenate([tn, tp], -1),
+            np.concatenate([fn, fp], -1),
+            np.concatenate([fp, fn], -1),
+            np.concatenate([tp, tn], -1),
+        )
+        entries = tp + fp + fn + tn
+
+    pooled = _precision_recall_f1(tp.sum(-1), fp.sum(-1), fn.sum(-1))
+    class_count = entries.shape[-1]
+    scored_classes = (entries > 0).sum(-1)
+    for name, values in _precision_recall_f1(tp, fp, fn).items():
+        values = np.where(entries > 0, values, np.nan)
+        macro = _divide(np.nansum(values, -1), scored_classes, empty=np.nan)
+        scores[ScoreKey(f"{name}_macro")] = macro
+        scores[ScoreKey(f"{name}_micro")] = pooled[name]
+        for k in range(class_count):
+            scores[ScoreKey(name, k)] = values[..., k]
+    prevalence = _divide(tp + fn, entries, empty=np.nan)
+    for name, values in zip(PLAIN, (tp, fp, fn, tn, prevalence), strict=True):
+        for k in range(class_count):
+            scores[ScoreKey(name, k)] = values[..., k]
+    return scores
+
+
+def choose_thresholds(
+    p_lnc: np.ndarray, y_nc: np.ndarray, *, mask_nc: np.ndarray, binary: bool
+) -> np.ndarray:
+    """Choose the probability from which on each class is answered with yes.
+
+    Parameters
+    ----------
+    p_lnc : ndarray
+        (l, n, c) probabilities of label 1 for the validation examples.
+    y_nc, mask_nc : ndarray
+        (n, c) labels, and 1 where an entry counts.
+    binary : bool
+        Whether to choose the highest accuracy instead of the highest F1 of each class.
+
+    Returns
+    -------
+    ndarray
+        (l, c) thresholds, each in the middle between two neighbouring probabilities; one half for
+        a class without both answers.
+    """
+    threshold_lc = np.full((p_lnc.shape[0], p_lnc.shape[2]), 0.5)
+    for c in range(p_lnc.shape[2]):
+        rows = mask_nc[:, c] > 0
+        y_n = y_nc[rows, c]
+        if not 0 < y_n.sum() < len(y_n):
+            continue
+        order_ln = np.argsort(-p_lnc[:, rows, c], 1)
+        p_ln = np.take_along_axis(p_lnc[:, rows, c].astype(np.float64), order_ln, 1)
+        # A probability above all and one below all, to say yes to none or to all.
+        p_ln = np.pad(p_ln, ((0, 0), (1, 1)), constant_values=((0, 0), (2, 0)))
+        hits = np.pad(y_n[order_ln].cumsum(1), ((0, 0), (1, 0)))
+        yes_count = np.arange(len(y_n) + 1)
+        if binary:
+            score = 2 * hits + len(y_n) - yes_count - y_n.sum()  # tp + tn
+        else:
+            score = 2 * hits / (yes_count + y_n.sum())
+        # No threshold separates equal probabilities.
+        score = np.where(np.diff(p_ln) < 0, score, -np.inf)
+        best = score.argmax(1)[:, None]
+        above = np.take_along_axis(p_ln, best, 1)
+        below = np.take_along_axis(p_ln, best + 1, 1)
+        threshold_lc[:, c] = (above + below)[:, 0] / 2
+    return threshold_lc
+
+
+def average_precision(
+    p_lnc: np.ndarray, y_nc: np.ndarray, *, mask_nc: np.ndarray, weight_bn: np.ndarray
+) -> np.ndarray:
+    """Compute the average precision of each class with b sets of weights of the examples.
+
+    Parameters
+    ----------
+    p_lnc : ndarray
+        (l, n, c) probabilities of label 1.
+    y_nc, mask_nc : ndarray
+        (n, c) labels, and 1 where an entry counts.
+    weight_bn : ndarray
+        (b, n) weights of the examples.
+
+    Returns
+    -------
+    ndarray
+        (b, l, c) average precision; NaN for a class without a positive example.
+
+    Notes
+    -----
+    The sum of precision times the step in recall, as in scikit-learn's ``average_precision_score``;
+    equal probabilities are one step.
+    """
+    layer_count, _, class_count = p_lnc.shape
+    average_blc = np.full((len(weight_bn), layer_count, class_count), np.nan)
+    for c in range(class_count):
+        rows = mask_nc[:, c] > 0
+        y_n = torch.from_numpy(y_nc[rows, c] > 0)
+        step = max(1, 10 * bootstrap.BLOCK // max(1, rows.sum()))
+        for start in range(0, len(weight_bn), step):
+            block = slice(start, start + step)
+            block_bn = torch.from_numpy(weight_bn[block, rows].astype(np.float32))
+            for layer in range(layer_count):
+                p_n = torch.from_numpy(p_lnc[layer, rows, c])
+                average_blc[block, layer, c] = _average_precision(p_n, y_n, block_bn).numpy()
+    return average_blc
+
+
+def _average_precision(
+    p_n: torch.Tensor, y_n: torch.Tensor, weight_bn: torch.Tensor
+) -> torch.Tensor:
+    p_n, order_n = p_n.sort(descending=True)
+    last_of_equal_n = torch.searchsorted(-p_n, -p_n, right=True) - 1
+    weight_bn = weight_bn[:, order_n]
+    hits_bn = weight_bn * y_n[order_n]
+    precision_bn = hits_bn.cumsum(1) / weight_bn.cumsum(1).clamp(min=1e-30)
+    return (precision_bn[:, last_of_equal_n] * hits_bn).sum(1) / hits_bn.sum(1)
+
+
+def score_table(
+    p_lnc: np.ndarray,
+    y_nc: np.ndarray,
+    *,
+    mask_nc: np.ndarray,
+    image_n: np.ndarray,
+    classes: Sequence[str],
+    layers: Sequence[str],
+    binary: bool,
+    resamples: int = 2000,
+    seed: int = 0,
+    by_class: bool = True,
+    threshold_lc: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Score all layers, with intervals and with how the layers compare.
+
+    Parameters
+    ----------
+    p_lnc : ndarray
+        (l, n, c) probabilities of label 1.
+    y_nc, mask_nc : ndarray
+        (n, c) labels, and 1 where an entry counts.
+    image_n : ndarray
+        (n,) which image each example shows.
+    classes, layers : sequence of str
+        Names of the c classes and of the l layers.
+    binary : bool
+        Whether the task is binary; its classes are called "no" and "yes".
+    resamples : int
+        Number of bootstrap samples of the images. The examples of an image stay together, and the
+        samples are the same for every layer, model and task, so that they can be compared.
+    seed : int
+        Of :func:`probekit.probes.bootstrap.image_weights`.
+    by_class : bool
+        Whether to add, besides the scores over all classes, those of each class, average precision,
+        and the columns of :func:`probekit.probes.comparison.compare_layers` for the metrics
+        :data:`COMPARED`.
+    threshold_lc : ndarray, optional
+        (l, c) of :func:`choose_thresholds`; adds ``<metric>_tuned`` with these thresholds instead
+        of one half, of accuracy for binary tasks and of F1 for others.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric, class and layer: `layer`, `metric`, `class` (empty where the metric is
+        over all classes), `value`, the 95 % interval `lo` to `hi`
+        (:func:`probekit.probes.bootstrap.bca_interval`; none for counts and `prevalence`), `n` (the
+        entries that count, of the class if there are several), and
+        :data:`probekit.probes.comparison.COLUMNS`.
+    """
+
+    def keep(key: ScoreKey) -> bool:
+        return by_class or key.class_number is None
+
+    tuned_metrics = TUNED_BINARY if binary else TUNED_MULTILABEL
+
+    def keep_tuned(key: ScoreKey) -> bool:
+        return key.class_number is None and key.metric in tuned_metrics
+
+    resampling = {"image_n": image_n, "resamples": resamples, "seed": seed}
+    counts = count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n)
+    scores, curves = _resample(counts, binary=binary, keep=keep, **resampling)
     if threshold_lc is not None:
-        counts = image_counts(p_lnc, y_nc, mask_nc, image_n, threshold_lc)
-        tuned = _scored(counts, image_n, binary, lambda key: key in [(name, None) for name in TUNED[binary]], resamples,
-                        seed)
-        for all_of_it, found in zip((point, curves), tuned, strict=True):
-            all_of_it |= {(f"{metric}_tuned", k): values for (metric, k), values in found.items()}
+        counts = count_by_image(
+            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, threshold_lc=threshold_lc
+        )
+        tuned, tuned_curves = _resample(counts, binary=binary, keep=keep_tuned, **resampling)
+        for key, score_l in tuned.items():
+            scores[ScoreKey(f"{key.metric}_tuned")] = score_l
+        for key, curve in tuned_curves.items():
+            curves[ScoreKey(f"{key.metric}_tuned")] = curve
     if by_class:
-        ranked = {("average_precision", k): curve for k, curve in _ranked(
-            p_lnc, y_nc, mask_nc, image_n, resamples, seed).items() if k is None or not binary}
-        curves |= ranked
-        point |= {key: curve.score_l for key, curve in ranked.items()}
-    names, n_c, n, rows = ["no", "yes"] if binary else classes, mask_nc.sum(0).astype(int), int(mask_nc.sum()), []
-    for (metric, k), values in point.items():
-        curve = curves.get((metric, k))  # none for counts, and classes that were never asked for
-        lo, hi = bootstrap.bca_interval(curve) if curve else (np.nan, np.nan)
-        row = pd.DataFrame({"layer": layers, "metric": metric, "class": "" if k is None else names[k],
-                            "value": values, "lo": lo, "hi": hi, "n": n if binary or k is None else n_c[k]})
-        if by_class and k is None and metric in COMPARED and np.isfinite(values).all():
-            row = row.merge(_compared(curve, layers, metric == "log_loss"), on="layer", how="left")
-        rows.append(row)
-    whole = pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:7], *comparison.COLUMNS])
-    return whole.astype({"plateau": "boolean"})
+        ranked = _resample_average_precision(p_lnc, y_nc, mask_nc=mask_nc, **resampling)
+        for key, curve in ranked.items():
+            if key.class_number is None or not binary:
+                curves[key] = curve
+                scores[key] = curve.score_l
+
+    class_names = ["no", "yes"] if binary else classes
+    n_c = mask_nc.sum(0).astype(int)
+    n = int(mask_nc.sum())
+    tables = []
+    for key, score_l in scores.items():
+        of_all = key.class_number is None
+        lower, upper = np.nan, np.nan
+        if key in curves:
+            lower, upper = bootstrap.bca_interval(curves[key])
+        table = pd.DataFrame(
+            {
+                "layer": layers,
+                "metric": key.metric,
+                "class": "" if of_all else class_names[key.class_number],
+                "value": score_l,
+                "lo": lower,
+                "hi": upper,
+                "n": n if binary or of_all else n_c[key.class_number],
+            }
+        )
+        if by_class and of_all and key.metric in COMPARED and np.isfinite(score_l).all():
+            compared = _compare_in_stages(curves[key], layers, key.metric == "log_loss")
+            table = table.merge(compared, on="layer", how="left")
+        tables.append(table)
+    columns = ["layer", "metric", "class", "value", "lo", "hi", "n", *comparison.COLUMNS]
+    joined = pd.concat(tables, ignore_index=True).reindex(columns=columns)
+    return joined.astype({"plateau": "boolean"})
 
 
-def _scored(counts: np.ndarray, image_n: np.ndarray, binary: bool, kept: Callable[[tuple], bool], resamples: int,
-            seed: int) -> tuple[dict[tuple, np.ndarray], dict[tuple, bootstrap.Curve]]:
-    """The kept scores (l,), and the curves of those that have an interval."""
-    point, layers = scores(counts.sum(0), binary), counts.shape[1]
-    drawn = [key for key, values in point.items() if key[0] not in PLAIN and kept(key) and not np.isnan(values).all()]
-    curve = bootstrap.bootstrap_curve(counts, np.unique(image_n), lambda total: np.concatenate(
-        [values for key, values in scores(total, binary).items() if key in drawn], -1), resamples, seed)
-    return ({key: values for key, values in point.items() if kept(key)},
-            {key: curve.only(slice(i * layers, (i + 1) * layers)) for i, key in enumerate(drawn)})
+def _resample(
+    counts: np.ndarray,
+    *,
+    image_n: np.ndarray,
+    binary: bool,
+    keep: Callable[[ScoreKey], bool],
+    resamples: int,
+    seed: int,
+) -> tuple[Scores, Curves]:
+    """Compute the scores (l,) to keep, and the curves of those that have an interval."""
+    scores = score_counts(counts.sum(0), binary=binary)
+    scores = {key: score_l for key, score_l in scores.items() if keep(key)}
+    resampled_keys = []
+    for key, score_l in scores.items():
+        if key.metric not in PLAIN and not np.isnan(score_l).all():
+            resampled_keys.append(key)
+
+    def score_all(total: np.ndarray) -> np.ndarray:
+        by_key = score_counts(total, binary=binary)
+        return np.concatenate([by_key[key] for key in resampled_keys], -1)
+
+    all_curves = bootstrap.bootstrap_curve(
+        counts, np.unique(image_n), score_all, resamples=resamples, seed=seed
+    )
+    layer_count = counts.shape[1]
+    curves = {}
+    for i, key in enumerate(resampled_keys):
+        curves[key] = all_curves.select(slice(i * layer_count, (i + 1) * layer_count))
+    return scores, curves
 
 
-def _compared(curve: bootstrap.Curve, layers: list[str], smaller: bool) -> pd.DataFrame:
-    """The layers of each stage against each other."""
-    if smaller:
+def _resample_average_precision(
+    p_lnc: np.ndarray,
+    y_nc: np.ndarray,
+    *,
+    mask_nc: np.ndarray,
+    image_n: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> Curves:
+    """Compute curves of the average precision: of their mean, and of each class."""
+    images, image_number_n = np.unique(image_n, return_inverse=True)
+    once = np.ones((1, len(images)), np.uint8)
+    drawn = bootstrap.image_weights(images, resamples=resamples, seed=seed)
+    left_out = 1 - np.eye(len(images), dtype=np.uint8)
+    weight_bn = np.concatenate([once, drawn, left_out])[:, image_number_n]
+    average_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
+    with warnings.catch_warnings():
+        # A resample may lack positive examples of every class.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        average_bl = {ScoreKey("average_precision"): np.nanmean(average_blc, -1)}
+    for c in range(average_blc.shape[-1]):
+        average_bl[ScoreKey("average_precision", c)] = average_blc[..., c]
+    curves = {}
+    for key, values_bl in average_bl.items():
+        curves[key] = bootstrap.Curve(
+            score_l=values_bl[0],
+            resampled_bl=values_bl[1 : 1 + resamples],
+            acceleration_l=bootstrap.acceleration(values_bl[1 + resamples :]),
+        )
+    return curves
+
+
+def _compare_in_stages(
+    curve: bootstrap.Curve, layers: Sequence[str], smaller_is_better: bool
+) -> pd.DataFrame:
+    """Compare the layers of each stage with each other."""
+    if smaller_is_better:
         curve = bootstrap.Curve(-curve.score_l, -curve.resampled_bl)
-    stage = np.array([layer.partition(".")[0] for layer in layers])
-    parts = [np.flatnonzero(stage == name) for name in dict.fromkeys(stage)]
-    found = pd.concat([comparison.compare_layers(curve.only(rows), np.array(layers)[rows]) for rows in parts])
-    return found[["layer", *comparison.COLUMNS]]
+    layer_names = np.array(layers)
+    stages = np.array([layer.partition(".")[0] for layer in layers])
+    tables = []
+    for stage in dict.fromkeys(stages):
+        rows = np.flatnonzero(stages == stage)
+        tables.append(comparison.compare_layers(curve.select(rows), layer_names[rows]))
+    return pd.concat(tables)[["layer", *comparison.COLUMNS]]

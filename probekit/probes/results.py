@@ -1,10 +1,13 @@
-"""The tables that probing leaves, on disk and in words."""
+"""The tables and arrays that probing leaves, and how they are stored."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,169 +15,406 @@ from safetensors.numpy import load_file, save_file
 
 from probekit import paths
 from probekit.probes import comparison
-from probekit.probes.labels import HEADLINE
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import TaskInfo
 
-COLUMNS = ["model", "stage", "layer", "pooling", "task", "probe", "control", "split", "metric", "class", "value", "lo",
-           "hi", "n", "seed", *comparison.COLUMNS, "settings"]
+# The metric that each kind of task is judged by.
+HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro", "one_of": "f1_macro"}
+
+TABLES = ("metrics", "losses", "transfer")
+
+# The columns of `metrics` that always exist, in their order; further columns follow them.
+COLUMNS = [
+    "model",
+    "stage",
+    "layer",
+    "pooling",
+    "task",
+    "probe",
+    "control",
+    "split",
+    "metric",
+    "class",
+    "value",
+    "lo",
+    "hi",
+    "n",
+    "seed",
+    *comparison.COLUMNS,
+    "strength_min",
+    "strength_max",
+    "settings",
+]
 
 
-TABLES, ARRAYS = ("metrics", "losses", "transfer"), ("predictions", "neighbours", "linear")
+class StateKey(NamedTuple):
+    """One pooling of one model's states, for the examples of one task.
+
+    Attributes
+    ----------
+    model : str
+        Name of the model.
+    control : str
+        ``"none"``, ``"untrained"``, or a control of the inputs.
+    pooling : str
+        How the tokens of a layer became one vector.
+    task : str
+        Name of the task.
+    """
+
+    model: str
+    control: str
+    pooling: str
+    task: str
+
+
+class ProbeKey(NamedTuple):
+    """One kind of probe on the states that a :class:`StateKey` names.
+
+    Attributes
+    ----------
+    model, control, pooling, task : str
+        See :class:`StateKey`.
+    probe : str
+        ``"logreg"``, ``"linear"`` or ``"mlp"``.
+    """
+
+    model: str
+    control: str
+    pooling: str
+    task: str
+    probe: str
+
+    @property
+    def state(self) -> StateKey:
+        """The states that these probes read."""
+        return StateKey(self.model, self.control, self.pooling, self.task)
 
 
 @dataclass(frozen=True)
 class ProbeResults:
-    """What probing gives, for one store or for a whole run.
+    """What probing gives, for the activations of one model or for a whole run.
 
     Attributes
     ----------
-    metrics : one row a model, layer, pooling, task, probe, control, split, metric, class and seed; like all tables
-        with `settings`, the fingerprint of what it was made with, which `stores` spells out
-    losses : of "linear" and "mlp", by epoch
-    transfer : the score of each layer's probe (`probe_layer`) on the states of each layer, see
-        :func:`probekit.probes.transfer.relate`; of decoder layers and "logreg"
-    predictions : ``"<model>|<control>|<pooling>|<task>|<probe>"`` to (l, n, c) float16, the first seed's
-        probabilities for the task's test examples
-    neighbours : ``"<model>|<control>|<pooling>|<task>"`` to (l, n, 5), the nearest test examples of each
-    linear : ``"<model>|<control>|<pooling>|<task>|<part>"`` to a part of :class:`probekit.probes.weights.Linear`
-    stores : for each store that was probed its `record`, its `meta`, the `settings` of the probes, the `versions` of
-        the libraries that trained them, and the `fingerprint` of all this
-    heat : ``"<model>|<control>|<pooling>|<task>"`` to the file with the heat of the test images that are kept
+    metrics : DataFrame
+        One row per model, layer, pooling, task, probe, control, split, metric, class and seed.
+        Columns are :data:`COLUMNS` and whatever a later step adds. `lo` and `hi` bound the 95 %
+        interval of `value`; rows of the metric ``"strength"`` have the ends of the grid that the
+        strength was chosen from in `strength_min` and `strength_max`. Like all tables it has the
+        column `settings`: the fingerprint of what the row was made with, which `stores` spells out.
+    losses : DataFrame
+        Training and validation loss of the probes ``"linear"`` and ``"mlp"`` by epoch.
+    transfer : DataFrame
+        The score of each layer's ``"logreg"`` probe (`probe_layer`) on the states of each decoder
+        layer (`layer`), see :func:`probekit.probes.transfer.transfer_scores`.
+    predictions : dict of ProbeKey to ndarray
+        (l, n, c) float16: probabilities of the first seed for the task's n test examples at the l
+        decoder layers.
+    neighbours : dict of StateKey to ndarray
+        (l, n, 5) int32: the nearest test examples of each test example.
+    weights : dict of StateKey to ProbeWeights
+        The ``"logreg"`` probes of the decoder layers.
+    heat : dict of StateKey to str
+        The file with the stored heat maps of test images, relative to the home where it lies there.
+    tasks : dict of str to TaskInfo
+        Kind, classes and question of each task.
+    stores : tuple of dict
+        For the activations of each model and control: their `record` and `meta`, the `settings` of
+        the probes, the `versions` of the libraries that trained them, and the `fingerprint` of all
+        this.
     """
 
     metrics: pd.DataFrame
     losses: pd.DataFrame
     transfer: pd.DataFrame = field(default_factory=pd.DataFrame)
-    predictions: dict[str, np.ndarray] = field(default_factory=dict)
-    neighbours: dict[str, np.ndarray] = field(default_factory=dict)
-    linear: dict[str, np.ndarray] = field(default_factory=dict)
-    stores: tuple[dict, ...] = ()
-    heat: dict[str, str] = field(default_factory=dict)
+    predictions: dict[ProbeKey, np.ndarray] = field(default_factory=dict)
+    neighbours: dict[StateKey, np.ndarray] = field(default_factory=dict)
+    weights: dict[StateKey, ProbeWeights] = field(default_factory=dict)
+    heat: dict[StateKey, str] = field(default_factory=dict)
+    tasks: dict[str, TaskInfo] = field(default_factory=dict)
+    stores: tuple[dict[str, Any], ...] = ()
 
-    def probes(self, key: str) -> ProbeWeights:
-        """The logistic regressions of ``"<model>|<control>|<pooling>|<task>"``.
+    def probe_weights(
+        self, *, model: str, pooling: str, task: str, control: str = "none"
+    ) -> ProbeWeights:
+        """Return the ``"logreg"`` probes of all decoder layers of a model.
+
+        Parameters
+        ----------
+        model, pooling, task : str
+            As in the metrics table.
+        control : str
+            ``"none"`` for the trained model, ``"untrained"`` for its untrained twin.
 
         Raises
         ------
         KeyError
-            There are none.
+            This run has no such probes.
         """
-        try:
-            return ProbeWeights(**{name.name: self.linear[f"{key}|{name.name}"] for name in fields(ProbeWeights)})
-        except KeyError:
-            raise KeyError(f"no logreg probes of {key}: run 03_probe with probes that include logreg") from None
+        key = StateKey(model, control, pooling, task)
+        if key not in self.weights:
+            raise KeyError(
+                f"no logreg probes of {', '.join(key)}: run 03_probe with probes that include "
+                "logreg"
+            )
+        return self.weights[key]
 
-    def stamped(self, settings: str) -> ProbeResults:
-        """The same with `settings` in every row."""
-        return replace(self, **{name: getattr(self, name).assign(settings=settings) for name in TABLES})
+    def with_settings(self, fingerprint: str) -> ProbeResults:
+        """Return the same results with `fingerprint` in the column `settings` of every table."""
+        stamped = {name: getattr(self, name).assign(settings=fingerprint) for name in TABLES}
+        return replace(self, **stamped)
 
     @classmethod
     def join(cls, parts: Sequence[ProbeResults]) -> ProbeResults:
-        """Put the results of several probings together.
+        """Put the results of several models, poolings or tasks together.
 
         Raises
         ------
         ValueError
-            Two of them have the same name, so that their rows could not be told apart.
+            Two parts have results of the same name, so that their rows could not be told apart.
         """
-        keys = [key for p in parts for key in p.predictions]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice:
-            raise ValueError(f"{twice.partition('|')[0]} is there twice: models of one run need different names")
-        tables = {name: _joined([getattr(p, name) for p in parts]) for name in TABLES}
-        tables["metrics"] = tables["metrics"][COLUMNS].astype({"plateau": "boolean"})
-        return cls(**tables, stores=tuple(store for p in parts for store in p.stores),
-                   **{name: {key: values for p in parts for key, values in getattr(p, name).items()}
-                      for name in (*ARRAYS, "heat")})
+        counts = Counter(key for part in parts for key in part.predictions)
+        for key, count in counts.items():
+            if count > 1:
+                raise ValueError(
+                    f"two sets of results have the name {key.model}: give the models of one run "
+                    "different names"
+                )
+        metrics = _concatenate([part.metrics for part in parts])
+        joined = cls(
+            metrics=order_columns(metrics),
+            losses=_concatenate([part.losses for part in parts]),
+            transfer=_concatenate([part.transfer for part in parts]),
+            stores=tuple(store for part in parts for store in part.stores),
+        )
+        for part in parts:
+            joined.predictions.update(part.predictions)
+            joined.neighbours.update(part.neighbours)
+            joined.weights.update(part.weights)
+            joined.heat.update(part.heat)
+            joined.tasks.update(part.tasks)
+        return joined
 
-    def write(self, folder: Path, examples_key: str) -> None:
-        """Write the tables to `folder`, with the key of the examples table that they belong to."""
-        (folder / "results.json").unlink(missing_ok=True)  # it vouches for the rest, so it comes last
+    def write(self, folder: Path, examples_fingerprint: str) -> None:
+        """Write tables and arrays to `folder`.
+
+        Parameters
+        ----------
+        folder : Path
+            Made where it does not exist.
+        examples_fingerprint : str
+            :func:`probekit.tasks.building.table_fingerprint` of the examples that were probed.
+
+        Notes
+        -----
+        Tables are Parquet files. The arrays of a safetensors file are numbered, and
+        ``results.json`` lists under the file's name what each number is, by the fields of its key.
+        ``results.json`` is removed first and written last: where it exists, the rest is complete.
+        """
+        (folder / "results.json").unlink(missing_ok=True)
         for name in TABLES:
-            table = getattr(self, name)
-            paths.write_atomic(folder / f"{name}.parquet", table.to_parquet)
-        for name in ARRAYS:  # safetensors writes the memory as it lies: an array in another order would be scrambled
-            arrays = {key: np.ascontiguousarray(values) for key, values in getattr(self, name).items()}
-            paths.write_atomic(folder / f"{name}.safetensors", lambda part, arrays=arrays: save_file(arrays, part))
-        order = {name: list(getattr(self, name)) for name in ARRAYS}  # which the files do not keep
-        paths.write_json(folder / "results.json", {"examples": examples_key, "order": order, "stores": self.stores,
-                                                   "heat": self.heat})
+            paths.write_atomic(folder / f"{name}.parquet", getattr(self, name).to_parquet)
+
+        _write_arrays(folder / "predictions.safetensors", [*self.predictions.values()])
+        _write_arrays(folder / "neighbours.safetensors", [*self.neighbours.values()])
+        weight_fields = []
+        weight_arrays = []
+        for key, weights in self.weights.items():
+            for part in dataclasses.fields(weights):
+                weight_fields.append({**key._asdict(), "field": part.name})
+                weight_arrays.append(getattr(weights, part.name))
+        _write_arrays(folder / "weights.safetensors", weight_arrays)
+
+        content = {
+            "examples": examples_fingerprint,
+            "tasks": {name: asdict(info) for name, info in self.tasks.items()},
+            "predictions": [key._asdict() for key in self.predictions],
+            "neighbours": [key._asdict() for key in self.neighbours],
+            "weights": weight_fields,
+            "heat": [{**key._asdict(), "file": file} for key, file in self.heat.items()],
+            "stores": self.stores,
+        }
+        paths.write_json(folder / "results.json", content)
 
     @classmethod
-    def read(cls, folder: Path, examples_key: str) -> ProbeResults:
+    def read(cls, folder: Path, examples_fingerprint: str) -> ProbeResults:
         """Read what :meth:`write` wrote.
 
         Raises
         ------
-        FileNotFoundError, ValueError
-            Nothing there, or the results of another examples table or of an older version.
+        FileNotFoundError
+            The folder holds no results, or a part of them is missing.
+        ValueError
+            The results are of another examples table.
         """
         if not (folder / "results.json").exists():
-            raise FileNotFoundError(f"{folder} holds no probe results: run 03_probe for this run first")
-        record = paths.read_json(folder / "results.json")
-        if record["examples"] != examples_key:
-            raise ValueError(f"{folder} was made from another examples table: run 02_extract and 03_probe again")
+            raise FileNotFoundError(
+                f"{folder} holds no probe results: run 03_probe for this run first"
+            )
+        content = paths.read_json(folder / "results.json")
+        if content["examples"] != examples_fingerprint:
+            raise ValueError(
+                f"{folder} was made from another examples table: run 02_extract and 03_probe again"
+            )
         try:
-            arrays = {name: load_file(folder / f"{name}.safetensors") for name in ARRAYS}
-            return cls(**{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},
-                       **{name: {key: arrays[name][key] for key in record["order"][name]} for name in ARRAYS},
-                       stores=tuple(record["stores"]), heat=record["heat"])
+            return cls._read_parts(folder, content)
         except (FileNotFoundError, KeyError) as error:
-            raise FileNotFoundError(f"{folder} lacks a part of the results ({error}): run 03_probe again") from None
+            raise FileNotFoundError(
+                f"{folder} lacks a part of the results ({error}): run 03_probe again"
+            ) from None
+
+    @classmethod
+    def _read_parts(cls, folder: Path, content: dict[str, Any]) -> ProbeResults:
+        prediction_arrays = load_file(folder / "predictions.safetensors")
+        neighbour_arrays = load_file(folder / "neighbours.safetensors")
+        weight_arrays = load_file(folder / "weights.safetensors")
+        weight_fields: dict[StateKey, dict[str, np.ndarray]] = {}
+        for number, entry in enumerate(content["weights"]):
+            parts = weight_fields.setdefault(_state_key(entry), {})
+            parts[entry["field"]] = weight_arrays[str(number)]
+        tasks = {}
+        for name, info in content["tasks"].items():
+            tasks[name] = TaskInfo(info["kind"], tuple(info["classes"]), info["question"])
+        return cls(
+            **{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},
+            predictions={
+                ProbeKey(**entry): prediction_arrays[str(number)]
+                for number, entry in enumerate(content["predictions"])
+            },
+            neighbours={
+                StateKey(**entry): neighbour_arrays[str(number)]
+                for number, entry in enumerate(content["neighbours"])
+            },
+            weights={key: ProbeWeights(**parts) for key, parts in weight_fields.items()},
+            heat={_state_key(entry): entry["file"] for entry in content["heat"]},
+            tasks=tasks,
+            stores=tuple(content["stores"]),
+        )
 
 
-def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One below the other; empty ones would change the types of columns that they lack."""
-    return pd.concat([table for table in tables if len(table)] or [pd.DataFrame()], ignore_index=True)
+def order_columns(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return a metrics table with :data:`COLUMNS` first and in order, then any further columns."""
+    further = [name for name in metrics.columns if name not in COLUMNS]
+    return metrics.reindex(columns=[*COLUMNS, *further]).astype({"plateau": "boolean"})
 
 
-def stage_of(table: pd.DataFrame) -> str:
-    """The decoder ("lm"), or what comes first in a table without one."""
-    return "lm" if (table.stage == "lm").any() or not len(table) else table.stage.iloc[0]
+def _concatenate(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    # An empty table would change the types of the columns that it lacks.
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-def select_curve(table: pd.DataFrame, probe: str, metric: str, split: str = "test", stage: str | None = None
-           ) -> pd.DataFrame:
-    """One metric about all classes of one stage's layers, in their order, averaged over the seeds.
+def _write_arrays(file: Path, arrays: Sequence[np.ndarray]) -> None:
+    # safetensors writes the memory as it lies: an array in another order would be scrambled.
+    numbered = {str(number): np.ascontiguousarray(array) for number, array in enumerate(arrays)}
 
-    The stage is the decoder ("lm") unless another one is named, or the table has no decoder.
+    def save(path: Path) -> None:
+        save_file(numbered, path)
 
-    How the layers compare (:func:`probekit.probes.comparison.compare_layers`) is the first seed's; `spread` is the largest seed's score
-    minus the smallest's.
+    paths.write_atomic(file, save)
+
+
+def _state_key(entry: dict[str, str]) -> StateKey:
+    return StateKey(*(entry[name] for name in StateKey._fields))
+
+
+def default_stage(table: pd.DataFrame) -> str:
+    """Return the stage that curves show: ``"lm"``, or the first one of a table without it."""
+    if len(table) == 0 or (table.stage == "lm").any():
+        return "lm"
+    return table.stage.iloc[0]
+
+
+def select_curve(
+    table: pd.DataFrame,
+    *,
+    probe: str,
+    metric: str,
+    split: str = "test",
+    stage: str | None = None,
+) -> pd.DataFrame:
+    """Select one metric, over all classes, of the layers of one stage in their order.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of the metrics table.
+    probe : str
+        The kind of probe.
+    metric : str
+        The metric.
+    split : str
+        The split it was measured on.
+    stage : str, optional
+        The stage; :func:`default_stage` unless it is named.
+
+    Returns
+    -------
+    DataFrame
+        One row per task, model, control, pooling and layer: `value`, `lo`, `hi` and `n` are means
+        over the seeds, `spread` is the largest seed's value minus the smallest, and the columns of
+        :func:`probekit.probes.comparison.compare_layers` are those of the first seed.
 
     Raises
     ------
     ValueError
-        The table has no scores of this probe.
+        The table has no such rows.
     """
-    stage = stage or stage_of(table)
-    rows = table[(table.probe == probe) & (table.split == split) & (table["class"] == "") & (table.metric == metric)
-                 & (table.stage == stage)]
-    if not len(rows):
-        known = ", ".join(table.probe.unique())
-        raise ValueError(f"no {metric} of {probe} probes in this run; it has {known}: set probe to one of them")
+    if stage is None:
+        stage = default_stage(table)
+    rows = table[
+        (table.probe == probe)
+        & (table.split == split)
+        & (table["class"] == "")
+        & (table.metric == metric)
+        & (table.stage == stage)
+    ]
+    if len(rows) == 0:
+        probes = ", ".join(table.probe.unique())
+        raise ValueError(
+            f"no {metric} of {probe} probes in this run; it has {probes}: set probe to one of them"
+        )
     keys = ["task", "model", "control", "pooling", "metric", "layer"]
     seeds = rows.groupby(keys, sort=False)
+    means = seeds[["value", "lo", "hi", "n"]].mean()
     spread = (seeds.value.max() - seeds.value.min()).rename("spread")
-    return pd.concat([seeds[["value", "lo", "hi", "n"]].mean(), spread, seeds[comparison.COLUMNS].first()], axis=1
-                     ).reset_index()
+    compared = seeds[comparison.COLUMNS].first()
+    return pd.concat([means, spread, compared], axis=1).reset_index()
 
 
-def best_layers(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logreg") -> pd.DataFrame:
-    """For each task, model and pooling the layer that is best on validation, with its test score and interval.
-
-    A layer chosen by its test score would flatter itself: the largest of many noisy scores lies above the truth.
+def best_layers(
+    table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg"
+) -> pd.DataFrame:
+    """Choose the best layer of each task, model and pooling on validation; return its test scores.
 
     Parameters
     ----------
-    table : the metrics table
-    tasks : kind and classes by task, see :func:`probekit.tasks.base.task_infos`
+    table : DataFrame
+        The metrics table.
+    tasks : dict of str to TaskInfo
+        The tasks to report, such as :attr:`ProbeResults.tasks`.
+    probe : str
+        The kind of probe.
+
+    Returns
+    -------
+    DataFrame
+        The rows of :func:`select_curve` for the test split, with `best layer` instead of `layer`.
+
+    Notes
+    -----
+    A layer chosen by its test score would flatter itself: the largest of many noisy scores lies
+    above the truth.
     """
-    keys, found = ["task", "model", "control", "pooling", "layer"], []
-    for name, about in tasks.items():
-        validation, test = (select_curve(table[table.task == name], probe, HEADLINE[about.kind], split)
-                            for split in ("validation", "test"))
-        chosen = validation.loc[validation.groupby(keys[:-1], sort=False).value.idxmax(), keys]
-        found.append(chosen.merge(test, on=keys, how="left"))
-    return pd.concat(found, ignore_index=True).rename(columns={"layer": "best layer"})
+    keys = ["task", "model", "control", "pooling"]
+    best_by_task = []
+    for name, info in tasks.items():
+        of_task = table[table.task == name]
+        metric = HEADLINE[info.kind]
+        validation = select_curve(of_task, probe=probe, metric=metric, split="validation")
+        test = select_curve(of_task, probe=probe, metric=metric, split="test")
+        best = validation.groupby(keys, sort=False).value.idxmax()
+        best_keys = validation.loc[best, [*keys, "layer"]]
+        best_by_task.append(best_keys.merge(test, on=[*keys, "layer"], how="left"))
+    return pd.concat(best_by_task, ignore_index=True).rename(columns={"layer": "best layer"})

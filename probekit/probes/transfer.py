@@ -1,63 +1,90 @@
-"""How the layers of a model relate: where the probe of one works on another, and which examples lie close together."""
+"""How the layers of a model relate: probes of one layer on another, and neighbouring examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import pandas as pd
 
-from probekit.extraction.store import Activations
 from probekit.probes import metrics
-from probekit.probes.labels import HEADLINE, LabelledTask
+from probekit.probes.labels import LabelledTask
+from probekit.probes.results import HEADLINE
 from probekit.probes.weights import ProbeWeights
 
+# Neighbours that are kept of each example.
 NEAREST = 5
-CHUNK = 1000  # examples that are compared with all others at a time
+
+# Examples that are compared with all others at a time.
+CHUNK = 1000
 
 
-def relate(store: Activations, pooling: str, tasks: Sequence[LabelledTask], linear: dict[str, ProbeWeights]
-           ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Read every decoder layer once more, with the probes of all layers.
+def transfer_scores(
+    x_nd: np.ndarray, task: LabelledTask, *, probes: ProbeWeights, place: int
+) -> tuple[str, np.ndarray]:
+    """Score the probes of all layers on the states of one layer.
 
     Parameters
     ----------
-    linear : the probes of each task, by its name
+    x_nd : ndarray
+        (n, d) states of the task's n test examples.
+    task : LabelledTask
+        The task that the probes were trained for.
+    probes : ProbeWeights
+        Probes of l layers.
+    place : int
+        Place of the states' layer among those of the probes.
 
     Returns
     -------
-    DataFrame
-        One row a task and pair of layers: `task`, `layer` (whose states), `probe_layer` (whose probe), `metric` and its
-        `value` on the test examples.
-    dict
-        By task the :func:`nearest` test examples of each, (l, n, 5).
+    metric : str
+        The headline metric of the task.
+    score_l : ndarray
+        (l,) its value for the probe of each layer.
+
+    Notes
+    -----
+    The states are standardised as those of their layer, see
+    :meth:`probekit.probes.weights.ProbeWeights.logits_on`.
     """
-    layers, rows, near = [name for name in store.layers_with(pooling) if name.startswith("lm.")], [], {}
-    for b, layer in enumerate(layers):
-        x_nd = store[layer, pooling]
-        for task in tasks:
-            metric, (y_nc, mask_nc, _) = HEADLINE[task.true.kind], task.true.of("test")
-            x_test = x_nd[task.rows[task.true.split["test"].numpy()]]
-            yes = linear[task.name].everywhere(b, x_test) >= 0
-            y, m = y_nc > 0, mask_nc > 0
-            counts = [(answer & m).sum(1) for answer in (yes & y, yes & ~y, ~yes & y, ~yes & ~y)]
-            counts_lc5 = np.stack([*counts, np.zeros_like(counts[0])], -1)  # no log losses
-            value = metrics.scores(counts_lc5, task.true.kind == "binary")[metric, None]
-            rows.append(pd.DataFrame({"task": task.name, "layer": layer, "probe_layer": layers, "metric": metric,
-                                      "value": value}))
-            near.setdefault(task.name, []).append(nearest(linear[task.name].standardised(b, x_test)))
-    return pd.concat(rows, ignore_index=True), {name: np.stack(found) for name, found in near.items()}
+    metric = HEADLINE[task.true.kind]
+    y_nc, mask_nc, _ = task.true.select("test")
+    yes_lnc = probes.logits_on(place, x_nd) >= 0
+    y = y_nc > 0
+    mask = mask_nc > 0
+    hits = [
+        (yes_lnc & y & mask).sum(1),
+        (yes_lnc & ~y & mask).sum(1),
+        (~yes_lnc & y & mask).sum(1),
+        (~yes_lnc & ~y & mask).sum(1),
+    ]
+    no_log_loss = np.zeros_like(hits[0])
+    counts_lc5 = np.stack([*hits, no_log_loss], -1)
+    scores = metrics.score_counts(counts_lc5, binary=task.true.kind == "binary")
+    return metric, scores[metrics.ScoreKey(metric)]
 
 
-def nearest(x_nd: np.ndarray, k: int = NEAREST) -> np.ndarray:
-    """(n, k) the other rows with the largest cosine similarity, the nearest first; fewer columns where n is small."""
+def nearest_examples(x_nd: np.ndarray, k: int = NEAREST) -> np.ndarray:
+    """Find the most similar other examples of each example.
+
+    Parameters
+    ----------
+    x_nd : ndarray
+        (n, d) states.
+    k : int
+        How many to find.
+
+    Returns
+    -------
+    ndarray
+        (n, k) int32 rows with the largest cosine similarity, the most similar first; n - 1 columns
+        if there are fewer than k others.
+    """
     k = min(k, len(x_nd) - 1)
-    x_nd = x_nd / np.linalg.norm(x_nd, axis=1, keepdims=True).clip(1e-12)
-    found = []
-    for at in range(0, len(x_nd), CHUNK):
-        similar = x_nd[at : at + CHUNK] @ x_nd.T
-        similar[np.arange(len(similar)), at + np.arange(len(similar))] = -np.inf
-        top = np.argpartition(-similar, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(similar, top, 1), axis=1, kind="stable")
-        found.append(np.take_along_axis(top, order, 1))
-    return np.concatenate(found).astype(np.int32)
+    unit_nd = x_nd / np.linalg.norm(x_nd, axis=1, keepdims=True).clip(1e-12)
+    nearest = []
+    for start in range(0, len(unit_nd), CHUNK):
+        similarity = unit_nd[start : start + CHUNK] @ unit_nd.T
+        rows = np.arange(len(similarity))
+        similarity[rows, start + rows] = -np.inf  # an example is not its own neighbour
+        top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(similarity, top, 1), axis=1, kind="stable")
+        nearest.append(np.take_along_axis(top, order, 1))
+    return np.concatenate(nearest).astype(np.int32)
