@@ -1,4 +1,9 @@
-"""Probes trained with Adam, all layers and seeds in one batched pass: the published study's, and one hidden layer."""
+"""Probes trained with Adam, all layers and seeds in one batched pass.
+
+They are the probe of the published study that probekit started from (dropout and a linear map) and
+a probe with one hidden layer. Every layer and seed has its own weights and its own loss; the losses
+are summed before the backward pass, so that one step moves them all and none touches another.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,28 @@ import torch
 from torch.nn import functional
 
 
-@dataclass(frozen=True)
-class Training:
-    """The study's setting; features are not standardised, and the last epoch counts.
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """Settings of the training; the defaults are the published study's.
+
+    Features are not standardised.
 
     Attributes
     ----------
-    hidden : width of the hidden layer with ReLU of the probe "mlp"; 0 has none, as the probe "linear"
-    patience : stop a probe after so many epochs without a lower validation loss, and take it as it was at its lowest;
-        None trains all epochs and takes the last
+    epochs : int
+        Passes over the training examples, at most.
+    batch : int
+        Examples per step.
+    lr : float
+        Adam's learning rate.
+    dropout : float
+        Share of the input features that is set to zero in training.
+    hidden : int
+        Width of the hidden layer (ReLU) of the probe ``"mlp"``; 0 for none, as in the probe
+        ``"linear"``.
+    patience : int or None
+        Stop a probe after this many epochs without a lower validation loss, and keep its weights
+        from the epoch with the lowest. None trains all epochs and keeps the last.
     """
 
     epochs: int = 10
@@ -30,13 +48,20 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Probes of l layers and s seeds.
+class AdamProbes:
+    """Trained probes of l layers and s seeds.
 
     Attributes
     ----------
-    weights, biases : of each linear map, (l, s, in, out) and (l, s, out)
-    losses : (l, s, epoch, 2): train with dropout, validation without; nan after a probe has stopped
+    weights : list of Tensor
+        (l, s, in, out) of each linear map, from the first to the last.
+    biases : list of Tensor
+        (l, s, out) of each linear map.
+    losses : Tensor
+        (l, s, epochs, 2): the training loss, measured with dropout while the weights change, and
+        the validation loss without dropout; nan after a probe has stopped.
+    kind : str
+        ``"binary"`` or ``"multilabel"``, see :func:`train_adam`.
     """
 
     weights: list[torch.Tensor]
@@ -44,91 +69,181 @@ class Fit:
     losses: torch.Tensor
     kind: str
 
-    def only(self, s: int) -> Fit:
-        """The probes of one seed."""
-        parts = [[values[:, s : s + 1] for values in of] for of in (self.weights, self.biases)]
-        return Fit(*parts, self.losses[:, s : s + 1], self.kind)
+    def select_seed(self, index: int) -> AdamProbes:
+        """Return the probes of one seed alone; s is then 1."""
+        seed = slice(index, index + 1)
+        return AdamProbes(
+            weights=[weight[:, seed] for weight in self.weights],
+            biases=[bias[:, seed] for bias in self.biases],
+            losses=self.losses[:, seed],
+            kind=self.kind,
+        )
 
     def probabilities(self, x_lnd: torch.Tensor) -> torch.Tensor:
-        """(l, s, n, c) probability of label 1."""
+        """Return the probabilities of label 1.
+
+        Parameters
+        ----------
+        x_lnd : Tensor
+            (l, n, d) features.
+
+        Returns
+        -------
+        Tensor
+            (l, s, n, c); c is 1 for ``kind="binary"``.
+        """
         logits = _logits(x_lnd[:, None], self.weights, self.biases)
-        return logits.softmax(-1)[..., 1:] if self.kind == "binary" else logits.sigmoid()
+        if self.kind == "binary":
+            return logits.softmax(-1)[..., 1:]
+        return logits.sigmoid()
 
 
-def _logits(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
-    """(l, s, b, out) of x (l, s or 1, b, d)."""
-    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = (x.relu() if k else x) @ weight + bias[:, :, None]
-    return x
+def train_adam(
+    x_lnd: torch.Tensor,
+    y_snc: torch.Tensor,
+    *,
+    mask_snc: torch.Tensor,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    kind: str,
+    seeds: Sequence[int] = (0,),
+    settings: AdamSettings = AdamSettings(),
+) -> AdamProbes:
+    """Train one probe for each layer and seed.
 
-
-def _loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-    """(l, s) mean loss: cross-entropy of two outputs (binary) or masked binary cross-entropy; `y`, `mask` (s, b, c)."""
-    if kind == "binary":
-        picked = logits.log_softmax(-1).gather(-1, y.long().expand(*logits.shape[:-1], 1))
-        return -picked.mean((-2, -1))
-    each = functional.binary_cross_entropy_with_logits(logits, y.expand_as(logits), reduction="none")
-    return (each * mask).sum((-2, -1)) / mask.sum((-2, -1)).clamp(min=1)
-
-
-def _start(sizes: Sequence[int], layers: int, each_seed: Callable, device: torch.device
-           ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights and biases as torch.nn.Linear draws them, the same for all layers."""
-
-    def drawn(fan_in: int, *shape: int) -> torch.Tensor:
-        first = each_seed(lambda g: (torch.rand(*shape, generator=g) * 2 - 1) * fan_in**-0.5)
-        return first.expand(layers, *first.shape).clone().to(device).requires_grad_()
-
-    pairs = [(drawn(a, a, b), drawn(a, b)) for a, b in pairwise(sizes)]
-    return [weight for weight, _ in pairs], [bias for _, bias in pairs]
-
-
-def fit(x_lnd: torch.Tensor, y_snc: torch.Tensor, mask_snc: torch.Tensor, train: torch.Tensor,
-        validation: torch.Tensor, kind: str, seeds: Sequence[int] = (0,), setting: Training = Training()) -> Fit:
-    """Train one probe a layer and seed; none depends on which others are trained beside it.
+    A probe does not depend on which others are trained beside it.
 
     Parameters
     ----------
-    x_lnd : (l, n, d) float32
-    y_snc, mask_snc : (s, n, c) float32 labels of each seed, and 1 where an entry counts; (n, c) if all have the same
-    train, validation : row numbers
-    kind : "binary" (two outputs, cross-entropy) or "multilabel" (c outputs, masked binary cross-entropy)
+    x_lnd : Tensor
+        (l, n, d) float32 features.
+    y_snc : Tensor
+        (s, n, c) float32 labels of each seed, 0 or 1; (n, c) if all seeds have the same.
+    mask_snc : Tensor
+        1 where an entry of the labels counts, else 0; of the same shape.
+    train, validation : Tensor
+        Numbers of the rows to train on, and of those whose loss is measured after each epoch.
+    kind : str
+        ``"binary"`` (c is 1: two outputs and their cross-entropy, without the mask) or
+        ``"multilabel"`` (c outputs, binary cross-entropy of the entries that count).
+    seeds : sequence of int
+        Seeds of the initial weights, the order of the batches and the dropout.
+    settings : AdamSettings
+        Settings of the training.
     """
-    layers, _, d = x_lnd.shape
-    sizes = [d, *[setting.hidden] * bool(setting.hidden), 2 if kind == "binary" else y_snc.shape[-1]]
-    y_snc, mask_snc = (values.expand(len(seeds), *values.shape[-2:]) for values in (y_snc, mask_snc))
-    own = torch.arange(len(seeds))[:, None]
+    n_layers, _, d = x_lnd.shape
+    sizes = [d]
+    if settings.hidden:
+        sizes.append(settings.hidden)
+    sizes.append(2 if kind == "binary" else y_snc.shape[-1])
+    y_snc = y_snc.expand(len(seeds), *y_snc.shape[-2:])
+    mask_snc = mask_snc.expand(len(seeds), *mask_snc.shape[-2:])
+    seed_s1 = torch.arange(len(seeds))[:, None]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def each_seed(make) -> torch.Tensor:
-        return torch.stack([make(generator) for generator in generators])
-
-    weights, biases = _start(sizes, layers, each_seed, x_lnd.device)
+    weights, biases = _initial_parameters(sizes, n_layers, generators, x_lnd.device)
     parameters = [*weights, *biases]
-    optimiser = torch.optim.Adam(parameters, lr=setting.lr)
-    lowest = torch.full((layers, len(seeds)), torch.inf, device=x_lnd.device)
-    best, since, losses = [p.detach().clone() for p in parameters], torch.zeros_like(lowest), []
-    for _ in range(setting.epochs):
-        order_sn = train[each_seed(lambda g: torch.randperm(len(train), generator=g))]
-        running = 0.0
-        for rows_sb in order_sn.split(setting.batch, dim=1):
-            keep = each_seed(lambda g, b=rows_sb.shape[1]: torch.rand(b, d, generator=g)) >= setting.dropout
-            dropped = x_lnd[:, rows_sb] * keep.to(x_lnd) / (1 - setting.dropout)
-            loss_ls = _loss(_logits(dropped, weights, biases), y_snc[own, rows_sb], mask_snc[own, rows_sb], kind)
+    optimiser = torch.optim.Adam(parameters, lr=settings.lr)
+    best_parameters = [parameter.detach().clone() for parameter in parameters]
+    lowest_ls = torch.full((n_layers, len(seeds)), torch.inf, device=x_lnd.device)
+    epochs_since_lowest_ls = torch.zeros_like(lowest_ls)
+    patience = settings.patience or torch.inf
+    losses = []
+    for _ in range(settings.epochs):
+        order_sn = train[
+            _for_each_seed(generators, lambda g: torch.randperm(len(train), generator=g))
+        ]
+        train_loss_ls = torch.zeros_like(lowest_ls)
+        for rows_sb in order_sn.split(settings.batch, dim=1):
+            dropped_lsbd = _drop_out(x_lnd[:, rows_sb], settings.dropout, generators)
+            loss_ls = _loss(
+                _logits(dropped_lsbd, weights, biases),
+                y_snc[seed_s1, rows_sb],
+                mask_snc[seed_s1, rows_sb],
+                kind,
+            )
             optimiser.zero_grad()
             loss_ls.sum().backward()
             optimiser.step()
-            running = running + loss_ls.detach() * rows_sb.shape[1] / len(train)
+            train_loss_ls = train_loss_ls + loss_ls.detach() * rows_sb.shape[1] / len(train)
         with torch.no_grad():
             logits = _logits(x_lnd[:, None, validation], weights, biases)
-            checked = _loss(logits, y_snc[:, validation], mask_snc[:, validation], kind)
-            stopped = since >= (setting.patience or torch.inf)
-            losses.append(torch.where(stopped[..., None], torch.nan, torch.stack([running, checked], -1)))
-            better = ~stopped & ((checked < lowest) if setting.patience else torch.ones_like(stopped))
-            since = torch.where(better, 0, since + 1)
-            lowest = torch.where(better, checked, lowest)
-            for kept, now in zip(best, parameters, strict=True):
-                kept[better] = now.detach()[better]
-        if setting.patience and (since >= setting.patience).all():
+            validation_loss_ls = _loss(logits, y_snc[:, validation], mask_snc[:, validation], kind)
+        stopped_ls = epochs_since_lowest_ls >= patience
+        epoch_losses = torch.stack([train_loss_ls, validation_loss_ls], -1)
+        losses.append(torch.where(stopped_ls[..., None], torch.nan, epoch_losses))
+        keep_ls = ~stopped_ls
+        if settings.patience:
+            keep_ls = keep_ls & (validation_loss_ls < lowest_ls)
+        epochs_since_lowest_ls = torch.where(keep_ls, 0, epochs_since_lowest_ls + 1)
+        lowest_ls = torch.where(keep_ls, validation_loss_ls, lowest_ls)
+        for best, parameter in zip(best_parameters, parameters, strict=True):
+            best[keep_ls] = parameter.detach()[keep_ls]
+        if (epochs_since_lowest_ls >= patience).all():
             break
-    return Fit(best[: len(weights)], best[len(weights) :], torch.stack(losses, 2).cpu(), kind)
+    return AdamProbes(
+        weights=best_parameters[: len(weights)],
+        biases=best_parameters[len(weights) :],
+        losses=torch.stack(losses, 2).cpu(),
+        kind=kind,
+    )
+
+
+def _for_each_seed(
+    generators: Sequence[torch.Generator], draw: Callable[[torch.Generator], torch.Tensor]
+) -> torch.Tensor:
+    return torch.stack([draw(generator) for generator in generators])
+
+
+def _initial_parameters(
+    sizes: Sequence[int],
+    n_layers: int,
+    generators: Sequence[torch.Generator],
+    device: torch.device,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Draw weights and biases as torch.nn.Linear does; a seed's are the same at all layers."""
+
+    def draw(fan_in: int, *shape: int) -> torch.Tensor:
+        bound = fan_in**-0.5
+        uniform_s = _for_each_seed(generators, lambda g: torch.rand(*shape, generator=g) * 2 - 1)
+        first = uniform_s * bound
+        return first.expand(n_layers, *first.shape).clone().to(device).requires_grad_()
+
+    weights = []
+    biases = []
+    for fan_in, fan_out in pairwise(sizes):
+        weights.append(draw(fan_in, fan_in, fan_out))
+        biases.append(draw(fan_in, fan_out))
+    return weights, biases
+
+
+def _drop_out(
+    x_lsbd: torch.Tensor, share: float, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Set a share of the features to zero; a seed drops the same features at all layers."""
+    shape = x_lsbd.shape[2:]
+    keep_sbd = _for_each_seed(generators, lambda g: torch.rand(shape, generator=g)) >= share
+    return x_lsbd * keep_sbd.to(x_lsbd) / (1 - share)
+
+
+def _logits(
+    x_lsbd: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return (l, s, b, out); the second dimension of x may be 1 for all seeds."""
+    hidden = x_lsbd @ weights[0] + biases[0][:, :, None]
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        hidden = hidden.relu() @ weight + bias[:, :, None]
+    return hidden
+
+
+def _loss(
+    logits: torch.Tensor, y_sbc: torch.Tensor, mask_sbc: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """Return the mean loss (l, s) over examples ("binary") or entries that count."""
+    if kind == "binary":
+        label = y_sbc.long().expand(*logits.shape[:-1], 1)
+        return -logits.log_softmax(-1).gather(-1, label).mean((-2, -1))
+    loss = functional.binary_cross_entropy_with_logits(
+        logits, y_sbc.expand_as(logits), reduction="none"
+    )
+    return (loss * mask_sbc).sum((-2, -1)) / mask_sbc.sum((-2, -1)).clamp(min=1)

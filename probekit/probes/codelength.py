@@ -1,8 +1,14 @@
-"""Online codelength: how many bits a probe needs to send the labels, given the states (minimum description length).
+"""Online codelength: how many bits the labels take, given the states (minimum description length).
 
-Voita and Titov (2020), section 2.2.2: the first block of examples is sent with the uniform code, each later one with a
-probe that was trained on all blocks before it. A label that is easy to extract is learnt from few examples and costs
-few bits, so that the codelength also counts the effort that accuracy leaves out.
+The first block of examples is sent with the uniform code. Each later block is sent with a probe
+that was trained on all blocks before it. A label that is easy to extract is learnt from few
+examples and costs few bits, so the codelength also counts the effort of extraction, which accuracy
+leaves out.
+
+References
+----------
+E. Voita and I. Titov, "Information-Theoretic Probing with Minimum Description Length", EMNLP 2020,
+section 2.2.2.
 """
 
 from __future__ import annotations
@@ -17,67 +23,138 @@ import torch
 from probekit.probes import bootstrap, logreg
 from probekit.probes.labels import LabelSet
 
-PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # of the images, as in the paper
-TOLERANCE = 1e-3  # of a probe's gradient: whatever probe there is makes a code, so it need not be at its optimum
-SMALLEST = 8  # images; smaller portions are left out
+PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+"""Shares of the images at which the blocks end, as in the paper."""
+
+SMALLEST = 8
+"""Images that a portion must have; smaller ones are left out."""
+
+TOLERANCE = 1e-3
+"""Gradient norm of the probes: any probe makes a code, so it need not be at its optimum."""
 
 
-def blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Places of the examples, block by block; an image's examples are in one block, images in random order."""
-    images, number = np.unique(image_n, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(images))
-    ends = [round(share * len(images)) for share in PORTIONS]
-    ends = [end for end in ends if end >= min(SMALLEST, len(images))]
-    block_of = np.searchsorted(ends, order, side="right")
-    return [np.flatnonzero(block_of[number] == k) for k in range(len(ends)) if (block_of[number] == k).any()]
-
-
-def online(x_lnd: torch.Tensor, labels: LabelSet, strengths: Sequence[float], memory_gb: float) -> np.ndarray:
-    """Bits (l, n) for the labels of the n training examples together, in the order of ``labels.split["train"]``.
-
-    Each block's probe takes the strength with the lowest log loss on validation, the same for all classes.
+def image_blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+    """Divide examples into the blocks that are sent one after the other.
 
     Parameters
     ----------
-    x_lnd : (l, all n, d) standardised features
+    image_n : ndarray
+        (n,) which image each example shows. All examples of an image are in one block.
+    seed : int
+        Seed of the order of the images.
+
+    Returns
+    -------
+    list of ndarray
+        The row numbers of each block. Together they are all n rows; no block is empty.
     """
-    train, validation = labels.split["train"], labels.split["validation"]
-    parts = blocks(labels.image_n[train.numpy()])
-    bits = torch.zeros(len(x_lnd), len(train))
-    bits[:, parts[0]] = labels.mask_nc[train[parts[0]]].sum(1)
-
-    def losses(solution: logreg.Solution, rows: torch.Tensor) -> torch.Tensor:
-        """(l, n, s) in nats."""
-        logits = solution.logits(x_lnd[:, rows])
-        y, mask = (t[rows, None].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc))
-        return ((torch.nn.functional.softplus(logits) - y * logits) * mask).sum(-1)
-
-    for k in range(1, len(parts)):
-        known, sent = train[np.concatenate(parts[:k])], train[parts[k]]
-        solution = logreg.solve(x_lnd[:, known], *(t[known].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc)),
-                                strengths, tolerance=TOLERANCE, memory_gb=memory_gb)
-        if not bool(solution.converged_lsk.all()):
-            many = int((~solution.converged_lsk).sum())
-            warnings.warn(f"{many} probes of the codelength did not converge", stacklevel=2)
-        best = losses(solution, validation).sum(1).argmin(1)
-        bits[:, parts[k]] = losses(solution.at(best), sent)[..., 0].cpu() / np.log(2)
-    return bits.numpy()
+    images, image_number_n = np.unique(image_n, return_inverse=True)
+    position = np.random.default_rng(seed).permutation(len(images))
+    ends = [round(portion * len(images)) for portion in PORTIONS]
+    ends = [end for end in ends if end >= min(SMALLEST, len(images))]
+    block_n = np.searchsorted(ends, position, side="right")[image_number_n]
+    return [np.flatnonzero(block_n == block) for block in np.unique(block_n)]
 
 
-def table(bits_ln: np.ndarray, labels: LabelSet, layers: Sequence[str], resamples: int) -> pd.DataFrame:
-    """`codelength` in bits a label (1 is what the uniform code takes) and `compression`, 1 / codelength.
+def online_codelength(
+    x_lnd: torch.Tensor, labels: LabelSet, *, strengths: Sequence[float], memory_gb: float
+) -> np.ndarray:
+    """Measure how many bits it takes to send the training labels.
 
-    Intervals are bootstrapped over the training images whose labels were sent, with the probes as they are.
+    Each block's probes take, at each layer, the strength with the lowest log loss on validation,
+    the same for all classes. A warning says how many probes did not converge.
+
+    Parameters
+    ----------
+    x_lnd : Tensor
+        (l, n, d) float32 standardised features of all examples of the labels, whatever their split.
+    labels : LabelSet
+        The labels; those of the training split are sent.
+    strengths : sequence of float
+        Inverse strengths of regularisation C.
+    memory_gb : float
+        Bound on what the solver holds besides x.
+
+    Returns
+    -------
+    ndarray
+        (l, n) bits of each training example (all of its labels together), in the order of
+        ``labels.split["train"]``.
     """
-    _, mask, image = labels.of("train")
-    images, number = np.unique(image, return_inverse=True)
+    train = labels.split["train"]
+    validation = labels.split["validation"]
+    y_nc = labels.y_nc.to(x_lnd.device)
+    mask_nc = labels.mask_nc.to(x_lnd.device)
+    blocks = image_blocks(labels.image_n[train.numpy()])
+    bits_ln = torch.zeros(len(x_lnd), len(train))
+    bits_ln[:, blocks[0]] = labels.mask_nc[train[blocks[0]]].sum(1)  # uniform code: 1 bit a label
+
+    for k in range(1, len(blocks)):
+        already_sent = train[np.concatenate(blocks[:k])]
+        block = train[blocks[k]]
+        solution = logreg.solve_logreg(
+            x_lnd[:, already_sent],
+            y_nc[already_sent],
+            mask_nk=mask_nc[already_sent],
+            strengths=strengths,
+            tolerance=TOLERANCE,
+            memory_gb=memory_gb,
+        )
+        unconverged = int((~solution.converged_lsk).sum())
+        if unconverged:
+            warnings.warn(
+                f"{unconverged} probes of the codelength did not converge: leave out the largest "
+                "strengths",
+                stacklevel=2,
+            )
+        losses = solution.losses(x_lnd[:, validation], y_nc[validation], mask_nc[validation])
+        best_l = losses.sum(-1).sum(1).argmin(1)
+        best = solution.select_strengths(best_l)
+        nats_ln = best.losses(x_lnd[:, block], y_nc[block], mask_nc[block]).sum(-1)[..., 0]
+        bits_ln[:, blocks[k]] = nats_ln.cpu() / np.log(2)
+    return bits_ln.numpy()
+
+
+def codelength_table(
+    bits_ln: np.ndarray, labels: LabelSet, *, layers: Sequence[str], resamples: int
+) -> pd.DataFrame:
+    """Tabulate the codelength of each layer.
+
+    Parameters
+    ----------
+    bits_ln : ndarray
+        (l, n) that :func:`online_codelength` returned for these labels.
+    labels : LabelSet
+        The labels that were sent.
+    layers : sequence of str
+        Names of the l layers.
+    resamples : int
+        Bootstrap resamples of the training images, with the probes as they are.
+
+    Returns
+    -------
+    DataFrame
+        Rows of the metrics table: `codelength` in bits per label (1 for the uniform code) and
+        `compression`, which is 1 / codelength.
+    """
+    _, mask_nc, image_n = labels.select("train")
+    images, image_number_n = np.unique(image_n, return_inverse=True)
+    labels_ln = np.broadcast_to(mask_nc.sum(1), bits_ln.shape)
     counts = np.zeros((len(images), len(layers), 2))
-    np.add.at(counts[..., 0], number, bits_ln.T)
-    np.add.at(counts[..., 1], number, np.broadcast_to(mask.sum(1)[:, None], bits_ln.T.shape))
-    curve = bootstrap.bootstrap_curve(counts, images, lambda total: total[..., 0] / total[..., 1], resamples)
+    np.add.at(counts[..., 0], image_number_n, bits_ln.T)
+    np.add.at(counts[..., 1], image_number_n, labels_ln.T)
+
+    def bits_per_label(total: np.ndarray) -> np.ndarray:
+        return total[..., 0] / total[..., 1]
+
+    curve = bootstrap.bootstrap_curve(counts, images, bits_per_label, resamples=resamples)
     lo, hi = bootstrap.bca_interval(curve)
-    row = {"layer": list(layers), "class": "", "n": int(mask.sum()), "split": "train"}
-    return pd.concat([
-        pd.DataFrame(row | {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}),
-        pd.DataFrame(row | {"metric": "compression", "value": 1 / curve.score_l, "lo": 1 / hi, "hi": 1 / lo}),
-    ])
+    shared = {"layer": list(layers), "class": "", "n": int(mask_nc.sum()), "split": "train"}
+    codelength = {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}
+    compression = {
+        "metric": "compression",
+        "value": 1 / curve.score_l,
+        "lo": 1 / hi,
+        "hi": 1 / lo,
+    }
+    return pd.concat([pd.DataFrame(shared | codelength), pd.DataFrame(shared | compression)])

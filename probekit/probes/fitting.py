@@ -1,4 +1,4 @@
-"""Probes fitted to a group of layers, for all sets of labels."""
+"""Probes of a group of layers, fitted to all sets of labels of a task."""
 
 from __future__ import annotations
 
@@ -16,122 +16,297 @@ from probekit.probes.weights import ProbeWeights
 
 
 @dataclass
-class Fitted:
-    """Probabilities (l, n of the split, c) of one set of labels, and what else a probe leaves.
+class FittedProbes:
+    """What the probes of one kind, fitted to one set of labels, leave behind.
 
     Attributes
     ----------
-    chosen : of "logreg", by layer: `strength`, and `gradient_norm`, the largest of its classes at the end
-    losses : of the others, by layer, seed and epoch
-    bits_ln : of the training examples, see :mod:`probekit.probes.codelength`
-    linear : the probes of the true labels themselves, of each layer
+    probabilities : dict of str to ndarray
+        By split (``"validation"`` and ``"test"``) the probabilities (l, n of the split, c).
+    strengths : DataFrame
+        Of ``"logreg"``: one row per layer with the columns `layer`, `strength` (the one that was
+        selected on validation) and `gradient_norm` (the largest of its classes at the end).
+    losses : DataFrame
+        Of ``"linear"`` and ``"mlp"``: columns `layer`, `seed`, `epoch`, `split` and `loss`.
+    bits_ln : ndarray or None
+        (l, n) bits of the training examples, see :mod:`probekit.probes.codelength`.
+    weights : dict of str to ProbeWeights
+        By layer the logistic regressions; of the true labels alone.
     """
 
-    p_lnc: dict[str, np.ndarray]
-    chosen: pd.DataFrame
-    losses: pd.DataFrame
+    probabilities: dict[str, np.ndarray]
+    strengths: pd.DataFrame = field(default_factory=pd.DataFrame)
+    losses: pd.DataFrame = field(default_factory=pd.DataFrame)
     bits_ln: np.ndarray | None = None
-    linear: dict[str, ProbeWeights] = field(default_factory=dict)
+    weights: dict[str, ProbeWeights] = field(default_factory=dict)
 
     @classmethod
-    def join(cls, parts: Sequence[Fitted]) -> Fitted:
-        """Groups of layers, one after the other."""
-        p = {split: np.concatenate([part.p_lnc[split] for part in parts]) for split in parts[0].p_lnc}
-        bits = None if parts[0].bits_ln is None else np.concatenate([part.bits_ln for part in parts])
-        chosen, losses = (pd.concat([getattr(part, name) for part in parts]) for name in ("chosen", "losses"))
-        return cls(p, chosen, losses, bits, {layer: probe for part in parts for layer, probe in part.linear.items()})
+    def concatenate(cls, parts: Sequence[FittedProbes]) -> FittedProbes:
+        """Put the layers of several groups one after the other."""
+        probabilities = {
+            split: np.concatenate([part.probabilities[split] for part in parts])
+            for split in parts[0].probabilities
+        }
+        bits = [part.bits_ln for part in parts if part.bits_ln is not None]
+        weights: dict[str, ProbeWeights] = {}
+        for part in parts:
+            weights |= part.weights
+        return cls(
+            probabilities=probabilities,
+            strengths=pd.concat([part.strengths for part in parts]),
+            losses=pd.concat([part.losses for part in parts]),
+            bits_ln=np.concatenate(bits) if bits else None,
+            weights=weights,
+        )
 
 
-def device() -> str:
-    """Where probes are trained."""
+def training_device() -> str:
+    """Return where probes are trained: ``"cuda"`` where there is one, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def spread(x_lnd: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (l, d) over the training rows; that of a constant feature is infinite."""
-    part = x_lnd[:, train]
-    mean, scale = part.mean(1), part.std(1, correction=0)
-    return mean, torch.where(scale > 1e-7 * part.abs().amax(1), scale, torch.inf)
-
-
-def with_logreg(x_lnd: torch.Tensor, task: LabelledTask, sets: Sequence[LabelSet], strengths: Sequence[float],
-                layers: Sequence[str], memory_gb: float, coded: bool = False) -> list[Fitted]:
-    """Logistic regressions for several sets of labels of a task, in one solve.
-
-    Where problems do not converge, a warning says how many, and names the worst: task, layer, labels, class, strength.
+def feature_spread(x_lnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure the mean and standard deviation of each feature.
 
     Parameters
     ----------
-    x_lnd : (l, n, d) features of the task's examples
-    sets : labels, the true ones first
-    coded : measure the online codelength of the true labels, too
+    x_lnd : Tensor
+        (l, n, d) features of the training examples.
+
+    Returns
+    -------
+    mean_ld : Tensor
+        (l, d) means.
+    scale_ld : Tensor
+        (l, d) standard deviations; infinite for a constant feature, so that it is 0 wherever it is
+        divided by its scale.
+    """
+    mean_ld = x_lnd.mean(1)
+    std_ld = x_lnd.std(1, correction=0)
+    rounding_ld = 1e-7 * x_lnd.abs().amax(1)
+    return mean_ld, torch.where(std_ld > rounding_ld, std_ld, torch.inf)
+
+
+def fit_logreg(
+    x_lnd: torch.Tensor,
+    task: LabelledTask,
+    *,
+    label_sets: Sequence[LabelSet],
+    strengths: Sequence[float],
+    layers: Sequence[str],
+    memory_gb: float,
+    measure_codelength: bool = False,
+) -> list[FittedProbes]:
+    """Fit logistic regressions to several sets of labels of a task, in one solve.
+
+    Features are standardised with the mean and scale of the task's training examples. At each
+    layer, a set of labels takes the strength with the lowest log loss on its validation examples.
+
+    Parameters
+    ----------
+    x_lnd : Tensor
+        (l, n, d) float32 features of the task's examples.
+    task : LabelledTask
+        The task.
+    label_sets : sequence of LabelSet
+        The labels; the true ones are the first.
+    strengths : sequence of float
+        Inverse strengths of regularisation C.
+    layers : sequence of str
+        Names of the l layers.
+    memory_gb : float
+        Bound on what the solver holds besides the features.
+    measure_codelength : bool
+        Also measure the online codelength of the true labels.
+
+    Returns
+    -------
+    list of FittedProbes
+        One for each set of labels. The first one also has the weights.
+
+    Warns
+    -----
+    UserWarning
+        Problems did not converge. The message says how many, and names the worst by task, layer,
+        labels, class and strength.
     """
     train = task.true.split["train"]
-    mean, scale = spread(x_lnd, train)
-    x_lnd = (x_lnd - mean[:, None]) / scale[:, None]
-    inside = [torch.isin(train, labels.split["train"]).float()[:, None] * labels.mask_nc[train] for labels in sets]
-    y, mask = (torch.cat(parts, 1).to(x_lnd.device) for parts in ([s.y_nc[train] for s in sets], inside))
-    solution = logreg.solve(x_lnd[:, train], y, mask, strengths, memory_gb=memory_gb)
-    c = len(task.true.classes)
-    short = ~solution.converged_lsk
-    if short.any():
-        worst = torch.where(short, solution.gradient_lsk, -1).argmax()
-        layer, strength, k = (int(at) for at in torch.unravel_index(worst, short.shape))
-        words = controls.CONTROL_WORDS.get(sets[k // c].name, "true labels")
-        norm = solution.gradient_lsk[layer, strength, k].item()
-        warnings.warn(f"logreg did not converge in {int(short.sum()):,} of {short.numel():,} problems; the worst: "
-                      f"{task.name}, {layers[layer]}, {words}, class {task.true.classes[k % c]!r}, "
-                      f"C={strengths[strength]:g}, gradient norm {norm:.1e} (where it did: at most "
-                      f"{logreg.TOLERANCE:g})", stacklevel=2)
-    chosen = [_chosen(solution.columns(slice(i * c, (i + 1) * c)), x_lnd, labels, strengths, layers)
-              for i, labels in enumerate(sets)]
-    found, true = [fitted for fitted, _ in chosen], chosen[0][1]
-    parts = (true.weight_ldsk[:, :, 0], true.intercept_lsk[:, 0], mean, scale)
-    whole = ProbeWeights(*(values.cpu().numpy() for values in parts))
-    found[0].linear = {layer: whole.only(k) for k, layer in enumerate(layers)}
-    if coded:
-        found[0].bits_ln = codelength.online(x_lnd, sets[0], strengths, memory_gb)
-    return found
+    mean_ld, scale_ld = feature_spread(x_lnd[:, train])
+    x_lnd = (x_lnd - mean_ld[:, None]) / scale_ld[:, None]
+    y_nk = torch.cat([labels.y_nc[train] for labels in label_sets], 1)
+    mask_nk = torch.cat([_training_mask(labels, train) for labels in label_sets], 1)
+    solution = logreg.solve_logreg(
+        x_lnd[:, train],
+        y_nk.to(x_lnd.device),
+        mask_nk=mask_nk.to(x_lnd.device),
+        strengths=strengths,
+        memory_gb=memory_gb,
+    )
+    _warn_if_unconverged(solution, task, label_sets=label_sets, strengths=strengths, layers=layers)
+
+    n_classes = len(task.true.classes)
+    fitted = []
+    for i, labels in enumerate(label_sets):
+        columns = slice(i * n_classes, (i + 1) * n_classes)
+        candidates = solution.select_columns(columns)
+        best_l = _best_strengths(candidates, x_lnd, labels)
+        best = candidates.select_strengths(best_l)
+        fitted.append(
+            FittedProbes(
+                probabilities=_probabilities(best, x_lnd, labels),
+                strengths=pd.DataFrame(
+                    {
+                        "layer": list(layers),
+                        "strength": [strengths[k] for k in best_l.tolist()],
+                        "gradient_norm": best.gradient_norm_lsk.amax((1, 2)).cpu().numpy(),
+                    }
+                ),
+            )
+        )
+        if i == 0:
+            weights = ProbeWeights(
+                weight_ldc=best.weight_ldsk[:, :, 0].cpu().numpy(),
+                intercept_lc=best.intercept_lsk[:, 0].cpu().numpy(),
+                mean_ld=mean_ld.cpu().numpy(),
+                scale_ld=scale_ld.cpu().numpy(),
+            )
+            fitted[0].weights = {layer: weights.layer(k) for k, layer in enumerate(layers)}
+    if measure_codelength:
+        fitted[0].bits_ln = codelength.online_codelength(
+            x_lnd, label_sets[0], strengths=strengths, memory_gb=memory_gb
+        )
+    return fitted
 
 
-def _chosen(solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet, strengths: Sequence[float],
-            layers: Sequence[str]) -> tuple[Fitted, logreg.Solution]:
-    """Each layer with the strength that has the lowest log loss on validation, and the solution for those."""
-    rows = labels.split["validation"]
-    y, mask = (t[rows].to(x_lnd.device) for t in (labels.y_nc, labels.mask_nc))
-    logits = solution.logits(x_lnd[:, rows])
-    losses = ((torch.nn.functional.softplus(logits) - y[:, None] * logits) * mask[:, None]).sum((1, 3))
-    best = losses.argmin(1)
-    solution = solution.at(best)
-    p = {split: solution.logits(x_lnd[:, labels.split[split]])[:, :, 0].sigmoid().cpu().numpy()
-         for split in ("validation", "test")}
-    about = pd.DataFrame({"layer": list(layers), "strength": [strengths[k] for k in best.tolist()],
-                          "gradient_norm": solution.gradient_lsk.amax((1, 2)).cpu().numpy()})
-    return Fitted(p, about, pd.DataFrame()), solution
+def _training_mask(labels: LabelSet, train: torch.Tensor) -> torch.Tensor:
+    """Return (n, c) which entries of the task's training examples train a set of labels.
 
-
-def with_adam(x_lnd: torch.Tensor, sets: Sequence[LabelSet], seeds: Sequence[int], setting: adam.Training,
-              layers: Sequence[str]) -> list[Fitted]:
-    """The probes "linear" (no hidden layer) and "mlp", one Fitted for each set of labels with its seed.
-
-    Sets that are learnt from the same examples are trained side by side.
+    A control of the labels may train on fewer examples than the task does.
     """
-    groups: dict[tuple[bytes, ...], list[int]] = {}
-    for i, labels in enumerate(sets):
-        rows = tuple(labels.split[split].numpy().tobytes() for split in ("train", "validation"))
-        groups.setdefault(rows, []).append(i)
-    found: dict[int, Fitted] = {}
-    for group in groups.values():
-        y, mask = (torch.stack([getattr(sets[i], name) for i in group]).to(x_lnd.device)
-                   for name in ("y_nc", "mask_nc"))
-        split, own = sets[group[0]].split, [seeds[i] for i in group]
-        fit = adam.fit(x_lnd, y, mask, split["train"], split["validation"], sets[0].kind, own, setting)
-        for s, i in enumerate(group):
-            probes = fit.only(s)
-            p = {name: probes.probabilities(x_lnd[:, sets[i].split[name]])[:, 0].cpu().numpy()
-                 for name in ("validation", "test")}
-            place = np.indices(fit.losses[:, s].shape).reshape(3, -1)
-            found[i] = Fitted(p, pd.DataFrame(), pd.DataFrame({
-                "layer": np.array(layers)[place[0]], "seed": seeds[i], "epoch": place[1] + 1,
-                "split": np.array(["train", "validation"])[place[2]], "loss": fit.losses[:, s].numpy().ravel()}))
-    return [found[i] for i in range(len(sets))]
+    in_training_n = torch.isin(train, labels.split["train"]).float()
+    return in_training_n[:, None] * labels.mask_nc[train]
+
+
+def _warn_if_unconverged(
+    solution: logreg.Solution,
+    task: LabelledTask,
+    *,
+    label_sets: Sequence[LabelSet],
+    strengths: Sequence[float],
+    layers: Sequence[str],
+) -> None:
+    unconverged_lsk = ~solution.converged_lsk
+    if not unconverged_lsk.any():
+        return
+    worst = torch.where(unconverged_lsk, solution.gradient_norm_lsk, -1).argmax()
+    place = torch.unravel_index(worst, unconverged_lsk.shape)
+    layer, strength, column = (int(index) for index in place)
+    set_number, class_number = divmod(column, len(task.true.classes))
+    labels = controls.CONTROL_WORDS.get(label_sets[set_number].name, "true labels")
+    norm = solution.gradient_norm_lsk[layer, strength, column].item()
+    warnings.warn(
+        f"logreg did not converge in {int(unconverged_lsk.sum()):,} of {unconverged_lsk.numel():,} "
+        f"problems; the worst: {task.name}, {layers[layer]}, {labels}, class "
+        f"{task.true.classes[class_number]!r}, C={strengths[strength]:g}, gradient norm {norm:.1e} "
+        f"(converged ones have at most {logreg.TOLERANCE:g})",
+        stacklevel=3,
+    )
+
+
+def _best_strengths(
+    solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet
+) -> torch.Tensor:
+    """Return (l,) which strength has each layer's lowest log loss on validation."""
+    rows = labels.split["validation"]
+    y_nc = labels.y_nc[rows].to(x_lnd.device)
+    mask_nc = labels.mask_nc[rows].to(x_lnd.device)
+    return solution.best_strengths(x_lnd[:, rows], y_nc, mask_nc)
+
+
+def _probabilities(
+    solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet
+) -> dict[str, np.ndarray]:
+    """Return the probabilities (l, n, c) of validation and test, of the only strength."""
+    probabilities = {}
+    for split in ("validation", "test"):
+        logits = solution.logits(x_lnd[:, labels.split[split]])[:, :, 0]
+        probabilities[split] = logits.sigmoid().cpu().numpy()
+    return probabilities
+
+
+def fit_adam(
+    x_lnd: torch.Tensor,
+    label_sets: Sequence[LabelSet],
+    *,
+    seeds: Sequence[int],
+    settings: adam.AdamSettings,
+    layers: Sequence[str],
+) -> list[FittedProbes]:
+    """Train the probe ``"linear"`` (no hidden layer) or ``"mlp"`` on several sets of labels.
+
+    Sets that train on the same examples are trained side by side.
+
+    Parameters
+    ----------
+    x_lnd : Tensor
+        (l, n, d) float32 features of the task's examples.
+    label_sets : sequence of LabelSet
+        The labels.
+    seeds : sequence of int
+        The seed of each set of labels.
+    settings : AdamSettings
+        Settings of the training.
+    layers : sequence of str
+        Names of the l layers.
+
+    Returns
+    -------
+    list of FittedProbes
+        One for each set of labels.
+    """
+    fitted: dict[int, FittedProbes] = {}
+    for group in _group_by_rows(label_sets):
+        split = label_sets[group[0]].split
+        probes = adam.train_adam(
+            x_lnd,
+            torch.stack([label_sets[i].y_nc for i in group]).to(x_lnd.device),
+            mask_snc=torch.stack([label_sets[i].mask_nc for i in group]).to(x_lnd.device),
+            train=split["train"],
+            validation=split["validation"],
+            kind=label_sets[group[0]].kind,
+            seeds=[seeds[i] for i in group],
+            settings=settings,
+        )
+        for place, i in enumerate(group):
+            probe = probes.select_seed(place)
+            probabilities = {}
+            for name in ("validation", "test"):
+                p_lnc = probe.probabilities(x_lnd[:, label_sets[i].split[name]])[:, 0]
+                probabilities[name] = p_lnc.cpu().numpy()
+            losses = _loss_table(probe.losses[:, 0].numpy(), layers=layers, seed=seeds[i])
+            fitted[i] = FittedProbes(probabilities=probabilities, losses=losses)
+    return [fitted[i] for i in range(len(label_sets))]
+
+
+def _group_by_rows(label_sets: Sequence[LabelSet]) -> list[list[int]]:
+    """Group the sets, by number, that have the same training and validation examples."""
+    groups: dict[tuple[bytes, bytes], list[int]] = {}
+    for i, labels in enumerate(label_sets):
+        train = labels.split["train"].numpy().tobytes()
+        validation = labels.split["validation"].numpy().tobytes()
+        groups.setdefault((train, validation), []).append(i)
+    return list(groups.values())
+
+
+def _loss_table(losses: np.ndarray, layers: Sequence[str], seed: int) -> pd.DataFrame:
+    """Tabulate losses (l, epochs, 2) of training and validation."""
+    layer, epoch, split = np.indices(losses.shape).reshape(3, -1)
+    return pd.DataFrame(
+        {
+            "layer": np.array(layers)[layer],
+            "seed": seed,
+            "epoch": epoch + 1,
+            "split": np.array(["train", "validation"])[split],
+            "loss": losses.ravel(),
+        }
+    )
