@@ -1,160 +1,304 @@
-"""``python -m probekit``: run the notebooks, or look at the machine."""
+"""``python -m probekit``: run the notebooks as a batch, and look at models, shards and the machine."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+DESCRIPTION = "What each layer of a vision-language model knows."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 where a notebook failed, 2 where the input is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m probekit", description="What each layer of a VLM knows.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute the notebooks with papermill")
-    run.add_argument("--params", required=True, type=Path, help="YAML file, e.g. notebooks/params/demo.yaml")
-    run.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-                     help="a notebook's parameter, its value in YAML")
-    run.add_argument("--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03")
-    run.add_argument("--to", dest="end", default="99", metavar="NN", help="last notebook to run")
-    extract = commands.add_parser("extract", help="make shards of 02_extract, as one of several processes")
-    extract.add_argument("--params", required=True, type=Path, help="as for run")
-    extract.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    extract.add_argument("--rank", type=int, help="number of this process from 0; torchrun and SLURM say it")
-    extract.add_argument("--world-size", type=int, help="how many processes there are")
-    models = commands.add_parser("models", help="list the checkpoints that have a name here, or describe one")
-    models.add_argument("id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone")
-    download = commands.add_parser("download", help="fetch a sample of MS COCO, not all of its images")
-    download.add_argument("what", choices=["coco"])
-    download.add_argument("--split", default="val2017", help="split of --images")
-    download.add_argument("--images", type=int, default=2000, help="how many images of it")
-    download.add_argument("--train", type=int, default=0, help="how many images of train2017 besides")
-    download.add_argument("--folder", default="data/coco")
-    download.add_argument("--seed", type=int, default=0, help="of the sample")
-    download.add_argument("--archive", help="another address of the annotation archive")
-    plan = commands.add_parser("plan", help="what an extraction takes, before it runs: tokens, bytes, memory, hours")
-    plan.add_argument("--params", required=True, type=Path, help="as for run")
-    plan.add_argument("-p", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    plan.add_argument("--flops", type=float, help="operations a second that a device keeps up, e.g. 3.5e14 for an H100 "
-                                                  "in half precision; without it a sample is run here")
-    plan.add_argument("--sample", type=int, default=32, help="images that are looked at")
-    plan.add_argument("--workers", type=int, default=8, help="largest number of workers in the table")
-    verify = commands.add_parser("verify", help="check every byte of the shards below a folder")
-    verify.add_argument("folder", nargs="?", default="data/activations", help="default: data/activations")
-    verify.add_argument("--remove", action="store_true", help="delete what is damaged: 02_extract makes it again")
-    commands.add_parser("doctor", help="check Python, torch, COCO, model cache, Chrome, widgets")
-    options = parser.parse_args(arguments)
-    known = {"doctor": _doctor, "download": _download, "extract": _extract, "models": _models, "plan": _plan,
-             "run": _run, "verify": _verify}
+    """Run a command.
+
+    Returns
+    -------
+    int
+        The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is wrong.
+    """
+    options = make_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.run_command
     try:
-        return known[options.command](options)
-    except (ArithmeticError, MemoryError, OSError, ValueError) as error:  # what messages with a mend are raised as
+        return command(options)
+    except (
+        ArithmeticError,
+        MemoryError,
+        OSError,
+        ValueError,
+    ) as error:  # their messages name the fix
         print(f"probekit: {error}", file=sys.stderr)
         return 2
 
 
-def _download(options: argparse.Namespace) -> int:
-    from probekit.data.download import ARCHIVE, Server, download_coco
+def make_parser() -> argparse.ArgumentParser:
+    """Describe all commands and their options."""
+    parser = argparse.ArgumentParser(prog="python -m probekit", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands)
+    _add_extract(commands)
+    _add_plan(commands)
+    _add_models(commands)
+    _add_download(commands)
+    _add_verify(commands)
+    doctor = commands.add_parser(
+        "doctor", help="check Python, torch, COCO, model cache, Chrome, widgets"
+    )
+    doctor.set_defaults(run_command=run_doctor)
+    return parser
 
-    if options.train and options.split == "train2017":
-        raise ValueError("--split train2017 --train are two numbers for the same images: say --images alone")
-    wanted = {options.split: options.images} | ({"train2017": options.train} if options.train else {})
-    lost = download_coco(options.folder, wanted, options.seed, Server(options.archive or ARCHIVE))
-    there = ", ".join(f"{n:,} images of {split}" for split, n in lost.attrs["there"].items())
-    print(f"{there} in {options.folder}: take it as the dataset of a run")
-    for row in lost.itertuples():
-        print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
-    return 1 if len(lost) else 0
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--params", required=True, type=Path, help="YAML file, e.g. notebooks/params/demo.yaml"
+    )
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a notebook's parameter, its value in YAML",
+    )
 
 
-def _extract(options: argparse.Namespace) -> int:
-    import torch
+def _add_run(commands) -> None:
+    parser = commands.add_parser("run", help="execute the notebooks with papermill")
+    _add_parameters(parser)
+    parser.add_argument(
+        "--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03"
+    )
+    parser.add_argument("--to", dest="end", default="99", metavar="NN", help="last notebook to run")
+    parser.set_defaults(run_command=run_notebooks)
 
-    from probekit import paths
-    from probekit.cli.notebooks import notebooks, parameters_of
-    from probekit.extraction import extract
-    from probekit.extraction.launch import Launch, place_among
-    from probekit.models.load import best_device
-    from probekit.tasks import building
 
-    rank, world_size, local = place_among()
-    rank = rank if options.rank is None else options.rank
-    world_size = world_size if options.world_size is None else options.world_size
-    launch = Launch(rank=rank, world_size=world_size)
-    book, = (book for book in notebooks() if book.stem == "02_extract")
-    parameters = parameters_of(book, options.params, options.overrides)
-    if parameters["engine"] != "local":
-        raise ValueError(f"engine={parameters['engine']} starts workers of its own, and extract is one that you start: "
-                         "say python -m probekit run, or engine=local")
-    device = parameters["device"] or best_device()
-    parameters["device"] = f"cuda:{local % max(1, torch.cuda.device_count())}" if device == "cuda" else device
-    examples = building.load_examples(paths.Home.find().data / "tasks" / parameters["run"])
-    made = [len(launch.make(job)) for job in extract.jobs(parameters, examples)]
-    same = "".join(f" -p {shlex.quote(one)}" for one in options.overrides)
-    print(f"rank {rank} of {world_size} made {sum(made)} shards, and all are there: go on with python -m probekit run "
-          f"--params {options.params}{same} --from 02")
+def _add_extract(commands) -> None:
+    parser = commands.add_parser(
+        "extract", help="make shards of 02_extract, as one of several processes"
+    )
+    _add_parameters(parser)
+    parser.add_argument(
+        "--rank", type=int, help="number of this process from 0; torchrun and SLURM say it"
+    )
+    parser.add_argument("--world-size", type=int, help="how many processes there are")
+    parser.set_defaults(run_command=run_extract)
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan", help="what an extraction takes, before it runs: tokens, bytes, memory, hours"
+    )
+    _add_parameters(parser)
+    parser.add_argument(
+        "--flops",
+        type=float,
+        help="operations per second that a device keeps up, e.g. 3.5e14 for an H100 in half precision; "
+        "without it a sample is run here",
+    )
+    parser.add_argument("--sample", type=int, default=32, help="images that are looked at")
+    parser.add_argument(
+        "--workers", type=int, default=8, help="largest number of workers in the table"
+    )
+    parser.set_defaults(run_command=run_plan)
+
+
+def _add_models(commands) -> None:
+    parser = commands.add_parser(
+        "models", help="list the checkpoints that have a name here, or describe one"
+    )
+    parser.add_argument(
+        "id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone"
+    )
+    parser.set_defaults(run_command=run_models)
+
+
+def _add_download(commands) -> None:
+    parser = commands.add_parser(
+        "download", help="fetch a sample of MS COCO, not all of its images"
+    )
+    parser.add_argument("what", choices=["coco"])
+    parser.add_argument("--split", default="val2017", help="split of --images")
+    parser.add_argument("--images", type=int, default=2000, help="how many images of it")
+    parser.add_argument("--train", type=int, default=0, help="how many images of train2017 besides")
+    parser.add_argument("--folder", default="data/coco")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--archive", help="another address of the annotation archive")
+    parser.set_defaults(run_command=run_download)
+
+
+def _add_verify(commands) -> None:
+    parser = commands.add_parser("verify", help="check every byte of the shards below a folder")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        default="data/activations",
+        help="a path or a URL; default: data/activations",
+    )
+    parser.add_argument(
+        "--remove", action="store_true", help="delete what is damaged: 02_extract makes it again"
+    )
+    parser.set_defaults(run_command=run_verify)
+
+
+# ---------------------------------------------------------------------------------------- commands
+# Imports are inside: --help answers at once.
+
+
+def run_notebooks(options: argparse.Namespace) -> int:
+    """Execute the notebooks, and say where the results are."""
+    from probekit.cli.notebooks import (
+        NotebookFailedError,
+        execute_notebooks,
+        find_notebook,
+        read_notebook_parameters,
+    )
+    from probekit.paths import Home
+
+    try:
+        folder = execute_notebooks(
+            options.params, options.overrides, start=options.start, end=options.end
+        )
+    except NotebookFailedError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    print(f"executed notebooks: {folder}")
+    plots = find_notebook("04_layer_plots")
+    if (folder / plots.name).exists():
+        run = read_notebook_parameters(plots, options.params, options.overrides)["run"]
+        print(f"open {Home.find().figures / str(run) / 'index.html'}")
     return 0
 
 
-def _models(options: argparse.Namespace) -> int:
+def run_extract(options: argparse.Namespace) -> int:
+    """Make this process's share of the shards of a run."""
+    from probekit import workflow
+    from probekit.cli.notebooks import find_notebook, read_notebook_parameters
+    from probekit.cli.planning import extractions
+    from probekit.extraction.jobs import input_tables, plan_job
+    from probekit.extraction.launch import Launcher, rank_from_environment
+
+    environment = rank_from_environment()
+    launcher = Launcher(
+        rank=environment.rank if options.rank is None else options.rank,
+        world_size=environment.world_size if options.world_size is None else options.world_size,
+    )
+    parameters = read_notebook_parameters(
+        find_notebook("02_extract"), options.params, options.overrides
+    )
+    if parameters["engine"] != "local":
+        raise ValueError(
+            f"engine={parameters['engine']} starts workers by itself, and extract is one that you start: "
+            "say python -m probekit run, or engine=local"
+        )
+    device = _device_of_rank(parameters["device"], environment.local_rank)
+    examples = workflow.open_examples(parameters["run"])
+    made = 0
+    for settings, controls in extractions(parameters):
+        tables = workflow.tables_with_controls(examples, controls)
+        job = plan_job(
+            settings, input_tables(tables), device=device, root=parameters["activations_root"]
+        )
+        made += len(launcher.make_shards(job))
+    same_overrides = "".join(f" -p {shlex.quote(override)}" for override in options.overrides)
+    print(
+        f"rank {launcher.rank} of {launcher.world_size} made {made} shards: when all ranks are done, go on "
+        f"with python -m probekit run --params {options.params}{same_overrides} --from 02"
+    )
+    return 0
+
+
+def _device_of_rank(device: str | None, local_rank: int) -> str:
+    import torch
+
+    from probekit.models.load import best_device
+
+    device = device or best_device()
+    if device != "cuda":
+        return device
+    return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print what the extraction of a run takes."""
+    from probekit.cli.notebooks import find_notebook, read_notebook_parameters
+    from probekit.cli.planning import estimate_run
+    from probekit.extraction.planning import describe_estimates, estimates_table
+
+    flops = options.flops
+    if options.sample < 1 or options.workers < 1 or (flops is not None and flops < 1):
+        raise ValueError("--sample, --workers and --flops are numbers from 1")
+    estimates = estimate_run(
+        read_notebook_parameters(find_notebook("01_build_data"), options.params, options.overrides),
+        read_notebook_parameters(find_notebook("02_extract"), options.params, options.overrides),
+        sampled_images=options.sample,
+        operations_per_second=flops,
+    )
+    text = describe_estimates(
+        estimates_table(estimates), most_workers=options.workers, operations_per_second=flops
+    )
+    print(text)
+    return 0
+
+
+def run_models(options: argparse.Namespace) -> int:
+    """List the checkpoints that have a name, or describe one."""
     from probekit.models.load import describe_model
     from probekit.models.presets import list_models
 
     if not options.id:
         print(list_models())
         return 0
-    found = describe_model(options.id)
-    print(f"{options.id}: {found.attrs['type']}, {found.attrs['parameters'] / 1e6:,.0f} million parameters\n"
-          f"{found.to_string(index=False)}")
+    description = describe_model(options.id)
+    millions = description.parameters / 1e6
+    print(f"{options.id}: {description.model_type}, {millions:,.0f} million parameters")
+    print(description.table.to_string(index=False))
     return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from probekit.cli.doctor import report
+def run_download(options: argparse.Namespace) -> int:
+    """Fetch a sample of MS COCO."""
+    from probekit.data.download import ARCHIVE, Server, download_coco
 
-    print("\n".join(report()))
-    return 0
+    if options.train and options.split == "train2017":
+        raise ValueError(
+            "--split train2017 --train are two numbers for the same images: say --images alone"
+        )
+    wanted = {options.split: options.images}
+    if options.train:
+        wanted["train2017"] = options.train
+    download = download_coco(
+        options.folder, wanted, seed=options.seed, server=Server(options.archive or ARCHIVE)
+    )
+    counts = ", ".join(f"{n:,} images of {split}" for split, n in download.images.items())
+    print(f"{counts} in {options.folder}: take it as the dataset of a run")
+    for row in download.failed.itertuples():
+        print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
+    return 1 if len(download.failed) else 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from probekit.cli.notebooks import notebooks, parameters_of
-    from probekit.extraction import planning
+def run_verify(options: argparse.Namespace) -> int:
+    """Check every byte of the shards below a folder."""
+    from probekit.extraction.verify import (
+        describe_faults,
+        remove_damaged,
+        runs_that_read,
+        verify_activations,
+    )
 
-    if min(options.sample, options.workers, 1 if options.flops is None else options.flops) < 1:
-        raise ValueError("--sample, --workers and --flops are numbers from 1")
-    data, extraction = (parameters_of(book, options.params, options.overrides) for book in notebooks()[:2])
-    table = planning.estimates(data, extraction, options.flops, options.sample)
-    print(planning.told(table, options.workers, options.flops))
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from probekit.extraction import verify
-
-    table = verify.verify(options.folder)
+    table = verify_activations(options.folder)
     if options.remove:
-        print(f"{verify.remove(table)} damaged shards removed")
-    print(verify.told(table, options.remove))
+        print(f"{remove_damaged(table)} damaged shards removed")
+    faulty_folders = set(table.folder[table.state != "sound"])
+    runs = runs_that_read(faulty_folders)
+    print(describe_faults(table, runs=runs, removed=options.remove))
     return int((table.state != "sound").any())
 
 
-def _run(options: argparse.Namespace) -> int:
-    from probekit import paths
-    from probekit.cli.notebooks import NotebookFailed, notebooks, parameters_of, run
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print what this machine has, and how to fix what it lacks."""
+    from probekit.cli.doctor import report_lines
 
-    try:
-        folder = run(options.params, options.overrides, options.start, options.end)
-        print(f"executed notebooks: {folder}")
-        plots, = (book for book in notebooks() if book.stem == "04_layer_plots")
-        if (folder / plots.name).exists():
-            name = parameters_of(plots, options.params, options.overrides)["run"]
-            print(f"open {paths.Home.find().figures / name / 'index.html'}")
-    except NotebookFailed as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    print("\n".join(report_lines()))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
