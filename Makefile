@@ -1,19 +1,29 @@
 # make demo | make test | make lab      (PYTHON=python3.12 make demo  takes another interpreter)
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
 
-.PHONY: demo test lab
-demo: $(READY)
+.PHONY: demo test lab lint
+demo: .venv/.ready
 	$(BIN)/python -m probekit run --params notebooks/params/demo.yaml
 
-test: $(READY)
+# ARGS=-k… runs some of the tests, ARGS="-m quick" those that answer fast
+test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-lab: $(READY)
+lint: .venv/.ready-for-tests
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks
 
-$(READY): pyproject.toml
+.venv/.ready: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,export]'
-	touch $(READY)
+	$(BIN)/pip install --quiet --editable '.[export]'
+	touch $@
+
+.venv/.ready-for-tests: pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ .venv/.ready

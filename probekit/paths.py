@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+DISTRIBUTION = "probekit-vlm"  # the name that the package is installed under
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -92,10 +93,8 @@ def _plain(setting: object) -> object:
 
 def versions(*packages: str) -> dict[str, str]:
     """Return which version of each package, and of this one, is installed."""
-    return {name: version(name) for name in (DISTRIBUTION, *packages)}
-
-
-DISTRIBUTION = "probekit"
+    installed = {name: version(name) for name in packages}
+    return {"probekit": version(DISTRIBUTION)} | installed
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
