@@ -187,7 +187,7 @@ def _silence_tokenizers(worker: int) -> None:
 def _copied_out_of_shared_memory(item: WorkItem) -> WorkItem:
     """Free the worker's shared memory and its file handle."""
     copies = {key: value.clone() for key, value in item.prepared.image_inputs.items()}
-    return replace(item, prepared=replace(item.prepared, image=copies))
+    return replace(item, prepared=replace(item.prepared, image_inputs=copies))
 
 
 def fill_batches(
