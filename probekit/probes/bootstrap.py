@@ -34,18 +34,20 @@ class Curve(NamedTuple):
     resampled_bl: np.ndarray
     acceleration_l: np.ndarray | float = 0.0
 
-    def select(self, layers: Sequence[int] | slice) -> Curve:
+    def select(self, layers: Sequence[int] | np.ndarray | slice) -> Curve:
         """Return the curve of some of the layers, by their places."""
         acceleration_l = np.broadcast_to(self.acceleration_l, self.score_l.shape)
         return Curve(self.score_l[layers], self.resampled_bl[:, layers], acceleration_l[layers])
 
 
-def image_weights(images: Sequence, *, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+def image_weights(
+    images: Sequence | np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> np.ndarray:
     """Draw how often each image occurs in each resample.
 
     Parameters
     ----------
-    images : sequence
+    images : sequence or ndarray
         The names of the images, each once.
     resamples : int
         Number of resamples, b.
@@ -97,7 +99,7 @@ def _draw_weights(names: tuple[bytes, ...], resamples: int, seed: int) -> np.nda
 
 def bootstrap_curve(
     counts: np.ndarray,
-    images: Sequence,
+    images: Sequence | np.ndarray,
     score: Callable[[np.ndarray], np.ndarray],
     *,
     resamples: int = 2000,
@@ -110,7 +112,7 @@ def bootstrap_curve(
     counts : ndarray
         (images, l, ...) counts of each image, such as
         :func:`probekit.probes.metrics.count_by_image` gives.
-    images : sequence
+    images : sequence or ndarray
         The names of the images in the same order; ``np.unique(image_n)`` for ``count_by_image``.
     score : callable
         From summed counts (b, l, ...) to scores (b, l). The score must be a ratio of sums, or a

@@ -132,7 +132,7 @@ def _gap_interval(
 
 
 def compare_layers(
-    curve: Curve, layers: Sequence, *, alpha: float = 0.01, level: float = 0.95
+    curve: Curve, layers: Sequence | np.ndarray, *, alpha: float = 0.01, level: float = 0.95
 ) -> pd.DataFrame:
     """Compare each layer with the best of the others, and find the plateau.
 
@@ -142,7 +142,7 @@ def compare_layers(
     ----------
     curve : Curve
         Scores of l layers.
-    layers : sequence
+    layers : sequence or ndarray
         (l,) their names.
     alpha : float
         All layers that are as good as the best are in the plateau in 1 - alpha of studies. So it
@@ -254,7 +254,9 @@ def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
     )
 
 
-def curve_difference(a: Curve, b: Curve, layers: Sequence, *, level: float = 0.95) -> pd.DataFrame:
+def curve_difference(
+    a: Curve, b: Curve, layers: Sequence | np.ndarray, *, level: float = 0.95
+) -> pd.DataFrame:
     """Subtract curve b from curve a, point by point.
 
     The curves may be of two models, poolings or tasks, or selected layers of one curve.
@@ -263,7 +265,7 @@ def curve_difference(a: Curve, b: Curve, layers: Sequence, *, level: float = 0.9
     ----------
     a, b : Curve
         With the same seed and number of resamples; then shared images are paired.
-    layers : sequence
+    layers : sequence or ndarray
         (l,) names of the points.
     level : float
         Of each interval.

@@ -1,12 +1,12 @@
-"""Where in the image a probe finds what it finds: the local probe of each layer, asked of every image token."""
+"""Where in the image a probe sees its category: local probes applied to every image token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,16 +24,26 @@ from probekit.models.load import Vlm, load_vlm
 from probekit.models.processor import PreparedImage
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
 from probekit.probes import bootstrap, comparison
-from probekit.probes.probing import control_of, folder_of
-from probekit.probes.results import COLUMNS, ProbeResults
+from probekit.probes.probing import control_name
+from probekit.probes.results import ProbeResults, StateKey, order_columns
 from probekit.probes.weights import ProbeWeights
-from probekit.tasks.base import TaskInfo, task_infos
 
-VERSION = 2
-CHECKED = 4  # images that show whether tokens lie where they are drawn
-LEAVE_OUT = 'localise="" leaves it out'
-POOLINGS = ("mean", "image_mean")  # of these a probe's log-odds are the mean over tokens
+# Poolings for which a probe's log-odds are the mean of those of single tokens.
+POOLINGS = ("mean", "image_mean")
+
+# The metrics that localisation adds to the metrics table, see localisation_table.
 METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
+
+# Images that are looked at to check that tokens lie where the grid puts them.
+CHECKED_IMAGES = 4
+
+# Of what the files hold: files of another version are made again.
+VERSION = 3
+
+LEAVE_OUT = 'localise="" leaves it out'
+
+
+# ---- one image ----
 
 
 @dataclass(frozen=True)
@@ -42,238 +52,516 @@ class HeatMap:
 
     Attributes
     ----------
-    logit_ltc : log-odds of each class, (l, t, c); for ``image_mean`` the example's own are their mean over tokens, for
-        ``mean`` that over image and text tokens
-    cell_t4 : see :class:`probekit.models.token_grid.TokenGrid`
+    logit_ltc : ndarray
+        (l, t, c) log-odds of each class. With ``image_mean`` pooling the log-odds of the example
+        are the mean over its image tokens, with ``mean`` the mean over image and text tokens.
+    cells_t4 : ndarray
+        (t, 4) where each token lies, see :class:`probekit.models.token_grid.TokenGrid`.
     """
 
     logit_ltc: np.ndarray
-    cell_t4: np.ndarray
+    cells_t4: np.ndarray
 
     @cached_property
-    def above_ltc(self) -> np.ndarray:
-        """HeatMap: log-odds above the mean of the image's tokens, 0 for the others."""
-        values = self.logit_ltc.astype(np.float32)
-        return np.maximum(values - values.mean(1, keepdims=True), 0)
+    def heat_ltc(self) -> np.ndarray:
+        """Heat (l, t, c): log-odds above the mean of the image's tokens, 0 for the other tokens."""
+        logit_ltc = self.logit_ltc.astype(np.float32)
+        return np.maximum(logit_ltc - logit_ltc.mean(1, keepdims=True), 0)
 
 
-def heat(vlm: Vlm, prepared: Sequence[PreparedImage], linear: ProbeWeights, cells: Sequence[np.ndarray]) -> list[HeatMap]:
-    """Run images of one shape, each with its first prompt, and apply each layer's probe to every image token.
+def compute_heat(
+    vlm: Vlm,
+    prepared: Sequence[PreparedImage],
+    *,
+    weights: ProbeWeights,
+    cells: Sequence[np.ndarray],
+) -> list[HeatMap]:
+    """Run images through the model and apply each layer's probe to every image token.
 
-    No hidden states are kept: the probes are applied in the layers' hooks, on the device.
+    No hidden states are kept: the probes are applied on the device, in the hooks of the layers.
 
     Parameters
     ----------
-    cells : where each image's tokens lie
+    vlm : Vlm
+        The model.
+    prepared : sequence of PreparedImage
+        Images of one shape; each runs with its first prompt.
+    weights : ProbeWeights
+        Probes of all decoder layers.
+    cells : sequence of ndarray
+        (t, 4) where each image's tokens lie.
+
+    Returns
+    -------
+    list of HeatMap
+        One per image.
     """
-    raw = {layer: [part.to(vlm.device) for part in linear.raw(k)] for k, layer in enumerate(vlm.layers)}
-    shown = [torch.from_numpy(np.flatnonzero(one.image_masks[0])).to(vlm.device) for one in prepared]
-    logits: list[list[np.ndarray]] = [[] for _ in prepared]
+    probes = {}
+    for place, layer in enumerate(vlm.layers):
+        weight_dc, intercept_c = weights.raw_weights(place)
+        probes[layer] = (weight_dc.to(vlm.device), intercept_c.to(vlm.device))
+    image_tokens = []
+    for one in prepared:
+        tokens = torch.from_numpy(np.flatnonzero(one.image_masks[0]))
+        image_tokens.append(tokens.to(vlm.device))
+    logits_by_image: list[list[np.ndarray]] = [[] for _ in prepared]
 
-    def take(layer: str, hidden_ntd: torch.Tensor) -> None:
-        weight_dc, intercept_c = raw[layer]
-        for i, places in enumerate(shown):
-            logits[i].append((hidden_ntd[i, places].float() @ weight_dc + intercept_c).cpu().numpy())
+    def apply_probe(layer: str, hidden_ntd: torch.Tensor) -> None:
+        weight_dc, intercept_c = probes[layer]
+        for i, tokens in enumerate(image_tokens):
+            logit_tc = hidden_ntd[i, tokens].float() @ weight_dc + intercept_c
+            logits_by_image[i].append(logit_tc.cpu().numpy())
 
-    forward.read_layers(vlm, prepared, take)
-    return [HeatMap(np.stack(values), cell_t4) for values, cell_t4 in zip(logits, cells, strict=True)]
-
-
-def boxes_of(instances: pd.DataFrame) -> np.ndarray:
-    """(b, 4) left, top, right, bottom of instances of one image, in shares of its size."""
-    corners = np.stack([instances.x, instances.y, instances.x + instances.w, instances.y + instances.h], 1)
-    return corners / instances[["width", "height", "width", "height"]].to_numpy()
+    forward.read_layers(vlm, prepared, apply_probe)
+    return [
+        HeatMap(np.stack(logits), cells_t4)
+        for logits, cells_t4 in zip(logits_by_image, cells, strict=True)
+    ]
 
 
-def shares(found: HeatMap, boxes_b4: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """Which share of each class's heat lies in the boxes (l, c), and which share of the tokens.
+def relative_boxes(instances: pd.DataFrame) -> np.ndarray:
+    """Return the boxes of instances of one image in shares of its size.
 
-    None where the boxes cover all of the tokens, or none.
+    Parameters
+    ----------
+    instances : DataFrame
+        With the columns `x`, `y`, `w`, `h`, `width` and `height`, all in pixels.
+
+    Returns
+    -------
+    ndarray
+        (b, 4) left, top, right, bottom.
     """
-    inside_t = box_coverage(found.cell_t4, boxes_b4)
-    counts = np.isfinite(inside_t)
-    inside_t = np.nan_to_num(inside_t)
-    if not 0 < inside_t.sum() < counts.sum():
+    right = instances.x + instances.w
+    bottom = instances.y + instances.h
+    corners_b4 = np.stack([instances.x, instances.y, right, bottom], 1)
+    return corners_b4 / instances[["width", "height", "width", "height"]].to_numpy()
+
+
+class BoxShares(NamedTuple):
+    """How much of an image's heat lies in boxes.
+
+    Attributes
+    ----------
+    heat_lc : ndarray
+        (l, c) share of each class's heat that lies in the boxes.
+    area : float
+        Share of the tokens that lie there.
+    """
+
+    heat_lc: np.ndarray
+    area: float
+
+
+def box_shares(heat_map: HeatMap, boxes_b4: np.ndarray) -> BoxShares | None:
+    """Measure how much of the heat lies in boxes.
+
+    Parameters
+    ----------
+    heat_map : HeatMap
+        Of one image.
+    boxes_b4 : ndarray
+        (b, 4) boxes of that image, see :func:`relative_boxes`.
+
+    Returns
+    -------
+    BoxShares or None
+        None if the boxes cover all tokens or none, so that they tell nothing. A class without heat
+        has the share 0.
+    """
+    coverage_t = box_coverage(heat_map.cells_t4, boxes_b4)
+    in_image_t = np.isfinite(coverage_t)
+    coverage_t = np.nan_to_num(coverage_t)
+    if not 0 < coverage_t.sum() < in_image_t.sum():
         return None
-    heat = found.above_ltc.swapaxes(1, 2)
-    total = heat @ counts.astype(np.float32)
-    inside = heat @ (inside_t * counts).astype(np.float32)
-    return np.divide(inside, total, out=np.zeros_like(inside), where=total > 0), inside_t.sum() / counts.sum()
+    heat_lct = heat_map.heat_ltc.swapaxes(1, 2)
+    total_lc = heat_lct @ in_image_t.astype(np.float32)
+    inside_lc = heat_lct @ (coverage_t * in_image_t).astype(np.float32)
+    share_lc = np.divide(inside_lc, total_lc, out=np.zeros_like(inside_lc), where=total_lc > 0)
+    return BoxShares(share_lc, coverage_t.sum() / in_image_t.sum())
 
 
-# ------------------------------------------------------------------------------------------------------- a whole split
+def _score_categories(
+    heat_map: HeatMap,
+    instances: pd.DataFrame,
+    classes: Sequence[str],
+    learnable: Sequence[int] | np.ndarray,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the metrics (l,) of each category that the image shows in boxes and probes could learn.
+
+    Categories with a crowd are left out, since no box tells how far a crowd reaches. A category
+    that is shown only as a crowd does not count as absent either.
+    """
+    shown = set(instances.category)
+    crowds = set(instances.category[instances.iscrowd != 0])
+    absent = [k for k in learnable if classes[k] not in shown]
+    if not absent:
+        return
+    for k in learnable:
+        if classes[k] not in shown - crowds:
+            continue
+        of_category = instances[instances.category == classes[k]]
+        shares = box_shares(heat_map, relative_boxes(of_category))
+        if shares is None:
+            continue
+        heat_l = shares.heat_lc[:, k]
+        others_l = shares.heat_lc[:, absent].mean(1)
+        yield {
+            "heat_in_boxes": heat_l,
+            "others_in_boxes": others_l,
+            "area_in_boxes": np.full(len(others_l), shares.area),
+            "localisation": heat_l - others_l,
+        }
 
 
-def run(vlm: Vlm, rows: pd.DataFrame, linear: ProbeWeights, longest_side: int | None, batch_tokens: int
-        ) -> Iterator[tuple[int, HeatMap]]:
-    """The place in `rows` (columns `file`, `prompt`; an image each) and the heat of every example, batch by batch."""
-    works = loading.ahead(vlm.prompt_processor, longest_side, [shards.rows_of(rows)], 0)
-    grid, checked = TokenGrid(vlm), False
-    for batch in loading.batches(works, lambda: batch_tokens, lambda: "plain"):
-        images = [load_rgb(paths.Home.find().resolve(rows.file.iloc[work.rows[0]]), longest_side) for work in batch]
-        if not checked:
-            check_token_grid(vlm, images[:CHECKED], rows.prompt.iloc[0])
-            checked = True
-        prepared = [work.prepared for work in batch]
-        cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
-        for work, one in zip(batch, heat(vlm, prepared, linear, cells), strict=True):
-            yield int(work.rows[0]), one
+# ---- the test images of one model ----
 
 
-def table(found: dict[str, np.ndarray], image_n: np.ndarray, layers: Sequence[str], resamples: int) -> pd.DataFrame:
-    """Means over all pairs of image and category, with intervals over images, in the columns of the metrics table.
+def localisation_table(
+    scores: Mapping[str, np.ndarray],
+    image_n: np.ndarray,
+    *,
+    layers: Sequence[str],
+    resamples: int,
+) -> pd.DataFrame:
+    """Average over all pairs of image and category, with intervals over images.
 
     Parameters
     ----------
-    found : by metric, (n pairs, l)
-    image_n : (n,) which image a pair belongs to
+    scores : mapping of str to ndarray
+        (n, l) each of :data:`METRICS` for n pairs of image and category.
+    image_n : ndarray
+        (n,) the image of each pair.
+    layers : sequence of str
+        Names of the l layers.
+    resamples : int
+        Number of bootstrap samples.
+
+    Returns
+    -------
+    DataFrame
+        Rows of the metrics table. `heat_in_boxes` is the share of a category's heat in its boxes,
+        `others_in_boxes` the share that the heat of absent categories has there, `area_in_boxes`
+        the share of tokens there, and `localisation` the first minus the second, by which the
+        layers are compared.
     """
-    names, number = np.unique(image_n, return_inverse=True)
-    rows = []
+    images, image_number_n = np.unique(image_n, return_inverse=True)
+
+    def mean_score(total: np.ndarray) -> np.ndarray:
+        return total[..., 0] / total[..., 1].clip(1e-9)
+
+    tables = []
     for metric in METRICS:
-        counts = np.zeros((len(names), len(layers), 2))
-        np.add.at(counts, number, np.stack([found[metric], np.ones_like(found[metric])], -1))
-        curve = bootstrap.bootstrap_curve(counts, names, lambda total: total[..., 0] / total[..., 1].clip(1e-9), resamples)
-        lo, hi = bootstrap.bca_interval(curve)
-        row = pd.DataFrame({"layer": layers, "metric": metric, "class": "", "value": curve.score_l, "lo": lo, "hi": hi,
-                            "n": len(image_n)})
+        value_nl = scores[metric]
+        counts = np.zeros((len(images), len(layers), 2))
+        np.add.at(counts, image_number_n, np.stack([value_nl, np.ones_like(value_nl)], -1))
+        curve = bootstrap.bootstrap_curve(counts, images, mean_score, resamples=resamples)
+        lower, upper = bootstrap.bca_interval(curve)
+        table = pd.DataFrame(
+            {
+                "layer": layers,
+                "metric": metric,
+                "class": "",
+                "value": curve.score_l,
+                "lo": lower,
+                "hi": upper,
+                "n": len(image_n),
+            }
+        )
         if metric == "localisation":
-            row = row.merge(comparison.compare_layers(curve, layers)[["layer", *comparison.COLUMNS]], on="layer")
-        rows.append(row)
-    return pd.concat(rows, ignore_index=True)
+            compared = comparison.compare_layers(curve, layers)
+            table = table.merge(compared[["layer", *comparison.COLUMNS]], on="layer")
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _localise(store: Activations, rows: pd.DataFrame, classes: Sequence[str], instances: pd.DataFrame, linear: ProbeWeights,
-              keep: int, resamples: int, device: str | None) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The table of one store and task, and the heat of the first `keep` examples, by ``"<image_id>|<part>"``."""
-    kept, image_n, layers = {}, [], [layer for layer in store.layers if layer.startswith("lm.")]
-    found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    there, nothing = dict([*instances[instances.image_id.isin(rows.image_id)].groupby("image_id")]), instances[:0]
-    about = store.meta["settings"]
+class _Question(NamedTuple):
+    """What is asked about the test images, the same for all models."""
+
+    task: str
+    classes: Sequence[str]
+    instances: pd.DataFrame
+    keep: int
+    resamples: int
+
+
+def _localise(
+    activations: Activations,
+    question: _Question,
+    *,
+    weights: ProbeWeights,
+    device: str | None,
+    home: paths.Home,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Run one model over the test images: the table, and the tensors of the heat to keep."""
+    layers = [layer for layer in activations.layers if layer.startswith("lm.")]
+    examples = activations.examples
+    is_wanted = (examples.task == question.task) & (examples.split == "test")
+    rows = examples[is_wanted].reset_index(drop=True)
+    shown = question.instances[question.instances.image_id.isin(rows.image_id)]
+    instances_by_image = dict(iter(shown.groupby("image_id")))
+    no_instances = question.instances[:0]
+    stored: dict[str, np.ndarray] = {}
+    image_n = []
+    scores: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
+    settings = activations.meta["settings"]
+    vlm = _load_model(settings, device, home)
     try:
-        vlm = load_vlm(about["model"], about["revision"], about["dtype"], device, about["untrained"], about["seed"],
-                       about["trust_remote_code"])
-    except OSError as error:
-        raise OSError(f"{error}; for heat maps the model runs once more: {LEAVE_OUT}") from error
-    try:
-        seen = run(vlm, rows, linear, about["longest_side"], about["batch_tokens"])
-        for place, one in tqdm(seen, total=len(rows), desc=f"{store.folder.parent.name}: where", unit="image"):
-            image = rows.image_id.iloc[place]
-            if place < keep:
-                kept |= {f"{image}|logit": one.logit_ltc.astype(np.float16), f"{image}|cell": one.cell_t4}
-            for told in _pairs(one, there.get(image, nothing), classes, linear.learnt):
-                image_n.append(image)
-                for metric, values in told.items():
-                    found[metric].append(values)
+        heat_maps = _compute_all_heat(vlm, rows, weights=weights, settings=settings, home=home)
+        description = f"heat maps of {activations.meta['model']}"
+        for place, heat_map in tqdm(heat_maps, total=len(rows), desc=description, unit="image"):
+            image_id = rows.image_id.iloc[place]
+            if place < question.keep:
+                stored[_tensor_name(image_id, "logit_ltc")] = heat_map.logit_ltc.astype(np.float16)
+                stored[_tensor_name(image_id, "cells_t4")] = heat_map.cells_t4
+            instances = instances_by_image.get(image_id, no_instances)
+            for of_category in _score_categories(
+                heat_map, instances, question.classes, weights.learnable_classes
+            ):
+                image_n.append(image_id)
+                for metric, score_l in of_category.items():
+                    scores[metric].append(score_l)
     finally:
         vlm.release()
     if len(set(image_n)) < 2:
-        raise ValueError("fewer than two test images show a category of the task in a box that covers a part of them: "
-                         f"take more test images; {LEAVE_OUT}")
-    return table({metric: np.array(values) for metric, values in found.items()}, np.array(image_n), layers,
-                 resamples), kept
+        raise ValueError(
+            "fewer than two test images show a category of the task in a box that covers a part of "
+            f"them: take more test images; {LEAVE_OUT}"
+        )
+    table = localisation_table(
+        {metric: np.array(scores_nl) for metric, scores_nl in scores.items()},
+        np.array(image_n),
+        layers=layers,
+        resamples=question.resamples,
+    )
+    return table, stored
 
 
-def _pairs(found: HeatMap, own: pd.DataFrame, classes: Sequence[str], learnt: np.ndarray
-           ) -> Iterator[dict[str, np.ndarray]]:
-    """The metrics by layer (l,) of each category that an image shows in boxes, and that probes could learn.
-
-    Categories with a crowd, whose extent no box tells, are passed over; what is shown as a crowd alone is not absent.
-    """
-    shown, crowds = set(own.category), set(own.category[own.iscrowd != 0])
-    absent = [k for k in learnt if classes[k] not in shown]
-    for k in [k for k in learnt if classes[k] in shown - crowds]:
-        told = shares(found, boxes_of(own[own.category == classes[k]]))
-        if told and absent:
-            share_lc, area = told
-            others = share_lc[:, absent].mean(1)
-            yield {"heat_in_boxes": share_lc[:, k], "others_in_boxes": others,
-                   "area_in_boxes": np.full(len(others), area), "localisation": share_lc[:, k] - others}
-
-
-def _made(own: Path, make: Callable[[], tuple[pd.DataFrame, dict[str, np.ndarray]]]) -> str:
-    """Make table and heat and write them to `own`, where they are not there yet; the reason where there is nothing."""
-    if not (own / "heat.json").exists():
-        for older in own.parent.glob(f"{own.name.rpartition('-')[0]}-*/*"):
-            older.unlink()
-        nothing = ""
-        try:
-            told, kept = make()
-            paths.write_atomic(own / "localisation.parquet", told.to_parquet)
-            paths.write_atomic(own / "heat.safetensors", lambda part: save_file(kept, part))
-        except NoTokenGrid as error:
-            nothing = str(error)
-        paths.write_json(own / "heat.json", {"nothing": nothing})
-    return paths.read_json(own / "heat.json")["nothing"]
+def _load_model(settings: Mapping[str, Any], device: str | None, home: paths.Home) -> Vlm:
+    try:
+        return load_vlm(
+            settings["model"],
+            revision=settings["revision"],
+            dtype=settings["dtype"],
+            device=device,
+            untrained=settings["untrained"],
+            seed=settings["seed"],
+            trust_remote_code=settings["trust_remote_code"],
+            home=home,
+        )
+    except OSError as error:
+        raise OSError(f"{error}; heat maps need the model once more: {LEAVE_OUT}") from error
 
 
-def add_localisation(stores: Sequence[Activations], examples: pd.DataFrame, instances: pd.DataFrame, task: str, whole: ProbeResults,
-             folder: Path, keep: int = 100, resamples: int = 2000, device: str | None = None) -> ProbeResults:
-    """Ask the probes of a local task of every image token of all test images; what `folder` holds is read back.
+def _compute_all_heat(
+    vlm: Vlm,
+    rows: pd.DataFrame,
+    *,
+    weights: ProbeWeights,
+    settings: Mapping[str, Any],
+    home: paths.Home,
+) -> Iterator[tuple[int, HeatMap]]:
+    """Yield the place in `rows` and the heat of each example, batch by batch."""
+    longest_side = settings["longest_side"]
+    items = loading.prepare_images(
+        vlm.prompt_processor,
+        [shards.model_inputs(rows, home)],
+        longest_side=longest_side,
+        home=home,
+    )
+    batches = loading.fill_batches(
+        items, token_budget=lambda: settings["batch_tokens"], way=lambda: "plain"
+    )
+    grid = TokenGrid(vlm)
+    is_checked = False
+    for batch in batches:
+        places = [int(item.rows[0]) for item in batch]
+        prepared = [item.prepared for item in batch]
+        images = [load_rgb(home.resolve(rows.file.iloc[place]), longest_side) for place in places]
+        if not is_checked:
+            check_token_grid(vlm, images[:CHECKED_IMAGES], rows.prompt.iloc[0])
+            is_checked = True
+        cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
+        heat_maps = compute_heat(vlm, prepared, weights=weights, cells=cells)
+        yield from zip(places, heat_maps, strict=True)
 
-    The models run once more, over the test images. What has no heat (a model whose tokens have no known place in the
-    image, a store without "logreg" probes of decoder layers) is passed over with a line that says so.
+
+# ---- a run ----
+
+
+def add_localisation(
+    activations_list: Sequence[Activations],
+    *,
+    results: ProbeResults,
+    instances: pd.DataFrame,
+    task: str,
+    folder: Path,
+    keep: int = 100,
+    resamples: int = 2000,
+    device: str | None = None,
+    home: str | Path | paths.Home | None = None,
+) -> ProbeResults:
+    """Apply the probes of a local task to every image token of all test images.
+
+    The models run once more, over the test images. Heat that `folder` holds for these settings is
+    read back. What can have no heat (activations without ``"logreg"`` probes of decoder layers, a
+    model whose tokens have no known place in the image) is passed over with a line that says so.
 
     Parameters
     ----------
-    stores : of the run; those of input controls are passed over
-    instances : see :func:`probekit.tasks.building.load_instances`
-    task : name of a multilabel task whose classes are categories
-    whole : results of the run, with its "logreg" probes; poolings :data:`POOLINGS` are read
-    folder : of the run's results
-    keep : test examples whose heat is stored for the explorer
+    activations_list : sequence of Activations
+        Of the run; those of controls of the inputs are passed over.
+    results : ProbeResults
+        Of the run. The ``"logreg"`` probes of the poolings :data:`POOLINGS` are applied.
+    instances : DataFrame
+        See :func:`probekit.tasks.building.load_instances`.
+    task : str
+        Name of a multilabel task whose classes are categories.
+    folder : Path
+        Folder of the run's results.
+    keep : int
+        Number of test examples whose heat is stored for the explorer.
+    resamples : int
+        Number of bootstrap samples.
+    device : str, optional
+        Where the models run; the best one there is unless it is named.
+    home : str, Path or Home, optional
+        Where relative files start, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
     ProbeResults
-        With the rows of :data:`METRICS` added to its metrics, and the files of the kept heat.
+        With the rows of :data:`METRICS` in its metrics, and with the files of the stored heat.
+
+    Raises
+    ------
+    OSError
+        A model cannot be loaded again.
+    ValueError
+        Fewer than two test images show a category of the task in a box.
     """
-    about = task_infos(examples).get(task, TaskInfo("", (), ""))
-    if about.kind != "multilabel" or not set(about.classes) & set(instances.category):
+    home = paths.Home.find(home)
+    info = results.tasks.get(task)
+    if info is None or info.kind != "multilabel" or not set(info.classes) & set(instances.category):
         tqdm.write(f"no heat maps: this run has no task {task!r} about categories of its images")
-        return whole
-    rows = examples[(examples.task == task) & (examples.split == "test")].reset_index(drop=True)
-    tables, files = [], {}
-    fingerprints = {paths.fingerprint(one["record"]): one["fingerprint"] for one in whole.stores}
-    for store, pooling in product([store for store in stores if store.control == "none"], POOLINGS):
-        model, control = store.meta["model"], control_of(store)
-        key = "|".join((model, control, pooling, task))
-        if pooling not in store.poolings:
-            continue
-        if f"{key}|weight_ldc" not in whole.linear:
-            tqdm.write(f"no heat maps of {key}: it has no logreg probes of decoder layers")
-            continue
-        settings = fingerprints[paths.fingerprint(store.record)]
-        made_as = paths.fingerprint(VERSION, settings, keep, resamples)
-        own = folder_of(store, folder) / f"heat-{pooling}-{task}-{made_as}"
-        if nothing := _made(own, partial(_localise, store, rows, about.classes, instances, whole.probes(key), keep,
-                                         resamples, device)):
-            tqdm.write(nothing)
-            continue
-        tables.append(pd.read_parquet(own / "localisation.parquet").assign(
-            model=model, control=control, pooling=pooling, task=task, stage="lm", probe="logreg", split="test", seed=0,
-            settings=settings))
-        files[key] = paths.Home.find().relative(own / "heat.safetensors")
-    metrics = pd.concat([whole.metrics, *tables], ignore_index=True)[COLUMNS].astype({"plateau": "boolean"})
-    return replace(whole, metrics=metrics, heat=files)
+        return results
+    question = _Question(task, info.classes, instances, keep, resamples)
+    tables = [results.metrics]
+    heat = {}
+    for activations in activations_list:
+        for pooling in POOLINGS:
+            if activations.control != "none" or pooling not in activations.poolings:
+                continue
+            model = activations.meta["model"]
+            key = StateKey(model, control_name(activations), pooling, task)
+            weights = results.weights.get(key)
+            if weights is None:
+                name = ", ".join(key)
+                tqdm.write(f"no heat maps of {name}: it has no logreg probes of decoder layers")
+                continue
+            settings = _probe_fingerprint(results, activations)
+            version = paths.fingerprint(VERSION, settings, keep, resamples)
+            heat_folder = folder / activations.name / f"heat-{pooling}-{task}-{version}"
+            reason = _store_heat(
+                heat_folder,
+                activations,
+                question=question,
+                weights=weights,
+                device=device,
+                home=home,
+            )
+            if reason:
+                tqdm.write(reason)
+                continue
+            table = pd.read_parquet(heat_folder / "localisation.parquet")
+            columns = {**key._asdict(), "stage": "lm", "probe": "logreg", "split": "test"}
+            tables.append(table.assign(**columns, seed=0, settings=settings))
+            heat[key] = home.relative(heat_folder / "heat.safetensors")
+    metrics = order_columns(pd.concat(tables, ignore_index=True))
+    return replace(results, metrics=metrics, heat=heat)
+
+
+def _probe_fingerprint(results: ProbeResults, activations: Activations) -> str:
+    """Return what the column `settings` says for the probes of these activations."""
+    record = paths.fingerprint(activations.record)
+    for store in results.stores:
+        if paths.fingerprint(store["record"]) == record:
+            return store["fingerprint"]
+    raise ValueError(f"the results hold no probes of {activations.name}: run 03_probe again")
+
+
+def _store_heat(
+    folder: Path,
+    activations: Activations,
+    *,
+    question: _Question,
+    weights: ProbeWeights,
+    device: str | None,
+    home: paths.Home,
+) -> str:
+    """Write table and heat to `folder` unless they are there; return why there are none."""
+    record = folder / "heat.json"
+    if record.exists():
+        return paths.read_json(record)["reason"]
+    name_without_version = folder.name.rpartition("-")[0]
+    for file in folder.parent.glob(f"{name_without_version}-*/*"):
+        file.unlink()  # heat of other settings
+    reason = ""
+    try:
+        table, tensors = _localise(activations, question, weights=weights, device=device, home=home)
+    except NoTokenGrid as error:
+        reason = str(error)
+    else:
+
+        def save(path: Path) -> None:
+            save_file(tensors, path)
+
+        paths.write_atomic(folder / "localisation.parquet", table.to_parquet)
+        paths.write_atomic(folder / "heat.safetensors", save)
+    paths.write_json(record, {"reason": reason})
+    return reason
+
+
+def _tensor_name(image_id: object, part: str) -> str:
+    return f"{image_id}/{part}"
 
 
 class StoredHeat:
-    """The stored heat of a run's inspection set.
+    """The heat maps of a run that were stored for the explorer.
 
     Parameters
     ----------
-    files : by ``"<model>|<control>|<pooling>|<task>"``; those that are gone are passed over
+    heat : mapping of StateKey to str
+        The files, such as :attr:`probekit.probes.results.ProbeResults.heat`; those that are gone
+        are passed over.
+    home : str, Path or Home, optional
+        Where relative files start, see :meth:`probekit.paths.Home.find`.
+
+    Attributes
+    ----------
+    files : dict of StateKey to Path
+        The files that exist.
     """
 
-    def __init__(self, files: Mapping[str, str]):
-        there = {key: paths.Home.find().resolve(file) for key, file in files.items() if paths.Home.find().resolve(file).exists()}
-        self.files = {key: safe_open(file, framework="numpy") for key, file in there.items()}
-        self.names = {key: set(file.keys()) for key, file in self.files.items()}
+    def __init__(
+        self, heat: Mapping[StateKey, str], home: str | Path | paths.Home | None = None
+    ) -> None:
+        home = paths.Home.find(home)
+        self.files: dict[StateKey, Path] = {}
+        self._opened: dict[StateKey, Any] = {}
+        self._names: dict[StateKey, set[str]] = {}
+        for key, name in heat.items():
+            file = home.resolve(name)
+            if file.exists():
+                self.files[key] = file
+                self._opened[key] = safe_open(file, framework="numpy")
+                self._names[key] = set(self._opened[key].keys())
 
-    def get(self, key: str, image_id: int) -> HeatMap | None:
-        """The heat of a test image; None where none is stored."""
-        if f"{image_id}|logit" not in self.names.get(key, ()):
+    def get(self, key: StateKey, image_id: object) -> HeatMap | None:
+        """Return the heat map of a test image, or None where none is stored."""
+        logit_name = _tensor_name(image_id, "logit_ltc")
+        if logit_name not in self._names.get(key, set()):
             return None
-        file = self.files[key]
-        return HeatMap(file.get_tensor(f"{image_id}|logit"), file.get_tensor(f"{image_id}|cell"))
+        file = self._opened[key]
+        cells_name = _tensor_name(image_id, "cells_t4")
+        return HeatMap(file.get_tensor(logit_name), file.get_tensor(cells_name))

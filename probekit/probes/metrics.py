@@ -326,20 +326,25 @@ def score_table(
     def keep_tuned(key: ScoreKey) -> bool:
         return key.class_number is None and key.metric in tuned_metrics
 
-    resampling = {"image_n": image_n, "resamples": resamples, "seed": seed}
     counts = count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n)
-    scores, curves = _resample(counts, binary=binary, keep=keep, **resampling)
+    scores, curves = _resample(
+        counts, image_n=image_n, binary=binary, keep=keep, resamples=resamples, seed=seed
+    )
     if threshold_lc is not None:
         counts = count_by_image(
             p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, threshold_lc=threshold_lc
         )
-        tuned, tuned_curves = _resample(counts, binary=binary, keep=keep_tuned, **resampling)
+        tuned, tuned_curves = _resample(
+            counts, image_n=image_n, binary=binary, keep=keep_tuned, resamples=resamples, seed=seed
+        )
         for key, score_l in tuned.items():
             scores[ScoreKey(f"{key.metric}_tuned")] = score_l
         for key, curve in tuned_curves.items():
             curves[ScoreKey(f"{key.metric}_tuned")] = curve
     if by_class:
-        ranked = _resample_average_precision(p_lnc, y_nc, mask_nc=mask_nc, **resampling)
+        ranked = _resample_average_precision(
+            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, resamples=resamples, seed=seed
+        )
         for key, curve in ranked.items():
             if key.class_number is None or not binary:
                 curves[key] = curve
@@ -347,25 +352,30 @@ def score_table(
 
     class_names = ["no", "yes"] if binary else classes
     n_c = mask_nc.sum(0).astype(int)
-    n = int(mask_nc.sum())
+    n_all = int(mask_nc.sum())
+    no_bound_l = np.full(len(layers), np.nan)
     tables = []
     for key, score_l in scores.items():
-        of_all = key.class_number is None
-        lower, upper = np.nan, np.nan
+        lower_l, upper_l = no_bound_l, no_bound_l
         if key in curves:
-            lower, upper = bootstrap.bca_interval(curves[key])
+            lower_l, upper_l = bootstrap.bca_interval(curves[key])
+        name, n = "", n_all
+        if key.class_number is not None:
+            name = class_names[key.class_number]
+            n = n_all if binary else n_c[key.class_number]
         table = pd.DataFrame(
             {
                 "layer": layers,
                 "metric": key.metric,
-                "class": "" if of_all else class_names[key.class_number],
+                "class": name,
                 "value": score_l,
-                "lo": lower,
-                "hi": upper,
-                "n": n if binary or of_all else n_c[key.class_number],
+                "lo": lower_l,
+                "hi": upper_l,
+                "n": n,
             }
         )
-        if by_class and of_all and key.metric in COMPARED and np.isfinite(score_l).all():
+        is_compared = by_class and key.class_number is None and key.metric in COMPARED
+        if is_compared and np.isfinite(score_l).all():
             compared = _compare_in_stages(curves[key], layers, key.metric == "log_loss")
             table = table.merge(compared, on="layer", how="left")
         tables.append(table)
