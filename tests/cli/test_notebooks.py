@@ -1,65 +1,109 @@
 """The notebooks through their real entry point, at a small size."""
 
+from __future__ import annotations
+
 import nbformat
 import pandas as pd
+import pytest
 
-from tests.conftest import DEMO_MODELS, REAL_COCO, call, needs_real_coco
+from tests.conftest import DEMO_MODELS, REAL_COCO, needs_real_coco, run_notebooks
+
+pytestmark = pytest.mark.slow
+
+SHARDS = "data/activations/*/*/shards-*/shard-*"
+
+
+def modification_times(home):
+    return {path: path.stat().st_mtime_ns for path in sorted(home.glob(SHARDS))}
 
 
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
     table = pd.read_csv(demo / "figures" / "small" / "metrics.csv")
     assert set(table.model) == set(DEMO_MODELS)
     assert set(table.task) == {"caption", "category", "category_list"}
-    assert set(table.control) == {"none", "untrained", "no_image", "wrong_image", "shuffled", "control_task",
-                                  "majority", "name_alone", "bag_of_words", "word_order"}
+    assert set(table.control) == {
+        "none",
+        "untrained",
+        "no_image",
+        "wrong_image",
+        "shuffled",
+        "control_task",
+        "majority",
+        "name_alone",
+        "bag_of_words",
+        "word_order",
+    }
     assert set(table.probe) == {"logreg", "linear"}
+    assert set(table.stage) == {"lm", "vision", "projector"}
+    assert "heat_in_boxes" in set(table.metric)
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
-    assert set(table.stage) == {"lm", "vision", "projector"}
-    page = (demo / "figures" / "small" / "index.html").read_text()
+    page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
     assert page.count("<figure") == 32  # 30 of the tables, and an explorer for each model
-    assert "heat_in_boxes" in set(table.metric)
     executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
-    assert [p.stem[:2] for p in executed] == ["01", "02", "03", "04", "05"]
+    assert [path.stem[:2] for path in executed] == ["01", "02", "03", "04", "05"]
     for path in executed:
         assert path.stat().st_size < 3e6
         assert nbformat.read(path, 4).metadata.papermill["exception"] is None
 
 
-def test_a_second_run_reuses_what_is_there_from_any_folder(demo, tmp_path):
-    shards = sorted(demo.glob("data/activations/*/*/part-*/shard-*"))
-    before = {p: p.stat().st_mtime_ns for p in shards}
-    assert len(before) == 2 * 9 + 3  # 3 of images, 6 of prompts without one, which the untrained model is not asked
-    done = call(demo, cwd=tmp_path, run="small")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {p: p.stat().st_mtime_ns for p in sorted(demo.glob("data/activations/*/*/part-*/shard-*"))} == before
+def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
+    before = modification_times(demo)
+    # 3 shards of images per model, 6 of prompts without one (the untrained model has none)
+    assert len(before) == 2 * (3 + 6) + 3
+    result = run_notebooks(demo, cwd=tmp_path, run="small")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert modification_times(demo) == before
     assert not list(tmp_path.iterdir())
 
 
 def test_from_starts_in_the_middle(demo):
-    done = call(demo, "--from", "04", run="small", probe="linear")
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = run_notebooks(demo, "--from", "04", run="small", probe="linear")
+    assert result.returncode == 0, result.stderr[-3000:]
     newest = max((demo / "data" / "runs").iterdir())
-    assert [p.stem[:2] for p in sorted(newest.glob("*.ipynb"))] == ["04", "05"]
-    assert "A light probe (linear)" in (demo / "figures" / "small" / "index.html").read_text()
+    assert [path.stem[:2] for path in sorted(newest.glob("*.ipynb"))] == ["04", "05"]
+    page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
+    assert "A light probe (linear)" in page
 
 
-def test_a_failing_cell_is_shown_with_the_partial_notebook(home):
-    done = call(home, run="broken", dataset="data/coco/nowhere")
-    assert done.returncode == 1
-    assert "folders.read" in done.stderr and "does not exist" in done.stderr
-    path = done.stderr.strip().rpartition(": ")[2]
-    assert path.endswith("01_build_data.ipynb") and nbformat.read(path, 4).cells
+def test_a_failing_cell_is_shown_with_the_notebook_as_far_as_it_came(home):
+    result = run_notebooks(home, run="broken", dataset="data/coco/nowhere")
+    assert result.returncode == 1
+    assert "pk.build_examples" in result.stderr
+    assert "does not exist" in result.stderr
+    path = result.stderr.strip().rpartition(": ")[2]
+    assert path.endswith("01_build_data.ipynb")
+    assert nbformat.read(path, 4).cells
 
 
 @needs_real_coco
 def test_real_photographs_go_the_whole_way(home):
-    done = call(home, run="photos", dataset=REAL_COCO, train=120, validation=40, test=40, models="[tiny-qwen2-vl]",
-                controls="[wrong_image, shuffled]", codelength="no", strengths="[0.001, 0.1]", stages="[lm]")
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = run_notebooks(
+        home,
+        run="photos",
+        dataset=REAL_COCO,
+        train=120,
+        validation=40,
+        test=40,
+        models="[tiny-qwen2-vl]",
+        untrained="[]",
+        controls="[wrong_image, shuffled]",
+        codelength="no",
+        strengths="[0.001, 0.1]",
+        stages="[lm]",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
     table = pd.read_csv(home / "figures" / "photos" / "metrics.csv")
-    test = table[(table.split == "test") & (table.metric == "accuracy") & table["class"].isna() & (table.stage == "lm")]
-    assert test.groupby(["task", "probe"]).layer.nunique().eq(9).all() and test.value.between(0, 1).all()
-    assert set(table[table.task == "category"]["class"].dropna()) >= {"person", "dog", "car"}
-    names = {path.stem for path in (home / "figures" / "photos").glob("*.html")}
-    assert names >= {"global_and_local", "category_classes", "category_localisation", "explorer_tiny-qwen2-vl"}
+    is_score = (table.split == "test") & (table.metric == "accuracy") & table["class"].isna()
+    scores = table[is_score & (table.stage == "lm")]
+    assert scores.groupby(["task", "probe"]).layer.nunique().eq(9).all()
+    assert scores.value.between(0, 1).all()
+    categories = set(table[table.task == "category"]["class"].dropna())
+    assert categories >= {"person", "dog", "car"}
+    pages = {path.stem for path in (home / "figures" / "photos").glob("*.html")}
+    assert pages >= {
+        "global_and_local",
+        "category_classes",
+        "category_localisation",
+        "explorer_tiny-qwen2-vl",
+    }
