@@ -1,133 +1,220 @@
-"""Where the layers of an architecture are: one generic rule, and a small table of what deviates from it."""
+"""Where the layers of an architecture are: one generic rule, and a short table of special cases."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+# Names under which configs state the number of blocks.
+BLOCK_COUNT_NAMES = ("num_hidden_layers", "depth", "encoder_layers", "num_layers", "n_layers")
 
-@dataclass(frozen=True)
-class Special:
-    """What one architecture needs beside the generic rule.
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialCase:
+    """What one architecture needs besides the generic rule.
 
     Attributes
     ----------
-    prompt : how image and prompt are put together where the checkpoint has no chat template; ``{image}`` is the
-        processor's image token
-    streams : axis of hidden states that runs over parallel residual streams, where there are some
-    pixel_axis : axis of `pixel_values` along which several images stand one after the other
-    counted : image input whose values are numbers of patches, counted through all images of a batch
-    one_at_a_time : its processor cannot take several images in a call
-    no_vision : why its image encoder is not read, where it is a stack of blocks
-    projector : False where the image's vectors are made outside of `get_image_features`
+    prompt_format : str
+        How image and prompt are put together where the checkpoint has no chat template. ``{image}``
+        stands for the processor's image token, ``{prompt}`` for the prompt.
+    stream_axis : int or None
+        Axis of the hidden states that runs over parallel residual streams; None where there is one
+        stream.
+    pixel_axis : int
+        Axis of `pixel_values` along which the images of a batch follow one another.
+    patch_index_input : str or None
+        The image input whose values are indices of patches, counted through all images of a batch.
+    one_text_per_call : bool
+        Whether its processor takes only one text and its image per call.
+    why_no_vision : str or None
+        Why its image encoder is not read although it is a stack of blocks.
+    has_projector : bool
+        Whether ``get_image_features`` returns the vectors that the decoder gets.
     """
 
-    prompt: str = "{image}{prompt}"
-    streams: int | None = None
+    prompt_format: str = "{image}{prompt}"
+    stream_axis: int | None = None
     pixel_axis: int = 0
-    counted: str = ""
-    one_at_a_time: bool = False
-    no_vision: str = ""
-    projector: bool = True
+    patch_index_input: str | None = None
+    one_text_per_call: bool = False
+    why_no_vision: str | None = None
+    has_projector: bool = True
 
 
-SPECIAL: dict[str, Special] = {  # by `model_type` of config.json
-    "blip-2": Special("Question: {prompt} Answer:"),  # its processor puts the image tokens before the text by itself
-    "instructblip": Special("{prompt}"),
-    "kosmos-2": Special("{prompt}"),
-    "florence2": Special("{prompt}"),
-    "llama4": Special(projector=False),
-    "step3p7": Special(no_vision="runs twice"),
-    "mllama": Special(no_vision="pads inside"),
-    "aria": Special(one_at_a_time=True),
-    "minicpmv4_6": Special(pixel_axis=-1),
-    "minicpmv4_7": Special(pixel_axis=-1),
-    "molmo2": Special(counted="image_token_pooling"),
-    "gemma3n": Special(streams=0),
-    "qwen4_exp": Special(streams=-1),
-    "glm5_next": Special(streams=2),
+# By `model_type` of config.json. The processors of the first four place image tokens themselves.
+SPECIAL_CASES: dict[str, SpecialCase] = {
+    "blip-2": SpecialCase(prompt_format="Question: {prompt} Answer:"),
+    "instructblip": SpecialCase(prompt_format="{prompt}"),
+    "kosmos-2": SpecialCase(prompt_format="{prompt}"),
+    "florence2": SpecialCase(prompt_format="{prompt}"),
+    "llama4": SpecialCase(has_projector=False),
+    "step3p7": SpecialCase(why_no_vision="runs twice"),
+    "mllama": SpecialCase(why_no_vision="pads inside"),
+    "aria": SpecialCase(one_text_per_call=True),
+    "minicpmv4_6": SpecialCase(pixel_axis=-1),
+    "minicpmv4_7": SpecialCase(pixel_axis=-1),
+    "molmo2": SpecialCase(patch_index_input="image_token_pooling"),
+    "gemma3n": SpecialCase(stream_axis=0),
+    "qwen4_exp": SpecialCase(stream_axis=-1),
+    "glm5_next": SpecialCase(stream_axis=2),
 }
 
-DEPTH = ("num_hidden_layers", "depth", "encoder_layers", "num_layers", "n_layers")  # the number of blocks, in configs
+
+class LayerStack(NamedTuple):
+    """A module that runs a list of blocks one after the other, and that list."""
+
+    module: Any
+    blocks: nn.ModuleList
 
 
-def special(config) -> Special:
-    return SPECIAL.get(config.model_type, Special())
+def find_special_case(config: Any) -> SpecialCase:
+    """Return what the architecture of a config needs besides the generic rule."""
+    return SPECIAL_CASES.get(config.model_type, SpecialCase())
 
 
-def depth_of(config) -> int | None:
-    """Number of blocks that a config states."""
-    for name in DEPTH:
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
+def count_blocks(config: Any) -> int | None:
+    """Return the number of blocks that a config states, None where it states none."""
+    for name in BLOCK_COUNT_NAMES:
+        count = getattr(config, name, None)
+        if isinstance(count, int):
+            return count
     return None
 
 
-def reads_with_encoder(config) -> bool:
-    """Is the prompt read, with the image, by the bidirectional encoder of an encoder-decoder model?"""
+def has_text_encoder(config: Any) -> bool:
+    """Tell whether the bidirectional encoder of an encoder-decoder model reads the prompt."""
     return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
 
-def text_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that reads image and prompt together and ends with the final norm, and its blocks.
+def find_text_stack(model: Any) -> LayerStack:
+    """Find the module that reads image and prompt together and ends with the final norm.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+
+    Returns
+    -------
+    LayerStack
+        The decoder and its blocks; in an encoder-decoder model the text encoder and its blocks.
 
     Raises
     ------
     ValueError
-        No list of blocks of the length that the config states.
+        It has no list of as many blocks as the config states.
     """
-    config = model.config
-    if reads_with_encoder(config):
-        part = getattr(model, "language_model", model).get_encoder()
-        part = getattr(part, "text_model", part)
-        text = part.config
+    module: Any
+    if has_text_encoder(model.config):
+        encoder = getattr(model, "language_model", model).get_encoder()
+        module = getattr(encoder, "text_model", encoder)
+        block_count = count_blocks(module.config)
     else:
-        text, part = config.get_text_config(decoder=True), model.get_decoder()
-    return _owner(part, depth_of(text), nn.ModuleList()) or _fail(config, depth_of(text))
+        module = model.get_decoder()
+        block_count = count_blocks(model.config.get_text_config(decoder=True))
+    stack = _find_stack(module, block_count=block_count)
+    if stack is None:
+        raise ValueError(
+            f"{model.config.model_type}: its decoder has no list of {block_count} blocks, "
+            "so its layers cannot be read"
+        )
+    return stack
 
 
-def vision_stack(model: nn.Module, text_blocks: nn.ModuleList) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The image encoder that owns a list of blocks, and that list; None where it is no stack of blocks."""
-    part = model.get_encoder(modality="image") or model
-    vision = getattr(model.config, "vision_config", None) or getattr(part.config, "vision_config", None)
-    return _owner(part, depth_of(vision), text_blocks) if vision is not None and depth_of(vision) else None
+def find_vision_stack(model: Any, text_blocks: nn.ModuleList) -> LayerStack | None:
+    """Find the image encoder and its blocks.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    text_blocks : ModuleList
+        The blocks of the decoder, which are not to be mistaken for those of the image encoder.
+
+    Returns
+    -------
+    LayerStack or None
+        None where the image encoder is not a stack of blocks.
+    """
+    module: Any = model.get_encoder(modality="image") or model
+    config = getattr(model.config, "vision_config", None)
+    if config is None:
+        config = getattr(module.config, "vision_config", None)
+    if config is None or not count_blocks(config):
+        return None
+    return _find_stack(module, block_count=count_blocks(config), other_blocks=text_blocks)
 
 
-def _owner(part: nn.Module, length: int | None, other: nn.ModuleList) -> tuple[nn.Module, nn.ModuleList] | None:
-    taken = set(other.modules())
-    for module in part.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == length and not taken & set(child):
-                return module, child
+def _find_stack(
+    module: nn.Module, *, block_count: int | None, other_blocks: nn.ModuleList | None = None
+) -> LayerStack | None:
+    """Find the first module in `module` that has `block_count` blocks, none of `other_blocks`."""
+    excluded = set() if other_blocks is None else set(other_blocks.modules())
+    for parent in module.modules():
+        for child in parent.children():
+            if not isinstance(child, nn.ModuleList) or len(child) != block_count:
+                continue
+            if excluded.isdisjoint(child):
+                return LayerStack(parent, child)
     return None
 
 
-def _fail(config, length: int | None):
-    raise ValueError(f"{config.model_type}: no list of {length} blocks in its decoder: its layers cannot be read")
-
-
 def width_of(blocks: nn.ModuleList) -> int:
-    """d, the size of the hidden states between blocks: that of a block's own normalisation."""
-    norms = [(name.count("."), len(p)) for name, p in blocks[0].named_parameters() if "norm" in name and p.ndim == 1]
-    return min(norms)[1]
+    """Return d, the width of the hidden states between blocks: that of a block's outermost norm."""
+    norms = [
+        (name.count("."), len(parameter))
+        for name, parameter in blocks[0].named_parameters()
+        if "norm" in name and parameter.ndim == 1
+    ]
+    _, width = min(norms)
+    return width
 
 
-def without_head(model: nn.Module) -> nn.Module:
-    """The base model; where there is none, the model itself with its language-model head taken out."""
+def remove_head(model: Any) -> Any:
+    """Return the base model; where there is none, the model with its language-model head taken out.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Changed in place where it has no base model.
+
+    Returns
+    -------
+    torch.nn.Module
+    """
     if model.base_model is not model:
         return model.base_model
     head = model.get_output_embeddings()
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is head and head is not None and not isinstance(child, nn.Embedding):
-                setattr(module, name, nn.Identity())
+    if head is None or isinstance(head, nn.Embedding):
+        return model
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is head:
+                setattr(parent, name, nn.Identity())
     return model
 
 
-def merge_streams(hidden: torch.Tensor, rule: Special, width: int) -> torch.Tensor:
-    """(n, t, d) hidden states; parallel residual streams, on an axis or side by side in the last one, are averaged."""
-    if rule.streams is None:
+def merge_streams(hidden: torch.Tensor, special_case: SpecialCase, *, width: int) -> torch.Tensor:
+    """Average parallel residual streams.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        (n, t, d) hidden states; with parallel streams they have one more axis, or the streams stand
+        side by side in the last axis.
+    special_case : SpecialCase
+    width : int
+        d, the width of one stream.
+
+    Returns
+    -------
+    Tensor
+        (n, t, d); `hidden` itself where there is one stream.
+    """
+    if special_case.stream_axis is None:
         return hidden
-    return hidden.mean(rule.streams) if hidden.ndim > 3 else hidden.unflatten(-1, (-1, width)).mean(-2)
+    if hidden.ndim > 3:
+        return hidden.mean(special_case.stream_axis)
+    return hidden.unflatten(-1, (-1, width)).mean(-2)

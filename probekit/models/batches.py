@@ -1,4 +1,4 @@
-"""Prepared images and prompts as one batch: what goes into a forward pass, and which of it is padding."""
+"""Prepared images and prompts as one batch: the inputs of a forward pass, and their padding."""
 
 from __future__ import annotations
 
@@ -12,90 +12,218 @@ from probekit.models.processor import PreparedImage
 
 
 def input_shape(prepared: PreparedImage) -> tuple:
-    """Prepared images of one shape fit into one batch."""
-    return (prepared.prefix_length, *((key, values.shape[1:]) for key, values in prepared.image_inputs.items()))
+    """Return the shape of an image's inputs; images of one shape fit into one batch."""
+    shapes = [(name, values.shape[1:]) for name, values in prepared.image_inputs.items()]
+    return (prepared.prefix_length, *shapes)
 
 
 def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Token arrays of n examples as one batch, padded on the right; nothing is cut off."""
+    """Put the tokens of n examples into one batch, padded on the right; nothing is cut off.
+
+    Parameters
+    ----------
+    vlm : Vlm
+    rows : sequence of dict of str to ndarray
+        See :attr:`probekit.models.processor.PreparedImage.tokens`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (n, t, ...) on the model's device, ``attention_mask`` among them.
+    """
     batch = {}
-    for key in rows[0]:
-        fill = vlm.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
-        length = max(len(row[key]) for row in rows)
-        batch[key] = torch.from_numpy(np.stack([
-            np.pad(row[key], [(0, length - len(row[key])), *[(0, 0)] * (row[key].ndim - 1)], constant_values=fill)
-            for row in rows
-        ]))
+    for name in rows[0]:
+        padding = vlm.processor.tokenizer.pad_token_id if name == "input_ids" else 0
+        batch[name] = _stack_padded([row[name] for row in rows], padding=padding or 0)
     if "attention_mask" not in batch:
-        batch["attention_mask"] = pad_masks([np.ones(len(row["input_ids"]), int) for row in rows],
-                                         batch["input_ids"].shape[1], "cpu")
-    return vlm.place(batch)
+        masks = [np.ones(len(row["input_ids"]), dtype=int) for row in rows]
+        batch["attention_mask"] = _stack_padded(masks)
+    return vlm.to_device(batch)
 
 
-def batch_images(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-    """What belongs to the images, each as often as `counts` says, one after the other."""
-    order = [i for i, count in enumerate(counts or [1] * len(prepared)) for _ in range(count)]
-    parts = {key: [prepared[i].image_inputs[key] for i in order] for key in prepared[0].image_inputs}
-    if (counted := vlm.special.counted) and parts:
-        starts = np.cumsum([0, *(pixels.shape[:2].numel() for pixels in parts["pixel_values"])]).tolist()
-        parts[counted] = [torch.where(part < 0, part, part + start)
-                          for part, start in zip(parts[counted], starts, strict=False)]
-    axes = {"pixel_values": vlm.special.pixel_axis}
-    return vlm.place({key: torch.cat(values, axes.get(key, 0)) for key, values in parts.items()})
+def batch_images(
+    vlm: Vlm, prepared: Sequence[PreparedImage], *, counts: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Put the inputs of b images into one batch, one after the other.
+
+    Parameters
+    ----------
+    vlm : Vlm
+    prepared : sequence of PreparedImage
+        Of one shape (:func:`input_shape`).
+    counts : sequence of int or None
+        How often each image is repeated; None takes each once.
+
+    Returns
+    -------
+    dict of str to Tensor
+        On the model's device; the first axis runs over parts of images.
+    """
+    repeated: list[PreparedImage] = []
+    for image, count in zip(prepared, counts or [1] * len(prepared), strict=True):
+        repeated += [image] * count
+    parts = {
+        name: [image.image_inputs[name] for image in repeated] for name in prepared[0].image_inputs
+    }
+    index_input = vlm.special_case.patch_index_input
+    if index_input is not None and parts:
+        parts[index_input] = _count_through(parts[index_input], parts["pixel_values"])
+    batch = {}
+    for name, values in parts.items():
+        axis = vlm.special_case.pixel_axis if name == "pixel_values" else 0
+        batch[name] = torch.cat(values, axis)
+    return vlm.to_device(batch)
 
 
-def pad_masks(masks: Sequence[np.ndarray], length: int, device: str) -> torch.Tensor:
-    rows = [np.pad(mask[:length], (0, max(0, length - len(mask)))) for mask in masks]
-    return torch.from_numpy(np.stack(rows)).to(device)
+def _count_through(
+    indices: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Turn indices of patches within each image into indices within the batch.
+
+    Negative ones mean no patch, and stay.
+    """
+    shifted = []
+    start = 0
+    for index, pixel in zip(indices, pixels, strict=True):
+        shifted.append(torch.where(index < 0, index, index + start))
+        start += pixel.shape[:2].numel()
+    return shifted
+
+
+def pad_masks(masks: Sequence[np.ndarray], *, length: int, device: str) -> torch.Tensor:
+    """Stack masks of tokens, each cut off or filled up with zeros to one length.
+
+    Parameters
+    ----------
+    masks : sequence of ndarray
+        n masks, (t,) each.
+    length : int
+        Number of tokens wanted.
+    device : str
+
+    Returns
+    -------
+    Tensor
+        (n, length).
+    """
+    return _stack_padded([mask[:length] for mask in masks], length=length).to(device)
+
+
+def _stack_padded(
+    arrays: Sequence[np.ndarray], *, length: int | None = None, padding: int = 0
+) -> torch.Tensor:
+    """Stack (t, ...) arrays, each filled up at the end; by default to the length of the longest."""
+    if length is None:
+        length = max(len(array) for array in arrays)
+    padded = []
+    for array in arrays:
+        widths = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
+        padded.append(np.pad(array, widths, constant_values=padding))
+    return torch.from_numpy(np.stack(padded))
 
 
 def patch_mask(prepared: Sequence[PreparedImage], p: int) -> torch.Tensor:
-    """(b, p) True at patches that are no padding, from whatever mask the processor gives with the images.
+    """Find the patches that are no padding, from whatever mask the processor gives with the images.
+
+    Parameters
+    ----------
+    prepared : sequence of PreparedImage
+        b images.
+    p : int
+        Number of patches of each image.
+
+    Returns
+    -------
+    Tensor
+        (b, p) bool, True at real patches.
 
     Raises
     ------
     ValueError
         A mask says that there is padding, but not at which patches.
     """
-    real = torch.ones(len(prepared), p, dtype=torch.bool)
-    for i, one in enumerate(prepared):
-        masks = {key: mask for key, mask in one.image_inputs.items() if "mask" in key}
-        if "image_position_ids" in one.image_inputs:
-            masks["image_position_ids"] = (one.image_inputs["image_position_ids"] >= 0).all(-1)
-        for key, mask in masks.items():
-            mask = mask.bool()
-            side = int((mask.numel() / p) ** 0.5)  # of a patch, where the mask is about pixels
+    real_bp = torch.ones(len(prepared), p, dtype=torch.bool)
+    for i, image in enumerate(prepared):
+        for name, mask in _padding_masks(image).items():
             if mask.all():
                 continue
-            if mask.numel() == p:
-                real[i] &= mask.reshape(p)
-            elif mask.ndim > 2 and side * side * p == mask.numel() and not mask.shape[-1] % side:
-                pixels = mask.reshape(-1, 1, *mask.shape[-2:]).float()
-                real[i] &= torch.nn.functional.max_pool2d(pixels, side).reshape(p) > 0
-            else:
-                raise ValueError(f"{key} pads the image, but not patch by patch: leave the stage vision out")
-    return real
+            mask_p = _mask_by_patch(mask, p)
+            if mask_p is None:
+                raise ValueError(
+                    f"{name} pads the image, but not patch by patch: leave the stage vision out"
+                )
+            real_bp[i] &= mask_p
+    return real_bp
+
+
+def _padding_masks(prepared: PreparedImage) -> dict[str, torch.Tensor]:
+    """Return those inputs of an image that say what is padding, True where it is not."""
+    masks = {
+        name: values.bool() for name, values in prepared.image_inputs.items() if "mask" in name
+    }
+    positions = prepared.image_inputs.get("image_position_ids")
+    if positions is not None:
+        masks["image_position_ids"] = (positions >= 0).all(-1)
+    return masks
+
+
+def _mask_by_patch(mask: torch.Tensor, p: int) -> torch.Tensor | None:
+    """(p,) bool from a mask of patches, or of pixels in square patches; None from any other."""
+    if mask.numel() == p:
+        return mask.reshape(p)
+    side = int((mask.numel() / p) ** 0.5)
+    is_square = side * side * p == mask.numel()
+    if mask.ndim <= 2 or not is_square or mask.shape[-1] % side:
+        return None
+    pixels = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    return torch.nn.functional.max_pool2d(pixels, side).reshape(p) > 0
 
 
 def shared_prefix_length(prepared: Sequence[PreparedImage]) -> int:
-    """Number of leading tokens that the prompts of each image share; every prompt keeps a token of its own.
+    """Count the leading tokens that the prompts of each image share.
+
+    The last token of a prompt is never shared, so that every prompt has a suffix.
+
+    Parameters
+    ----------
+    prepared : sequence of PreparedImage
+        b images of one shape.
+
+    Returns
+    -------
+    int
+        The same for all b images.
 
     Raises
     ------
     ValueError
         The prompts, or something else that belongs to the prefix, differ before the image ends.
     """
-    p = min(len(row["input_ids"]) for one in prepared for row in one.tokens) - 1
-    for one in prepared:
-        first = one.tokens[0]["input_ids"]
-        for row in one.tokens[1:]:
-            differ = np.flatnonzero(row["input_ids"][:p] != first[:p])
-            p = min(p, int(differ[0])) if len(differ) else p
-    if p < max(one.prefix_length for one in prepared):
-        raise ValueError("prompts differ before the image ends, so that it cannot be shared: take sharing=\"off\"")
-    for first, row in ((one.tokens[0], row) for one in prepared for row in one.tokens[1:]):
-        for key, values in row.items():
-            aligned = p if len(values) == len(row["input_ids"]) else None
-            if key != "attention_mask" and not np.array_equal(values[:aligned], first[key][:aligned]):
-                raise ValueError(f"{key} differs between the prompts of an image")
-    return p
+    length = min(len(row["input_ids"]) for image in prepared for row in image.tokens) - 1
+    for image in prepared:
+        first_ids = image.tokens[0]["input_ids"]
+        for row in image.tokens[1:]:
+            differing = np.flatnonzero(row["input_ids"][:length] != first_ids[:length])
+            if len(differing):
+                length = min(length, int(differing[0]))
+    if length < max(image.prefix_length for image in prepared):
+        raise ValueError(
+            'prompts differ before the image ends, so that it cannot be shared: take sharing="off"'
+        )
+    for image in prepared:
+        for row in image.tokens[1:]:
+            _check_prefix(row, image.tokens[0], length)
+    return length
+
+
+def _check_prefix(row: dict[str, np.ndarray], first: dict[str, np.ndarray], length: int) -> None:
+    """Refuse tokens whose prefix differs from the first prompt's.
+
+    Inputs that do not have one entry per token must be the same in full.
+    """
+    for name, values in row.items():
+        if name == "attention_mask":
+            continue
+        end = length if len(values) == len(row["input_ids"]) else None
+        if not np.array_equal(values[:end], first[name][:end]):
+            raise ValueError(f"{name} differs between the prompts of an image")

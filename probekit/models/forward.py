@@ -1,23 +1,36 @@
-"""Forward passes that leave every layer's pooled states: plain, or with each image run once for all its prompts."""
+"""Forward passes that pool every layer's hidden states on the way.
+
+They are plain, or they run each image once for all its prompts.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache
 
-from probekit.models import batches
-from probekit.models.architectures import reads_with_encoder
-from probekit.models.hooks import Take, decoder_tapped, encoder_tapped
+from probekit.models.architectures import has_text_encoder
+from probekit.models.batches import (
+    batch_images,
+    batch_tokens,
+    pad_masks,
+    patch_mask,
+    shared_prefix_length,
+)
+from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
 from probekit.models.pooling import Pooler, Prefix
 from probekit.models.processor import PreparedImage
 
-States = dict[str, torch.Tensor]  # "<layer>/<pooling>" to float32: lm (n, d), vision and projector (b, d)
+# From "<layer>/<pooling>" to float32: (n, d) of the decoder, (b, d) of image encoder and projector.
+States = dict[str, torch.Tensor]
+
 WAYS = {
     "shared": "each image runs once for all its prompts",
     "encoded": "each image is encoded once, but every prompt runs from its start",
@@ -27,41 +40,53 @@ WAYS = {
 
 
 @torch.inference_mode()
-def run_pooled(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str] = ("lm",),
-        way: str = "plain") -> States:
-    """All k prompts of b images through the model.
+def run_pooled(
+    vlm: Vlm,
+    prepared: Sequence[PreparedImage],
+    *,
+    poolings: Sequence[str],
+    stages: Sequence[str] = ("lm",),
+    way: str = "plain",
+) -> States:
+    """Run b images with all their prompts, n in all, and pool each layer's hidden states.
 
     Parameters
     ----------
-    prepared : b images of one shape (:func:`probekit.models.batches.input_shape`), with their prompts
-    stages : names out of :data:`probekit.extraction.shards.STAGES`; where "lm" is not among them the decoder does not run
-    way : out of :data:`WAYS`
+    vlm : Vlm
+    prepared : sequence of PreparedImage
+        b images of one shape (:func:`probekit.models.batches.input_shape`), with their prompts.
+    poolings : sequence of str
+        Out of :data:`probekit.models.pooling.POOLINGS`.
+    stages : sequence of {"lm", "vision", "projector"}
+        Without "lm" the decoder does not run.
+    way : str
+        Out of :data:`WAYS`.
 
     Returns
     -------
-    dict
-        ``"lm.03/mean"`` is (n, d), examples in the order of images and their prompts; ``"vision.03/mean"`` and
-        ``"projector/mean"`` are (b, d).
+    dict of str to Tensor
+        ``"lm.03/mean"`` is (n, d), examples in the order of images and their prompts;
+        ``"vision.03/mean"`` and ``"projector/mean"`` are (b, d).
 
     Raises
     ------
     ValueError
-        Prompts differ before the image ends ("shared"), or the decoder got another number of image vectors than the
-        processor announced.
+        The model cannot go this way, or its image encoder makes another number of image vectors
+        than its processor announced.
     """
-    states: States = {}
-    if "lm" not in stages and hasattr(vlm.model, "get_image_features"):
-        _encode(vlm, prepared, [1] * len(prepared), poolings, stages, states)
+    encoder_is_enough = "lm" not in stages and hasattr(vlm.model, "get_image_features")
+    if way == "alone" and not encoder_is_enough:
+        return _run_alone(vlm, prepared, poolings=poolings, stages=stages)
+    forward_pass = _PooledPass(vlm, prepared, poolings=poolings, stages=stages)
+    if encoder_is_enough:
+        forward_pass.run_encoder()
     elif way == "shared":
-        _shared(vlm, prepared, poolings, stages, states)
-    elif way == "alone":
-        each = [run_pooled(vlm, [one.with_prompt(k)], poolings, stages) for one in prepared for k in range(len(one.tokens))]
-        firsts = np.cumsum([0, *(len(one.tokens) for one in prepared[:-1])])
-        states |= {key: torch.cat([each[i][key] for i in (range(len(each)) if key.startswith("lm.") else firsts)])
-                   for key in each[0]}
+        forward_pass.run_shared()
+    elif way == "encoded":
+        forward_pass.run_encoded()
     else:
-        _plain(vlm, prepared, poolings, stages, states, way == "encoded")
-    return states
+        forward_pass.run_plain()
+    return forward_pass.states
 
 
 @torch.inference_mode()
@@ -70,161 +95,293 @@ def read_layers(vlm: Vlm, prepared: Sequence[PreparedImage], take: Take) -> None
 
     Parameters
     ----------
-    take : called as ``take(layer, hidden_ntd)`` for each layer of the decoder, padded on the right
+    vlm : Vlm
+    prepared : sequence of PreparedImage
+    take : callable
+        Called as ``take(layer, hidden_ntd)`` for each layer of the decoder; padding is on the
+        right.
     """
-    tokens = batches.batch_tokens(vlm, [one.tokens[0] for one in prepared])
-    with decoder_tapped(vlm, take):
-        vlm.model(**tokens, **batches.batch_images(vlm, prepared), **_options(vlm, len(prepared)))
+    tokens = batch_tokens(vlm, [image.tokens[0] for image in prepared])
+    with tap_decoder(vlm, take):
+        vlm.model(**tokens, **batch_images(vlm, prepared), **_forward_options(vlm, len(prepared)))
 
 
-def _options(vlm: Vlm, n: int) -> dict:
-    if not reads_with_encoder(vlm.config):
-        return {"use_cache": False}
-    token = torch.zeros(n, 1, dtype=torch.long, device=vlm.device)  # nobody reads the decoder: a single token will do
-    return {"use_cache": False, "decoder_input_ids": token}
+def _run_alone(
+    vlm: Vlm,
+    prepared: Sequence[PreparedImage],
+    *,
+    poolings: Sequence[str],
+    stages: Sequence[str],
+) -> States:
+    """Run one plain pass per prompt; of the image encoder keep what each first prompt gave."""
+    of_prompts: list[States] = []
+    of_first_prompts: list[States] = []
+    for image in prepared:
+        for k in range(len(image.tokens)):
+            states = run_pooled(vlm, [image.with_prompt(k)], poolings=poolings, stages=stages)
+            of_prompts.append(states)
+            if k == 0:
+                of_first_prompts.append(states)
+    joined = {}
+    for key in of_prompts[0]:
+        rows = of_prompts if key.startswith("lm.") else of_first_prompts
+        joined[key] = torch.cat([states[key] for states in rows])
+    return joined
 
 
-# ------------------------------------------------------------------------------------------------------- the passes
+class _PooledPass:
+    """One batch on its way through a model; `states` fills up while it runs."""
 
+    def __init__(
+        self,
+        vlm: Vlm,
+        prepared: Sequence[PreparedImage],
+        *,
+        poolings: Sequence[str],
+        stages: Sequence[str],
+    ) -> None:
+        self.vlm = vlm
+        self.prepared = prepared
+        self.poolings = poolings
+        self.stages = stages
+        self.states: States = {}
+        self.rows = [row for image in prepared for row in image.tokens]
+        self.prompt_counts = [len(image.tokens) for image in prepared]
+        owner_n = torch.repeat_interleave(torch.tensor(self.prompt_counts))
+        self.owner_n = owner_n.to(vlm.device)  # (n,) which image each prompt belongs to
 
-def _plain(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str], states: States,
-           encode_once: bool) -> None:
-    counts = [len(one.tokens) for one in prepared]
-    tokens = batches.batch_tokens(vlm, [row for one in prepared for row in one.tokens])
-    shown = batches.pad_masks([mask for one in prepared for mask in one.image_masks], tokens["input_ids"].shape[1], vlm.device)
-    pooler = Pooler(poolings, tokens["attention_mask"], shown)
+    def run_plain(self) -> None:
+        """Run every prompt from its start, with its image."""
+        vlm = self.vlm
+        tokens = batch_tokens(vlm, self.rows)
+        images = batch_images(vlm, self.prepared, counts=self.prompt_counts)
+        options = _forward_options(vlm, len(self.rows))
+        with (
+            tap_decoder(vlm, self._pool_whole_prompts(tokens)),
+            self._pool_encoder(self.prompt_counts),
+        ):
+            vlm.model(**tokens, **images, **options)
 
-    def take(layer: str, hidden_ntd: torch.Tensor) -> None:
-        states.update({f"{layer}/{name}": values for name, values in pooler.pool(hidden_ntd).items()})
+    def run_encoded(self) -> None:
+        """Run the image encoder once per image, then every prompt from its start."""
+        vlm = self.vlm
+        if "mm_encoder_outputs" not in vlm.forward_arguments:
+            # A model that swallows any keyword would not see the image, and would not say so.
+            raise ValueError("it does not take its image encoder's output back")
+        tokens = batch_tokens(vlm, self.rows)
+        options = _forward_options(vlm, len(self.rows))
+        features = self.run_encoder()
+        images: dict[str, torch.Tensor | None] = {}
+        for name, value in batch_images(vlm, self.prepared, counts=self.prompt_counts).items():
+            images[name] = None if value.is_floating_point() else value
+        repeated = _repeat_for_prompts(features, self.owner_n, image_count=len(self.prepared))
+        with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
+            vlm.model(**tokens, **images, mm_encoder_outputs={"image": repeated}, **options)
 
-    options = _options(vlm, len(shown))
-    with decoder_tapped(vlm, take):
-        if encode_once:
-            if "mm_encoder_outputs" not in vlm.takes:  # one that swallows any keyword would not see the image
-                raise ValueError("it does not take its image encoder's output back")
-            images, features = _encode(vlm, prepared, counts, poolings, stages, states)
-            vlm.model(**tokens, **images, mm_encoder_outputs={"image": features}, **options)
-        else:
-            with _encoder_read(vlm, prepared, counts, poolings, stages, states):
-                vlm.model(**tokens, **batches.batch_images(vlm, prepared, counts), **options)
-
-
-def _shared(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Sequence[str], stages: Sequence[str], states: States
-            ) -> None:
-    """Each image and what comes before it once, with a key-value cache; then only the prompts' own tokens."""
-    if reads_with_encoder(vlm.config):
-        raise ValueError("its prompts are read by a bidirectional encoder")
-    rows, p = [row for one in prepared for row in one.tokens], batches.shared_prefix_length(prepared)
-    owner_n = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens], device=vlm.device)
-    before = batches.batch_tokens(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-    kept = [key for key in ("input_ids", "attention_mask") if key in rows[0]]
-    own = batches.batch_tokens(vlm, [{key: row[key][p:] for key in kept} for row in rows])
-    prefix = Prefix(batches.pad_masks([one.image_masks[0] for one in prepared], p, vlm.device), owner_n)
-    pooler = Pooler(poolings, own["attention_mask"], None, prefix)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    cache = DynamicCache(config=vlm.stack.config)
-
-    def take_prefix(layer: str, hidden_btd: torch.Tensor) -> None:
-        parts[layer] = pooler.prefix_part(hidden_btd)
-
-    def take(layer: str, hidden_ntd: torch.Tensor) -> None:
-        pooled = pooler.pool(hidden_ntd, parts.pop(layer))
-        states.update({f"{layer}/{name}": values for name, values in pooled.items()})
-
-    with ExitStack() as taps:
-        taps.enter_context(decoder_tapped(vlm, take_prefix))
-        seen = taps.enter_context(_positions(vlm.stack))
-        taps.enter_context(_encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states))
-        vlm.model(**before, **batches.batch_images(vlm, prepared), **caching(vlm.model, cache))
-    cache.reorder_cache(owner_n)
-    positions = _continued(seen[0], owner_n, own["input_ids"].shape[1])
-    with decoder_tapped(vlm, take):
-        vlm.stack(
-            input_ids=own["input_ids"], **caching(vlm.stack, cache),
-            attention_mask=torch.cat([own["attention_mask"].new_ones(len(rows), p), own["attention_mask"]], 1),
-            **({} if positions is None else {"position_ids": positions}),
+    def run_shared(self) -> None:
+        """Run the prefix of each image once, with a key-value cache; then only the suffixes."""
+        vlm = self.vlm
+        if has_text_encoder(vlm.config):
+            raise ValueError("its prompts are read by a bidirectional encoder")
+        prefix_length = shared_prefix_length(self.prepared)
+        prefix_tokens = batch_tokens(
+            vlm,
+            [
+                {name: values[:prefix_length] for name, values in image.tokens[0].items()}
+                for image in self.prepared
+            ],
         )
+        text_inputs = [name for name in ("input_ids", "attention_mask") if name in self.rows[0]]
+        suffix_tokens = batch_tokens(
+            vlm, [{name: row[name][prefix_length:] for name in text_inputs} for row in self.rows]
+        )
+        image_bt = pad_masks(
+            [image.image_masks[0] for image in self.prepared],
+            length=prefix_length,
+            device=vlm.device,
+        )
+        pooler = Pooler(
+            self.poolings, suffix_tokens["attention_mask"], prefix=Prefix(image_bt, self.owner_n)
+        )
+        pooled_prefixes: dict[str, dict[str, torch.Tensor]] = {}
+        cache = DynamicCache(config=vlm.stack.config)
+
+        def take_prefix(layer: str, hidden_btd: torch.Tensor) -> None:
+            pooled_prefixes[layer] = pooler.pool_prefix(hidden_btd)
+
+        def take_suffix(layer: str, hidden_ntd: torch.Tensor) -> None:
+            pooled = pooler.pool(hidden_ntd, pooled_prefixes.pop(layer))
+            self._add_states(layer, pooled)
+
+        with (
+            tap_decoder(vlm, take_prefix),
+            _record_positions(vlm.stack) as positions,
+            self._pool_encoder([1] * len(self.prepared)),
+        ):
+            vlm.model(
+                **prefix_tokens,
+                **batch_images(vlm, self.prepared),
+                **cache_arguments(vlm.model, cache),
+            )
+        # One copy of a prefix for each of its prompts.
+        cache.reorder_cache(self.owner_n)  # type: ignore[arg-type]  # int64 is what a LongTensor holds
+        suffix_mask = suffix_tokens["attention_mask"]
+        prefix_mask = suffix_mask.new_ones(len(self.rows), prefix_length)
+        options = cache_arguments(vlm.stack, cache)
+        suffix_positions = _continue_positions(
+            positions[0], self.owner_n, length=suffix_mask.shape[1]
+        )
+        if suffix_positions is not None:
+            options["position_ids"] = suffix_positions
+        with tap_decoder(vlm, take_suffix):
+            vlm.stack(
+                input_ids=suffix_tokens["input_ids"],
+                attention_mask=torch.cat([prefix_mask, suffix_mask], 1),
+                **options,
+            )
+
+    def run_encoder(self) -> Any:
+        """Run the image encoder alone, once per image; return what it makes of them."""
+        vlm = self.vlm
+        accepted = inspect.signature(vlm.model.get_image_features).parameters
+        images = batch_images(vlm, self.prepared)
+        inputs = {name: value for name, value in images.items() if name in accepted}
+        with self._pool_encoder([1] * len(self.prepared)):
+            return vlm.model.get_image_features(**inputs, return_dict=True)
+
+    def _add_states(self, layer: str, pooled: Mapping[str, torch.Tensor]) -> None:
+        for pooling, values in pooled.items():
+            self.states[f"{layer}/{pooling}"] = values
+
+    def _pool_whole_prompts(self, tokens: Mapping[str, torch.Tensor]) -> Take:
+        """Return a function that pools the decoder's layers over prompts with their images."""
+        image_nt = pad_masks(
+            [mask for image in self.prepared for mask in image.image_masks],
+            length=tokens["input_ids"].shape[1],
+            device=self.vlm.device,
+        )
+        pooler = Pooler(self.poolings, tokens["attention_mask"], image_nt=image_nt)
+
+        def take(layer: str, hidden_ntd: torch.Tensor) -> None:
+            self._add_states(layer, pooler.pool(hidden_ntd))
+
+        return take
+
+    @contextmanager
+    def _pool_encoder(self, counts: Sequence[int]) -> Iterator[None]:
+        """Pool the encoder's layers over patches during a pass inside the context.
+
+        Each image occurs in the pass as often as `counts` says. The number of vectors that the
+        decoder gets is compared with the number of image tokens.
+        """
+        first_places = np.cumsum([0, *counts[:-1]])
+        token_counts = {int(image.image_masks[0].sum()) for image in self.prepared} - {0}
+        poolers: dict[tuple[str, int], Pooler] = {}
+        layers_seen: set[str] = set()
+
+        def take(layer: str, hidden_bpd: torch.Tensor) -> None:
+            patches = hidden_bpd.shape[1]
+            stage = layer.partition(".")[0]
+            other_counts = token_counts - {patches}
+            if stage == "projector" and other_counts:
+                raise ValueError(
+                    f"{self.vlm.name} announced {max(other_counts)} image tokens but got {patches} "
+                    "image vectors: its processor and its weights do not fit together"
+                )
+            if stage not in self.stages:
+                return
+            if layer in layers_seen:
+                raise ValueError(
+                    f"{self.vlm.name} runs its image encoder several times per image: leave the "
+                    "stage vision out"
+                )
+            layers_seen.add(layer)
+            hidden_bpd = hidden_bpd[first_places]
+            if (stage, patches) not in poolers:
+                poolers[stage, patches] = self._patch_pooler(stage, hidden_bpd)
+            self._add_states(layer, poolers[stage, patches].pool(hidden_bpd))
+
+        with tap_encoder(self.vlm, take, image_count=sum(counts)):
+            yield
+
+    def _patch_pooler(self, stage: str, hidden_bpd: torch.Tensor) -> Pooler:
+        """Make a pooler over images' real patches, or over the vectors of the projector."""
+        if stage == "vision":
+            mask_bp = patch_mask(self.prepared, hidden_bpd.shape[1])
+        else:
+            mask_bp = torch.ones(hidden_bpd.shape[:2], dtype=torch.bool)
+        mask_bp = mask_bp.to(hidden_bpd.device)
+        poolings = [pooling for pooling in self.poolings if pooling != "text_mean"]
+        return Pooler(poolings, mask_bp, image_nt=mask_bp)
 
 
-def caching(module: torch.nn.Module, cache: DynamicCache) -> dict:
-    """The arguments that hand a cache to a module, whose name for it is another one since transformers 5.24."""
-    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+def _forward_options(vlm: Vlm, n: int) -> dict[str, Any]:
+    """Arguments of a forward pass besides its inputs."""
+    options: dict[str, Any] = {"use_cache": False}
+    if has_text_encoder(vlm.config):
+        # Nothing reads the decoder of an encoder-decoder model, so one token is enough.
+        options["decoder_input_ids"] = torch.zeros(n, 1, dtype=torch.long, device=vlm.device)
+    return options
+
+
+def cache_arguments(module: nn.Module, cache: DynamicCache) -> dict[str, Any]:
+    """Return the arguments that hand a cache to a module.
+
+    Their name differs between versions of transformers.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
     return {name: cache, "use_cache": True}
 
 
-def _encode(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int], poolings: Sequence[str],
-            stages: Sequence[str], states: States) -> tuple[dict[str, torch.Tensor], object]:
-    """Run the image encoder once an image; its output, and what else the model needs, laid out for n examples."""
-    images, known = batches.batch_images(vlm, prepared), inspect.signature(vlm.model.get_image_features).parameters
-    with _encoder_read(vlm, prepared, [1] * len(prepared), poolings, stages, states):
-        features = vlm.model.get_image_features(
-            **{key: value for key, value in images.items() if key in known}, return_dict=True)
-    others = batches.batch_images(vlm, prepared, counts)
-    others |= {key: None for key, value in others.items() if value.is_floating_point()}
-    return others, _dealt(features, torch.repeat_interleave(torch.tensor(counts)).to(vlm.device), len(prepared))
-
-
-def _dealt(output, owner_n: torch.Tensor, b: int):
-    """An encoder's output for b images, laid out for n examples; intermediate states are left out."""
-    if torch.is_tensor(output):
-        whole = not output.ndim or len(output) % b
-        return output if whole else output.unflatten(0, (b, -1))[owner_n].flatten(0, 1)
-    if isinstance(output, (list, tuple)) and len(output) == b and not isinstance(output[0], (list, tuple)):
-        return type(output)(output[i] for i in owner_n.tolist())
+def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int) -> Any:
+    """Repeat an encoder's output for b images once per prompt; intermediate states are left out."""
+    if isinstance(output, torch.Tensor):
+        if not output.ndim or len(output) % image_count:
+            return output
+        return output.unflatten(0, (image_count, -1))[owner_n].flatten(0, 1)
     if isinstance(output, (list, tuple)):
-        return type(output)(_dealt(part, owner_n, b) for part in output)
+        is_nested = bool(output) and isinstance(output[0], (list, tuple))
+        if len(output) == image_count and not is_nested:
+            return type(output)(output[i] for i in owner_n.tolist())
+        return type(output)(
+            _repeat_for_prompts(part, owner_n, image_count=image_count) for part in output
+        )
     if hasattr(output, "items"):
-        return type(output)(**{key: None if key.endswith("hidden_states") else _dealt(value, owner_n, b)
-                               for key, value in output.items()})
+        repeated = {}
+        for name, value in output.items():
+            is_intermediate = name.endswith("hidden_states")
+            repeated[name] = (
+                None
+                if is_intermediate
+                else _repeat_for_prompts(value, owner_n, image_count=image_count)
+            )
+        return type(output)(**repeated)
     return output
 
 
 @contextmanager
-def _encoder_read(vlm: Vlm, prepared: Sequence[PreparedImage], counts: Sequence[int], poolings: Sequence[str],
-                  stages: Sequence[str], states: States) -> Iterator[None]:
-    """Pool the encoder's layers over patches, and count the vectors that the decoder gets against its image tokens."""
-    firsts = np.cumsum([0, *counts[:-1]])
-    poolers: dict[tuple[str, int], Pooler] = {}
-    seen: set[str] = set()
+def _record_positions(stack: nn.Module) -> Iterator[list[torch.Tensor | None]]:
+    """Note the position ids of each call of the decoder inside the context."""
+    positions: list[torch.Tensor | None] = []
 
-    def take(layer: str, hidden_bpd: torch.Tensor) -> None:
-        hidden, p = hidden_bpd[firsts], hidden_bpd.shape[1]
-        announced = {int(one.image_masks[0].sum()) for one in prepared} - {0, p}
-        if layer == "projector" and announced:
-            raise ValueError(f"{vlm.name} announced {max(announced)} image tokens but got {p} image vectors: its "
-                             "processor and its weights do not fit together")
-        if layer.partition(".")[0] not in stages:
-            return
-        if layer in seen:
-            raise ValueError(f"{vlm.name} runs its image encoder several times an image: leave the stage vision out")
-        seen.add(layer)
-        kind = layer.partition(".")[0], p
-        if kind not in poolers:
-            whole = torch.ones(hidden.shape[:2], dtype=torch.bool)
-            mask = (batches.patch_mask(prepared, p) if kind[0] == "vision" else whole).to(hidden.device)
-            poolers[kind] = Pooler([name for name in poolings if name != "text_mean"], mask, mask)
-        states.update({f"{layer}/{name}": values for name, values in poolers[kind].pool(hidden).items()})
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        positions.append(kwargs.get("position_ids"))
 
-    with encoder_tapped(vlm, sum(counts), take):
-        yield
-
-
-@contextmanager
-def _positions(stack: torch.nn.Module) -> Iterator[list[torch.Tensor | None]]:
-    """The position ids that the decoder is called with inside the context."""
-    seen: list[torch.Tensor | None] = []
-    handle = stack.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True)
+    handle = stack.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield seen
+        yield positions
     finally:
         handle.remove()
 
 
-def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length: int) -> torch.Tensor | None:
-    """Positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t); None leaves them to the model.
+def _continue_positions(
+    position_ids: torch.Tensor | None, owner_n: torch.Tensor, *, length: int
+) -> torch.Tensor | None:
+    """Return the positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t).
 
-    After an image the axes of a multi-axis position differ: text goes on, on all of them, after the largest.
+    After an image the axes of a multi-axis position differ: text goes on, on all of them, after the
+    largest. None leaves the positions to the model.
     """
     if position_ids is None:
         return None
@@ -234,13 +391,3 @@ def _continued(position_ids: torch.Tensor | None, owner_n: torch.Tensor, length:
         owner_n = torch.zeros_like(owner_n)
     last = position_ids[..., -1:].index_select(-2, owner_n)
     return last + 1 + torch.arange(length, device=last.device)
-
-
-# --------------------------------------------------------------------------------------------------------- the choice
-
-
-
-
-
-
-

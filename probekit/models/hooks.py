@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from probekit.models.architectures import merge_streams
 from probekit.models.load import Vlm
@@ -15,13 +18,20 @@ Take = Callable[[str, torch.Tensor], None]
 
 
 @contextmanager
-def decoder_tapped(vlm: Vlm, take: Take) -> Iterator[None]:
-    """Within the context a forward pass calls ``take(layer, hidden_ntd)`` for each layer of the decoder."""
+def tap_decoder(vlm: Vlm, take: Take) -> Iterator[None]:
+    """Hand over the decoder's layers during a forward pass inside the context.
 
-    def merged(layer: str, hidden: torch.Tensor) -> None:
-        take(layer, merge_streams(hidden, vlm.special, vlm.width))
+    Parameters
+    ----------
+    vlm : Vlm
+    take : callable
+        Called as ``take(layer, hidden_ntd)`` for each of `vlm.layers`, in their order.
+    """
 
-    handles = _hook(vlm.blocks, vlm.stack, vlm.layers, merged)
+    def take_merged(layer: str, hidden: torch.Tensor) -> None:
+        take(layer, merge_streams(hidden, vlm.special_case, width=vlm.width))
+
+    handles = _add_hooks(vlm.blocks, take_merged, last_module=vlm.stack, layers=vlm.layers)
     try:
         yield
     finally:
@@ -30,28 +40,41 @@ def decoder_tapped(vlm: Vlm, take: Take) -> Iterator[None]:
 
 
 @contextmanager
-def encoder_tapped(vlm: Vlm, b: int, take: Take) -> Iterator[None]:
-    """The same for the image encoder: ``take(layer, hidden_bpd)``, b images with p patches.
+def tap_encoder(vlm: Vlm, take: Take, *, image_count: int) -> Iterator[None]:
+    """Hand over the image encoder's layers during a forward pass inside the context.
 
-    Layers are ``vision.00``, what enters its first block, ``vision.k``, the output of block k, and ``projector``, the
-    vectors that the decoder gets.
+    Parameters
+    ----------
+    vlm : Vlm
+    take : callable
+        Called as ``take(layer, hidden_bpd)`` for each of `vlm.vision_layers`, where there are some,
+        and for ``projector``, the vectors that the decoder gets.
+    image_count : int
+        b, the number of images in the pass.
     """
 
-    def split(name: str, hidden: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        take(name, by_image(hidden, b))
+    def take_by_image(layer: str, hidden: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        take(layer, split_by_image(hidden, image_count))
 
-    handles = _hook(vlm.vision[1], vlm.vision[1][-1], vlm.vision_layers, split) if vlm.vision else []
-    honest = getattr(vlm.model, "get_image_features", None)
+    handles = []
+    if vlm.vision is not None:
+        handles = _add_hooks(
+            vlm.vision.blocks,
+            take_by_image,
+            last_module=vlm.vision.blocks[-1],
+            layers=vlm.vision_layers,
+        )
+    original: Any = getattr(vlm.model, "get_image_features", None)
 
-    def noting(*arguments, **options):
-        output = honest(*arguments, **options)
-        handed = getattr(output, "pooler_output", output)
-        if handed is not None:  # a few project later, outside
-            split("projector", handed)
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        vectors = getattr(output, "pooler_output", output)
+        if vectors is not None:  # some architectures project them later, outside of this method
+            take_by_image("projector", vectors)
         return output
 
-    if honest is not None:
-        vlm.model.get_image_features = noting
+    if original is not None:
+        vlm.model.get_image_features = get_image_features
     try:
         yield
     finally:
@@ -60,35 +83,58 @@ def encoder_tapped(vlm: Vlm, b: int, take: Take) -> Iterator[None]:
             handle.remove()
 
 
-def _hook(blocks: torch.nn.ModuleList, end: torch.nn.Module, layers: Sequence[str], take: Take) -> list:
-    """Hooks on what enters the first block, on what leaves each but the last, and on what leaves `end`."""
+def _add_hooks(
+    blocks: nn.ModuleList,
+    take: Callable[[str, Any], None],
+    *,
+    last_module: nn.Module,
+    layers: Sequence[str],
+) -> list[RemovableHandle]:
+    """Take what enters the first block, and what leaves each other block and `last_module`."""
 
-    def before(layer, module, args, kwargs):
-        take(layer, [*args, *kwargs.values()][0])
+    def take_input(layer: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        first_argument = [*args, *kwargs.values()][0]
+        take(layer, first_argument)
 
-    def after(layer, module, args, output):
+    def take_output(layer: str, module: nn.Module, args: tuple, output: Any) -> None:
         hidden = getattr(output, "last_hidden_state", output)
         take(layer, hidden[0] if isinstance(hidden, tuple) else hidden)
 
-    handles = [blocks[0].register_forward_pre_hook(partial(before, layers[0]), with_kwargs=True)]
-    return handles + [module.register_forward_hook(partial(after, name))
-                      for name, module in zip(layers[1:], [*blocks[:-1], end], strict=True)]
+    first_hook = partial(take_input, layers[0])
+    handles = [blocks[0].register_forward_pre_hook(first_hook, with_kwargs=True)]
+    modules = [*blocks[:-1], last_module]
+    for layer, module in zip(layers[1:], modules, strict=True):
+        handles.append(module.register_forward_hook(partial(take_output, layer)))
+    return handles
 
 
-def by_image(hidden: torch.Tensor | Sequence[torch.Tensor], b: int) -> torch.Tensor:
-    """Lay out what an encoder made of b images of one shape as (b, p, d).
+def split_by_image(hidden: torch.Tensor | Sequence[torch.Tensor], image_count: int) -> torch.Tensor:
+    """Lay out what an encoder made of b images of one shape by image.
 
-    Encoders return (b, p, d), (b times tiles, p, d), (b times tiles, height, width, d), all patches one after another
-    as (total, d) or (1, total, d), or a list of such tensors.
+    Parameters
+    ----------
+    hidden : Tensor or sequence of Tensor
+        (b, p, d), (b times tiles, p, d), (b times tiles, height, width, d), all patches one after
+        another as (total, d) or (1, total, d), or a list of such tensors.
+    image_count : int
+        b.
+
+    Returns
+    -------
+    Tensor
+        (b, p, d).
 
     Raises
     ------
     ValueError
-        They cannot be dealt out evenly.
+        The images do not have the same number of patches.
     """
-    if not torch.is_tensor(hidden):
-        hidden = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if len(flat) % b:
-        raise ValueError(f"{len(flat)} patches cannot be dealt out to {b} images of one shape")
-    return flat.unflatten(0, (b, -1))
+    if isinstance(hidden, torch.Tensor):
+        patches = hidden.reshape(-1, hidden.shape[-1])
+    else:
+        patches = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
+    if len(patches) % image_count:
+        raise ValueError(
+            f"{len(patches)} patches cannot be split evenly among {image_count} images of one shape"
+        )
+    return patches.unflatten(0, (image_count, -1))

@@ -1,4 +1,4 @@
-"""Pooling: how the tokens of one layer become one vector an example."""
+"""Pooling: how the tokens of one layer become one vector per example."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ from dataclasses import dataclass
 
 import torch
 
-POOLINGS = ("mean", "max", "image_mean", "text_mean", "cls", "last", "token:<i>")
+NAMED_POOLINGS = ("mean", "max", "image_mean", "text_mean", "cls", "last")
+POOLINGS = (*NAMED_POOLINGS, "token:<i>")
 
 
 def check_pooling(pooling: str) -> str:
-    """Return `pooling` if it is a known one; else raise ValueError naming those that are."""
-    if pooling in POOLINGS[:6] or re.fullmatch(r"token:-?\d+", pooling):
+    """Return `pooling` if it is the name of a pooling.
+
+    Raises
+    ------
+    ValueError
+        It is not; the message lists :data:`POOLINGS`.
+    """
+    if pooling in NAMED_POOLINGS or re.fullmatch(r"token:-?\d+", pooling):
         return pooling
-    raise ValueError(f"unknown pooling {pooling!r}: take one of {', '.join(POOLINGS)} with a whole number for <i>, "
-                     "counted from the first real token (negative: from the end)")
+    raise ValueError(
+        f"unknown pooling {pooling!r}: take one of {', '.join(POOLINGS)} with a whole number for "
+        "<i>, counted from the first real token (negative: from the end)"
+    )
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that several examples share: which of them show the image, and whose prefix an example has.
+    """Tokens that several examples share.
 
     Attributes
     ----------
-    image_bt : (b, t) True at image tokens; every token of a prefix is real
-    owner_n : (n,) the prefix, 0 to b - 1, that stands before an example's own tokens
+    image_bt : Tensor
+        (b, t) bool, True at image tokens. Every token of a prefix is real.
+    owner_n : Tensor
+        (n,) int, which of the b prefixes stands before an example's suffix.
     """
 
     image_bt: torch.Tensor
@@ -34,86 +45,188 @@ class Prefix:
 
     @property
     def length(self) -> int:
+        """Number of tokens t of each prefix."""
         return self.image_bt.shape[1]
 
 
 class Pooler:
-    """Pools one layer after another over the same tokens, with or without a prefix that was run on its own.
+    """Pools one layer after another over the same tokens.
+
+    All tokens of an example are in one pass, or a prefix that several share was run before.
 
     Parameters
     ----------
-    poolings : names out of :data:`POOLINGS`
-    mask_nt : (n, t), 1 or True at the examples' real tokens (their own, without the prefix), on either padding side
-    image_nt : (n, t) True at their image tokens; None where there are none
-    prefix : what stands before them; None where `mask_nt` covers the whole sequence
+    poolings : sequence of str
+        Out of :data:`POOLINGS`.
+    mask_nt : Tensor
+        (n, t), 1 or True at the examples' real tokens, with padding on either side. With a prefix,
+        only their suffixes.
+    image_nt : Tensor or None
+        (n, t) bool, True at image tokens; None where there are none.
+    prefix : Prefix or None
+        What stands before the suffixes; None where `mask_nt` covers the whole sequence.
 
     Raises
     ------
     ValueError
-        Unknown pooling, or an example with fewer tokens than ``token:<i>`` needs, or without the tokens of a mean.
+        There is no such pooling, or an example lacks the tokens of a mean, or the i-th token.
     """
 
-    def __init__(self, poolings: Sequence[str], mask_nt: torch.Tensor, image_nt: torch.Tensor | None = None,
-                 prefix: Prefix | None = None):
-        self.poolings, self.prefix = [check_pooling(name) for name in poolings], prefix
-        real = mask_nt.bool()
-        image = torch.zeros_like(real) if image_nt is None else image_nt & real
-        self.own = {"mean": real, "max": real, "image_mean": image, "text_mean": real & ~image}
-        self.shared, self.count = {}, {name: mask.sum(1) for name, mask in self.own.items()}
+    def __init__(
+        self,
+        poolings: Sequence[str],
+        mask_nt: torch.Tensor,
+        *,
+        image_nt: torch.Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.poolings = [check_pooling(name) for name in poolings]
+        self.prefix = prefix
+        real_nt = mask_nt.bool()
+        image_nt = torch.zeros_like(real_nt) if image_nt is None else image_nt & real_nt
+        # By pooling: which tokens count, and how many they are in prefix and suffix together.
+        self._masks_nt = _masks_by_pooling(real_nt, image_nt)
+        self._counts_n = {name: mask_nt.sum(1) for name, mask_nt in self._masks_nt.items()}
+        self._prefix_masks_bt: dict[str, torch.Tensor] = {}
         if prefix is not None:
-            every = torch.ones_like(prefix.image_bt)
-            self.shared = {"mean": every, "max": every, "image_mean": prefix.image_bt, "text_mean": ~prefix.image_bt}
-            self.count = {name: n + self.shared[name].sum(1)[prefix.owner_n] for name, n in self.count.items()}
-        for name in set(self.poolings) & {"image_mean", "text_mean"}:
-            if bool((self.count[name] == 0).any()):
+            real_bt = torch.ones_like(prefix.image_bt)
+            self._prefix_masks_bt = _masks_by_pooling(real_bt, prefix.image_bt)
+            for name, mask_bt in self._prefix_masks_bt.items():
+                self._counts_n[name] = self._counts_n[name] + mask_bt.sum(1)[prefix.owner_n]
+        self._check_means()
+        self._places_n = {
+            name: self._find_token(name) for name in self.poolings if name not in self._masks_nt
+        }
+
+    def _check_means(self) -> None:
+        for name in ("image_mean", "text_mean"):
+            if name in self.poolings and bool((self._counts_n[name] == 0).any()):
                 raise ValueError(f"pooling {name!r}: an example has no such tokens")
-        self.place = {name: self._place(name) for name in self.poolings if name not in self.own}
 
-    def _place(self, name: str) -> torch.Tensor:
-        """(n,) index of a single token in prefix and own tokens, one after the other."""
-        index = {"cls": 0, "last": -1}.get(name)
-        index = int(name.removeprefix("token:")) if index is None else index
-        total, before = self.count["mean"], self.prefix.length if self.prefix else 0
-        wanted = total + index if index < 0 else torch.full_like(total, index)
-        if bool(((wanted < 0) | (wanted >= total)).any()):
-            raise ValueError(f"pooling {name!r} needs more tokens than the shortest example has ({int(total.min())})")
-        real = self.own["mean"]
-        own = ((real.cumsum(1) == (wanted - before)[:, None] + 1) & real).int().argmax(1)
-        return torch.where(wanted < before, wanted, own + before)
+    def _find_token(self, pooling: str) -> torch.Tensor:
+        """(n,) place of a single token in the sequence of prefix and suffix."""
+        index = _token_index(pooling)
+        total_n = self._counts_n["mean"]
+        wanted_n = total_n + index if index < 0 else torch.full_like(total_n, index)
+        if bool(((wanted_n < 0) | (wanted_n >= total_n)).any()):
+            raise ValueError(
+                f"pooling {pooling!r} needs more tokens than the shortest example has "
+                f"({int(total_n.min())})"
+            )
+        prefix_length = self.prefix.length if self.prefix else 0
+        real_nt = self._masks_nt["mean"]
+        ordinal_nt = real_nt.cumsum(1)  # 1 at an example's first real token
+        is_wanted_nt = (ordinal_nt == (wanted_n - prefix_length)[:, None] + 1) & real_nt
+        place_n = is_wanted_nt.int().argmax(1)
+        return torch.where(wanted_n < prefix_length, wanted_n, place_n + prefix_length)
 
-    def prefix_part(self, hidden_btd: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the prefix adds to each pooling of one layer: (b, d) sums and maxima, (n, d) single tokens."""
-        part = {}
+    def pool_prefix(self, hidden_btd: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pool one layer's hidden states of the prefixes.
+
+        Parameters
+        ----------
+        hidden_btd : Tensor
+            (b, t, d).
+
+        Returns
+        -------
+        dict of str to Tensor
+            For each pooling what :meth:`pool` needs: (b, d) sums or maxima, (n, d) single tokens.
+
+        Raises
+        ------
+        ValueError
+            There is no prefix.
+        """
+        if self.prefix is None:
+            raise ValueError("this pooler has no prefix")
+        pooled = {}
         for name in self.poolings:
-            if name in self.place:
-                at = self.place[name].clamp(max=self.prefix.length - 1)
-                part[name] = hidden_btd[self.prefix.owner_n, at].float()
+            if name in self._places_n:
+                place_n = self._places_n[name].clamp(max=self.prefix.length - 1)
+                pooled[name] = hidden_btd[self.prefix.owner_n, place_n].float()
             else:
-                part[name] = _total(hidden_btd, self.shared[name], name)
-        return part
+                pooled[name] = _reduce(hidden_btd, self._prefix_masks_bt[name], pooling=name)
+        return pooled
 
-    def pool(self, hidden_ntd: torch.Tensor, part: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Pool one layer's hidden states (n, t, d), of any floating type, to (n, d) float32 a pooling.
+    def pool(
+        self, hidden_ntd: torch.Tensor, pooled_prefix: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Pool one layer's hidden states; sums are in float32.
 
-        `part` is what :meth:`prefix_part` said of the same layer; sums are in float32.
+        Parameters
+        ----------
+        hidden_ntd : Tensor
+            (n, t, d) of any floating type.
+        pooled_prefix : dict of str to Tensor or None
+            What :meth:`pool_prefix` returned for the same layer; None without a prefix.
+
+        Returns
+        -------
+        dict of str to Tensor
+            For each pooling (n, d) float32.
         """
         pooled = {}
         for name in self.poolings:
-            if name in self.place:
-                before = self.prefix.length if self.prefix else 0
-                at = (self.place[name] - before).clamp(min=0)
-                values = hidden_ntd[torch.arange(len(at), device=at.device), at].float()
-                pooled[name] = torch.where((self.place[name] < before)[:, None], part[name], values) if part else values
-                continue
-            values = _total(hidden_ntd, self.own[name], name)
-            if part:
-                shared = part[name][self.prefix.owner_n]
-                values = torch.maximum(values, shared) if name == "max" else values + shared
-            pooled[name] = values if name == "max" else values / self.count[name][:, None]
+            prefix_values = pooled_prefix[name] if pooled_prefix else None
+            if name in self._places_n:
+                pooled[name] = self._pick(hidden_ntd, self._places_n[name], prefix_values)
+            else:
+                pooled[name] = self._pool_tokens(hidden_ntd, name, prefix_values)
         return pooled
 
+    def _pick(
+        self,
+        hidden_ntd: torch.Tensor,
+        place_n: torch.Tensor,
+        prefix_values_nd: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(n, d) the token at a place, which lies in the suffix or in the prefix."""
+        prefix_length = self.prefix.length if self.prefix else 0
+        suffix_place_n = (place_n - prefix_length).clamp(min=0)
+        example_n = torch.arange(len(place_n), device=place_n.device)
+        values_nd = hidden_ntd[example_n, suffix_place_n].float()
+        if prefix_values_nd is None:
+            return values_nd
+        return torch.where((place_n < prefix_length)[:, None], prefix_values_nd, values_nd)
 
-def _total(hidden: torch.Tensor, mask: torch.Tensor, name: str) -> torch.Tensor:
-    if name == "max":
-        return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1).float()
-    return torch.einsum("ntd,nt->nd", hidden.float(), mask.float())
+    def _pool_tokens(
+        self, hidden_ntd: torch.Tensor, pooling: str, prefix_values_bd: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(n, d) the maximum or the mean over tokens of suffix and prefix."""
+        values_nd = _reduce(hidden_ntd, self._masks_nt[pooling], pooling=pooling)
+        if self.prefix is not None and prefix_values_bd is not None:
+            prefix_values_nd = prefix_values_bd[self.prefix.owner_n]
+            if pooling == "max":
+                values_nd = torch.maximum(values_nd, prefix_values_nd)
+            else:
+                values_nd = values_nd + prefix_values_nd
+        if pooling == "max":
+            return values_nd
+        return values_nd / self._counts_n[pooling][:, None]
+
+
+def _masks_by_pooling(real_nt: torch.Tensor, image_nt: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return which tokens each pooling over several tokens takes in."""
+    return {
+        "mean": real_nt,
+        "max": real_nt,
+        "image_mean": image_nt,
+        "text_mean": real_nt & ~image_nt,
+    }
+
+
+def _token_index(pooling: str) -> int:
+    """Which token a pooling picks, negative from the end."""
+    if pooling == "cls":
+        return 0
+    if pooling == "last":
+        return -1
+    return int(pooling.removeprefix("token:"))
+
+
+def _reduce(hidden_ntd: torch.Tensor, mask_nt: torch.Tensor, *, pooling: str) -> torch.Tensor:
+    """(n, d) the maximum or the sum over the tokens of a mask."""
+    if pooling == "max":
+        return hidden_ntd.masked_fill(~mask_nt[..., None], -torch.inf).amax(1).float()
+    return torch.einsum("ntd,nt->nd", hidden_ntd.float(), mask_nt.float())

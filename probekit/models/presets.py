@@ -1,111 +1,310 @@
-"""Checkpoints that have a short name here, and what was found when their architectures were checked."""
+"""Checkpoints with a short name, and what was measured when their architectures were checked."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from probekit import paths
 
-CHECKED = Path(__file__).with_name("architectures.csv")  # written by tests/test_architectures.py
+ARCHITECTURES_CSV = Path(__file__).with_name("architectures.csv")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A checkpoint with a short name: a hub id or a folder, its row in the table of architectures, its revision."""
+    """A checkpoint with a short name.
+
+    Attributes
+    ----------
+    source : str
+        A hub id, or a folder below the home or the checkout.
+    type : str
+        Its row in the table of architectures (:func:`read_checked_architectures`).
+    revision : str or None
+        The commit or reference that it is pinned to; None takes the newest.
+    """
 
     source: str
+    _: KW_ONLY
     type: str
     revision: str | None = None
 
 
 PRESETS = {
-    "tiny-qwen2-vl": Preset("data/models/tiny-qwen2-vl", "qwen2_vl"),
-    "tiny-fast-vlm": Preset("data/models/tiny-fast-vlm", "fast_vlm"),
-    "qwen2-vl-2b": Preset("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", "895c3a49bc3fa70a340399125c650a463535e71c"),
-    "qwen2-vl-7b": Preset("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
-    "qwen3-vl-2b": Preset("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", "89644892e4d85e24eaac8bacfd4f463576704203"),
-    "qwen3-vl-30b-a3b": Preset("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe",  # mixture of experts, 3B active
-                               "9c4b90e1e4ba969fd3b5378b57d966d725f1b86c"),
-    "fastvlm-0.5b": Preset("KamilaMila/FastVLM-0.5B", "fast_vlm"),  # transformers' own conversion of Apple's
-    "gemma-3-4b": Preset("google/gemma-3-4b-it", "gemma3", "093f9f388b31de276ce2de164bdc2081324b9767"),
-    "internvl3-1b": Preset("OpenGVLab/InternVL3-1B-hf", "internvl", "014c0583a0d4bedf29fbe2dbff4f865eb998e171"),
-    "llava-onevision-0.5b": Preset("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision",
-                                   "74dd0bf867a4cda7950c17663794267c60cf4b40"),
-    "minicpm-v-4.6": Preset("openbmb/MiniCPM-V-4.6", "minicpmv4_6", "8169864629825dc1d755a5aa1cd8b5935dcbc83f"),
-    "smolvlm-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm",
-                           "7b375e1b73b11138ff12fe22c8f2822d8fe03467"),
-    "phi-4-multimodal": Preset("microsoft/Phi-4-multimodal-instruct", "phi4_multimodal", "refs/pr/70"),  # native
-    "kosmos-2": Preset("microsoft/kosmos-2-patch14-224", "kosmos-2", "e91cfbcb4ce051b6a55bfb5f96165a3bbf5eb82c"),
-    "blip2-opt-2.7b": Preset("Salesforce/blip2-opt-2.7b", "blip-2", "59a1ef6c1e5117b3f65523d1c6066825bcf315e3"),
-    "blip2-flan-t5-xl": Preset("Salesforce/blip2-flan-t5-xl", "blip-2 (T5)",
-                               "0eb0d3b46c14c1f8c7680bca2693baafdb90bb28"),
+    "tiny-qwen2-vl": Preset("data/models/tiny-qwen2-vl", type="qwen2_vl"),
+    "tiny-fast-vlm": Preset("data/models/tiny-fast-vlm", type="fast_vlm"),
+    "qwen2-vl-2b": Preset(
+        "Qwen/Qwen2-VL-2B-Instruct",
+        type="qwen2_vl",
+        revision="895c3a49bc3fa70a340399125c650a463535e71c",
+    ),
+    "qwen2-vl-7b": Preset(
+        "Qwen/Qwen2-VL-7B-Instruct",
+        type="qwen2_vl",
+        revision="eed13092ef92e448dd6875b2a00151bd3f7db0ac",
+    ),
+    "qwen3-vl-2b": Preset(
+        "Qwen/Qwen3-VL-2B-Instruct",
+        type="qwen3_vl",
+        revision="89644892e4d85e24eaac8bacfd4f463576704203",
+    ),
+    "qwen3-vl-30b-a3b": Preset(  # a mixture of experts: 3 of 30 billion parameters are active
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        type="qwen3_vl_moe",
+        revision="9c4b90e1e4ba969fd3b5378b57d966d725f1b86c",
+    ),
+    "fastvlm-0.5b": Preset(  # Apple's weights, converted to transformers' own class
+        "KamilaMila/FastVLM-0.5B",
+        type="fast_vlm",
+    ),
+    "gemma-3-4b": Preset(
+        "google/gemma-3-4b-it",
+        type="gemma3",
+        revision="093f9f388b31de276ce2de164bdc2081324b9767",
+    ),
+    "internvl3-1b": Preset(
+        "OpenGVLab/InternVL3-1B-hf",
+        type="internvl",
+        revision="014c0583a0d4bedf29fbe2dbff4f865eb998e171",
+    ),
+    "llava-onevision-0.5b": Preset(
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        type="llava_onevision",
+        revision="74dd0bf867a4cda7950c17663794267c60cf4b40",
+    ),
+    "minicpm-v-4.6": Preset(
+        "openbmb/MiniCPM-V-4.6",
+        type="minicpmv4_6",
+        revision="8169864629825dc1d755a5aa1cd8b5935dcbc83f",
+    ),
+    "smolvlm-500m": Preset(
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        type="smolvlm",
+        revision="7b375e1b73b11138ff12fe22c8f2822d8fe03467",
+    ),
+    "phi-4-multimodal": Preset(  # the pull request with weights for transformers' own class
+        "microsoft/Phi-4-multimodal-instruct",
+        type="phi4_multimodal",
+        revision="refs/pr/70",
+    ),
+    "kosmos-2": Preset(
+        "microsoft/kosmos-2-patch14-224",
+        type="kosmos-2",
+        revision="e91cfbcb4ce051b6a55bfb5f96165a3bbf5eb82c",
+    ),
+    "blip2-opt-2.7b": Preset(
+        "Salesforce/blip2-opt-2.7b",
+        type="blip-2",
+        revision="59a1ef6c1e5117b3f65523d1c6066825bcf315e3",
+    ),
+    "blip2-flan-t5-xl": Preset(
+        "Salesforce/blip2-flan-t5-xl",
+        type="blip-2 (T5)",
+        revision="0eb0d3b46c14c1f8c7680bca2693baafdb90bb28",
+    ),
 }
 NOT_IN_TRANSFORMERS = {
-    "LaVIT": "its visual tokenizer and decoder are code of their own: transformers would need a config, a model and a "
-             "processor class for them, and the weights converted",
-    "MoE-LLaVA": "its experts are DeepSpeed layers in model types of its own: transformers would need a native class "
-                 "with those experts, and the weights converted",
+    "LaVIT": (
+        "its visual tokenizer and its decoder are code of its own; transformers would need a "
+        "config, a model and a processor class for them, and converted weights"
+    ),
+    "MoE-LLaVA": (
+        "its experts are DeepSpeed layers in model types of its own; transformers would need a "
+        "native class with those experts, and converted weights"
+    ),
 }
 
 
-def _parted(name: str) -> tuple[str, str | None]:
-    """Id and revision of ``id@revision``; a folder may have such a name."""
-    source, _, revision = name.partition("@")
-    return (name, None) if paths.Home.find().resolve(name).is_dir() else (source, revision or None)
+def locate(model: str, home: str | Path | paths.Home | None = None) -> str:
+    """Find where a checkpoint is loaded from.
 
+    Parameters
+    ----------
+    model : str
+        The name of a preset, a folder (a relative one starts at the home), a hub id, or
+        ``id@revision``.
+    home : str, Path or Home, optional
+        See :meth:`probekit.paths.Home.find`. The folder of a preset that is not below the home is
+        looked for in the checkout.
 
-def short_name(id_or_folder: str) -> str:
-    """What a checkpoint is called in tables: the last part of its id or folder, with the revision that is named."""
-    revision = _parted(id_or_folder)[1]
-    return Path(locate(id_or_folder)).name + (f"@{revision.replace('/', '-')}" if revision else "")
+    Returns
+    -------
+    str
+        An absolute folder, or a hub id.
 
-
-def locate(id_or_folder: str) -> str:
-    """Absolute folder, or hub id, of a preset name, a folder (from the project's root), a hub id or ``id@revision``."""
-    name, _ = _parted(id_or_folder)
-    wanted = PRESETS[name].source if name in PRESETS else name
-    folder = paths.Home.find().resolve(wanted)
-    if (folder / "config.json").exists():
+    Raises
+    ------
+    FileNotFoundError
+        There is no such preset, or no checkpoint in the folder.
+    """
+    name, _ = _split_revision(model, home)
+    source = PRESETS[name].source if name in PRESETS else name
+    folder = paths.Home.find(home).resolve(source)
+    if _is_checkpoint(folder):
         return str(folder)
-    if folder.is_dir() or wanted.startswith((".", "/", "~", "data/")) or wanted.count("/") > 1:
-        raise FileNotFoundError(f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
-                                f"a hub id, or one of {', '.join(PRESETS)}")
-    if "/" not in wanted:
-        near = difflib.get_close_matches(wanted, PRESETS, 1, 0.4)
-        meant = f"did you mean {near[0]}? Else " * bool(near)
-        raise FileNotFoundError(f"{wanted} is no name of a checkpoint here: {meant}give a folder, a hub id "
-                                f"(owner/name), or one of {', '.join(PRESETS)}")
-    return wanted
+    in_checkout = paths.CHECKOUT / source
+    if name in PRESETS and _looks_like_folder(source) and _is_checkpoint(in_checkout):
+        return str(in_checkout)
+    if folder.is_dir() or _looks_like_folder(source):
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
+            f"a hub id, or one of {', '.join(PRESETS)}"
+        )
+    if "/" not in source:
+        similar = difflib.get_close_matches(source, PRESETS, n=1, cutoff=0.4)
+        suggestion = f"did you mean {similar[0]}? Else " if similar else ""
+        raise FileNotFoundError(
+            f"there is no checkpoint with the name {source}: {suggestion}give a folder, a hub id "
+            f"(owner/name), or one of {', '.join(PRESETS)}"
+        )
+    return source
 
 
-def pinned_revision(id_or_folder: str, revision: str | None) -> str | None:
-    """The revision that was asked for, in words or as ``id@revision``, else the one that a preset pins."""
-    name, own = _parted(id_or_folder)
-    return revision or own or (PRESETS[name].revision if name in PRESETS else None)
+def short_name(model: str, home: str | Path | paths.Home | None = None) -> str:
+    """Return what a checkpoint is called in tables.
+
+    Parameters
+    ----------
+    model : str
+        See :func:`locate`.
+    home : str, Path or Home, optional
+        See :func:`locate`.
+
+    Returns
+    -------
+    str
+        The last part of its id or folder, with the revision where `model` names one.
+    """
+    _, revision = _split_revision(model, home)
+    name = Path(locate(model, home)).name
+    if revision is None:
+        return name
+    return f"{name}@{revision.replace('/', '-')}"
 
 
-def resolve_commit(id_or_folder: str, revision: str | None, trust_remote_code: bool = False) -> str | None:
-    """The commit that a hub id and revision stand for now; None for a folder, whose files speak for themselves."""
-    from transformers import AutoConfig
+def pinned_revision(
+    model: str, revision: str | None = None, *, home: str | Path | paths.Home | None = None
+) -> str | None:
+    """Return the revision that a checkpoint is loaded in.
 
-    source = locate(id_or_folder)
+    Parameters
+    ----------
+    model : str
+        See :func:`locate`.
+    revision : str, optional
+        Takes precedence over a revision in `model`, and that over the one that a preset pins.
+    home : str, Path or Home, optional
+        See :func:`locate`.
+
+    Returns
+    -------
+    str or None
+        None for the newest.
+    """
+    name, named_revision = _split_revision(model, home)
+    preset_revision = PRESETS[name].revision if name in PRESETS else None
+    return revision or named_revision or preset_revision
+
+
+def resolve_commit(
+    model: str,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    home: str | Path | paths.Home | None = None,
+) -> str | None:
+    """Return the commit that a hub id and a revision stand for at present.
+
+    Parameters
+    ----------
+    model : str
+        See :func:`locate`.
+    revision : str, optional
+        See :func:`pinned_revision`.
+    trust_remote_code : bool
+        Run code that comes with the checkpoint.
+    home : str, Path or Home, optional
+        See :func:`locate`.
+
+    Returns
+    -------
+    str or None
+        None for a folder.
+    """
+    from transformers import AutoConfig  # takes seconds
+
+    source = locate(model, home)
     if Path(source).is_absolute():
         return None
-    return AutoConfig.from_pretrained(source, revision=pinned_revision(id_or_folder, revision),
-                                      trust_remote_code=trust_remote_code)._commit_hash
+    config = AutoConfig.from_pretrained(
+        source,
+        revision=pinned_revision(model, revision, home=home),
+        trust_remote_code=trust_remote_code,
+    )
+    return config._commit_hash
+
+
+def read_checked_architectures() -> pd.DataFrame:
+    """Read what was measured on a tiny random model of each architecture.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by `architecture`; ``docs/models.md`` says what its columns mean.
+    """
+    table = pd.read_csv(ARCHITECTURES_CSV, keep_default_na=False)
+    return table.set_index("architecture")
 
 
 def list_models() -> str:
-    """The presets and the checked architectures as text."""
-    checked = pd.read_csv(CHECKED, keep_default_na=False).set_index("architecture")
-    presets = pd.DataFrame([{"name": name, "checkpoint": p.source, "type": p.type,
-                             "revision": (p.revision or ("newest" if p.source.count("/") == 1 else "-"))[:12],
-                             "sharing": checked.sharing[p.type]} for name, p in PRESETS.items()])
-    missing = "\n".join(f"{name} is not in transformers: {why}." for name, why in NOT_IN_TRANSFORMERS.items())
-    return (f"{presets.to_string(index=False)}\n\nAny checkpoint of these types can be given by its hub id or folder; "
-            f"each was checked on a tiny random model\n(layers, hidden states, padding, image tokens, sharing: see the "
-            f"README):\n\n{checked.to_string()}\n\n{missing}")
+    """Return the presets and the checked architectures as text."""
+    architectures = read_checked_architectures()
+    rows = []
+    for name, preset in PRESETS.items():
+        rows.append(
+            {
+                "name": name,
+                "checkpoint": preset.source,
+                "type": preset.type,
+                "revision": _short_revision(preset),
+                "sharing": architectures.sharing[preset.type],
+            }
+        )
+    presets = pd.DataFrame(rows).to_string(index=False)
+    reasons = [
+        f"{name} is not in transformers: {reason}." for name, reason in NOT_IN_TRANSFORMERS.items()
+    ]
+    return "\n\n".join(
+        [
+            presets,
+            "Any checkpoint of the following types can be given by its hub id or folder.\n"
+            "Each type was checked on a tiny random model; docs/models.md explains the columns:",
+            architectures.to_string(),
+            "\n".join(reasons),
+        ]
+    )
+
+
+def _split_revision(model: str, home: str | Path | paths.Home | None) -> tuple[str, str | None]:
+    """Id and revision of ``id@revision``. A folder may have an @ in its name."""
+    if paths.Home.find(home).resolve(model).is_dir():
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def _looks_like_folder(source: str) -> bool:
+    return source.startswith((".", "/", "~", "data/")) or source.count("/") > 1
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _short_revision(preset: Preset) -> str:
+    if preset.revision is not None:
+        return preset.revision[:12]
+    return "-" if _looks_like_folder(preset.source) else "newest"

@@ -1,18 +1,24 @@
-"""What a model is given: one image with its prompts, through the checkpoint's own processor and chat template."""
+"""What a model is given: one image with its prompts.
+
+They go through the checkpoint's own processor and chat template.
+"""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from probekit.models import architectures
+from probekit.models.architectures import find_special_case
+
+IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index", "image_patch_id")
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,13 @@ class PreparedImage:
 
     Attributes
     ----------
-    image_inputs : what belongs to the image (pixels, grids), first axis: parts of the image
-    tokens : for each prompt what belongs to its tokens, (t, ...) arrays; ``input_ids`` among them
-    image_masks : (k, t) as lists: True at image tokens
+    image_inputs : dict of str to Tensor
+        What belongs to the image (pixels, grids); the first axis runs over parts of the image.
+        Empty for prompts without an image.
+    tokens : list of dict of str to ndarray
+        For each of the k prompts what belongs to its tokens, (t, ...) arrays; ``input_ids`` is one.
+    image_masks : list of ndarray
+        For each of the k prompts (t,) bool, True at image tokens.
     """
 
     image_inputs: dict[str, torch.Tensor]
@@ -31,167 +41,296 @@ class PreparedImage:
     image_masks: list[np.ndarray]
 
     def with_prompt(self, k: int) -> PreparedImage:
-        """The image with its k-th prompt alone."""
+        """Return the image with its k-th prompt alone."""
         return PreparedImage(self.image_inputs, [self.tokens[k]], [self.image_masks[k]])
 
     @property
     def prefix_length(self) -> int:
-        """Number of tokens up to the image's last one."""
-        return int(np.flatnonzero(self.image_masks[0])[-1]) + 1 if self.image_masks[0].any() else 1
+        """Number of tokens up to and including the image's last one; 1 without an image."""
+        places = np.flatnonzero(self.image_masks[0])
+        return int(places[-1]) + 1 if len(places) else 1
 
 
-class _Once:
-    """Stands in for an image processor: processes one image, and says of its copies what it said of that one.
+class _SingleImageProcessor:
+    """Stands in for an image processor: processes the first image, and repeats the result.
 
-    Pixels of the copies have the right shape but no meaning: the processor only asks for shapes and grids.
+    A processor with k texts wants k images, of which it reads no more than shapes and grids. The
+    repeated pixels are no more than views of the first.
     """
 
-    def __init__(self, honest):
-        self.honest, self.output = honest, {}
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.output: Any = {}
 
-    def __call__(self, images, *arguments, **options):
-        self.output = self.honest(images[:1], *arguments, **options)
-        return type(self.output)({key: self._copies(value, len(images)) for key, value in self.output.items()})
+    def __call__(self, images: Sequence, *arguments: Any, **options: Any) -> Any:
+        self.output = self.original(images[:1], *arguments, **options)
+        repeated = {name: self._repeat(value, len(images)) for name, value in self.output.items()}
+        return type(self.output)(repeated)
 
     @staticmethod
-    def _copies(value, k: int):
+    def _repeat(value: Any, k: int) -> Any:
         if torch.is_tensor(value) and value.is_floating_point():
             return value[:1].expand(k * len(value), *value.shape[1:])
         if torch.is_tensor(value):
             return value.repeat(k, *[1] * (value.ndim - 1))
-        return value * k if isinstance(value, list) else value
+        if isinstance(value, list):
+            return value * k
+        return value
 
-    def __getattr__(self, name: str):
-        return getattr(self.honest, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
 
 
 @dataclass(frozen=True)
 class PromptProcessor:
-    """Turns images and prompts into a model's inputs; knows its config and processor, not its weights."""
+    """Turns images and prompts into a model's inputs.
+
+    It knows the model's config and processor, not its weights.
+
+    Attributes
+    ----------
+    name : str
+        Of the model, for messages.
+    config : transformers.PreTrainedConfig
+    processor : transformers.ProcessorMixin
+    needs_token_types : bool
+        Whether the model reads ``mm_token_type_ids``. Without them some models compute wrong
+        states, and raise nothing.
+    """
 
     name: str
-    config: object
-    processor: object
-    token_types: bool = False  # does the model read `mm_token_type_ids`? without them some are wrong in silence
+    _: KW_ONLY
+    config: Any
+    processor: Any
+    needs_token_types: bool = False
 
     @cached_property
     def image_id(self) -> int | None:
-        """Id of the token that stands for parts of an image; None where images do not enter as tokens."""
-        for owner in (self.config, self.processor):
-            for name in ("image_token_id", "image_token_index", "image_patch_id"):
-                if isinstance(getattr(owner, name, None), int):
-                    return getattr(owner, name)
+        """Id of the token that stands for parts of an image; None where there is no such token."""
+        for holder in (self.config, self.processor):
+            for name in IMAGE_TOKEN_NAMES:
+                token_id = getattr(holder, name, None)
+                if isinstance(token_id, int):
+                    return token_id
         return None
 
     @cached_property
-    def _reserved(self) -> dict[str, int]:
-        """What stands for something else than text, such as ``<|im_end|>`` and ``<image>``, and its token."""
-        tokenizer, own = self.processor.tokenizer, vars(self.processor)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()
-                 if token.special or re.fullmatch(r"[<\[].*[>\]]", token.content)]
-        words = [*added, *tokenizer.all_special_tokens, *(own[name] for name in own if name.endswith("_token"))]
-        return {word: tokenizer.convert_tokens_to_ids(word) for word in words
-                if isinstance(word, str) and len(word.strip()) > 1}
+    def _reserved_words(self) -> dict[str, int]:
+        """Words that are not text, such as ``<|im_end|>`` and ``<image>``, with their token ids."""
+        tokenizer = self.processor.tokenizer
+        words = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or re.fullmatch(r"[<\[].*[>\]]", token.content)
+        ]
+        words += tokenizer.all_special_tokens
+        words += [value for name, value in vars(self.processor).items() if name.endswith("_token")]
+        return {
+            word: tokenizer.convert_tokens_to_ids(word)
+            for word in words
+            if isinstance(word, str) and len(word.strip()) > 1
+        }
 
     @cached_property
-    def _spelt(self) -> re.Pattern:
-        return re.compile("|".join(map(re.escape, sorted(self._reserved, key=len, reverse=True))) or r"\b\B")
+    def _reserved_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._reserved_words, key=len, reverse=True)
+        never = r"\b\B"
+        return re.compile("|".join(re.escape(word) for word in longest_first) or never)
 
     def escape(self, prompt: str) -> str:
-        """The prompt as nothing but text: a special token that it spells out gets a space after its first character.
+        """Return the prompt as nothing but text: a space breaks up special tokens in it.
 
-        Else a caption with ``<|im_end|>`` in it would end the user's turn, and one with ``<image>`` ask for an image.
+        Otherwise a caption with ``<|im_end|>`` in it would end the user's turn, and one with
+        ``<image>`` would ask for an image.
 
         Raises
         ------
         ValueError
-            It has special tokens nevertheless, spelt in another way that the tokenizer takes for theirs.
+            It still has special tokens, in a spelling that only the tokenizer takes for one.
+
+        Warns
+        -----
+        UserWarning
+            The prompt spells out a special token.
         """
         text = prompt
-        while found := self._spelt.search(text):
-            warnings.warn(f"{self.name}: {found[0]!r} in a prompt is read as text, with a space after its first "
-                          "character", stacklevel=2)
-            text = self._spelt.sub(lambda word: f"{word[0][0]} {word[0][1:]}", text)
-        tokenizer = self.processor.tokenizer
-        ids = set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
-        word = next((word for word, token in self._reserved.items() if token in ids), None)
-        if word:
-            raise ValueError(f"{self.name} reads {word!r} in the prompt {prompt[:80]!r}, which is no text: take it out")
+        match = self._reserved_pattern.search(text)
+        while match is not None:
+            warnings.warn(
+                f"{self.name}: {match[0]!r} in a prompt is read as text, with a space after its "
+                "first character",
+                stacklevel=2,
+            )
+            text = self._reserved_pattern.sub(_break_up, text)
+            match = self._reserved_pattern.search(text)
+        self._check_reserved_tokens(text, prompt)
         return text
 
-    def wrap(self, prompt: str, image: bool = True) -> str:
-        """The text that the model reads: image first, then the prompt, in the checkpoint's own chat template."""
+    def _check_reserved_tokens(self, text: str, prompt: str) -> None:
+        tokenizer = self.processor.tokenizer
+        token_ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
+        token_ids.discard(tokenizer.unk_token_id)
+        for word, token_id in self._reserved_words.items():
+            if token_id in token_ids:
+                raise ValueError(
+                    f"{self.name} reads the special token {word!r} in the prompt {prompt[:80]!r}: "
+                    "take it out"
+                )
+
+    def wrap(self, prompt: str, *, with_image: bool = True) -> str:
+        """Return the text that the model reads: image and prompt in the chat template.
+
+        Parameters
+        ----------
+        prompt : str
+        with_image : bool
+            False leaves the image out.
+        """
         if getattr(self.processor, "chat_template", None) is None:
-            before, _, after = architectures.special(self.config).prompt.partition("{prompt}")
-            shown = str(getattr(self.processor, "image_token", None) or "") if image else ""
-            return before.replace("{image}", shown) + prompt + after
-        content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            image_token = getattr(self.processor, "image_token", None) or ""
+            before, _, after = find_special_case(self.config).prompt_format.partition("{prompt}")
+            before = before.replace("{image}", str(image_token) if with_image else "")
+            return before + prompt + after
+        content = [{"type": "image"}] if with_image else []
+        content.append({"type": "text", "text": prompt})
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def prepare(self, image: Image.Image | None, prompts: Sequence[str]) -> PreparedImage:
-        """What the processor makes of one image with each of k prompts; the image itself is processed once.
+        """Put one image and each of k prompts through the processor; the image is processed once.
 
-        Without an image the prompts go through the template and the tokenizer alone.
+        Parameters
+        ----------
+        image : PIL.Image.Image or None
+            None puts the prompts through the template and the tokenizer alone.
+        prompts : sequence of str
+
+        Returns
+        -------
+        PreparedImage
 
         Raises
         ------
         ValueError
-            A prompt that is longer than the model's positions, that is not all text, or that changes how often the
-            image is seen.
+            A prompt is longer than the model's positions, has special tokens, or changes the number
+            of image tokens; or the chat template places no image.
         """
-        texts = [self.wrap(self.escape(prompt), image is not None) for prompt in prompts]
-        start = getattr(self.processor.tokenizer, "bos_token", None)
-        written = bool(start) and texts[0].startswith(start)  # by the template
-        options = {"add_special_tokens": False} if written else {}
+        texts = [self.wrap(self.escape(prompt), with_image=image is not None) for prompt in prompts]
+        options = self._tokenizer_options(texts[0])
         if image is None:
-            return self._text_only(texts, prompts, options)
-        honest = self.processor.image_processor
-        self.processor.image_processor = once = _Once(honest)
-        options |= {"return_mm_token_type_ids": True} if self.token_types else {}
-        size = 1 if architectures.special(self.config).one_at_a_time else len(prompts)
-        tokens = []
+            image_inputs: dict[str, torch.Tensor] = {}
+            rows = self.processor.tokenizer(texts, **options)["input_ids"]
+            tokens = [{"input_ids": np.array(row)} for row in rows]
+            image_masks = [np.zeros(len(row), dtype=bool) for row in rows]
+        else:
+            image_inputs, tokens = self._process(image, texts, options)
+            image_masks = [self._find_image_tokens(row) for row in tokens]
+        self._check_lengths(tokens, prompts)
+        if image is not None:
+            self._check_image_tokens(image_masks, prompts)
+        return PreparedImage(image_inputs, tokens, image_masks)
+
+    def _tokenizer_options(self, text: str) -> dict[str, bool]:
+        """Keep the tokenizer from adding a first token where the chat template has written it."""
+        first_token = getattr(self.processor.tokenizer, "bos_token", None)
+        if first_token and text.startswith(str(first_token)):
+            return {"add_special_tokens": False}
+        return {}
+
+    def _process(
+        self, image: Image.Image, texts: Sequence[str], options: Mapping[str, bool]
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, np.ndarray]]]:
+        """Return the image's inputs, and for each text what belongs to its tokens."""
+        token_types = {"return_mm_token_type_ids": True} if self.needs_token_types else {}
+        group_size = 1 if find_special_case(self.config).one_text_per_call else len(texts)
+        image_inputs: dict[str, torch.Tensor] = {}
+        tokens: list[dict[str, np.ndarray]] = []
+        original = self.processor.image_processor
+        single = _SingleImageProcessor(original)
+        self.processor.image_processor = single
         try:
-            for group in (texts[at : at + size] for at in range(0, len(texts), size)):
-                made = self.processor(images=[[image]] * len(group), text=group, padding=True, padding_side="right",
-                                      return_tensors="pt", **options)
-                of_image = {*once.output} - {"attention_mask"}
-                tokens += _unpadded({key: value.numpy() for key, value in made.items() if key not in of_image})
+            for start in range(0, len(texts), group_size):
+                group = texts[start : start + group_size]
+                batch = self.processor(
+                    images=[[image]] * len(group),
+                    text=group,
+                    padding=True,
+                    padding_side="right",
+                    return_tensors="pt",
+                    **options,
+                    **token_types,
+                )
+                # A mask of the image processor gives way to the tokenizer's mask of the same name.
+                image_names = set(single.output) - {"attention_mask"}
+                image_inputs = {name: single.output[name] for name in batch if name in image_names}
+                of_tokens = {
+                    name: values.numpy()
+                    for name, values in batch.items()
+                    if name not in image_names
+                }
+                tokens += _split_unpadded(of_tokens)
         finally:
-            self.processor.image_processor = honest
-        shown = [self._shown(row) for row in tokens]
-        self._check_lengths(tokens, prompts)
-        counts = [int(mask.sum()) for mask in shown]
-        wrong = next((k for k, count in enumerate(counts) if count != min(counts)), None)
-        if wrong is not None:
-            raise ValueError(f"{self.name} sees {counts[wrong]} image tokens instead of {min(counts)} with the prompt "
-                             f"{prompts[wrong][:80]!r}: take out the words that stand for an image there")
-        if self.image_id is not None and not counts[0]:
-            raise ValueError(f"{self.name} got no image token for the prompt {prompts[0][:80]!r}: the chat template "
-                             "of this checkpoint does not place images")
-        return PreparedImage({key: once.output[key] for key in made if key in of_image}, tokens, shown)
+            self.processor.image_processor = original
+        return image_inputs, tokens
 
-    def _shown(self, row: dict[str, np.ndarray]) -> np.ndarray:
-        mask = row.get("image_embeds_position_mask")
-        return row["input_ids"] == self.image_id if mask is None else mask == 1
+    def _find_image_tokens(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(t,) True at image tokens; Kosmos-2 has a mask of its own for them."""
+        if "image_embeds_position_mask" in row:
+            return row["image_embeds_position_mask"] == 1
+        return row["input_ids"] == self.image_id
 
-    def _text_only(self, texts: list[str], prompts: Sequence[str], options: dict[str, bool]) -> PreparedImage:
-        tokens = [{"input_ids": np.array(ids)} for ids in self.processor.tokenizer(texts, **options)["input_ids"]]
-        self._check_lengths(tokens, prompts)
-        return PreparedImage({}, tokens, [np.zeros(len(row["input_ids"]), bool) for row in tokens])
-
-    def _check_lengths(self, tokens: list[dict[str, np.ndarray]], prompts: Sequence[str]) -> None:
+    def _check_lengths(
+        self, tokens: Sequence[Mapping[str, np.ndarray]], prompts: Sequence[str]
+    ) -> None:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        k = int(np.argmax([len(row["input_ids"]) for row in tokens]))
-        if limit and len(tokens[k]["input_ids"]) > limit:
-            raise ValueError(f"{len(tokens[k]['input_ids']):,} tokens are more than the {limit:,} positions of "
-                             f"{self.name}, in the prompt {prompts[k][:80]!r}: shorten it or lower longest_side")
+        lengths = [len(row["input_ids"]) for row in tokens]
+        longest = int(np.argmax(lengths))
+        if limit and lengths[longest] > limit:
+            raise ValueError(
+                f"{lengths[longest]:,} tokens are more than the {limit:,} positions of "
+                f"{self.name}, in the prompt {prompts[longest][:80]!r}: shorten it or lower "
+                "longest_side"
+            )
+
+    def _check_image_tokens(
+        self, image_masks: Sequence[np.ndarray], prompts: Sequence[str]
+    ) -> None:
+        counts = [int(mask.sum()) for mask in image_masks]
+        fewest = min(counts)
+        for count, prompt in zip(counts, prompts, strict=True):
+            if count != fewest:
+                raise ValueError(
+                    f"{self.name} gets {count} image tokens instead of {fewest} with the prompt "
+                    f"{prompt[:80]!r}: take out the words that stand for an image there"
+                )
+        if self.image_id is not None and fewest == 0:
+            raise ValueError(
+                f"{self.name} gets no image token with the prompt {prompts[0][:80]!r}: the chat "
+                "template of this checkpoint does not place images"
+            )
 
 
-def _unpadded(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The rows of a batch that is padded on the right, each without its padding."""
-    lengths = {}
-    for key in batch:
-        own = key.removesuffix("input_ids").removesuffix("attention_mask") + "attention_mask"
-        mask = batch[own] if own in batch and batch[own].ndim == 2 else batch["attention_mask"]
-        lengths[key] = mask.sum(1)
-    return [{key: values[i, : lengths[key][i]] for key, values in batch.items()} for i in range(len(mask))]
+def _break_up(match: re.Match[str]) -> str:
+    word = match[0]
+    return f"{word[0]} {word[1:]}"
+
+
+def _split_unpadded(batch: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Split a batch that is padded on the right into rows without padding."""
+    lengths = {name: _mask_of(batch, name).sum(1) for name in batch}
+    return [
+        {name: values[i, : lengths[name][i]] for name, values in batch.items()}
+        for i in range(len(batch["input_ids"]))
+    ]
+
+
+def _mask_of(batch: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Find the mask that says what of an array is padding.
+
+    ``qformer_input_ids`` has ``qformer_attention_mask``; most have ``attention_mask``.
+    """
+    tokenizer_name = name.removesuffix("input_ids").removesuffix("attention_mask")
+    mask = batch.get(f"{tokenizer_name}attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask
+    return batch["attention_mask"]
