@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from probekit.models import batches, forward, token_grid
-from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage
+from probekit.models import batches, forward
+from probekit.models.token_grid import TokenGrid
 from probekit.probes import localisation
 from probekit.probes.weights import ProbeWeights
 
@@ -27,41 +27,6 @@ def random_linear(vlm, classes=3):
                   rng.uniform(0.5, 2, shape).astype(np.float32))
 
 
-def test_tokens_lie_where_the_image_is(vlm):
-    prepared = vlm.prompt_processor.prepare(scene(), ["Which?"])
-    cells = TokenGrid(vlm)(prepared, (160, 120))
-    assert len(cells) == prepared.image_masks[0].sum()
-    areas = (cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])
-    assert areas.sum() == pytest.approx(1, abs=0.02)  # both models see the whole image
-    token_grid.check_token_grid(vlm, [scene()], "Which?")
-
-
-def test_a_patch_that_changes_changes_its_token(vlm):
-    image = scene()
-    prepared = vlm.prompt_processor.prepare(image, ["Which?"])
-    cells, before = TokenGrid(vlm)(prepared, image.size), token_grid._embedded(vlm, prepared)
-    for k in (0, len(cells) // 2, len(cells) - 1):
-        left, top, right, bottom = np.round(cells[k] * [160, 120, 160, 120]).astype(int).clip(0)
-        pixels = np.array(image)
-        pixels[top:bottom, left:right] = 255 - pixels[top:bottom, left:right]
-        changed = (token_grid._embedded(vlm, vlm.prompt_processor.prepare(Image.fromarray(pixels), ["Which?"])) - before).norm(dim=1)
-        assert int(changed.argmax()) == k
-
-
-def test_a_wrong_map_is_found_out(vlm, monkeypatch):
-    honest = TokenGrid.__call__
-    monkeypatch.setattr(TokenGrid, "__call__", lambda *arguments: honest(*arguments)[::-1])
-    with pytest.raises(NoTokenGrid, match="there is no heat map"):
-        token_grid.check_token_grid(vlm, [scene(), scene(200, 100)], "Which?")
-
-
-def test_covered_counts_what_lies_in_any_box():
-    boxes = np.array([[0.0, 0, 0.25, 1], [0.0, 0, 0.5, 0.5]])
-    np.testing.assert_allclose(box_coverage(HALVES, boxes), [0.75, 0])
-    beyond = np.array([[-1.0, 0, 0, 1], [-0.5, 0, 0.5, 1]])  # padding: outside, and half outside
-    np.testing.assert_allclose(box_coverage(beyond, boxes), [np.nan, 0.75])
-
-
 def test_heat_is_the_probe_of_every_token_in_whatever_batch(vlm):
     linear = random_linear(vlm)
     prompts = ["Which?", "Which of these things are there, do you think?"]
@@ -71,16 +36,16 @@ def test_heat_is_the_probe_of_every_token_in_whatever_batch(vlm):
     for one, cell, both in zip(prepared, cells, together, strict=True):
         alone, = localisation.heat(vlm, [one], linear, [cell])
         np.testing.assert_allclose(alone.logit_ltc, both.logit_ltc, atol=2e-3)
-        pooled = forward.run_pooled(vlm, [one], ["image_mean"])  # log-odds of the mean are the mean of the log-odds
+        pooled = forward.run_pooled(vlm, [one], poolings=["image_mean"])  # log-odds of the mean are the mean of the log-odds
         for k, layer in enumerate(vlm.layers):
-            weight, intercept = linear.raw(k)
+            weight, intercept = linear.raw_weights(k)
             expected = pooled[f"{layer}/image_mean"][0].double() @ weight.double() + intercept
             np.testing.assert_allclose(both.logit_ltc[k].mean(0), expected, atol=1e-3, rtol=1e-3)
     tokens = batches.batch_tokens(vlm, [prepared[0].tokens[0]])
     with torch.inference_mode():
         hidden = vlm.model(**tokens, **batches.batch_images(vlm, prepared[:1]), use_cache=False,
                            output_hidden_states=True).hidden_states[3][0, torch.from_numpy(prepared[0].image_masks[0])]
-    weight, intercept = linear.raw(3)
+    weight, intercept = linear.raw_weights(3)
     np.testing.assert_allclose(together[0].logit_ltc[3], hidden @ weight + intercept, atol=2e-3)
 
 
