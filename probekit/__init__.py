@@ -1,15 +1,16 @@
 """probekit: what each layer of a vision-language model knows.
 
 >>> import probekit as pk
->>> examples = pk.build_examples("data/coco", tasks=["caption"], train=2000, validation=500, test=500)
->>> activations = pk.extract("qwen2-vl-2b", examples, poolings=["mean", "last"])
+>>> examples = pk.build_examples("data/coco", tasks=["caption"], train=2000, validation=500,
+test=500) >>> activations = pk.extract("qwen2-vl-2b", examples, poolings=["mean", "last"])
 >>> activations["lm.12", "mean"]  # (n examples, d)
 >>> results = pk.probe(activations)
 >>> results.plot("accuracy")
 
-Letters for shapes, used in every docstring: n examples, l layers, t tokens, d width, c classes, s seeds
-or strengths, b images or resamples, k suffixes of one image, p problems solved together (of probes) or
-patches (of image encoders). A tensor whose rank is not obvious carries them in its name: `hidden_ntd`.
+Letters for shapes, used in every docstring: n examples, l layers, t tokens, d width, c classes, s
+seeds or strengths, b images or resamples, k suffixes of one image, p problems solved together (of
+probes) or patches (of image encoders). A tensor whose rank is not obvious carries them in its name:
+`hidden_ntd`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Home:
-    """The folder that probekit reads and writes in: ``data``, ``figures``, and in a checkout ``notebooks``.
+    """The folder that probekit works in: ``data``, ``figures``, and in a checkout ``notebooks``.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Home:
 
     @classmethod
     def find(cls, home: str | Path | Home | None = None) -> Home:
-        """Return the home that is named, else ``PROBEKIT_HOME``, else the checkout, else the working directory."""
+        """Return the named home, else ``PROBEKIT_HOME``, the checkout, the working directory."""
         if isinstance(home, Home):
             return home
         named = home or os.environ.get("PROBEKIT_HOME")
@@ -98,7 +98,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file beside `path`, flush it to disk, then rename it: no half file is ever visible.
+    """Let `write` fill a file beside `path`, flush it, then rename it: no half file is visible.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def with_hint(error: Exception, path: object) -> Exception:
-    """Return an error of writing `path` in words that name the fix where the disk or a quota is full."""
+    """Return an error of writing `path`; where a disk or quota is full, it names the fix."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
     if not full and "No space left" not in text and "quota exceeded" not in text.lower():

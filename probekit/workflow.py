@@ -1,9 +1,10 @@
-"""The way of the data in a few calls: examples, activations, results. The notebooks and the front door use it."""
+"""The way of the data in a few calls: examples, activations, results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -35,23 +36,24 @@ def build_examples(
     *,
     run: str | None = None,
     home: HomeLike = None,
-    **settings,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Draw images from a dataset, ask tasks about them, and split them by image.
 
     Parameters
     ----------
     dataset : str or Path
-        A folder in COCO's layout or another one of ``data/README.md``, or ``"scenes"``, which draws as
-        many scenes as are needed.
+        A folder in COCO's layout or another one of ``data/README.md``, or ``"scenes"``, which draws
+        as many scenes as are needed.
     run : str or None
-        Name of the run that the examples belong to: activations and results are filed under it. None
-        takes a fingerprint of the settings.
+        Name of the run that the examples belong to: activations and results are filed under it.
+        None takes a fingerprint of the settings.
     home : str, Path, Home or None
-        Where artefacts go; None takes ``PROBEKIT_HOME``, else the checkout, else the working directory.
+        Where artefacts go; None takes ``PROBEKIT_HOME``, else the checkout, else the working
+        directory.
     **settings
-        Attributes of :class:`probekit.tasks.base.BuildSettings`: `train`, `validation`, `test` (images),
-        `tasks`, `categories`, `seed`, ...
+        Attributes of :class:`probekit.tasks.base.BuildSettings`: `train`, `validation`, `test`
+        (images), `tasks`, `categories`, `seed`, ...
 
     Returns
     -------
@@ -62,7 +64,8 @@ def build_examples(
     Raises
     ------
     FileNotFoundError, ValueError
-        The dataset is not there or lacks something, a setting makes no sense; the message names the fix.
+        The dataset is not there or lacks something, a setting makes no sense; the message names the
+        fix.
     """
     home = paths.Home.find(home)
     build = _build_settings(dataset, home, settings)
@@ -71,10 +74,10 @@ def build_examples(
     return examples.assign(run=run)
 
 
-def _build_settings(dataset: str | Path, home: paths.Home, settings: dict) -> BuildSettings:
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
+def _build_settings(
+    dataset: str | Path, home: paths.Home, settings: dict[str, Any]
+) -> BuildSettings:
+    values = tuples_for_lists(settings)
     if str(dataset) != "scenes":
         return BuildSettings(home.relative(home.resolve(dataset)), **values)
     sizes = BuildSettings("scenes", **values)
@@ -82,6 +85,13 @@ def _build_settings(dataset: str | Path, home: paths.Home, settings: dict) -> Bu
     folder = home.data / "coco" / f"scenes-{count}-seed{sizes.seed}"
     write_scenes(folder, count, sizes.seed)
     return BuildSettings(home.relative(folder), **values)
+
+
+def tuples_for_lists(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with tuples for lists, as frozen settings hold them."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
 
 
 def examples_folder(run: str, home: HomeLike = None) -> Path:
@@ -130,7 +140,7 @@ def extract(
     copies: int | None = None,
     root: str | None = None,
     home: HomeLike = None,
-    **settings,
+    **settings: Any,
 ) -> Activations:
     """Run a frozen model on the examples and pool every layer's hidden states.
 
@@ -151,8 +161,8 @@ def extract(
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
-        Attributes of :class:`probekit.extraction.settings.ExtractionSettings`: `poolings`, `stages`,
-        `untrained`, `longest_side`, `dtype`, ...
+        Attributes of :class:`probekit.extraction.settings.ExtractionSettings`: `poolings`,
+        `stages`, `untrained`, `longest_side`, `dtype`, ...
 
     Returns
     -------
@@ -169,11 +179,9 @@ def extract(
     )
 
 
-def extraction_settings(model: str, settings: dict) -> ExtractionSettings:
+def extraction_settings(model: str, settings: dict[str, Any]) -> ExtractionSettings:
     """Return the settings of an extraction, with tuples for lists."""
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
+    values = tuples_for_lists(settings)
     return ExtractionSettings(model, **values)
 
 
@@ -242,9 +250,9 @@ def probe(
     patience: int | None = None,
     device: str | None = None,
     home: HomeLike = None,
-    **settings,
+    **settings: Any,
 ) -> Results:
-    """Train a light probe on every layer, score it with intervals and controls, and save the results.
+    """Train a light probe on every layer, score it with its controls, and save the results.
 
     Parameters
     ----------
@@ -261,13 +269,14 @@ def probe(
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
-        Attributes of :class:`probekit.probes.probing.ProbeSettings`: `probes`, `seeds`, `strengths`,
-        `controls` (shuffled, control_task), `codelength`, `resamples`, `memory_gb`.
+        Attributes of :class:`probekit.probes.probing.ProbeSettings`: `probes`, `seeds`,
+        `strengths`, `controls` (shuffled, control_task), `codelength`, `resamples`, `memory_gb`.
 
     Returns
     -------
     Results
-        They are in ``data/probes/<run>``, too; what is there already for these settings is read back.
+        They are in ``data/probes/<run>``, too; what is there already for these settings is read
+        back.
     """
     home = paths.Home.find(home)
     views = with_controls([activations] if isinstance(activations, Activations) else activations)
@@ -275,9 +284,7 @@ def probe(
         raise ValueError("there are no activations to probe: extract some first")
     examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
     run = run_of(examples)
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
+    values = tuples_for_lists(settings)
     probe_settings = ProbeSettings(
         training=AdamSettings(epochs=epochs, patience=patience), **values
     )
@@ -318,7 +325,7 @@ def open_run(run: str, *, home: HomeLike = None) -> SavedRun:
 
 
 def split_controls(controls: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tell controls of the inputs, which are extracted, from those of the labels, which are trained.
+    """Tell controls of the inputs, which are extracted, from those of the labels.
 
     Raises
     ------

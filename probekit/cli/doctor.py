@@ -115,7 +115,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 
 def report_lines() -> list[str]:
-    """Return one line per check: whether it is fine, what was found, and the fix where it is not."""
+    """Return one line per check: is it fine, what was found, and the fix where it is not."""
     lines = []
     for name, check in CHECKS.items():
         try:

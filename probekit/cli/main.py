@@ -1,4 +1,4 @@
-"""``python -m probekit``: run the notebooks as a batch, and look at models, shards and the machine."""
+"""``python -m probekit``: run the notebooks, look at models, shards and the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is wrong.
+        The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is
+        wrong.
     """
     options = make_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run_command
@@ -94,8 +95,8 @@ def _add_plan(commands) -> None:
     parser.add_argument(
         "--flops",
         type=float,
-        help="operations per second that a device keeps up, e.g. 3.5e14 for an H100 in half precision; "
-        "without it a sample is run here",
+        help="operations per second that a device keeps up, e.g. 3.5e14 for an H100 in half "
+        "precision; without it a sample is run here",
     )
     parser.add_argument("--sample", type=int, default=32, help="images that are looked at")
     parser.add_argument(
@@ -189,10 +190,10 @@ def run_extract(options: argparse.Namespace) -> int:
     )
     if parameters["engine"] != "local":
         raise ValueError(
-            f"engine={parameters['engine']} starts workers by itself, and extract is one that you start: "
-            "say python -m probekit run, or engine=local"
+            f"engine={parameters['engine']} starts workers by itself, and extract is one that you "
+            "start: say python -m probekit run, or engine=local"
         )
-    device = _device_of_rank(parameters["device"], environment.local_rank)
+    device = _device_of_rank(parameters, environment.local_rank)
     examples = workflow.open_examples(parameters["run"])
     made = 0
     for settings, controls in extractions(parameters):
@@ -203,18 +204,19 @@ def run_extract(options: argparse.Namespace) -> int:
         made += len(launcher.make_shards(job))
     same_overrides = "".join(f" -p {shlex.quote(override)}" for override in options.overrides)
     print(
-        f"rank {launcher.rank} of {launcher.world_size} made {made} shards: when all ranks are done, go on "
-        f"with python -m probekit run --params {options.params}{same_overrides} --from 02"
+        f"rank {launcher.rank} of {launcher.world_size} made {made} shards: when all ranks are "
+        f"done, go on with python -m probekit run --params {options.params}{same_overrides} --from "
+        "02"
     )
     return 0
 
 
-def _device_of_rank(device: str | None, local_rank: int) -> str:
+def _device_of_rank(parameters: dict, local_rank: int) -> str:
     import torch
 
     from probekit.models.load import best_device
 
-    device = device or best_device()
+    device = parameters["device"] or best_device()
     if device != "cuda":
         return device
     return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import papermill
 import yaml
@@ -66,8 +67,8 @@ def find_notebook(name: str) -> Path:
         if notebook.stem == name:
             return notebook
     raise FileNotFoundError(
-        f"{Home.find().notebooks} has no notebook {name}: start in a checkout of probekit, or name one "
-        "in PROBEKIT_HOME"
+        f"{Home.find().notebooks} has no notebook {name}: start in a checkout of probekit, or name "
+        "one in PROBEKIT_HOME"
     )
 
 
@@ -92,10 +93,11 @@ def all_declared_parameters() -> dict[str, Parameter]:
     return parameters
 
 
-# -------------------------------------------------------------------------------- files of parameters
+# -------------------------------------------------------------------------------- files of
+# parameters
 
 
-def read_parameters(file: Path, overrides: Sequence[str]) -> dict[str, object]:
+def read_parameters(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Read the parameters of a YAML file, changed by ``key=value`` texts whose values are YAML.
 
     Raises
@@ -159,7 +161,10 @@ def _has_declared_type(value: object, parameter: Parameter) -> bool:
 
 def _wrong_type(name: str, value: object, parameter: Parameter) -> str:
     example = "or null" if parameter.default is None else f"like {parameter.default!r}"
-    message = f"parameter {name!r} of {parameter.notebook} is {value!r}, expected {parameter.kind}, {example}"
+    message = (
+        f"parameter {name!r} of {parameter.notebook} is {value!r}, expected {parameter.kind}, "
+        f"{example}"
+    )
     if isinstance(value, str | list):
         message += " (in YAML a list is [a, b], and 1e-3 is text, 1.0e-3 a number)"
     return message
@@ -167,7 +172,7 @@ def _wrong_type(name: str, value: object, parameter: Parameter) -> str:
 
 def read_notebook_parameters(
     notebook: Path, file: Path, overrides: Sequence[str]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the parameters of one notebook: what a file and overrides say, else what it declares.
 
     Raises
@@ -183,7 +188,8 @@ def read_notebook_parameters(
     }
 
 
-# ----------------------------------------------------------------------------------------- execution
+# -----------------------------------------------------------------------------------------
+# execution
 
 
 def execute_notebooks(
@@ -201,7 +207,8 @@ def execute_notebooks(
     FileNotFoundError, ValueError
         What the parameters say is not there or not right; nothing has been run.
     NotebookFailedError
-        A notebook stopped; the message shows the cell, and where the notebook lies as far as it came.
+        A notebook stopped; the message shows the cell, and where the notebook lies as far as it
+        came.
     """
     first = start[:2].zfill(2)
     last = end[:2].zfill(2)
@@ -233,8 +240,8 @@ def _report_unused_overrides(
         name = override.partition("=")[0].strip()
         if name not in used:
             print(
-                f"probekit: -p {name} is for {declared[name].notebook}, which is not run now: it changes "
-                "nothing here",
+                f"probekit: -p {name} is for {declared[name].notebook}, which is not run now: it "
+                "changes nothing here",
                 file=sys.stderr,
             )
 
@@ -252,11 +259,12 @@ def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home
         )
     except papermill.PapermillExecutionError as error:
         raise NotebookFailedError(
-            f"A cell of {notebook.stem} failed:\n\n{error.source}\n\n{error.ename}: {error.evalue}\n\n"
-            f"The notebook as far as it came: {target}"
+            f"A cell of {notebook.stem} failed:\n\n{error.source}\n\n{error.ename}: "
+            f"{error.evalue}\n\nThe notebook as far as it came: {target}"
         ) from error
     except DeadKernelError as error:
         raise NotebookFailedError(
-            f"The kernel of {notebook.stem} died, most likely for want of memory: run it again with a "
-            f"smaller batch_tokens, which goes on where this stopped. The notebook as far as it came: {target}"
+            f"The kernel of {notebook.stem} died, most likely for want of memory: run it again "
+            "with a smaller batch_tokens, which goes on where this stopped. The notebook as far "
+            f"as it came: {target}"
         ) from error

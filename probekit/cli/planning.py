@@ -1,4 +1,4 @@
-"""What a run takes, before it runs: examples are built from a sample of its images, the rest is arithmetic."""
+"""What a run takes, before it runs: examples of a sample of its images, the rest is arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from probekit.extraction.settings import ExtractionSettings
 from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import SPLITS, build_examples
-from probekit.workflow import extraction_settings, split_controls, tables_with_controls
+from probekit.workflow import (
+    extraction_settings,
+    split_controls,
+    tables_with_controls,
+    tuples_for_lists,
+)
 
 # Parameters of the notebooks that are settings of what they run.
 BUILD_PARAMETERS = (
@@ -95,7 +100,7 @@ def build_sample(
     if draws_scenes:
         dataset_folder = str(folder / f"scenes-{images}")
         scenes.write_scenes(dataset_folder, sampled, parameters["seed"])
-    settings = {name: _tuple_for_list(parameters[name]) for name in BUILD_PARAMETERS}
+    settings = tuples_for_lists({name: parameters[name] for name in BUILD_PARAMETERS})
     build = BuildSettings(
         dataset_folder,
         coco_splits=tuple(parameters["coco_splits"]),
@@ -124,8 +129,8 @@ def extractions(parameters: dict) -> list[tuple[ExtractionSettings, tuple[str, .
     Returns
     -------
     list of (ExtractionSettings, tuple of str)
-        Settings by model, and the controls of the inputs that go with each: trained models first, then
-        those with random weights, which have none.
+        Settings by model, and the controls of the inputs that go with each: trained models first,
+        then those with random weights, which have none.
 
     Raises
     ------
@@ -179,7 +184,3 @@ def estimate_run(
             )
             estimates.append(estimate)
     return estimates
-
-
-def _tuple_for_list(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value

@@ -26,16 +26,16 @@ def extract_tables(
 ) -> Activations:
     """Extract what a model holds of some tables, shard by shard.
 
-    What is on disk, of whatever run, is not computed again. The model is loaded only where something is
-    missing, and released at the end.
+    What is on disk, of whatever run, is not computed again. The model is loaded only where
+    something is missing, and released at the end.
 
     Parameters
     ----------
     settings : ExtractionSettings
     tables : mapping of str to DataFrame
-        ``"none"`` is the table of examples; others, by the name of a control of the inputs, have the
-        same rows with other files or prompts. Columns besides `file` and `prompt` travel along. An image
-        that several tables show still runs once.
+        ``"none"`` is the table of examples; others, by the name of a control of the inputs, have
+        the same rows with other files or prompts. Columns besides `file` and `prompt` travel along.
+        An image that several tables show still runs once.
     device : str or None
         See :func:`probekit.models.load.load_vlm`.
     launcher : Launcher
@@ -52,8 +52,8 @@ def extract_tables(
     Raises
     ------
     ValueError, OSError, MemoryError, ArithmeticError
-        A setting makes no sense, a model or an image cannot be read, something does not fit the memory,
-        a hidden state is not finite; the message names it and the fix.
+        A setting makes no sense, a model or an image cannot be read, something does not fit the
+        memory, a hidden state is not finite; the message names it and the fix.
     """
     home = paths.Home.find(home)
     job = plan_job(settings, input_tables(tables), device=device, root=root, home=home)

@@ -21,8 +21,8 @@ FORMAT = 3  # of meta.json, plan.json and the shards
 class ActivationFolder:
     """Files of one model with one setting: ``<root>/<model>/<fingerprint>/...``.
 
-    Files appear whole or not at all. Behind a URL they are read through fsspec's file cache, so each
-    shard travels once per machine.
+    Files appear whole or not at all. Behind a URL they are read through fsspec's file cache, so
+    each shard travels once per machine.
 
     Parameters
     ----------
@@ -45,7 +45,8 @@ class ActivationFolder:
         except Exception as error:  # each protocol has errors of its own
             raise ValueError(
                 f"activations at {url} cannot be opened ({type(error).__name__}: {error}): check "
-                "the address and your credentials, and install its protocol's package (s3fs, gcsfs, ...)"
+                "the address and your credentials, and install its protocol's package (s3fs, "
+                "gcsfs, ...)"
             ) from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self._listing: set[str] = set()
@@ -120,7 +121,7 @@ class ActivationFolder:
         return self.fs.cat_file(self._address(name))
 
     def local_copy(self, name: str) -> Path:
-        """Return a path on this machine with the content of a file that never changes once it is written."""
+        """Return a path on this machine with the content of a file that is written once."""
         if self.is_local:
             return Path(self._address(name))
         with self._cached().open(self._address(name), mode="rb") as file:
@@ -166,9 +167,12 @@ class ActivationFolder:
     def _upload(self, file: Path, name: str) -> None:
         address = self._address(name)
         self.fs.makedirs(address.rpartition("/")[0], exist_ok=True)
-        with self.fs.transaction:  # the file appears when the block ends
-            with file.open("rb") as source, self.fs.open(address, "wb") as target:
-                shutil.copyfileobj(source, target, length=1 << 24)
+        with (
+            self.fs.transaction,  # the file appears when the block ends
+            file.open("rb") as source,
+            self.fs.open(address, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, length=1 << 24)
 
     def remove(self, name: str) -> None:
         """Delete a file; one that is not there is fine."""
@@ -187,7 +191,7 @@ class ActivationFolder:
     def _address(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
-    # -------------------------------------------------------------------------- the model's record
+    # ------------------------------------------------------------------------ the model's record
 
     def write_meta(self, meta: dict) -> None:
         """Write ``meta.json``: which model this is, and with what it was run."""

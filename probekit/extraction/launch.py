@@ -1,7 +1,8 @@
-"""Who makes the shards of a job: this process, one of several started side by side, or a Ray cluster.
+"""Who makes the shards of a job: this process, one of several side by side, or a Ray cluster.
 
-All of them start a :class:`probekit.extraction.runner.Runner` on the same shards. A shard that is there
-is skipped, one that appears twice is the same file: so nothing is locked, and whoever comes next goes on.
+All of them start a :class:`probekit.extraction.runner.Runner` on the same shards. A shard that is
+there is skipped, one that appears twice is the same file: so nothing is locked, and whoever comes
+next goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,7 +18,8 @@ from tqdm.auto import tqdm
 from probekit.extraction.jobs import Job
 from probekit.extraction.runner import Runner
 
-# Ray shows what it passes on to all who see its dashboard: keys and tokens are for each machine to have.
+# Ray shows what it passes on to all who see its dashboard: keys and tokens are for each machine to
+# have.
 PASSED_VARIABLES = (
     "PROBEKIT_HOME",
     "PYTHONPATH",
@@ -53,8 +55,8 @@ class Launcher:
             raise ValueError(f"engine={self.engine!r}: take out of {', '.join(ENGINES)}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
-                f"--rank {self.rank} --world-size {self.world_size}: ranks go from 0, world sizes from 1, "
-                "and a rank is below the world size"
+                f"--rank {self.rank} --world-size {self.world_size}: ranks go from 0, world sizes "
+                "from 1, and a rank is below the world size"
             )
 
     def make_shards(self, job: Job) -> list[int]:
@@ -92,7 +94,7 @@ class Rank(NamedTuple):
 
 
 def rank_from_environment() -> Rank:
-    """Read the rank that torchrun, a SLURM array or srun give this process; (0, 1, 0) where none does."""
+    """Read the rank that torchrun, a SLURM array or srun gives this process; else (0, 1, 0)."""
     if "RANK" in os.environ:  # torchrun
         return Rank(_integer("RANK", 0), _integer("WORLD_SIZE", 1), _integer("LOCAL_RANK", 0))
     steps = _integer("SLURM_NTASKS", 1)
@@ -133,8 +135,9 @@ class _RayRunner:
 def run_on_ray(job: Job, places: Sequence[int], *, copies: int | None = None) -> list[int]:
     """Make shards on the Ray cluster of ``RAY_ADDRESS``, or on one that is started here.
 
-    Ray Data assigns shards to a pool of actors and retries those of an actor that died. All machines see
-    the home under the same path, or share activations through a URL and images by their path.
+    Ray Data assigns shards to a pool of actors and retries those of an actor that died. All
+    machines see the home under the same path, or share activations through a URL and images by
+    their path.
 
     Parameters
     ----------
@@ -152,7 +155,8 @@ def run_on_ray(job: Job, places: Sequence[int], *, copies: int | None = None) ->
     Raises
     ------
     ValueError
-        A shard cannot be made, or the cluster has GPUs that this machine lacks and no device is named.
+        A shard cannot be made, or the cluster has GPUs that this machine lacks and no device is
+        named.
     """
     if not places:
         return []
@@ -195,15 +199,15 @@ def _connect(ray) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _divide_cluster(ray, job: Job, copies: int | None) -> tuple[dict[str, int], int]:
-    """What an actor needs of the cluster, and how many there are."""
+def _divide_cluster(ray, job: Job, copies: int | None) -> tuple[dict[str, Any], int]:
+    """Tell what an actor needs of the cluster, and how many actors there are."""
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     cpus = int(resources.get("CPU", 1))
     if gpus and job.device == "cpu":
         raise ValueError(
-            f"the cluster has {gpus} GPUs, this machine none: say device=cuda, and the dtype that suits "
-            "them (dtype=bfloat16)"
+            f"the cluster has {gpus} GPUs, this machine none: say device=cuda, and the dtype that "
+            "suits them (dtype=bfloat16)"
         )
     copies = copies or gpus or 1
     if gpus:

@@ -1,4 +1,4 @@
-"""Images and prompts on their way to the model: prepared ahead in worker processes, then batched."""
+"""Images and prompts on their way to the model: prepared ahead by workers, then batched."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WorkItem:
     prepared: PreparedImage
 
     def count_tokens(self, way: str) -> int:
-        """Count the tokens that the decoder computes for it, going a way of :data:`probekit.models.forward.WAYS`."""
+        """Count the tokens that the decoder computes for it, going one of the `WAYS`."""
         lengths = [len(tokens["input_ids"]) for tokens in self.prepared.tokens]
         if way != "shared":
             return sum(lengths)
@@ -93,8 +93,9 @@ class _ImageDataset(Dataset):
             prepared = self.processor.prepare(image, item.prompts)
         except Exception as error:
             return ValueError(
-                f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: {error} "
-                "(if it is the image: take it out of the dataset and run 01_build_data again)"
+                f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: "
+                f"{error} (if it is the image: take it out of the dataset and run 01_build_data "
+                "again)"
             )
         return WorkItem(item.table, item.image, item.rows, prepared)
 
@@ -155,8 +156,8 @@ def prepare_images(
     workers : int
         0 prepares each image when it is needed.
     order : iterable of int
-        Numbers of the tables that are wanted; each is taken not long before it is worked on. None takes
-        all.
+        Numbers of the tables that are wanted; each is taken not long before it is worked on. None
+        takes all.
 
     Raises
     ------
@@ -195,8 +196,8 @@ def fill_batches(
 ) -> Iterator[list[WorkItem]]:
     """Put images of one shape together, each with all its prompts, until a batch is full.
 
-    Images of rare shapes wait for others of theirs, up to :data:`WAITING_BUDGETS` budgets in all; then
-    the fullest batch goes.
+    Images of rare shapes wait for others of theirs, up to :data:`WAITING_BUDGETS` budgets in all;
+    then the fullest batch goes.
 
     Parameters
     ----------

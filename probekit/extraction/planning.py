@@ -3,17 +3,19 @@
 The prompts of a sample are prepared; the rest is arithmetic:
 
 decoder
-    2 × (parameters of its blocks that a token meets) × tokens + 4 × layers × heads × head size × (pairs of
-    tokens that attention compares: new ones with all)
+    2 × (parameters of its blocks that a token meets) × tokens + 4 × layers × heads × head size ×
+    (pairs of tokens that attention compares: new ones with all)
 encoder
-    counted on weights without values where its shapes do not depend on values, else the same formula with
-    patches for tokens
+    counted on weights without values where its shapes do not depend on values, else the same
+    formula with patches for tokens
 bytes
     2 per number (float16), of every layer and pooling, per example (decoder) or image (encoder)
 memory
-    the weights, and for each token of a batch its keys and values and the largest of what a block holds
+    the weights, and for each token of a batch its keys and values and the largest of what a block
+    holds
 time
-    that of the sample's own shards on this device, or operations / (operations per second that are named)
+    that of the sample's own shards on this device, or operations / (operations per second that are
+    named)
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class ModelSize:
     operations_per_pair : int
         For each pair of tokens that attention compares, over all layers.
     bytes_per_token : int
-        In a batch, for two bytes per number: keys and values of all layers, and the widest of a block.
+        In a batch, for two bytes per number: keys and values of all layers, and the widest of a
+        block.
     """
 
     parameters: int
@@ -155,7 +158,8 @@ def _count_by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
     return operations
 
 
-# ----------------------------------------------------------------------------------------- estimates
+# -----------------------------------------------------------------------------------------
+# estimates
 
 
 @dataclass(frozen=True)
@@ -349,7 +353,8 @@ def measure_sample(
             runner.release()
 
 
-# --------------------------------------------------------------------------------------- description
+# ---------------------------------------------------------------------------------------
+# description
 
 
 def estimates_table(estimates: Sequence[Estimate]) -> pd.DataFrame:

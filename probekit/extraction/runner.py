@@ -66,8 +66,8 @@ class Runner:
     def make_shards(self, places: Sequence[int]) -> list[int]:
         """Make those shards of the job that are missing.
 
-        Whether a shard is missing is looked up again right before it is begun. Two runners that make
-        the same shard write the same bytes.
+        Whether a shard is missing is looked up again right before it is begun. Two runners that
+        make the same shard write the same bytes.
 
         Parameters
         ----------
@@ -124,8 +124,8 @@ class Runner:
         if not missing:
             return
         message = (
-            f"{self.vlm.name} ({self.vlm.config.model_type}) has no stage {', '.join(missing)} that can "
-            "be read layer by layer"
+            f"{self.vlm.name} ({self.vlm.config.model_type}) has no stage {', '.join(missing)} "
+            "that can be read layer by layer"
         )
         if len(missing) == len(stages):
             raise ValueError(f'{message}: take stages=["lm"]')
@@ -142,8 +142,8 @@ class Runner:
         ]
         if changes:
             tqdm.write(
-                f"{self.job.folder.url} was begun with {', '.join(changes)}: what is added may differ in "
-                "the last digits"
+                f"{self.job.folder.url} was begun with {', '.join(changes)}: what is added may "
+                "differ in the last digits"
             )
 
     def _report_what_is_missing(self) -> None:
@@ -161,10 +161,10 @@ class Runner:
     def _settle_way(self) -> SharingVerdict:
         """Find out which way the model goes, or read what was found before.
 
-        It is settled on the first images of the job that have several prompts, whoever asks, so all who
-        work on a job come to the same verdict; ``meta.json`` keeps it. Images with one prompt cannot
-        tell: the prompt is all prefix. Where there are no others, they run plainly, or alone where
-        batches are not exact, and nothing is kept.
+        It is settled on the first images of the job that have several prompts, whoever asks, so all
+        who work on a job come to the same verdict; ``meta.json`` keeps it. Images with one prompt
+        cannot tell: the prompt is all prefix. Where there are no others, they run plainly, or alone
+        where batches are not exact, and nothing is kept.
         """
         recorded = self._recorded_verdict()
         if recorded is not None:
@@ -191,7 +191,8 @@ class Runner:
     def _accept(self, verdict: SharingVerdict) -> SharingVerdict:
         if self.job.settings.sharing == "on" and verdict.way != "shared":
             raise ValueError(
-                f'sharing="on", but with {self.vlm.name} {verdict.reason}; take sharing="auto" or "off"'
+                f'sharing="on", but with {self.vlm.name} {verdict.reason}; take sharing="auto" '
+                'or "off"'
             )
         tqdm.write(f"{self.vlm.name}: {verdict.reason}")
         return verdict
@@ -201,7 +202,7 @@ class Runner:
         self.job.folder.write_meta(meta | {"sharing": asdict(verdict) if verdict else None})
 
     def _first_shard(self, is_enough: Callable[[pd.Series], pd.Series]) -> Shard | None:
-        """The first shard of decoder states with an image that has enough prompts."""
+        """Find the first shard of decoder states with an image that has enough prompts."""
         for shard in self.job.shards:
             if "lm" in shard.shard_set.stages and len(_rows_with(shard.rows, is_enough)):
                 return shard
@@ -347,7 +348,8 @@ class Runner:
         if halves is None:
             raise MemoryError(
                 f"one prompt with its image, {tokens:,} tokens, does not fit the memory of "
-                f"{self.vlm.device}: take a smaller longest_side, or a half-precision dtype ({reason})"
+                f"{self.vlm.device}: take a smaller longest_side, or a half-precision dtype "
+                f"({reason})"
             )
         self._shrink_budget(tokens)
         first, second = [self._run_what_fits(half, run) for half in halves]
@@ -358,8 +360,8 @@ class Runner:
             return
         self.token_budget = max(1, min(self.token_budget, tokens) // 2)
         tqdm.write(
-            f"{self.vlm.name}: a batch of {tokens:,} tokens does not fit the memory of {self.vlm.device}: "
-            f"halved, and batches of {self.token_budget:,} tokens from here on"
+            f"{self.vlm.name}: a batch of {tokens:,} tokens does not fit the memory of "
+            f"{self.vlm.device}: halved, and batches of {self.token_budget:,} tokens from here on"
         )
 
 
@@ -398,7 +400,7 @@ def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
 
 
 def _rows_with(rows: pd.DataFrame, is_enough: Callable[[pd.Series], pd.Series]) -> pd.DataFrame:
-    """The rows of images whose number of prompts is enough."""
+    """Select the rows of images whose number of prompts is enough."""
     prompts = rows.groupby("file").prompt.transform("size")
     return rows[(rows.file != "") & is_enough(prompts)].reset_index(drop=True)
 
@@ -406,7 +408,7 @@ def _rows_with(rows: pd.DataFrame, is_enough: Callable[[pd.Series], pd.Series]) 
 def _split_in_halves(
     prepared: Sequence[PreparedImage],
 ) -> tuple[Sequence[PreparedImage], Sequence[PreparedImage]] | None:
-    """The images, or the prompts of the only one, in two halves; None where there is but one prompt."""
+    """Split the images, or the prompts of the only one; None where there is one prompt."""
     if len(prepared) > 1:
         middle = len(prepared) // 2
         return prepared[:middle], prepared[middle:]
@@ -478,10 +480,10 @@ def check_prompts_are_seen(
         values = states.get(TensorKey(last_layer, pooling))
         if values is not None and (values[differs] == values[first_row[differs]]).all():
             raise ValueError(
-                f"{model}, {last_layer}/{pooling}: the same for examples with different prompts, in all "
-                f"{differs.sum()} pairs, so any probe of it scores at chance; the prompt does not reach "
-                "the tokens that are pooled: check this checkpoint's chat template, processor and "
-                "attention mask"
+                f"{model}, {last_layer}/{pooling}: the same for examples with different prompts, "
+                f"in all {differs.sum()} pairs, so any probe of it scores at chance; the prompt "
+                "does not reach the tokens that are pooled: check this checkpoint's chat template, "
+                "processor and attention mask"
             )
 
 

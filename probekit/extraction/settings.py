@@ -43,17 +43,17 @@ class ExtractionSettings:
     poolings : tuple of str
         See :mod:`probekit.models.pooling`.
     stages : tuple of str
-        ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over the
-        image's patches.
+        ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over
+        the image's patches.
     shard_images : int
         Images per shard, the unit of work, of writing and of resuming.
     batch_tokens : int or None
-        Tokens that a batch of whole images with their prompts is filled up to. None takes 8,192 with a
-        GPU and 2,048 without, where small batches stay in the cache.
+        Tokens that a batch of whole images with their prompts is filled up to. None takes 8,192
+        with a GPU and 2,048 without, where small batches stay in the cache.
     workers : int or None
         Processes that decode and preprocess images ahead of the model; 0 does it in between. None
-        takes 4 with a GPU (fewer with fewer cores), and 0 without, where they would take the model's
-        cores.
+        takes 4 with a GPU (fewer with fewer cores), and 0 without, where they would take the
+        model's cores.
     """
 
     model: str
@@ -117,7 +117,8 @@ class ExtractionSettings:
         is_absent_gpu = device.startswith("cuda") and not torch.cuda.is_available()
         if is_absent_gpu and not self.dtype:
             raise ValueError(
-                "this machine has no GPU that says which dtype suits it: name one, such as dtype=bfloat16"
+                "this machine has no GPU that says which dtype suits it: name one, such as "
+                "dtype=bfloat16"
             )
         default_tokens = 2048 if device == "cpu" else 8192
         default_workers = 0 if device == "cpu" else min(4, (os.cpu_count() or 2) - 1)
@@ -147,12 +148,13 @@ class ExtractionSettings:
         )
         if "lm" not in self.stages or not poolings:
             raise ValueError(
-                "prompts without an image need the stage lm, and a pooling besides image_mean and token:<i>"
+                "prompts without an image need the stage lm, and a pooling besides image_mean and "
+                "token:<i>"
             )
         return replace(self, stages=("lm",), poolings=poolings)
 
     def folder_name(self, home: paths.Home) -> str:
-        """Return ``<model>/<fingerprint>``: the folder of all that a checkpoint says with these settings.
+        """Return ``<model>/<fingerprint>``, the folder of a checkpoint run with these settings.
 
         Images, prompts, poolings and stages do not matter. The settings must be filled in.
         """

@@ -13,8 +13,8 @@
                                        float32; in the header, which shard of which model it is and
                                        a hash per tensor
 
-What a row holds depends on its image and prompt alone, so runs share shards: a new run computes what
-no shard has yet.
+What a row holds depends on its image and prompt alone, so runs share shards: a new run computes
+what no shard has yet.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class TensorKey(NamedTuple):
         return cls(layer, pooling)
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------------------------
+# rows
 
 
 def model_inputs(examples: pd.DataFrame, home: paths.Home) -> pd.DataFrame:
@@ -121,7 +122,7 @@ def model_inputs(examples: pd.DataFrame, home: paths.Home) -> pd.DataFrame:
 
 
 def unit_numbers(rows: pd.DataFrame) -> np.ndarray:
-    """Number what is run together, (n,): an image with its prompts, or a prompt that has no image."""
+    """Give one number to what is run together, (n,): an image, or a prompt without one."""
     without_image = "\n" + rows.prompt
     return pd.factorize(rows.file.where(rows.file != "", without_image))[0]
 
@@ -132,7 +133,7 @@ def count_units(rows: pd.DataFrame) -> int:
 
 
 def content_keys(rows: pd.DataFrame, content: Content) -> np.ndarray:
-    """Return numbers (n,) that name what a content depends on: image and prompt, or the image alone."""
+    """Return numbers (n,) of what a content depends on: image and prompt, or image alone."""
     columns = ["file", "size"] if content.is_of_image else ["file", "size", "prompt"]
     return pd.util.hash_pandas_object(rows[columns], index=False).to_numpy()
 
@@ -147,15 +148,16 @@ def _rows_digest(rows: pd.DataFrame) -> str:
     return xxhash.xxh3_64_hexdigest(hashes.tobytes())
 
 
-# --------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------
+# tensors
 
 
 def compact(values: np.ndarray) -> np.ndarray:
     """Return float16 where it keeps what a probe can tell apart, float32 otherwise.
 
     That is where no value overflows, and where rounding stays below 1/32 of its column's standard
-    deviation; a column that hardly varies is measured by 1/100 of the median one. Fewer than 8 rows do
-    not tell what varies.
+    deviation; a column that hardly varies is measured by 1/100 of the median one. Fewer than 8 rows
+    do not tell what varies.
 
     Parameters
     ----------
@@ -172,14 +174,14 @@ def compact(values: np.ndarray) -> np.ndarray:
 
 
 def tensor_digest(values: np.ndarray) -> str:
-    """Return 32 hexadecimal digits that tell an array's numbers from others (XXH3, little-endian)."""
+    """Return 32 hexadecimal digits that name an array's numbers (XXH3, little-endian)."""
     values = np.ascontiguousarray(values)
     little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
     return xxhash.xxh3_128_hexdigest(little_endian.data.cast("B"))
 
 
 def shard_note(shard: safe_open) -> dict:
-    """Return what a shard's header says: `model`, `settings`, `shard_set`, `first_row`, `digests` by tensor."""
+    """Return what a header says: `model`, `settings`, `shard_set`, `first_row`, `digests`."""
     try:
         note = json.loads((shard.metadata() or {}).get("probekit", "{}"))
     except ValueError:  # a damaged header
@@ -187,7 +189,8 @@ def shard_note(shard: safe_open) -> dict:
     return note if isinstance(note, dict) else {}
 
 
-# ------------------------------------------------------------------------------------------ shard sets
+# ------------------------------------------------------------------------------------------ shard
+# sets
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class ShardSet:
 
     @classmethod
     def _read(cls, folder: ActivationFolder, name: str) -> ShardSet | None:
-        """Read a set as it was planned; None where its record is damaged: planned again, it is written anew."""
+        """Read a set as it was planned; None where its record is damaged."""
         try:
             plan = json.loads(folder.read_bytes(f"{name}/plan.json"))
             rows = pd.read_parquet(io.BytesIO(folder.read_bytes(f"{name}/rows.parquet")))
@@ -313,7 +316,8 @@ class ShardSet:
         for key, array, digest in zip(keys, arrays, digests, strict=True):
             tensors[key.tensor_name] = array
             digest_of[key.tensor_name] = digest
-        # One key: safetensors writes several in no fixed order, and equal shards must be equal files.
+        # One key: safetensors writes several in no fixed order, and equal shards must be equal
+        # files.
         metadata = {"probekit": json.dumps(self._note(i) | {"digests": digest_of})}
         name = self.shard_name(i)
         self.folder.write(name, lambda file: save_file(tensors, file, metadata=metadata))
@@ -334,8 +338,8 @@ class ShardSet:
     def find_fault(self, i: int) -> str:
         """Say why shard i cannot be read; ``""`` where it can.
 
-        On this machine its header and length are looked at, not its numbers; behind a URL, where files
-        appear whole, only whether it is there.
+        On this machine its header and length are looked at, not its numbers; behind a URL, where
+        files appear whole, only whether it is there.
         """
         name = self.shard_name(i)
         if not self.folder.exists(name):
@@ -392,7 +396,8 @@ class Shard(NamedTuple):
         return self.shard_set.is_done(self.number)
 
 
-# ------------------------------------------------------------------------------------------- planning
+# -------------------------------------------------------------------------------------------
+# planning
 
 
 def plan_shards(
@@ -456,7 +461,7 @@ def _shards_that_hold(
 def _usable_keys(
     shard_sets: Sequence[ShardSet], content: Content, wanted_keys: Mapping[Content, np.ndarray]
 ) -> np.ndarray:
-    """Keys that sets hold of a content, or may be asked for: done, or in shards of nothing but this run's.
+    """Collect the keys of a content that are done, or in shards of nothing but this run's.
 
     What another run planned and never made (it failed, or asked for more) is not taken up.
     """

@@ -32,7 +32,8 @@ RowPlaces = slice | torch.Tensor
 class Activations:
     """Pooled hidden states of a model: ``activations["lm.12", "mean"]`` is (n, d) float32.
 
-    Rows are those of :attr:`examples`, labels and all: whoever has the activations needs nothing else.
+    Rows are those of :attr:`examples`, labels and all: whoever has the activations needs nothing
+    else.
 
     Attributes
     ----------
@@ -69,8 +70,8 @@ class Activations:
             if missing:
                 raise FileNotFoundError(
                     f"{missing:,} of {len(self.examples):,} examples have no "
-                    f"{content.stage}/{content.pooling} in {self.folder.url}: run 02_extract for this run, "
-                    "it computes only those"
+                    f"{content.stage}/{content.pooling} in {self.folder.url}: run 02_extract for "
+                    "this run, it computes only those"
                 )
 
     def __repr__(self) -> str:
@@ -138,12 +139,13 @@ class Activations:
         meta = self.folder.read_meta()
         if meta is None:
             raise FileNotFoundError(
-                f"{self.folder.url}/meta.json is missing, damaged, or of another format: run 02_extract "
-                "again for this run, it makes no sound shard again"
+                f"{self.folder.url}/meta.json is missing, damaged, or of another format: run "
+                "02_extract again for this run, it makes no sound shard again"
             )
         return meta
 
-    # --------------------------------------------------------------------------------- what there is
+    # --------------------------------------------------------------------------------- what there
+    # is
 
     @property
     def contents(self) -> list[Content]:
@@ -214,13 +216,14 @@ class Activations:
     def _check_key(self, key: TensorKey) -> None:
         if key.layer not in self.layers:
             raise KeyError(
-                f"layer {key.layer} is not stored: this run has {', '.join(self.layers)}; take one of these"
+                f"layer {key.layer} is not stored: this run has {', '.join(self.layers)}; take one "
+                "of these"
             )
         poolings = self.poolings_of(key.stage)
         if key.pooling not in poolings:
             raise KeyError(
-                f"pooling {key.pooling} is not stored: this run has {', '.join(poolings)}; run 02_extract "
-                "with poolings that include it"
+                f"pooling {key.pooling} is not stored: this run has {', '.join(poolings)}; run "
+                "02_extract with poolings that include it"
             )
 
     def _read_tensor(self, shard: Shard, key: TensorKey) -> torch.Tensor:
@@ -231,9 +234,9 @@ class Activations:
         if tensor_digest(tensor.numpy()) != digests.get(key.tensor_name):
             self.folder.forget_copy(shard.name)
             raise ValueError(
-                f"{self.folder.url}/{shard.name} is damaged, its {key.tensor_name} is not what was written: "
-                f"python -m probekit verify {self.record['folder']} --remove takes away what is damaged, "
-                "then 02_extract makes just that again"
+                f"{self.folder.url}/{shard.name} is damaged, its {key.tensor_name} is not what was "
+                f"written: python -m probekit verify {self.record['folder']} --remove takes away "
+                "what is damaged, then 02_extract makes just that again"
             )
         return tensor
 
@@ -256,7 +259,7 @@ class Activations:
         return {}
 
     def _places(self, content: Content) -> pd.DataFrame:
-        """`shard_set`, `shard` and `row` (n) of each example's values; NaN where no finished shard has them."""
+        """Tell `shard_set`, `shard` and `row` of each example (n rows); NaN where not done."""
         if content not in self._places_by_content:
             self._places_by_content[content] = self._find_places(content)
         return self._places_by_content[content]

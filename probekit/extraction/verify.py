@@ -1,4 +1,4 @@
-"""Are the shards what was written, and are all of them there? Every byte is looked at, which resuming does not do."""
+"""Are the shards what was written, and are all there? Looks at every byte; resuming does not."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def verify_activations(folder: str, *, home: paths.Home | None = None) -> pd.Dat
     Parameters
     ----------
     folder : str
-        The root of all activations, a model's folder there, or one of its folders of settings; a path or
-        a URL.
+        The root of all activations, a model's folder there, or one of its folders of settings; a
+        path or a URL.
     home : Home or None
         Where relative paths start.
 
     Returns
     -------
     DataFrame
-        One row per shard, and one per record that cannot be read: `folder` (of the model's settings),
-        `file`, `state` (out of :data:`STATES`) and `reason`. Missing shards were planned and not made yet,
-        or lost; records are written anew by 02_extract, and their shards stay.
+        One row per shard, and one per record that cannot be read: `folder` (of the model's
+        settings), `file`, `state` (out of :data:`STATES`) and `reason`. Missing shards were planned
+        and not made yet, or lost; records are written anew by 02_extract, and their shards stay.
 
     Raises
     ------
@@ -53,7 +53,8 @@ def verify_activations(folder: str, *, home: paths.Home | None = None) -> pd.Dat
     model_folders = _find_model_folders(folder, home)
     if not model_folders:
         raise FileNotFoundError(
-            f"{open_folder(folder, home).url} holds no activations: name data/activations, or a folder in it"
+            f"{open_folder(folder, home).url} holds no activations: name data/activations, or a "
+            "folder in it"
         )
     states = [
         state for model_folder in model_folders for state in _verify_folder(model_folder, home)
@@ -165,7 +166,7 @@ def _expected_tensors(shard_set: ShardSet, meta: dict | None) -> set[str]:
 
 
 def remove_damaged(table: pd.DataFrame, *, home: paths.Home | None = None) -> int:
-    """Delete the damaged shards of :func:`verify_activations`'s table, which 02_extract makes again.
+    """Delete the damaged shards in :func:`verify_activations`'s table; 02_extract makes them.
 
     Returns
     -------
@@ -206,8 +207,8 @@ def _advice(runs: Sequence[str], *, has_damaged: bool, removed: bool) -> str:
         f"of the runs {', '.join(runs)}" if runs else "that made them (no run names these folders)"
     )
     run_again = (
-        f"run 02_extract {whose} again (python -m probekit run --params … --from 02): it makes just what "
-        "is missing"
+        f"run 02_extract {whose} again (python -m probekit run --params … --from 02): it makes "
+        "just what is missing"
     )
     if not has_damaged:
         return run_again

@@ -1,4 +1,4 @@
-"""The runner: which way a model goes, what does not fit the memory, and what must not be written."""
+"""The runner: which way a model goes, what fits the memory, what must not be written."""
 
 from __future__ import annotations
 

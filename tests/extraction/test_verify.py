@@ -1,4 +1,4 @@
-"""Looking through shards. What each kind of damage leads to is in benchmarks/faults.py, which the tests run."""
+"""Looking through shards; benchmarks/faults.py, which the tests run, has each kind of damage."""
 
 from __future__ import annotations
 
