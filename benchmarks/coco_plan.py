@@ -60,8 +60,8 @@ def row(name: str, images: int, prompts: int) -> dict:
     kind, config, pixels, image_tokens = MODELS[name]
     config = AutoConfig.for_model(kind, **config)
     with torch.device("meta"):
-        full = load._auto_class(config).from_config(config, dtype=torch.bfloat16)
-    vlm = load.Vlm(name, architectures.without_head(full), None, "meta", "bfloat16", None)
+        full = load.auto_class(config).from_config(config, dtype=torch.bfloat16)
+    vlm = load.Vlm(name, architectures.remove_head(full), processor=None, device="meta", dtype="bfloat16")
     shape, head = Shape.of(vlm), BEFORE + image_tokens
     tiles = pixels if kind != "llava_onevision" else (1, *pixels[1:])
     one = encoder(vlm, PreparedImage({"pixel_values": torch.empty(tiles, device="meta")}, [], [

@@ -87,7 +87,7 @@ def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
     counter = FlopCounterMode(display=False)
     start = time.perf_counter()
     with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
-        forward.run_pooled(vlm, [work.prepared], ["mean"], ("lm",), "shared")
+        forward.run_pooled(vlm, [work.prepared], poolings=["mean"], way="shared")
     one = time.perf_counter() - start
     shard = sum(file.stat().st_size for file in done.folder.glob("part-*/shard-*"))
     found = {

@@ -379,7 +379,7 @@ def _compute_all_heat(
         prepared = [item.prepared for item in batch]
         images = [load_rgb(home.resolve(rows.file.iloc[place]), longest_side) for place in places]
         if not is_checked:
-            check_token_grid(vlm, images[:CHECKED_IMAGES], rows.prompt.iloc[0])
+            check_token_grid(vlm, images[:CHECKED_IMAGES], prompt=rows.prompt.iloc[0])
             is_checked = True
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
         heat_maps = compute_heat(vlm, prepared, weights=weights, cells=cells)
