@@ -83,7 +83,7 @@ def _build_settings(
     sizes = BuildSettings("scenes", **values)
     count = sizes.train + sizes.validation + sizes.test
     folder = home.data / "coco" / f"scenes-{count}-seed{sizes.seed}"
-    write_scenes(folder, count, sizes.seed)
+    write_scenes(folder, n=count, seed=sizes.seed)
     return BuildSettings(home.relative(folder), **values)
 
 

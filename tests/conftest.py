@@ -65,7 +65,7 @@ def data(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def small_home(scene_folder, tmp_path_factory) -> Path:
-    """A home with the run "small" by the real steps: a model and its untrained twin, two poolings."""
+    """A home with the run "small" by the real steps: a model and its untrained twin."""
     from probekit import workflow
 
     home = tmp_path_factory.mktemp("small")

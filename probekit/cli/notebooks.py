@@ -224,8 +224,8 @@ def execute_notebooks(
     folder = home.data / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
     folder.mkdir(parents=True)
     for notebook in notebooks:
-        names = declared_parameters(notebook)
-        values = {name: value for name, value in parameters.items() if name in names}
+        declared = declared_parameters(notebook)
+        values = {name: value for name, value in parameters.items() if name in declared}
         _execute(notebook, folder / notebook.name, values, home)
     return folder
 

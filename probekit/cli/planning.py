@@ -99,7 +99,7 @@ def build_sample(
     dataset_folder = str(parameters["dataset"])
     if draws_scenes:
         dataset_folder = str(folder / f"scenes-{images}")
-        scenes.write_scenes(dataset_folder, sampled, parameters["seed"])
+        scenes.write_scenes(dataset_folder, n=sampled, seed=parameters["seed"])
     settings = tuples_for_lists({name: parameters[name] for name in BUILD_PARAMETERS})
     build = BuildSettings(
         dataset_folder,

@@ -191,7 +191,7 @@ class ActivationFolder:
     def _address(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
-    # ------------------------------------------------------------------------ the model's record
+    # ---------------------------------------------------------------------- the model's record
 
     def write_meta(self, meta: dict) -> None:
         """Write ``meta.json``: which model this is, and with what it was run."""

@@ -24,7 +24,10 @@ from probekit.models.processor import PreparedImage
 from probekit.models.sharing import SharingVerdict, choose_way, is_out_of_memory
 
 VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
-PROGRESS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
+PROGRESS_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images "
+    "[{elapsed}<{remaining}, {rate_fmt}]"
+)
 SEEING_POOLINGS = (
     "mean",
     "max",
@@ -298,7 +301,7 @@ class Runner:
                 for key, values in states.items()
                 if key.content in shard.shard_set.contents
             }
-            transfer = _Transfer(batch, arriving, self.vlm.mark())
+            transfer = _Transfer(batch, arriving, self.vlm.record_sync_point())
             if in_flight is not None:  # the device works on this batch meanwhile
                 assembled.add(in_flight)
             in_flight = transfer

@@ -107,7 +107,7 @@ class ExtractionSettings:
             raise ValueError(f"workers={self.workers}: it is a number from 0")
 
     def fill_in(self, device: str, home: paths.Home) -> ExtractionSettings:
-        """Return the settings with what they leave open filled in: what suits the device, the commit on the hub.
+        """Return the settings with defaults that suit the device, and the commit on the hub.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class ExtractionSettings:
         )
 
     def without_image(self) -> ExtractionSettings:
-        """Return the settings for prompts without an image: decoder states, poolings that need no image token.
+        """Return the settings for prompts without an image: poolings of the decoder's text.
 
         Raises
         ------
