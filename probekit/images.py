@@ -1,4 +1,4 @@
-"""Image files: decoded the same way wherever an image is looked at."""
+"""Image files, decoded the same way wherever an image is looked at."""
 
 from __future__ import annotations
 
@@ -9,51 +9,77 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others, as EPS, can start programs
+# Pillow's decoders of some other formats, such as EPS, start programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:
-    """Decode an image fully and turn it into RGB (greyscale, CMYK, palette and RGBA included).
+    """Decode an image fully and convert it to RGB, whatever its mode was.
 
     Parameters
     ----------
-    longest_side : pixels; a larger image is reduced to it, its shape kept
+    file : str or Path
+        The image file.
+    longest_side : int, optional
+        In pixels. A larger image is reduced to it, its aspect ratio kept; a smaller one stays as
+        it is.
+
+    Returns
+    -------
+    Image
+        In mode "RGB".
 
     Raises
     ------
     OSError
-        The file is absent, empty, truncated, larger than Pillow takes for honest (179 million pixels), or no image of
-        :data:`IMAGE_FORMATS`; the message names it.
+        The file is missing, empty, truncated, so large that Pillow takes it for a decompression
+        bomb (179 million pixels), or none of :data:`IMAGE_FORMATS`. The message names the file.
     """
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            image.load()
-            image = image.convert("RGB")
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
+            opened.load()
+            image = opened.convert("RGB")
         if longest_side:
             image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
         return image
-    except Exception as error:  # what a broken file makes of a decoder is not only OSError
-        raise OSError(f"{file} cannot be read as an image: {str(error) or type(error).__name__}") from error
+    except Exception as error:  # a decoder raises more than OSError on a broken file
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{file} cannot be read as an image: {reason}") from error
 
 
 def unreadable_images(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
     """Decode every image once and list those that fail.
 
+    Parameters
+    ----------
+    images : DataFrame
+        Indexed by ``image_id``, with the column ``file``.
+    workers : int
+        Threads that decode at the same time.
+
     Returns
     -------
     DataFrame
-        `image_id`, `file`, `reason`; empty where all is well.
+        ``image_id``, ``file``, ``reason`` of the images that fail; no rows if all are readable.
     """
-
-    def reason(file: str) -> str | None:
-        try:
-            load_rgb(file)
-        except OSError as error:
-            return str(error).removeprefix(f"{file} ")
-        return None
-
     with ThreadPoolExecutor(workers) as pool:
-        tried = tqdm(pool.map(reason, images.file), total=len(images), desc="checking images", unit="image")
-        reasons = list(tried)
-    table = pd.DataFrame({"image_id": images.index, "file": images.file.to_numpy(), "reason": reasons})
+        reasons = list(
+            tqdm(
+                pool.map(_unreadable_reason, images.file),
+                total=len(images),
+                desc="checking images",
+                unit="image",
+            )
+        )
+    table = pd.DataFrame(
+        {"image_id": images.index, "file": images.file.to_numpy(), "reason": reasons}
+    )
     return table.dropna(subset="reason").reset_index(drop=True)
+
+
+def _unreadable_reason(file: str) -> str | None:
+    try:
+        load_rgb(file)
+    except OSError as error:
+        return str(error).removeprefix(f"{file} ")
+    return None

@@ -32,7 +32,9 @@ from transformers import PreTrainedModel, ProcessorMixin, Qwen2Tokenizer
 from transformers.utils import ModelOutput
 
 from probekit.data.scene_shapes import SHAPES
-from probekit.data.scenes import COLOURS, SIZE, Scene, captions, draw_scene, name, sample_scene
+from probekit.data.scenes import COLOURS, SIZE, Scene, draw_scene, sample_scene
+from probekit.data.scenes import describe_thing as name
+from probekit.data.scenes import write_captions as captions
 
 TRAIN_SEED, CHECK_SEED = 10_000, 20_000
 N_SCENES, N_CHECK = 10_000, 100

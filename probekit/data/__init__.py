@@ -1,0 +1,1 @@
+"""Datasets as tables of images, captions and instances, whatever layout they have on disk."""

@@ -1,4 +1,6 @@
-"""MS COCO in its official folder layout, as tables; drawn scenes come in the same layout.
+"""MS COCO in its official folder layout, as tables; drawn scenes have the same layout.
+
+::
 
     <folder>/<split>/*.jpg
     <folder>/annotations/captions_<split>.json
@@ -10,24 +12,88 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import pandas as pd
 
-LAYOUT = "expected <split>/*.jpg with annotations/captions_<split>.json and annotations/instances_<split>.json"
 from probekit.data.dataset import Dataset
+
+LAYOUT = (
+    "expected <split>/*.jpg with annotations/captions_<split>.json and "
+    "annotations/instances_<split>.json"
+)
+IMAGE_COLUMNS = ["image_id", "coco_split", "file", "width", "height"]
+INSTANCE_COLUMNS = ["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"]
+INTEGER_COLUMNS = ("image_id", "width", "height", "iscrowd")
+NUMBER_COLUMNS = ("x", "y", "w", "h", "area")
+TEXT_COLUMNS = ("file", "caption", "category")
 
 
 def split_names(folder: Path) -> list[str]:
-    """Names of the splits that `folder` holds captions for."""
-    return sorted(p.stem.removeprefix("captions_") for p in (folder / "annotations").glob("captions_*.json"))
+    """Return the names of the splits that `folder` holds captions for, sorted."""
+    files = (folder / "annotations").glob("captions_*.json")
+    return sorted(file.stem.removeprefix("captions_") for file in files)
+
+
+def read_coco(folder: str | Path, splits: list[str] | None = None) -> Dataset:
+    """Read the annotations of one or several splits.
+
+    Images are not opened: only those that are used are, later.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The COCO folder.
+    splits : list of str, optional
+        Such as ``["train2017", "val2017"]``; by default all that have captions.
+
+    Returns
+    -------
+    Dataset
+        The splits joined. The categories are those of the first split.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or an annotation file is missing.
+    ValueError
+        An annotation file is broken, two images of a split have the same file, or two splits have
+        an image id in common.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"COCO folder {folder} does not exist: {LAYOUT}")
+    splits = list(splits or split_names(folder))
+    if not splits:
+        raise FileNotFoundError(f"no captions_<split>.json in {folder / 'annotations'}: {LAYOUT}")
+    parts = [_read_split(folder, split) for split in splits]
+    images = pd.concat([part.images for part in parts])
+    repeated = images.index[images.index.duplicated()]
+    if len(repeated):
+        raise ValueError(
+            f"image id {repeated[0]} is in more than one of the splits {splits}: "
+            "name splits without images in common"
+        )
+    return Dataset(
+        images,
+        pd.concat([part.captions for part in parts], ignore_index=True),
+        pd.concat([part.instances for part in parts], ignore_index=True),
+        parts[0].categories,
+    )
+
+
+def _read_split(folder: Path, split: str) -> Dataset:
+    images, captions = _read_captions(folder, split)
+    instances, categories = _read_instances(folder, split)
+    return Dataset(images.set_index("image_id"), captions, instances, categories)
 
 
 @contextlib.contextmanager
-def _annotations(path: Path) -> Iterator[dict]:
-    """What an annotation file holds, but for the outlines; what is amiss while it is looked at is the file's fault."""
+def _open_annotations(path: Path) -> Iterator[dict]:
+    """Yield the content of an annotation file; an error in looking at it names the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {LAYOUT}")
     try:
@@ -36,92 +102,90 @@ def _annotations(path: Path) -> Iterator[dict]:
         yield content
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not a readable COCO annotation file ({reason}): download it again") from error
+        raise ValueError(
+            f"{path} is not a readable COCO annotation file ({reason}): download it again"
+        ) from error
 
 
-def _without_outline(found: dict) -> dict:
-    """Outlines are most of a file of instances, and nothing here asks for them: let go while it is read."""
-    found.pop("segmentation", None)
-    return found
+def _without_outline(annotation: dict) -> dict:
+    # Nothing uses the outlines, and they are most of a file of instances.
+    annotation.pop("segmentation", None)
+    return annotation
 
 
-def read_coco(folder: str | Path, splits: list[str] | None = None) -> Dataset:
-    """Read annotations of one or several splits; images are looked at later, and only those that are used.
+def _read_captions(folder: Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    path = folder / "annotations" / f"captions_{split}.json"
+    image_rows = []
+    with _open_annotations(path) as content:
+        for image in content["images"]:
+            file = str(_image_path(folder / split, image["file_name"]))
+            image_rows.append((image["id"], split, file, image["width"], image["height"]))
+        caption_rows = [
+            (annotation["image_id"], annotation["caption"]) for annotation in content["annotations"]
+        ]
+        images = _check_columns(pd.DataFrame(image_rows, columns=IMAGE_COLUMNS))
+        captions = _check_columns(pd.DataFrame(caption_rows, columns=["image_id", "caption"]))
+    for file in images.file[images.file.duplicated()]:
+        if os.path.isfile(file):
+            raise ValueError(
+                f"{path}: several images have the file {file}: give each image a file of its own"
+            )
+    return images, captions
 
-    Parameters
-    ----------
-    folder : the COCO folder
-    splits : names such as ``["train2017", "val2017"]``; None takes all that have captions
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        A missing folder or annotation file, a broken JSON file, an image id that two splits share.
+def _image_path(folder: Path, file_name: str) -> Path:
+    """Return where an image of a split lies: never outside of the split's folder.
+
+    Folders before the name count where the image lies in them; else the name alone counts.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"COCO folder {folder} does not exist: {LAYOUT}")
-    splits = list(splits or split_names(folder))
-    if not splits:
-        raise FileNotFoundError(f"no captions_<split>.json in {folder / 'annotations'}: {LAYOUT}")
-    tables = [_read_split(folder, split) for split in splits]
-    images, captions, instances = (pd.concat([t[i] for t in tables], ignore_index=True) for i in range(3))
-    twice = images.image_id[images.image_id.duplicated()]
-    if len(twice):
-        raise ValueError(f"image id {twice.iloc[0]} is in more than one of the splits {splits}: name disjoint splits")
-    return Dataset(images.set_index("image_id"), captions, instances, tables[0][3])
+    inside = PurePosixPath(file_name)
+    is_nested = len(inside.parts) > 1 and not inside.is_absolute() and ".." not in inside.parts
+    if is_nested and os.path.isfile(folder / inside):
+        return folder / inside
+    return folder / Path(file_name).name
 
 
-def _read_split(folder: Path, split: str) -> tuple:
-    return (*_told(folder, split), *_found(folder / "annotations" / f"instances_{split}.json"))
+def _read_instances(folder: Path, split: str) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    rows = []
+    with _open_annotations(folder / "annotations" / f"instances_{split}.json") as content:
+        categories = sorted(content["categories"], key=itemgetter("id"))
+        names = {category["id"]: category["name"] for category in categories}
+        for annotation in content["annotations"]:
+            image_id = annotation["image_id"]
+            category = names[annotation["category_id"]]
+            x, y, w, h = annotation["bbox"]
+            is_crowd = annotation.get("iscrowd", 0)
+            colour = annotation.get("attributes", {}).get("colour")
+            rows.append((image_id, category, x, y, w, h, annotation["area"], is_crowd, colour))
+        instances = _check_columns(pd.DataFrame(rows, columns=INSTANCE_COLUMNS))
+        category_table = _check_columns(pd.DataFrame({"category": list(names.values())}))
+    return instances, tuple(category_table.category)
 
 
-def _told(folder: Path, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    with _annotations(folder / "annotations" / f"captions_{split}.json") as told:
-        images = pd.DataFrame([
-            (i["id"], split, str(_place(folder / split, i["file_name"])), i["width"], i["height"])
-            for i in told["images"]
-        ], columns=["image_id", "coco_split", "file", "width", "height"])
-        twice = [file for file in images.file[images.file.duplicated()] if os.path.isfile(file)]
-        if twice:
-            raise ValueError(f"several images have the file {twice[0]}: give each a file of its own")
-        captions = pd.DataFrame([(a["image_id"], a["caption"]) for a in told["annotations"]],
-                                columns=["image_id", "caption"])
-        return _checked(images), _checked(captions)
+def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table if its columns hold what they should, with text that UTF-8 can hold.
 
-
-def _place(folder: Path, name: str) -> Path:
-    """Where an image of a split lies: by its name, in folders of the split where it says so, and never outside."""
-    inside = PurePosixPath(name)
-    nested = len(inside.parts) > 1 and not inside.is_absolute() and ".." not in inside.parts
-    return folder / (inside if nested and os.path.isfile(folder / inside) else Path(name).name)
-
-
-def _found(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    with _annotations(path) as found:
-        kinds = {c["id"]: c["name"] for c in sorted(found["categories"], key=lambda c: c["id"])}
-        instances = pd.DataFrame([
-            (a["image_id"], kinds[a["category_id"]], *a["bbox"], a["area"], a.get("iscrowd", 0),
-             a.get("attributes", {}).get("colour"))
-            for a in found["annotations"]
-        ], columns=["image_id", "category", "x", "y", "w", "h", "area", "iscrowd", "colour"])
-        names = _checked(pd.DataFrame({"category": [*kinds.values()]})).category
-        return _checked(instances), tuple(names)
-
-
-WHOLE, NUMBERS, TEXTS = ("image_id", "width", "height", "iscrowd"), ("x", "y", "w", "h", "area"), (
-    "file", "caption", "category")
-
-
-def _checked(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, where its columns hold what they should; halves of letters that JSON can spell become "?"."""
-    for kinds, names, meant in ((int, WHOLE, "whole number"), ((int, float), NUMBERS, "number"), (str, TEXTS, "text")):
-        for name in table.columns.intersection(names):
-            fits = [isinstance(value, kinds) and not isinstance(value, bool) for value in table[name]]
-            if kinds is not str and all(fits):
-                fits = np.isfinite(table[name].astype(float)).to_list()
-            if not all(fits):
-                raise ValueError(f"{name} {table[name][fits.index(False)]!r} is no {meant}")
-            if kinds is str:
-                table[name] = [text.encode(errors="replace").decode() for text in table[name]]
+    JSON can spell single halves of surrogate pairs; they become "?".
+    """
+    for name in table.columns.intersection(INTEGER_COLUMNS):
+        is_valid = [isinstance(value, int) and _is_finite(value) for value in table[name]]
+        _refuse_invalid(table[name], is_valid, "a whole number")
+    for name in table.columns.intersection(NUMBER_COLUMNS):
+        is_valid = [isinstance(value, (int, float)) and _is_finite(value) for value in table[name]]
+        _refuse_invalid(table[name], is_valid, "a finite number")
+    for name in table.columns.intersection(TEXT_COLUMNS):
+        is_valid = [isinstance(value, str) for value in table[name]]
+        _refuse_invalid(table[name], is_valid, "text")
+        table[name] = [text.encode(errors="replace").decode() for text in table[name]]
     return table
+
+
+def _is_finite(value: float) -> bool:
+    # Not math.isfinite: JSON can spell integers that no float can hold.
+    limit = sys.float_info.max
+    return not isinstance(value, bool) and -limit <= value <= limit
+
+
+def _refuse_invalid(column: pd.Series, is_valid: list[bool], kind: str) -> None:
+    if not all(is_valid):
+        raise ValueError(f"{column.name} {column.iloc[is_valid.index(False)]!r} is not {kind}")

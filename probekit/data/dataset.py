@@ -1,4 +1,4 @@
-"""A dataset as tables, whatever layout it had on disk."""
+"""A dataset as tables, whatever layout it has on disk."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tables of a COCO folder.
+    """Images, their captions, and the objects that are annotated in them.
 
     Attributes
     ----------
-    images : DataFrame, indexed by `image_id`: `coco_split`, `file` (path), `width`, `height` in pixels
-    captions : DataFrame: `image_id`, `caption`
-    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, and `colour`
-        where it is known (drawn scenes)
-    categories : names in the order of their COCO ids
+    images : DataFrame
+        One row per image, indexed by ``image_id``: ``coco_split``, ``file`` (path), and ``width``
+        and ``height`` in pixels.
+    captions : DataFrame
+        One row per caption: ``image_id``, ``caption``.
+    instances : DataFrame
+        One row per object: ``image_id``, ``category``, its box ``x``, ``y``, ``w``, ``h`` in
+        pixels, ``area`` in square pixels, ``iscrowd``, and ``colour`` (of drawn scenes only).
+    categories : tuple of str
+        Names, in the order of their COCO ids.
     """
 
     images: pd.DataFrame

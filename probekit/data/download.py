@@ -1,33 +1,38 @@
-"""MS COCO from its servers: the annotation archive once, then only the images that are sampled."""
+"""A sample of MS COCO from its servers: the annotation archive once, then the sampled images."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import requests
+from requests.adapters import HTTPAdapter
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
 from probekit import paths
 from probekit.images import load_rgb
 
 ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
-ARCHIVE_BYTES = 253_000_000  # about, where the server does not say
+ARCHIVE_BYTES = 253_000_000  # roughly, for a server that does not tell
 IMAGE_BYTES = 160_000  # of a COCO photograph, on average
-CHUNK = 1 << 18
+CHUNK_BYTES = 1 << 18
+LONGEST_PAUSE = 120  # seconds
 KINDS = ("captions", "instances")
-PLAIN = {"Accept-Encoding": "identity"}  # what arrives is read as it is, and counted
-LOCAL = threading.local()
+# Else a server may compress, and the bytes that arrive are not those of the file.
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -36,302 +41,473 @@ class Server:
 
     Attributes
     ----------
-    archive : address of the zip file that holds ``annotations/{captions,instances}_<split>.json``
-    workers : images that are fetched at a time
-    timeout : seconds without a byte before a try is given up; an image may take ten times as long
-    tries : of each file; between them 1, 2, 4, ... times `pause` seconds
+    archive : str
+        Address of the zip file that holds ``annotations/{captions,instances}_<split>.json``.
+    workers : int
+        Number of images that are fetched at the same time.
+    timeout : float
+        Seconds without a byte before a try is given up. A whole image may take ten times as long.
+    tries : int
+        How often a request is sent until it is answered, and how often a file is fetched until it
+        arrives whole.
+    pause : float
+        Seconds. The pauses between tries are 2, 4, 8, ... times this, up to
+        :data:`LONGEST_PAUSE`; a request without an answer is first repeated at once. A server that
+        sends ``Retry-After`` sets the pause itself, up to the same limit.
     """
 
     archive: str = ARCHIVE
+    _: KW_ONLY
     workers: int = 16
     timeout: float = 30.0
     tries: int = 5
     pause: float = 1.0
 
 
-class NotThere(OSError):
-    """The server says that there is no such file: another try would not help."""
+@dataclass(frozen=True)
+class Download:
+    """What :func:`download_coco` did.
+
+    Attributes
+    ----------
+    images : dict of str to int
+        By split, how many images its annotations list now.
+    failed : DataFrame
+        ``split``, ``image_id``, ``file``, ``reason`` of the images that could not be fetched. They
+        are not added to the annotations.
+    """
+
+    images: dict[str, int]
+    failed: pd.DataFrame
 
 
-def download_coco(folder: str | Path, wanted: Mapping[str, int], seed: int = 0, server: Server = Server()
-                ) -> pd.DataFrame:
-    """Fetch a sample of COCO into `folder`, in COCO's own layout; what is there and sound is not fetched again.
+class BrokenBody(OSError):
+    """A file did not arrive whole or is not what it should be: fetching it again may help."""
 
-    The annotation files that are left hold the sampled images alone, so that the folder can be used as it is. The
-    sample of a seed grows: more images of a split are those that are there, and others.
 
-    Annotation files that are there already only grow: what they list stays as it stands, and images of the sample
-    that they do not list are added. Files that list anything but images of the archive that are on disk (or in the
-    sample), with its categories, are not touched: that is an error.
+def download_coco(
+    folder: str | Path,
+    wanted: Mapping[str, int],
+    *,
+    seed: int = 0,
+    server: Server = Server(),
+    home: str | Path | paths.Home | None = None,
+) -> Download:
+    """Download a sample of COCO, in COCO's layout.
+
+    What is on disk and intact is not fetched again. The annotation files list the sampled images
+    alone, so that the folder can be used as it is. The sample of a seed grows: more images of a
+    split are the same ones and others.
+
+    Annotation files that exist already only grow: what they list stays as it is, and images of the
+    sample that they do not list are added.
 
     Parameters
     ----------
-    wanted : split, such as "val2017", to the number of images (all, where there are fewer)
+    folder : str or Path
+        Receives ``<split>/*.jpg``, ``annotations`` and ``archives``.
+    wanted : mapping of str to int
+        Number of images by split, such as ``{"val2017": 2000}``; all if the split has fewer.
+    seed : int
+        Of the sample.
+    server : Server
+        Where to download from, and how patiently.
+    home : str, Path or Home, optional
+        Where a relative `folder` starts, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
-    DataFrame
-        Images that could not be had: `split`, `file`, `reason`; they are not added to the annotations.
-        ``attrs["there"]`` holds how many images the annotations of each split list now.
+    Download
+        How many images there are, and which could not be fetched.
 
     Raises
     ------
     ValueError
-        A number below 1; an archive that lacks a split, or names a file that would lie outside of the folder; an
-        annotation file that cannot be added to; a link that leads out of the folder.
+        A number is below 1; the archive lacks a split or names a file outside of the folder; a
+        link leads out of the folder; or an existing annotation file cannot be added to, because it
+        cannot be read, has other categories than the archive, or lists images that are not in the
+        archive or neither on disk nor in the sample.
     OSError
-        The archive cannot be had.
+        The archive cannot be fetched.
     """
-    folder = paths.Home.find().resolve(folder)
-    _check(folder, wanted)
-    there = {split: _listed(folder, split) for split in wanted}
-    archive = folder / "archives" / _safe_name(server.archive.rpartition("/")[2])
-    if not archive.exists():
-        bytes_ = _bytes_of(server) + sum(wanted.values()) * IMAGE_BYTES
-        tqdm.write(f"at most about {bytes_ / 1e9:.2f} GB to fetch into {folder}: annotations, then images")
-    _sound_archive(archive, server)
-    plans = {split: _plan(archive, folder / split, n, seed, there[split]) for split, n in wanted.items()}
-    lost = _images(folder, [(split, image) for split, (images, _) in plans.items() for image in images], server)
-    for split, (_, more) in plans.items():
-        out = set(lost.image_id[lost.split == split])
-        left = [_grown(folder / "annotations" / f"{kind}_{split}.json", there[split].get(kind), more[kind], out)
-                for kind in KINDS]
-        lost.attrs.setdefault("there", {})[split] = left[0]
-    return lost
+    folder = paths.Home.find(home).resolve(folder)
+    _check_request(folder, wanted)
+    existing = {split: _read_existing(folder, split) for split in wanted}
+    archive = folder / "archives" / _check_name(server.archive.rpartition("/")[2])
+    with _open_session(server) as session:
+        if not archive.exists():
+            n_bytes = _archive_bytes(server) + sum(wanted.values()) * IMAGE_BYTES
+            tqdm.write(
+                f"at most about {n_bytes / 1e9:.2f} GB to fetch into {folder}: annotations, "
+                "then images"
+            )
+            _fetch_archive(archive, server=server, session=session)
+        plans = {
+            split: _plan_split(
+                folder, split, n, seed=seed, archive=archive, existing=existing[split]
+            )
+            for split, n in wanted.items()
+        }
+        failed = _fetch_images(folder, plans, server=server, session=session)
+    images = {}
+    for split, plan in plans.items():
+        failed_ids = set(failed.image_id[failed.split == split])
+        contents = {
+            kind: _extend_annotations(
+                _annotation_file(folder, kind, split),
+                existing[split].get(kind),
+                additions=plan.additions[kind],
+                failed_ids=failed_ids,
+            )
+            for kind in KINDS
+        }
+        images[split] = len(contents["captions"]["images"])
+    return Download(images, failed)
 
 
-def _check(folder: Path, wanted: Mapping[str, int]) -> None:
+def _check_request(folder: Path, wanted: Mapping[str, int]) -> None:
     for split, n in wanted.items():
         if n < 1:
             raise ValueError(f"{n} images of {split} are asked for: take 1 or more")
     for name in ("annotations", "archives", *wanted):
-        if not (folder / name).resolve().is_relative_to(folder):
-            raise ValueError(f"{folder / name} leads out of the folder, to {(folder / name).resolve()}, where nothing "
-                             "is written: name that one's parent with --folder, or put a folder in place of the link")
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder):
+            raise ValueError(
+                f"{folder / name} leads out of the folder, to {target}, where nothing is written: "
+                "name the parent of that with --folder, or replace the link by a folder"
+            )
 
 
-def _images(folder: Path, jobs: list[tuple[str, dict]], server: Server) -> pd.DataFrame:
-    """Fetch images; those that could not be had."""
-    missing = [job for job in jobs if not (folder / job[0] / _safe_name(job[1]["file_name"])).exists()]
-    tqdm.write(f"{len(jobs):,} images, {len(jobs) - len(missing):,} of them there; to fetch about "
-               f"{len(missing) * IMAGE_BYTES / 1e9:.2f} GB into {folder}")
-    failed = []
-    with ThreadPoolExecutor(server.workers) as pool, tqdm(total=len(jobs), desc="images", unit="image") as bar:
-        for (split, image), reason in zip(jobs, pool.map(lambda job: _image(folder, *job, server), jobs), strict=True):
-            bar.update()
-            if reason:
-                failed.append({"split": split, "image_id": image["id"], "file": image["file_name"], "reason": reason})
-    return pd.DataFrame(failed, columns=["split", "image_id", "file", "reason"])
-
-
-def _safe_name(name: str) -> str:
-    """A plain file name, or an error: nothing is written outside of the folder."""
+def _check_name(name: str) -> str:
+    """Return a plain file name; refuse any other, so that nothing is written out of the folder."""
     if not re.fullmatch(r"\w[\w.\-]*", name, re.ASCII):
         raise ValueError(f"{name!r} is no plain file name: this is not an official COCO file")
     return name
 
 
-# ------------------------------------------------------------------------------------------------------- annotations
+def _annotation_file(folder: Path, kind: str, split: str) -> Path:
+    return folder / "annotations" / f"{kind}_{split}.json"
 
 
-def _sound_archive(archive: Path, server: Server) -> None:
-    """The archive on disk, all of it: what an earlier call has fetched of it is continued."""
-    if archive.exists():
-        return
-    part = archive.with_name(archive.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-
-    def fetch() -> None:
-        if not zipfile.is_zipfile(part):  # else all of it came, and was not yet looked through
-            receive()
-        try:
-            with zipfile.ZipFile(part) as opened:
-                broken = opened.testzip()
-        except zipfile.BadZipFile as error:
-            part.unlink()
-            raise OSError(f"not a zip file ({error})") from None
-        if broken:
-            part.unlink()
-            raise OSError(f"{broken} is damaged")
-
-    def receive() -> None:
-        have = part.stat().st_size if part.exists() else 0
-        asked = {"Range": f"bytes={have}-"} if have else {}
-        with _get(server.archive, server, asked) as answer:
-            goes_on = answer.status_code == 206
-            whole = int(answer.headers.get("Content-Length", 0)) + have * goes_on
-            with part.open("ab" if goes_on else "wb") as file, tqdm(
-                    total=whole or None, initial=have * goes_on, desc=archive.name, unit="B", unit_scale=True) as bar:
-                for chunk in _arriving(answer):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if whole and part.stat().st_size < whole:
-            raise OSError(f"{part.stat().st_size:,} of {whole:,} bytes came")
-
-    _tried(fetch, server, server.archive)
-    part.rename(archive)
+# ------------------------------------------------------------------------------------ connections
 
 
-def _bytes_of(server: Server) -> int:
-    """The size of the archive, as the server says."""
+def _open_session(server: Server) -> requests.Session:
+    """Return a session that repeats requests which are not answered, or with 429 or 5xx."""
+    retry = Retry(
+        total=server.tries - 1,
+        backoff_factor=server.pause,
+        backoff_max=LONGEST_PAUSE,
+        retry_after_max=LONGEST_PAUSE,
+        status_forcelist=(429, *range(500, 600)),
+        raise_on_status=False,
+    )
+    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=server.workers)
+    session = requests.Session()
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    session.headers.update(UNCOMPRESSED)
+    return session
+
+
+def _read_chunks(response: requests.Response, seconds: float = math.inf) -> Iterator[bytes]:
+    deadline = time.monotonic() + seconds
     try:
-        answer = requests.head(server.archive, headers=PLAIN, timeout=server.timeout, allow_redirects=True)
-        answer.raise_for_status()
-        return int(answer.headers["Content-Length"])
-    except (OSError, KeyError, ValueError):  # if it is not to be had at all, that is said when it is fetched
+        # Unlike read, read1 returns what has arrived: a server that sends a byte now and then
+        # meets the deadline.
+        while chunk := response.raw.read1(CHUNK_BYTES):
+            yield chunk
+            if time.monotonic() > deadline:
+                raise BrokenBody(f"it did not arrive within {seconds:g} seconds")
+    except HTTPError as error:
+        raise BrokenBody(error.args[0]) from error
+
+
+def _retry_broken(fetch: Callable[[], None], url: str, server: Server) -> None:
+    """Fetch a file until it arrives whole; the session repeats requests, but not broken bodies."""
+    for number in range(server.tries):
+        if number:
+            time.sleep(min(server.pause * 2**number, LONGEST_PAUSE))
+        try:
+            return fetch()
+        except BrokenBody as error:
+            fault = error
+    raise OSError(f"{url}: {fault} ({server.tries} tries)")
+
+
+# ---------------------------------------------------------------------------------------- archive
+
+
+def _archive_bytes(server: Server) -> int:
+    """Return the size of the archive, as the server says, in bytes."""
+    try:
+        response = requests.head(
+            server.archive, headers=UNCOMPRESSED, timeout=server.timeout, allow_redirects=True
+        )
+        response.raise_for_status()
+        return int(response.headers["Content-Length"])
+    except (OSError, KeyError, ValueError):  # fetching it will tell if there is none
         return ARCHIVE_BYTES
 
 
-def _of_archive(archive: Path, split: str) -> dict[str, dict]:
-    """Captions and instances of a split."""
-    with zipfile.ZipFile(archive) as opened:
-        names = {Path(name).name: name for name in opened.namelist()}
-        for kind in KINDS:
-            if f"{kind}_{split}.json" not in names:
-                known = sorted(name.removeprefix("captions_").removesuffix(".json") for name in names
-                               if name.startswith("captions_"))
-                raise ValueError(f"{archive.name} has no {kind}_{split}.json: take splits out of {', '.join(known)}")
-        return {kind: json.loads(opened.read(names[f"{kind}_{split}.json"])) for kind in KINDS}
+def _fetch_archive(archive: Path, *, server: Server, session: requests.Session) -> None:
+    """Fetch the archive, and go on where an earlier call stopped."""
+    part = archive.with_name(f"{archive.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    fetch = partial(_complete_archive, part, server=server, session=session)
+    _retry_broken(fetch, server.archive, server)
+    part.rename(archive)
 
 
-def _sampled(told: dict, n: int, seed: int) -> set[int]:
-    """Ids of n images that have captions, drawn with a seed."""
-    with_captions = {a["image_id"] for a in told["annotations"]}
-    ids = np.array(sorted(image["id"] for image in told["images"] if image["id"] in with_captions))
-    return set(np.random.default_rng(seed).permutation(ids)[:n].tolist())
-
-
-def _plan(archive: Path, pictures: Path, n: int, seed: int, there: Mapping[str, dict]
-          ) -> tuple[list[dict], dict[str, dict]]:
-    """The images of the sample, and by kind what annotation files that list `there` do not have of it."""
-    every = _of_archive(archive, pictures.name)
-    sample = _sampled(every["captions"], n, seed)
-    listed = {kind: {image["id"] for image in there[kind]["images"]} if kind in there else set() for kind in KINDS}
-    known = {(image["id"], image["file_name"]) for image in every["captions"]["images"]}
-    for kind, content in there.items():
-        _refuse_others(pictures, kind, content, every[kind], known, sample)
-    more = {kind: _only(every[kind], sample.union(*listed.values()) - listed[kind]) for kind in KINDS}
-    return [image for image in every["captions"]["images"] if image["id"] in sample], more
-
-
-def _refuse_others(pictures: Path, kind: str, content: dict, official: dict, known: set, sample: set[int]) -> None:
-    file, images = pictures.parent / "annotations" / f"{kind}_{pictures.name}.json", content["images"]
-    foreign = [image["file_name"] for image in images if (image["id"], image["file_name"]) not in known]
-    absent = [image["file_name"] for image in images
-              if image["id"] not in sample and not (pictures / Path(image["file_name"]).name).exists()]
-    names, usual = ({c["id"]: c["name"] for c in of.get("categories", [])} for of in (content, official))
-    for wrong, reason in ((foreign, "which are not in the archive"), (absent, f"which are not in {pictures}")):
-        if wrong:
-            raise ValueError(f"{file} lists {len(wrong):,} images ({wrong[0]}, ...) {reason}: nothing is added to it; "
-                             "name another folder with --folder")
-    if names != usual:
-        raise ValueError(f"{file} has other categories than the archive: nothing is added to it; name another folder "
-                         "with --folder")
-
-
-def _only(content: dict, ids: set[int]) -> dict:
-    return content | {"images": [image for image in content["images"] if image["id"] in ids],
-                      "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
-
-
-def _listed(folder: Path, split: str) -> dict[str, dict]:
-    """What the annotation files of a split hold, by kind, where they are there."""
-    found = {}
-    for kind in KINDS:
-        file = folder / "annotations" / f"{kind}_{split}.json"
-        if file.exists():
-            try:
-                found[kind] = json.loads(file.read_bytes())
-                _ = found[kind]["annotations"], [(image["id"], image["file_name"]) for image in found[kind]["images"]]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file} cannot be read as COCO's annotations ({type(error).__name__}: {error}), so "
-                                 "nothing is added to it: name another folder with --folder") from None
-    return found
-
-
-def _grown(file: Path, there: dict | None, more: dict, lost: set[int]) -> int:
-    """Add to an annotation file the images that are not lost; how many it lists then."""
-    more = _only(more, {image["id"] for image in more["images"]} - lost)
-    content = more if there is None else more | there | {
-        key: there[key] + more[key] for key in ("images", "annotations")}
-    if there is None or more["images"]:  # else it stays as it is, its time too
-        paths.write_atomic(file, lambda part: part.write_text(json.dumps(content)))
-    return len(content["images"])
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
-def _image(folder: Path, split: str, image: dict, server: Server) -> str | None:
-    """Fetch one image and check it; the reason where it cannot be had."""
-    file = folder / split / _safe_name(image["file_name"])
-    size = image["width"], image["height"]
-
-    def fetch() -> None:
-        with _get(image["coco_url"], server) as answer:
-            body = b"".join(_arriving(answer, 10 * server.timeout))
-            told = int(answer.headers.get("Content-Length", len(body)))
-        if len(body) < told:
-            raise OSError(f"{len(body):,} of {told:,} bytes came")
-
-        def write(part: Path) -> None:
-            part.write_bytes(body)
-            found = load_rgb(part).size
-            if found != size:
-                raise OSError(f"it has {found[0]} x {found[1]} pixels, its annotation says {size[0]} x {size[1]}")
-
-        paths.write_atomic(file, write)
-
-    if file.exists():
-        try:
-            if load_rgb(file).size == size:
-                return None
-        except OSError:
-            pass  # damaged: fetched again
+def _complete_archive(part: Path, *, server: Server, session: requests.Session) -> None:
+    if not zipfile.is_zipfile(part):  # else all of it arrived, but was not checked yet
+        _fetch_rest(part, server=server, session=session)
     try:
-        _tried(fetch, server, image["coco_url"])
+        with zipfile.ZipFile(part) as opened:
+            damaged = opened.testzip()
+        fault = f"{damaged} is damaged" if damaged else None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        fault = f"not an intact zip file ({error})"
+    if fault:
+        part.unlink()
+        raise BrokenBody(fault)
+
+
+def _fetch_rest(part: Path, *, server: Server, session: requests.Session) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with session.get(
+        server.archive, headers=headers, timeout=server.timeout, stream=True
+    ) as response:
+        response.raise_for_status()
+        if response.status_code != 206:  # the server sends all of it, whatever the range is
+            start = 0
+        length = response.headers.get("Content-Length")
+        progress = tqdm(
+            total=start + int(length) if length else None,
+            initial=start,
+            desc=part.stem,
+            unit="B",
+            unit_scale=True,
+        )
+        with part.open("ab" if start else "wb") as file, progress:
+            for chunk in _read_chunks(response):
+                file.write(chunk)
+                progress.update(len(chunk))
+
+
+# ------------------------------------------------------------------------------------ annotations
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be fetched for a split.
+
+    Attributes
+    ----------
+    images : list of dict
+        The sample, as the archive lists it.
+    additions : dict of str to dict
+        By kind, what the archive says about images that the annotation file is to list and does
+        not list yet.
+    """
+
+    images: list[dict]
+    additions: dict[str, dict]
+
+
+def _read_existing(folder: Path, split: str) -> dict[str, dict]:
+    """Return the content of a split's annotation files by kind, as far as they exist."""
+    contents = {}
+    for kind in KINDS:
+        file = _annotation_file(folder, kind, split)
+        if not file.exists():
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+            _ = content["annotations"]
+            _ = [(image["id"], image["file_name"]) for image in content["images"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} cannot be read as COCO's annotations ({type(error).__name__}: {error}), "
+                "so nothing is added to it: name another folder with --folder"
+            ) from None
+        contents[kind] = content
+    return contents
+
+
+def _plan_split(
+    folder: Path, split: str, n: int, *, seed: int, archive: Path, existing: Mapping[str, dict]
+) -> _Plan:
+    official = _read_archive(archive, split)
+    sample_ids = _sample_ids(official["captions"], n, seed)
+    listed_ids: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    for kind, content in existing.items():
+        listed_ids[kind] = {image["id"] for image in content["images"]}
+        _check_extensible(
+            _annotation_file(folder, kind, split),
+            content,
+            official=official[kind],
+            image_folder=folder / split,
+            sample_ids=sample_ids,
+        )
+    needed_ids = sample_ids.union(*listed_ids.values())
+    additions = {
+        kind: _select_images(official[kind], needed_ids - listed_ids[kind]) for kind in KINDS
+    }
+    return _Plan(_select_images(official["captions"], sample_ids)["images"], additions)
+
+
+def _read_archive(archive: Path, split: str) -> dict[str, dict]:
+    """Return the official annotations of a split by kind."""
+    contents = {}
+    with zipfile.ZipFile(archive) as opened:
+        members = {Path(member).name: member for member in opened.namelist()}
+        for kind in KINDS:
+            member = members.get(f"{kind}_{split}.json")
+            if member is None:
+                splits = sorted(
+                    name.removeprefix("captions_").removesuffix(".json")
+                    for name in members
+                    if name.startswith("captions_")
+                )
+                raise ValueError(
+                    f"{archive.name} has no {kind}_{split}.json: choose from the splits "
+                    f"{', '.join(splits)}"
+                )
+            contents[kind] = json.loads(opened.read(member))
+    return contents
+
+
+def _sample_ids(captions: dict, n: int, seed: int) -> set[int]:
+    """Return the ids of n random images that have captions; those of a smaller n are among them."""
+    with_captions = {annotation["image_id"] for annotation in captions["annotations"]}
+    ids = sorted(image["id"] for image in captions["images"] if image["id"] in with_captions)
+    return set(np.random.default_rng(seed).permutation(np.array(ids))[:n].tolist())
+
+
+def _check_extensible(
+    file: Path, content: dict, *, official: dict, image_folder: Path, sample_ids: set[int]
+) -> None:
+    """Refuse to add to an annotation file of another dataset, or one whose images are missing."""
+    official_images = {(image["id"], image["file_name"]) for image in official["images"]}
+    foreign = []
+    missing = []
+    for image in content["images"]:
+        name = image["file_name"]
+        if (image["id"], name) not in official_images:
+            foreign.append(name)
+        if image["id"] not in sample_ids and not (image_folder / Path(name).name).exists():
+            missing.append(name)
+    if foreign:
+        fault = f"lists {len(foreign):,} images ({foreign[0]}, ...) which are not in the archive"
+    elif missing:
+        fault = f"lists {len(missing):,} images ({missing[0]}, ...) which are not in {image_folder}"
+    elif _category_names(content) != _category_names(official):
+        fault = "has other categories than the archive"
+    else:
+        return
+    raise ValueError(f"{file} {fault}: nothing is added to it; name another folder with --folder")
+
+
+def _category_names(content: dict) -> dict[int, str]:
+    return {category["id"]: category["name"] for category in content.get("categories", [])}
+
+
+def _select_images(content: dict, ids: set[int]) -> dict:
+    """Return annotations that are about some images alone."""
+    images = [image for image in content["images"] if image["id"] in ids]
+    annotations = [one for one in content["annotations"] if one["image_id"] in ids]
+    return content | {"images": images, "annotations": annotations}
+
+
+def _extend_annotations(
+    file: Path, existing: dict | None, *, additions: dict, failed_ids: set[int]
+) -> dict:
+    """Add to an annotation file the images that were fetched, and return what it holds now."""
+    fetched_ids = {image["id"] for image in additions["images"]} - failed_ids
+    additions = _select_images(additions, fetched_ids)
+    if existing is None:
+        content = additions
+    elif fetched_ids:
+        content = {
+            **additions,
+            **existing,
+            "images": existing["images"] + additions["images"],
+            "annotations": existing["annotations"] + additions["annotations"],
+        }
+    else:  # the file stays as it is, its time too
+        return existing
+    text = json.dumps(content)
+    paths.write_atomic(file, lambda part: part.write_text(text, encoding="utf-8"))
+    return content
+
+
+# ----------------------------------------------------------------------------------------- images
+
+
+def _fetch_images(
+    folder: Path, plans: Mapping[str, _Plan], *, server: Server, session: requests.Session
+) -> pd.DataFrame:
+    """Fetch the images of all samples; return those that could not be fetched."""
+    jobs = [(split, image) for split, plan in plans.items() for image in plan.images]
+    files = [folder / split / _check_name(image["file_name"]) for split, image in jobs]
+    n_missing = sum(not file.exists() for file in files)
+    tqdm.write(
+        f"{len(files):,} images, {len(files) - n_missing:,} of them on disk; to fetch about "
+        f"{n_missing * IMAGE_BYTES / 1e9:.2f} GB into {folder}"
+    )
+    fetch = partial(_fetch_image, server=server, session=session)
+    with ThreadPoolExecutor(server.workers) as pool:
+        results = pool.map(fetch, files, [image for _, image in jobs])
+        reasons = list(tqdm(results, total=len(jobs), desc="images", unit="image"))
+    failed = [
+        (split, image["id"], image["file_name"], reason)
+        for (split, image), reason in zip(jobs, reasons, strict=True)
+        if reason
+    ]
+    return pd.DataFrame(failed, columns=["split", "image_id", "file", "reason"])
+
+
+def _fetch_image(
+    file: Path, image: dict, *, server: Server, session: requests.Session
+) -> str | None:
+    """Fetch an image unless it is on disk and intact; return the reason if that fails."""
+    size = (image["width"], image["height"])
+    if file.exists() and _image_fault(file, size) is None:
+        return None
+    url = image["coco_url"]
+    fetch = partial(_fetch_image_once, file, url, size=size, server=server, session=session)
+    try:
+        _retry_broken(fetch, url, server)
     except OSError as error:
         return str(error)
     return None
 
 
-def _get(url: str, server: Server, headers: Mapping[str, str] | None = None) -> requests.Response:
-    """An answer that is to be read in chunks.
+def _fetch_image_once(
+    file: Path, url: str, *, size: tuple[int, int], server: Server, session: requests.Session
+) -> None:
+    with session.get(url, timeout=server.timeout, stream=True) as response:
+        response.raise_for_status()
+        body = b"".join(_read_chunks(response, 10 * server.timeout))
 
-    Raises
-    ------
-    OSError
-        No connection, or an error of the server; :class:`NotThere` where it has no such file.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise NotThere(f"{url} is no web address")
-    if not hasattr(LOCAL, "session"):
-        LOCAL.session = requests.Session()  # one a thread
-    answer = LOCAL.session.get(url, headers={**PLAIN, **(headers or {})}, timeout=server.timeout, stream=True)
-    if answer.status_code in (401, 403, 404, 410):
-        answer.close()
-        raise NotThere(f"the server answers {answer.status_code} {answer.reason}")
-    answer.raise_for_status()
-    return answer
+    def write_checked(part: Path) -> None:
+        part.write_bytes(body)
+        fault = _image_fault(part, size)
+        if fault:
+            raise BrokenBody(fault)
+
+    paths.write_atomic(file, write_checked)
 
 
-def _arriving(answer: requests.Response, seconds: float = float("inf")) -> Iterator[bytes]:
-    """What arrives, as it arrives: a server that sends a byte now and then is found out."""
-    start = time.monotonic()
-    while chunk := answer.raw.read1(CHUNK):
-        yield chunk
-        if time.monotonic() - start > seconds:
-            raise OSError(f"not all came within {seconds:g} seconds")
-
-
-def _tried(work: Callable[[], None], server: Server, what: str) -> None:
-    """Do `work`, again where the network fails."""
-    for k in range(server.tries):
-        try:
-            return work()
-        except NotThere as error:
-            raise OSError(f"{what}: {error}") from None
-        except (OSError, HTTPError) as error:  # what requests raises is an OSError
-            last = error
-            time.sleep(server.pause * 2**k if k + 1 < server.tries else 0)
-    raise OSError(f"{what}: {last} ({server.tries} tries)")
+def _image_fault(file: Path, size: tuple[int, int]) -> str | None:
+    """Return what is wrong with an image file, or None if it is intact and of the right size."""
+    try:
+        image = load_rgb(file)
+    except OSError as error:
+        return str(error)
+    if image.size == size:
+        return None
+    width, height = size
+    return f"it has {image.width} x {image.height} pixels, its annotation says {width} x {height}"

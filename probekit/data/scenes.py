@@ -1,8 +1,9 @@
-"""Drawn scenes in COCO's own layout: the data set that needs no download.
+"""Drawn scenes in COCO's layout: the dataset that needs no download.
 
-A scene is two to four flat objects on a pastel landscape. Five captions a scene come from a small grammar over what
-is really there (counts, colours, spatial relations), and every object carries its exact box and outline.
-:func:`write` saves them as an official COCO folder, so that :mod:`probekit.data.coco` reads them like the photographs.
+A scene is two to four flat things on a pastel landscape. Its captions come from a small grammar
+over what the scene shows (counts, colours, spatial relations), and every thing carries its exact
+box and outline. :func:`write_scenes` saves scenes as a COCO folder, so that
+:mod:`probekit.data.coco` reads them like photographs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from tqdm.auto import tqdm
 from probekit import paths
 from probekit.data.scene_shapes import SHAPES, outline
 
-SIZE = (320, 240)
+SIZE = (320, 240)  # width, height in pixels
 COLOURS = {
-    "red": (220, 50, 47), "orange": (245, 140, 40), "yellow": (250, 208, 50),
-    "green": (44, 158, 90), "blue": (45, 105, 215), "purple": (140, 75, 190),
+    "red": (220, 50, 47),
+    "orange": (245, 140, 40),
+    "yellow": (250, 208, 50),
+    "green": (44, 158, 90),
+    "blue": (45, 105, 215),
+    "purple": (140, 75, 190),
 }
-LANDSCAPES = (  # sky at the top, sky at the horizon, far hill, near hill
+# Colours of the sky at the top, the sky at the horizon, the far hill, the near hill.
+LANDSCAPES = (
     ((205, 230, 245), (240, 246, 244), (200, 222, 206), (182, 210, 188)),
     ((250, 226, 214), (253, 244, 230), (226, 210, 214), (212, 194, 204)),
     ((222, 218, 240), (246, 238, 244), (206, 208, 226), (190, 194, 216)),
@@ -38,7 +44,19 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its category, its colour, the centre and the side of its square cell in pixels."""
+    """One object of a scene, in a square cell.
+
+    Attributes
+    ----------
+    category : str
+        One of :data:`~probekit.data.scene_shapes.SHAPES`.
+    colour : str
+        One of :data:`COLOURS`.
+    x, y : float
+        Centre of the cell in pixels.
+    side : float
+        Side of the cell in pixels.
+    """
 
     category: str
     colour: str
@@ -49,185 +67,359 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things that do not overlap, on one of the landscapes; `horizon` is a fraction of the height."""
+    """Things that do not overlap, on a landscape.
+
+    Attributes
+    ----------
+    things : tuple of Thing
+        Two to four.
+    landscape : int
+        Index into :data:`LANDSCAPES`.
+    horizon : float
+        Height of the horizon as a fraction of the image's height, from the top.
+    """
 
     things: tuple[Thing, ...]
     landscape: int
     horizon: float
 
 
+# ---------------------------------------------------------------------------------------- drawing
+
+
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene at random: 2 to 4 things; in a quarter of the scenes one category stands there more than once."""
-    n = int(rng.choice([2, 3, 4], p=[0.4, 0.4, 0.2]))
-    categories = list(rng.choice(list(SHAPES), size=n, replace=False))
+    """Draw a scene at random.
+
+    It has two to four things; in a quarter of the scenes two of them are of the same category.
+
+    Parameters
+    ----------
+    rng : Generator
+        Source of randomness.
+
+    Returns
+    -------
+    Scene
+        Nothing is rendered yet.
+    """
+    n_things = int(rng.choice([2, 3, 4], p=[0.4, 0.4, 0.2]))
+    categories = list(rng.choice(list(SHAPES), size=n_things, replace=False))
     if rng.random() < 0.25:
         categories[1] = categories[0]
     things: list[Thing] = []
-    while len(things) < n:
+    while len(things) < n_things:
         side = float(rng.uniform(64, 96))
-        x, y = (float(rng.uniform(side / 2 + 3, limit - side / 2 - 3)) for limit in SIZE)
-        if all(max(abs(x - t.x), abs(y - t.y)) > 0.5 * (side + t.side) for t in things):
+        x = float(rng.uniform(side / 2 + 3, SIZE[0] - side / 2 - 3))
+        y = float(rng.uniform(side / 2 + 3, SIZE[1] - side / 2 - 3))
+        if _is_free(x, y, side, things):
             colour = str(rng.choice(list(COLOURS)))
             things.append(Thing(str(categories[len(things)]), colour, x, y, side))
-        elif rng.random() < 0.02:  # a corner no cell fits into any more: start again
+        elif rng.random() < 0.02:  # perhaps no cell fits any more: start again
             things.clear()
-    return Scene(tuple(things), int(rng.integers(len(LANDSCAPES))), float(rng.uniform(0.55, 0.8)))
+    landscape = int(rng.integers(len(LANDSCAPES)))
+    horizon = float(rng.uniform(0.55, 0.8))
+    return Scene(tuple(things), landscape, horizon)
+
+
+def _is_free(x: float, y: float, side: float, things: list[Thing]) -> bool:
+    for thing in things:
+        distance = max(abs(x - thing.x), abs(y - thing.y))
+        if distance <= 0.5 * (side + thing.side):
+            return False
+    return True
 
 
 def draw_scene(scene: Scene, scale: int = 2) -> Image.Image:
-    """Render a scene as an RGB image of :data:`SIZE`, drawn `scale` times larger and reduced."""
-    width, height = SIZE[0] * scale, SIZE[1] * scale
-    image = _landscape(scene, width, height)
-    image.paste((70, 70, 100), mask=_shadow(scene).resize(image.size, Image.Resampling.NEAREST))
+    """Render a scene.
+
+    Parameters
+    ----------
+    scene : Scene
+        What to draw.
+    scale : int
+        The scene is drawn that many times larger and then reduced, which smooths its edges.
+
+    Returns
+    -------
+    Image
+        RGB, of :data:`SIZE`.
+    """
+    image = _draw_landscape(scene, SIZE[0] * scale, SIZE[1] * scale)
+    shadow = _draw_shadow(scene).resize(image.size, Image.Resampling.NEAREST)
+    image.paste((70, 70, 100), mask=shadow)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        base = np.array(COLOURS[thing.colour])
-        paints = {"main": base, "dark": base * 0.72, "light": base + (255 - base) * 0.45}
-        for paint, polygon in SHAPES[thing.category]:
-            fill = paints.get(paint, paint)
-            pen.polygon(_place(polygon, thing, scale), fill=tuple(int(v) for v in fill))
+        main = np.array(COLOURS[thing.colour])
+        paints = {"main": main, "dark": main * 0.72, "light": main + (255 - main) * 0.45}
+        for part in SHAPES[thing.category]:
+            rgb = paints[part.paint] if isinstance(part.paint, str) else part.paint
+            pen.polygon(_to_pixels(part.polygon, thing, scale), fill=_to_fill(rgb))
     return image.reduce(scale)
 
 
-def _shadow(scene: Scene) -> Image.Image:
-    """The things' shadow, soft and a little below them, as a mask of :data:`SIZE`."""
-    mask = Image.new("L", SIZE, 0)
-    pen = ImageDraw.Draw(mask)
-    for thing in scene.things:
-        for polygon in outline(thing.category):
-            pen.polygon(_place(polygon, thing), fill=70)
-    return ImageChops.offset(mask.filter(ImageFilter.GaussianBlur(3)), 2, 4)
-
-
-def _landscape(scene: Scene, width: int, height: int) -> Image.Image:
-    top, low, far, near = (np.array(c) for c in LANDSCAPES[scene.landscape])
+def _draw_landscape(scene: Scene, width: int, height: int) -> Image.Image:
+    sky_top, sky_low, far_hill, near_hill = LANDSCAPES[scene.landscape]
+    top = np.array(sky_top)
+    low = np.array(sky_low)
     ramp = np.linspace(0, 1, height)[:, None, None]
     sky = Image.fromarray((top + (low - top) * ramp).astype(np.uint8))
     image = sky.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
     x = np.linspace(0, width, 40)
-    for colour, level, phase in ((far, scene.horizon, 5.0), (near, scene.horizon + 0.12, 2.0)):
+    hills = ((far_hill, scene.horizon, 5.0), (near_hill, scene.horizon + 0.12, 2.0))
+    for rgb, level, phase in hills:
         y = height * (level + 0.05 * np.sin(x / width * 5 + phase * scene.horizon * 4))
-        pen.polygon([(0, height), *zip(x, y, strict=True), (width, height)], fill=tuple(int(v) for v in colour))
+        crest = list(zip(x.tolist(), y.tolist(), strict=True))
+        pen.polygon([(0.0, float(height)), *crest, (float(width), float(height))], fill=rgb)
     return image
 
 
-def _place(polygon: np.ndarray, thing: Thing, scale: float = 1) -> list[tuple[float, float]]:
-    return [*map(tuple, ((polygon * thing.side + (thing.x, thing.y)) * scale).tolist())]
-
-
-# --------------------------------------------------------------------------------------------------------- captions
-
-
-def name(thing: Thing) -> str:
-    return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.category}"
-
-
-def relation(a: Thing, b: Thing) -> str:
-    """How `a` stands to `b`: "to the left of", "above", ... or, where neither axis is 1.5 times the other, both."""
-    dx, dy = b.x - a.x, b.y - a.y
-    across, along = "to the left of" if dx > 0 else "to the right of", "above" if dy > 0 else "below"
-    if abs(dx) > 1.5 * abs(dy):
-        return across
-    return along if abs(dy) > 1.5 * abs(dx) else f"{along} and {across}"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _said_with_place(scene: Scene, rng: np.random.Generator) -> str:
-    a, b = (scene.things[i] for i in rng.permutation(len(scene.things))[:2])
-    how = relation(a, b)
-    return str(rng.choice([f"{name(a)} is {how} {name(b)}", f"there is {name(a)} {how} {name(b)}"]))
-
-
-def _said_as_list(scene: Scene, rng: np.random.Generator) -> str:
-    listed = _listed([name(scene.things[i]) for i in rng.permutation(len(scene.things))])
-    return str(rng.choice([f"a picture of {listed}", f"{listed} in a quiet landscape"]))
-
-
-def _said_with_count(scene: Scene, rng: np.random.Generator) -> str:
-    groups: dict[str, list[Thing]] = {}
-    for i in rng.permutation(len(scene.things)):
-        groups.setdefault(scene.things[i].category, []).append(scene.things[i])
-    group = max(groups.values(), key=len)
-    if len(group) == 1:
-        a, b = (scene.things[i] for i in rng.permutation(len(scene.things))[:2])
-        return f"{COUNT_WORDS[len(scene.things)]} things, among them {name(a)} and {name(b)}"
-    category = group[0].category
-    plural = category if category == "fish" else category + "s"
-    return _listed([f"{COUNT_WORDS[len(group)]} {plural}", *(name(g[0]) for g in groups.values() if g is not group)])
-
-
-def captions(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[str]:
-    """Write `n` true captions: in each five three with a spatial relation, a list and a count."""
-    makers = [_said_with_place, _said_as_list, _said_with_count, _said_with_place, _said_with_place]
-    said = []
-    for i in range(n):
-        text = makers[i % len(makers)](scene, rng)
-        said.append(text[0].upper() + text[1:] + ".")
-    return said
-
-
-# ------------------------------------------------------------------------------------------------------ COCO folder
-
-
-def annotate(scene: Scene) -> list[dict]:
-    """COCO instance annotations of a scene (without ids): category, colour, polygons, box `x y width height`, area."""
-    found = []
+def _draw_shadow(scene: Scene) -> Image.Image:
+    """Return the soft shadow of the things, a little below them, as a mask of :data:`SIZE`."""
+    mask = Image.new("L", SIZE, 0)
+    pen = ImageDraw.Draw(mask)
     for thing in scene.things:
-        polygons = [np.array(_place(p, thing)) for p in outline(thing.category)]
-        points = np.concatenate(polygons)
-        (x0, y0), (x1, y1) = points.min(0), points.max(0)
-        flat = [p.round(2).ravel().tolist() for p in polygons]
-        mask = rle.merge(rle.frPyObjects(flat, SIZE[1], SIZE[0]))
-        found.append({
-            "category_id": list(SHAPES).index(thing.category) + 1, "attributes": {"colour": thing.colour},
-            "segmentation": flat, "area": float(rle.area(mask)), "iscrowd": 0,
-            "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-        })
-    return found
+        for polygon in outline(thing.category):
+            pen.polygon(_to_pixels(polygon, thing), fill=70)
+    return ImageChops.offset(mask.filter(ImageFilter.GaussianBlur(3)), 2, 4)
 
 
-def _write_one(folder: Path, seed: int, number: int) -> tuple[Scene, list[str]]:
-    rng = np.random.default_rng([seed, number])
-    scene = sample_scene(rng)
-    draw_scene(scene).save(folder / f"{number:012d}.jpg", quality=92)
-    return scene, captions(scene, rng)
+def _to_pixels(polygon: np.ndarray, thing: Thing, scale: float = 1) -> list[tuple[float, float]]:
+    points = (polygon * thing.side + (thing.x, thing.y)) * scale
+    return [(x, y) for x, y in points.tolist()]
 
 
-def write_scenes(folder: str | Path, n: int = 2400, seed: int = 0, split: str = "scenes") -> Path:
-    """Draw `n` scenes into `folder` in COCO's layout; a folder that already holds exactly these is left alone.
+def _to_fill(rgb: np.ndarray | tuple[int, int, int]) -> tuple[int, ...]:
+    return tuple(int(value) for value in rgb)
+
+
+# --------------------------------------------------------------------------------------- captions
+
+
+def describe_thing(thing: Thing) -> str:
+    """Return a thing as a noun phrase, such as "an orange cup"."""
+    article = "an" if thing.colour == "orange" else "a"
+    return f"{article} {thing.colour} {thing.category}"
+
+
+def describe_relation(subject: Thing, reference: Thing) -> str:
+    """Return where `subject` is, seen from `reference`.
 
     Parameters
     ----------
-    folder : path that receives ``<split>/*.jpg`` and ``annotations/{captions,instances}_<split>.json``
-    n, seed : number of scenes, and the seed; scene i depends on (seed, i) alone
-    split : name of the split
+    subject, reference : Thing
+        Two things of a scene.
+
+    Returns
+    -------
+    str
+        "to the left of", "to the right of", "above" or "below" where one axis separates the things
+        more than 1.5 times as far as the other; else both, such as "above and to the left of".
+    """
+    dx = reference.x - subject.x
+    dy = reference.y - subject.y
+    horizontal = "to the left of" if dx > 0 else "to the right of"
+    vertical = "above" if dy > 0 else "below"
+    if abs(dx) > 1.5 * abs(dy):
+        return horizontal
+    if abs(dy) > 1.5 * abs(dx):
+        return vertical
+    return f"{vertical} and {horizontal}"
+
+
+def write_captions(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[str]:
+    """Write true captions of a scene.
+
+    Parameters
+    ----------
+    scene : Scene
+        What the captions are about.
+    rng : Generator
+        Chooses things, their order and the wording.
+    n : int
+        Number of captions: of each five, three say a spatial relation, one lists all things, one
+        says a count.
+
+    Returns
+    -------
+    list of str
+        Sentences with a capital letter and a full stop.
+    """
+    writers = (
+        _relation_caption,
+        _list_caption,
+        _count_caption,
+        _relation_caption,
+        _relation_caption,
+    )
+    captions = []
+    for i in range(n):
+        text = writers[i % len(writers)](scene, rng)
+        captions.append(f"{text[0].upper()}{text[1:]}.")
+    return captions
+
+
+def _relation_caption(scene: Scene, rng: np.random.Generator) -> str:
+    first, second = _shuffled_things(scene, rng)[:2]
+    relation = describe_relation(first, second)
+    subject = describe_thing(first)
+    reference = describe_thing(second)
+    wordings = [
+        f"{subject} is {relation} {reference}",
+        f"there is {subject} {relation} {reference}",
+    ]
+    return str(rng.choice(wordings))
+
+
+def _list_caption(scene: Scene, rng: np.random.Generator) -> str:
+    names = _join_words([describe_thing(thing) for thing in _shuffled_things(scene, rng)])
+    return str(rng.choice([f"a picture of {names}", f"{names} in a quiet landscape"]))
+
+
+def _count_caption(scene: Scene, rng: np.random.Generator) -> str:
+    groups: dict[str, list[Thing]] = {}
+    for thing in _shuffled_things(scene, rng):
+        groups.setdefault(thing.category, []).append(thing)
+    largest = max(groups.values(), key=len)
+    if len(largest) == 1:
+        first, second = _shuffled_things(scene, rng)[:2]
+        count = COUNT_WORDS[len(scene.things)]
+        return f"{count} things, among them {describe_thing(first)} and {describe_thing(second)}"
+    category = largest[0].category
+    plural = category if category == "fish" else f"{category}s"
+    others = [describe_thing(group[0]) for group in groups.values() if group is not largest]
+    return _join_words([f"{COUNT_WORDS[len(largest)]} {plural}", *others])
+
+
+def _shuffled_things(scene: Scene, rng: np.random.Generator) -> list[Thing]:
+    return [scene.things[i] for i in rng.permutation(len(scene.things))]
+
+
+def _join_words(words: list[str]) -> str:
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+# ------------------------------------------------------------------------------------ COCO folder
+
+
+def annotate(scene: Scene) -> list[dict]:
+    """Return the COCO instance annotations of a scene, without ids.
+
+    Parameters
+    ----------
+    scene : Scene
+        What to annotate.
+
+    Returns
+    -------
+    list of dict
+        One per thing, with COCO's keys: ``category_id``, ``segmentation`` (polygons), ``area`` in
+        square pixels, ``bbox`` (x, y, width, height in pixels), ``iscrowd``; and the colour as
+        ``attributes["colour"]``.
+    """
+    annotations = []
+    for thing in scene.things:
+        polygons = [np.array(_to_pixels(polygon, thing)) for polygon in outline(thing.category)]
+        points = np.concatenate(polygons)
+        x0, y0 = points.min(axis=0)
+        x1, y1 = points.max(axis=0)
+        segmentation = [polygon.round(2).ravel().tolist() for polygon in polygons]
+        mask = rle.merge(rle.frPyObjects(segmentation, SIZE[1], SIZE[0]))
+        annotations.append(
+            {
+                "category_id": list(SHAPES).index(thing.category) + 1,
+                "attributes": {"colour": thing.colour},
+                "segmentation": segmentation,
+                "area": float(rle.area(mask)),
+                "iscrowd": 0,
+                "bbox": [round(float(value), 2) for value in (x0, y0, x1 - x0, y1 - y0)],
+            }
+        )
+    return annotations
+
+
+def write_scenes(
+    folder: str | Path,
+    n: int = 2400,
+    *,
+    seed: int = 0,
+    split: str = "scenes",
+    home: str | Path | paths.Home | None = None,
+) -> Path:
+    """Draw scenes into a folder in COCO's layout.
+
+    A folder that holds exactly these scenes already is left as it is.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Receives ``<split>/*.jpg`` and ``annotations/{captions,instances}_<split>.json``.
+    n : int
+        Number of scenes.
+    seed : int
+        Scene i depends on (seed, i) alone.
+    split : str
+        Name of the split.
+    home : str, Path or Home, optional
+        Where a relative `folder` starts, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
     Path
-        `folder`
+        The folder, absolute.
     """
-    folder = paths.Home.find().resolve(folder)
-    pictures, notes = folder / split, folder / "annotations"
-    about = {"description": "probekit drawn scenes", "seed": seed, "n": n, "drawing": 1}
-    done = notes / f"instances_{split}.json"  # written last
-    if done.exists() and paths.read_json(done).get("info") == about:
+    folder = paths.Home.find(home).resolve(folder)
+    image_folder = folder / split
+    annotation_folder = folder / "annotations"
+    captions_file = annotation_folder / f"captions_{split}.json"
+    instances_file = annotation_folder / f"instances_{split}.json"
+    info = {"description": "probekit drawn scenes", "seed": seed, "n": n, "drawing": 1}
+    # The file of instances is written last: where it is complete, everything is.
+    if instances_file.exists() and paths.read_json(instances_file).get("info") == info:
         return folder
-    pictures.mkdir(parents=True, exist_ok=True)
-    notes.mkdir(parents=True, exist_ok=True)
-    make = partial(_write_one, pictures, seed)
-    with ThreadPoolExecutor(2) as pool:  # Pillow lets go of the interpreter while it draws and encodes
-        drawn = list(tqdm(pool.map(make, range(n)), total=n, desc="drawing scenes", unit="scene"))
-    images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": SIZE[0], "height": SIZE[1]} for i in range(n)]
-    told = [{"image_id": i, "caption": c} for i, (_, said) in enumerate(drawn) for c in said]
-    found = [{"image_id": i, **a} for i, (scene, _) in enumerate(drawn) for a in annotate(scene)]
-    kinds = [{"id": i + 1, "name": c, "supercategory": "drawn"} for i, c in enumerate(SHAPES)]
-    for kind, rows, extra in (("captions", told, {}), ("instances", found, {"categories": kinds})):
-        rows = [{"id": i, **row} for i, row in enumerate(rows)]
-        text = json.dumps({"info": about, "images": images, "annotations": rows, **extra})
-        paths.write_atomic(notes / f"{kind}_{split}.json", lambda part, text=text: part.write_text(text))
+    image_folder.mkdir(parents=True, exist_ok=True)
+    annotation_folder.mkdir(parents=True, exist_ok=True)
+
+    write_image = partial(_write_image, image_folder, seed)
+    with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock while it draws
+        scenes = list(
+            tqdm(pool.map(write_image, range(n)), total=n, desc="drawing scenes", unit="scene")
+        )
+
+    images = []
+    captions: list[dict] = []
+    instances: list[dict] = []
+    for i, (scene, texts) in enumerate(scenes):
+        images.append({"id": i, "file_name": _file_name(i), "width": SIZE[0], "height": SIZE[1]})
+        for text in texts:
+            captions.append({"id": len(captions), "image_id": i, "caption": text})
+        for annotation in annotate(scene):
+            instances.append({"id": len(instances), "image_id": i, **annotation})
+    categories = [
+        {"id": i, "name": category, "supercategory": "drawn"}
+        for i, category in enumerate(SHAPES, start=1)
+    ]
+    shared = {"info": info, "images": images}
+    _write_annotations(captions_file, {**shared, "annotations": captions})
+    _write_annotations(
+        instances_file, {**shared, "annotations": instances, "categories": categories}
+    )
     return folder
+
+
+def _write_image(folder: Path, seed: int, number: int) -> tuple[Scene, list[str]]:
+    rng = np.random.default_rng([seed, number])
+    scene = sample_scene(rng)
+    draw_scene(scene).save(folder / _file_name(number), quality=92)
+    return scene, write_captions(scene, rng)
+
+
+def _file_name(number: int) -> str:
+    return f"{number:012d}.jpg"
+
+
+def _write_annotations(file: Path, content: dict) -> None:
+    text = json.dumps(content)
+    paths.write_atomic(file, lambda part: part.write_text(text, encoding="utf-8"))

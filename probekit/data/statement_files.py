@@ -1,13 +1,22 @@
-"""Statements that others wrote: SugarCrepe's and POPE's files, and any table of `image, text, label`.
+"""Statements that others wrote: SugarCrepe's and POPE's files, and any table of image, text, label.
 
-* ``*.csv`` with the columns `image`, `text`, `label`, and ``*.jsonl`` (or ``*.json``) with one such object a
-  line, as POPE's (Li et al., 2023, https://arxiv.org/abs/2305.10355). `text` is the prompt as it stands; `label` is yes
-  or no, true or false, 1 or 0.
-* ``*.json`` of SugarCrepe (Hsieh et al., 2023, https://arxiv.org/abs/2306.14610): objects with `filename`, `caption`,
-  `negative_caption`; each caption is asked with the prompt of the caption tasks.
+A file is one of
 
-Images are named as in the dataset: by their file name, or by their path in it where several have that name.
-COCO's older names (``COCO_val2014_000000310196.jpg``) are found by their number.
+* a CSV file (``*.csv``) with the columns ``image``, ``text``, ``label``;
+* JSON (``*.jsonl``, ``*.json``), one object per line with these keys, as POPE's files [1]_;
+* JSON of SugarCrepe [2]_ (``*.json``), objects with ``filename``, ``caption``,
+  ``negative_caption``: each caption becomes a statement that is asked with the prompt of the
+  caption tasks.
+
+``text`` is the whole prompt; ``label`` is yes or no, true or false, 1 or 0.
+
+Images are named by their file name in the dataset, or by the end of their path where several have
+that name. COCO's older names (``COCO_val2014_000000310196.jpg``) are matched by their number.
+
+References
+----------
+.. [1] Li et al. (2023), https://arxiv.org/abs/2305.10355
+.. [2] Hsieh et al. (2023), https://arxiv.org/abs/2306.14610
 """
 
 from __future__ import annotations
@@ -16,140 +25,232 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from probekit import paths
 
-KINDS = (".csv", ".jsonl", ".json")
-ANSWERS = {"yes": 1, "true": 1, "1": 1, "1.0": 1, "no": 0, "false": 0, "0": 0, "0.0": 0}
-COLUMNS = ["image", "text", "label"]
-CREPE = ["filename", "caption", "negative_caption"]
+SUFFIXES = (".csv", ".jsonl", ".json")
+LABELS = {"yes": 1, "true": 1, "1": 1, "1.0": 1, "no": 0, "false": 0, "0": 0, "0.0": 0}
+STATEMENT_COLUMNS = ["image", "text", "label"]
+SUGARCREPE_COLUMNS = ["filename", "caption", "negative_caption"]
 
 
-def find_statement_files(name: str) -> dict[str, Path]:
-    """The files that an entry of `tasks` stands for, by the name of their task: a file, or all of a folder.
+def find_statement_files(name: str, home: str | Path | paths.Home | None = None) -> dict[str, Path]:
+    """Return the files of statements that an entry of ``tasks`` stands for.
+
+    Parameters
+    ----------
+    name : str
+        A file of statements, or a folder of such files.
+    home : str, Path or Home, optional
+        Where a relative `name` starts, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
-    dict
-        Empty where there is no such file or folder.
+    dict of str to Path
+        Files by the name of their task; empty if there is no such file or folder.
     """
-    path = paths.Home.find().resolve(name)
-    if path.is_dir():
-        return {one.stem: one for one in sorted(path.iterdir()) if one.suffix in KINDS}
-    return {path.stem: path} if path.is_file() and path.suffix in KINDS else {}
+    path = paths.Home.find(home).resolve(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.stem: file for file in files if file.suffix in SUFFIXES and file.is_file()}
 
 
 def read_statements(file: str | Path) -> pd.DataFrame:
-    """Statements of a file: `image` (as the file names it), `text` (the prompt), `label` (0 or 1).
+    """Read the statements of a file.
+
+    Parameters
+    ----------
+    file : str or Path
+        In one of the formats above.
+
+    Returns
+    -------
+    DataFrame
+        ``image`` (as the file names it), ``text`` (a prompt, or a caption), ``label`` (0 or 1),
+        ``is_caption`` (whether ``text`` is a caption, which still needs a prompt).
 
     Raises
     ------
     ValueError
-        No format of those above, or a row that lacks something; the message names file and row.
+        The file has none of the formats, or a row lacks something. The message names file and row.
     """
     file = Path(file)
     table = parse_table(file)
-    columns = CREPE if set(CREPE) <= set(table.columns) else COLUMNS
+    is_sugarcrepe = set(SUGARCREPE_COLUMNS) <= set(table.columns)
+    columns = SUGARCREPE_COLUMNS if is_sugarcrepe else STATEMENT_COLUMNS
     missing = [name for name in columns if name not in table.columns]
     if missing or table.empty:
-        raise ValueError(f"{file} has no {', '.join(missing) or 'rows'}: wanted are {', '.join(COLUMNS)}")
-    absent = table[columns].isna()  # before they become text: "nan" would be asked about like any other word
-    table = table[columns].astype(str)
+        lacking = ", ".join(missing) or "rows"
+        raise ValueError(
+            f"{file} has no {lacking}: it needs the columns {', '.join(STATEMENT_COLUMNS)}"
+        )
+    table = table[columns]
+    is_missing = table.isna()  # looked at before missing values become the text "nan"
+    table = table.astype(str)
     for name in columns:
-        _refuse(file, table, absent[name] | (table[name].str.strip() == ""), f"{name} is empty")
-    if columns is CREPE:
-        table = pd.concat([pd.DataFrame({"image": table.filename, "label": str(label), "text": table[column]})
-            for label, column in ((1, "caption"), (0, "negative_caption"))]).sort_index(kind="stable")
-    label = table.label.str.strip().str.lower().map(ANSWERS)
-    _refuse(file, table, label.isna(), "label is none of yes, no, true, false, 1, 0")
-    return table[COLUMNS].assign(label=label.astype(int), is_caption=columns is CREPE).reset_index(drop=True)
+        is_empty = is_missing[name] | (table[name].str.strip() == "")
+        _refuse_rows(file, table, is_empty, reason=f"{name} is empty")
+    if is_sugarcrepe:
+        table = _split_sugarcrepe(table)
+    labels = table.label.str.strip().str.lower().map(LABELS)
+    _refuse_rows(file, table, labels.isna(), reason="label is none of yes, no, true, false, 1, 0")
+    table = table[STATEMENT_COLUMNS].assign(label=labels.astype(int), is_caption=is_sugarcrepe)
+    return table.reset_index(drop=True)
 
 
-def _refuse(file: Path, table: pd.DataFrame, wrong: pd.Series, reason: str) -> None:
-    if wrong.any():
-        k = int(np.flatnonzero(wrong)[0])
-        raise ValueError(f"{file}, row {k + 1}: {reason}: {table.iloc[k].to_dict()}")
+def _split_sugarcrepe(table: pd.DataFrame) -> pd.DataFrame:
+    """Return two statements per row, the right caption first."""
+    right = pd.DataFrame({"image": table.filename, "text": table.caption, "label": "1"})
+    negative = pd.DataFrame({"image": table.filename, "text": table.negative_caption, "label": "0"})
+    return pd.concat([right, negative]).sort_index(kind="stable")
 
 
-def parse_table(file: Path, **form) -> pd.DataFrame:
-    """A file's table as it stands: of JSON objects (``*.json``, ``*.jsonl``), else of text as :func:`pandas.read_csv`.
+def _refuse_rows(file: Path, table: pd.DataFrame, is_invalid: pd.Series, *, reason: str) -> None:
+    if is_invalid.any():
+        row = int(np.flatnonzero(is_invalid)[0])
+        raise ValueError(f"{file}, row {row + 1}: {reason}: {table.iloc[row].to_dict()}")
+
+
+def parse_table(file: Path, **csv_options: Any) -> pd.DataFrame:
+    """Read a table as it is, from JSON objects (``*.json``, ``*.jsonl``) or from delimited text.
 
     Parameters
     ----------
-    form : of the text: its separator, header, and quotation marks
+    file : Path
+        The table.
+    **csv_options
+        Passed to :func:`pandas.read_csv` if the file is delimited text.
+
+    Returns
+    -------
+    DataFrame
+        All fields of delimited text are strings.
 
     Raises
     ------
     ValueError
-        No table, or a row that has more fields than there are columns; the message names the file.
+        The file is no table, or a row has more fields than there are columns. The message names
+        the file.
     """
     try:
         if file.suffix in (".json", ".jsonl"):
-            return pd.DataFrame(_objects(file.read_text(encoding="utf-8-sig")))
+            return pd.DataFrame(_parse_objects(file.read_text(encoding="utf-8-sig")))
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # instead of fields that are dropped
-            return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, **form)
+            # pandas only warns when it drops fields that are too many.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                file, dtype=str, keep_default_na=False, index_col=False, **csv_options
+            )
     except (ValueError, AttributeError, TypeError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{file} cannot be read as a table ({str(error).strip()}): wanted is CSV, texts with commas "
-                         "in quotation marks, or one JSON object a line") from error
+        raise ValueError(
+            f"{file} cannot be read as a table ({str(error).strip()}): write it as CSV, with "
+            "quotation marks around texts that have commas, or as one JSON object a line"
+        ) from error
 
 
-def _objects(text: str) -> list[dict]:
+def _parse_objects(text: str) -> list[dict]:
     try:
-        whole = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(whole, dict) and all(isinstance(one, dict) for one in whole.values()):
-        return list(whole.values())  # SugarCrepe's, by number
-    return whole if isinstance(whole, list) else [whole]
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
+        return list(content.values())  # SugarCrepe numbers its objects
+    return [content]
 
 
 def match_statements(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Those statements whose image the dataset has: `image_id, text, label`.
+    """Return the statements whose image the dataset has.
 
     Parameters
     ----------
-    images : of :class:`~probekit.data.dataset.Dataset`: indexed by `image_id`, with `file` and `coco_split`
+    statements : DataFrame
+        As :func:`read_statements` returns them.
+    images : DataFrame
+        Of a :class:`~probekit.data.dataset.Dataset`.
+
+    Returns
+    -------
+    DataFrame
+        ``image_id``, ``text``, ``label``, ``is_caption``.
 
     Raises
     ------
     ValueError
-        A name that several images have.
+        A name fits several images.
     """
-    find = image_finder(images)
-    numbers = {number: image for image, file in images.file.items() if (number := _number(file)) is not None}
-    owners = [find(name) for name in statements.image]
-    ids = [numbers.get(_number(name)) if owner is None else owner
-           for owner, name in zip(owners, statements.image, strict=True)]
-    table = statements.assign(image_id=ids)[["image_id", "text", "label", "is_caption"]]
-    return table[table.image_id.notna()].astype({"image_id": images.index.dtype}).reset_index(drop=True)
+    finder = ImageFinder(images)
+    image_ids = [finder.find(name, by_number=True) for name in statements.image]
+    table = statements.assign(image_id=image_ids)[["image_id", "text", "label", "is_caption"]]
+    table = table[table.image_id.notna()]
+    return table.astype({"image_id": images.index.dtype}).reset_index(drop=True)
 
 
-def image_finder(images: pd.DataFrame) -> Callable[[str], Hashable | None]:
-    """How to find an image by its file name, or by the end of its path (``val/1.jpg``); None of one that is not there.
+class ImageFinder:
+    """Find the images of a dataset by the names that other files use for them.
 
-    What is returned raises a ValueError where several images have a name.
+    Parameters
+    ----------
+    images : DataFrame
+        Of a :class:`~probekit.data.dataset.Dataset`.
     """
-    known = defaultdict(list)
-    for image, file in images.file.items():
-        known[Path(file).name].append((image, Path(file).parts))
 
-    def find(name: str) -> Hashable | None:
-        asked = PurePosixPath(name.strip())
-        owners = [image for image, parts in known.get(asked.name, []) if parts[-len(asked.parts):] == asked.parts]
-        if len(owners) > 1:
-            raise ValueError(f"{name} is the name of {len(owners)} images: write the folders before it, too")
-        return owners[0] if owners else None
+    def __init__(self, images: pd.DataFrame):
+        self._images_of_name: dict[str, list[tuple[Hashable, tuple[str, ...]]]] = defaultdict(list)
+        self._image_of_number: dict[int, Hashable] = {}
+        for image_id, file in images.file.items():
+            path = Path(file)
+            self._images_of_name[path.name].append((image_id, path.parts))
+            number = _coco_number(path.name)
+            if number is not None:
+                self._image_of_number[number] = image_id
 
-    return find
+    def find(self, name: str, *, by_number: bool = False) -> Hashable | None:
+        """Return the id of the image that a name stands for.
+
+        Parameters
+        ----------
+        name : str
+            File name, or the end of a path, such as ``val/1.jpg``.
+        by_number : bool
+            Whether a COCO name of another release finds the image of the same number.
+
+        Returns
+        -------
+        Hashable or None
+            None if the dataset has no such image.
+
+        Raises
+        ------
+        ValueError
+            The name fits several images.
+        """
+        path = PurePosixPath(name.strip())
+        depth = len(path.parts)
+        matches = [
+            image_id
+            for image_id, parts in self._images_of_name.get(path.name, [])
+            if parts[-depth:] == path.parts
+        ]
+        if len(matches) > 1:
+            raise ValueError(
+                f"{name} is the name of {len(matches)} images: write the folders before it, too"
+            )
+        if matches:
+            return matches[0]
+        number = _coco_number(path.name)
+        if number is None or not by_number:
+            return None
+        return self._image_of_number.get(number)
 
 
-def _number(name: str) -> int | None:
-    """The number in the names that COCO gives its images, old and new."""
-    match = re.fullmatch(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg", Path(name).name)
+def _coco_number(name: str) -> int | None:
+    """Return the number in the file names that COCO gives its images, old and new."""
+    match = re.fullmatch(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg", name)
     return int(match[1]) if match else None
