@@ -65,28 +65,6 @@ def training_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def feature_spread(x_lnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure the mean and standard deviation of each feature.
-
-    Parameters
-    ----------
-    x_lnd : Tensor
-        (l, n, d) features of the training examples.
-
-    Returns
-    -------
-    mean_ld : Tensor
-        (l, d) means.
-    scale_ld : Tensor
-        (l, d) standard deviations; infinite for a constant feature, so that it is 0 wherever it is
-        divided by its scale.
-    """
-    mean_ld = x_lnd.mean(1)
-    std_ld = x_lnd.std(1, correction=0)
-    rounding_ld = 1e-7 * x_lnd.abs().amax(1)
-    return mean_ld, torch.where(std_ld > rounding_ld, std_ld, torch.inf)
-
-
 def fit_logreg(
     x_lnd: torch.Tensor,
     task: LabelledTask,
@@ -131,7 +109,7 @@ def fit_logreg(
         labels, class and strength.
     """
     train = task.true.split["train"]
-    mean_ld, scale_ld = feature_spread(x_lnd[:, train])
+    mean_ld, scale_ld = logreg.feature_spread(x_lnd[:, train])
     x_lnd = (x_lnd - mean_ld[:, None]) / scale_ld[:, None]
     y_nk = torch.cat([labels.y_nc[train] for labels in label_sets], 1)
     mask_nk = torch.cat([_training_mask(labels, train) for labels in label_sets], 1)

@@ -132,6 +132,28 @@ class Solution:
         )
 
 
+def feature_spread(x_lnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure the mean and standard deviation of each feature.
+
+    Parameters
+    ----------
+    x_lnd : Tensor
+        (l, n, d) features of the training examples.
+
+    Returns
+    -------
+    mean_ld : Tensor
+        (l, d) means.
+    scale_ld : Tensor
+        (l, d) standard deviations; infinite for a constant feature, so that it is 0 wherever it is
+        divided by its scale.
+    """
+    mean_ld = x_lnd.mean(1)
+    std_ld = x_lnd.std(1, correction=0)
+    rounding_ld = 1e-7 * x_lnd.abs().amax(1)
+    return mean_ld, torch.where(std_ld > rounding_ld, std_ld, torch.inf)
+
+
 def solve_logreg(
     x_lnd: torch.Tensor,
     y_nk: torch.Tensor,
