@@ -146,13 +146,16 @@ class ActivationFolder:
     def write(self, name: str, fill: Callable[[Path], object]) -> None:
         """Let `fill` write a file, which then appears whole under its name.
 
+        Half-written files that killed processes left beside it go. Where one of them belongs to a
+        process that is writing this file right now, that process takes the whole one for its own.
+
         Raises
         ------
         OSError
             The disk or a quota is full; the message names the fix.
         """
         if self.is_local:
-            paths.write_atomic(Path(self._address(name)), fill)
+            self._write_locally(Path(self._address(name)), fill)
             return
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "file"
@@ -163,6 +166,15 @@ class ActivationFolder:
                 raise paths.with_hint(error, self._address(name)) from error
         self.forget_copy(name)
         self._listing.add(name)
+
+    def _write_locally(self, path: Path, fill: Callable[[Path], object]) -> None:
+        try:
+            paths.write_atomic(path, fill)
+        except FileNotFoundError:
+            if not path.exists():  # else another process was faster and removed this one's half
+                raise
+        for leftover in path.parent.glob(f".{path.name}.*.part"):
+            leftover.unlink(missing_ok=True)
 
     def _upload(self, file: Path, name: str) -> None:
         address = self._address(name)
@@ -181,13 +193,6 @@ class ActivationFolder:
         if self.fs.exists(self._address(name)):
             self.fs.rm_file(self._address(name))
 
-    def remove_leftovers(self, name: str) -> None:
-        """Delete half-written files that killed processes left beside a file on this machine."""
-        if self.is_local:
-            path = Path(self._address(name))
-            for leftover in path.parent.glob(f".{path.name}.*.part"):
-                leftover.unlink(missing_ok=True)
-
     def _address(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
@@ -199,7 +204,7 @@ class ActivationFolder:
         self.write("meta.json", lambda file: file.write_text(text, encoding="utf-8"))
 
     def read_meta(self) -> dict | None:
-        """Return what ``meta.json`` says; None where it is missing, damaged, or of another format."""
+        """Return what ``meta.json`` says; None where it is gone, damaged, or of another format."""
         try:
             meta = json.loads(self.read_bytes("meta.json"))
             return meta if meta["format"] == FORMAT else None

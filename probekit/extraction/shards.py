@@ -321,7 +321,6 @@ class ShardSet:
         metadata = {"probekit": json.dumps(self._note(i) | {"digests": digest_of})}
         name = self.shard_name(i)
         self.folder.write(name, lambda file: save_file(tensors, file, metadata=metadata))
-        self.folder.remove_leftovers(name)
 
     def _note(self, i: int) -> dict:
         return {

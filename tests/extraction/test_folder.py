@@ -51,6 +51,21 @@ def test_a_write_that_fails_leaves_nothing(url, tmp_path):
     assert folder.list_files() == set()
 
 
+def test_two_processes_may_write_the_same_file_at_once(url, tmp_path):
+    folder = ActivationFolder(url, cache=tmp_path / "cache")
+    name = "shards-1/shard-00000.safetensors"
+
+    def fill_while_another_finishes(file):
+        file.write_text("numbers")
+        write_text(folder, name, "numbers")
+
+    folder.write(name, fill_while_another_finishes)
+    assert folder.list_files() == {name}
+    assert folder.read_bytes(name) == b"numbers"
+    if folder.is_local:
+        assert not list(folder.path.rglob("*.part"))
+
+
 def test_a_file_behind_a_url_travels_once_and_anew_after_it_was_replaced(url, tmp_path):
     folder = ActivationFolder(url, cache=tmp_path / "cache")
     name = "shards-1/shard-00000.safetensors"
