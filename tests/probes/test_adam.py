@@ -4,97 +4,179 @@ import pytest
 import torch
 from torch import nn
 
-from probekit.probes import adam
-from probekit.probes.adam import Training
+from probekit.probes.adam import AdamSettings, train_adam
 
-N, D = 90, 12
-TRAIN, VALIDATION = torch.arange(60), torch.arange(60, N)
+N = 90
+D = 12
+TRAIN = torch.arange(60)
+VALIDATION = torch.arange(60, N)
 
 
-def data(kind, layers=3):
+def planted(kind, layers=3):
+    """Features, labels and mask; layer 1 carries the label."""
     torch.manual_seed(0)
-    x = torch.randn(layers, N, D)
-    y = (x[1] @ torch.randn(D, 1 if kind == "binary" else 4) > 0).float()  # layer 1 carries the label
-    mask = torch.ones_like(y) if kind == "binary" else (torch.rand_like(y) < 0.6).float()
-    return x, y, mask
+    x_lnd = torch.randn(layers, N, D)
+    classes = 1 if kind == "binary" else 4
+    y_nc = (x_lnd[1] @ torch.randn(D, classes) > 0).float()
+    if kind == "binary":
+        return x_lnd, y_nc, torch.ones_like(y_nc)
+    return x_lnd, y_nc, (torch.rand_like(y_nc) < 0.6).float()
+
+
+def train(x_lnd, y_nc, mask_nc, *, kind="binary", seeds=(0,), settings):
+    return train_adam(
+        x_lnd,
+        y_nc,
+        mask_snc=mask_nc,
+        train=TRAIN,
+        validation=VALIDATION,
+        kind=kind,
+        seeds=seeds,
+        settings=settings,
+    )
+
+
+def plain_loop(x_nd, y_nc, mask_nc, *, kind, seed, epochs):
+    """The training of one layer with torch's own module and optimiser, without dropout."""
+    outputs = 2 if kind == "binary" else y_nc.shape[1]
+    g = torch.Generator().manual_seed(seed)
+    probe = nn.Linear(D, outputs)
+    probe.weight.data = ((torch.rand(D, outputs, generator=g) * 2 - 1) * D**-0.5).T
+    probe.bias.data = (torch.rand(outputs, generator=g) * 2 - 1) * D**-0.5
+    optimiser = torch.optim.Adam(probe.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for rows in TRAIN[torch.randperm(len(TRAIN), generator=g)].split(16):
+            torch.rand(len(rows), D, generator=g)  # what train_adam draws for dropout
+            logits = probe(x_nd[rows])
+            if kind == "binary":
+                loss = nn.functional.cross_entropy(logits, y_nc[rows, 0].long())
+            else:
+                loss = nn.functional.binary_cross_entropy_with_logits(
+                    logits, y_nc[rows], mask_nc[rows], reduction="sum"
+                )
+                loss = loss / mask_nc[rows].sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return probe
 
 
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_it_is_the_plain_loop_for_each_layer(kind):
-    """Without dropout, weights equal those of nn.Linear and torch's Adam, layer by layer."""
-    x, y, mask = data(kind)
-    setting = Training(epochs=3, batch=16, dropout=0.0, hidden=0)
-    fit = adam.fit(x, y, mask, TRAIN, VALIDATION, kind, (4,), setting)
-    outputs = 2 if kind == "binary" else 4
+def test_every_layer_is_trained_as_by_a_plain_loop(kind):
+    x_lnd, y_nc, mask_nc = planted(kind)
+    settings = AdamSettings(epochs=3, batch=16, dropout=0.0, hidden=0)
+    probes = train(x_lnd, y_nc, mask_nc, kind=kind, seeds=(4,), settings=settings)
+    p_lnc = probes.probabilities(x_lnd[:, VALIDATION])[:, 0]
     for layer in range(3):
-        g = torch.Generator().manual_seed(4)
-        probe = nn.ProbeWeights(D, outputs)
-        probe.weight.data = ((torch.rand(D, outputs, generator=g) * 2 - 1) * D**-0.5).T
-        probe.bias.data = (torch.rand(outputs, generator=g) * 2 - 1) * D**-0.5
-        optimiser = torch.optim.Adam(probe.parameters(), lr=1e-3)
-        for _ in range(3):
-            for rows in TRAIN[torch.randperm(len(TRAIN), generator=g)].split(16):
-                torch.rand(len(rows), D, generator=g)  # the dropout mask that the fit drew
-                logits = probe(x[layer, rows])
-                if kind == "binary":
-                    loss = nn.functional.cross_entropy(logits, y[rows, 0].long())
-                else:
-                    loss = nn.functional.binary_cross_entropy_with_logits(logits, y[rows], mask[rows])
-                    loss = loss * mask[rows].numel() / mask[rows].sum()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        torch.testing.assert_close(fit.weights[0][layer, 0], probe.weight.T, atol=1e-5, rtol=1e-4)
-        logits = probe(x[layer, VALIDATION]).detach()
-        p = logits.softmax(-1)[:, 1:] if kind == "binary" else logits.sigmoid()
-        torch.testing.assert_close(fit.probabilities(x[:, VALIDATION])[layer, 0], p, atol=1e-5, rtol=1e-4)
+        probe = plain_loop(x_lnd[layer], y_nc, mask_nc, kind=kind, seed=4, epochs=3)
+        weight = probe.weight.detach().T
+        torch.testing.assert_close(probes.weights[0][layer, 0], weight, atol=1e-5, rtol=1e-4)
+        logits = probe(x_lnd[layer, VALIDATION]).detach()
+        expected = logits.softmax(-1)[:, 1:] if kind == "binary" else logits.sigmoid()
+        torch.testing.assert_close(p_lnc[layer], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_layers_and_seeds_do_not_touch_each_other():
-    x, y, mask = data("binary")
-    together = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), Training(epochs=2, hidden=0))
-    alone = adam.fit(x[2:], y, mask, TRAIN, VALIDATION, "binary", (1,), Training(epochs=2, hidden=0))
-    torch.testing.assert_close(together.weights[0][2, 1], alone.weights[0][0, 0])
-    assert not torch.allclose(together.weights[0][:, 0], together.weights[0][:, 1])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_layers_and_seeds_do_not_touch_each_other(hidden):
+    x_lnd, y_nc, mask_nc = planted("binary")
+    settings = AdamSettings(epochs=2, hidden=hidden)
+    together = train(x_lnd, y_nc, mask_nc, seeds=(0, 1), settings=settings)
+    alone = train(x_lnd[2:], y_nc, mask_nc, seeds=(1,), settings=settings)
+    for all_weights, weight in zip(together.weights, alone.weights, strict=True):
+        torch.testing.assert_close(all_weights[2, 1], weight[0, 0])
+        assert not torch.allclose(all_weights[:, 0], all_weights[:, 1])
+    one_seed = together.select_seed(1)
+    torch.testing.assert_close(one_seed.losses[2:], alone.losses)
+    torch.testing.assert_close(
+        one_seed.probabilities(x_lnd)[2:, 0], together.probabilities(x_lnd)[2:, 1]
+    )
+
+
+def test_seeds_can_have_labels_of_their_own():
+    x_lnd, y_nc, mask_nc = planted("multilabel")
+    settings = AdamSettings(epochs=2, hidden=0)
+    y_snc = torch.stack([y_nc, 1 - y_nc])
+    mask_snc = torch.stack([mask_nc, 1 - mask_nc])
+    together = train(x_lnd, y_snc, mask_snc, kind="multilabel", seeds=(3, 3), settings=settings)
+    for place in range(2):
+        alone = train(
+            x_lnd, y_snc[place], mask_snc[place], kind="multilabel", seeds=(3,), settings=settings
+        )
+        torch.testing.assert_close(together.weights[0][:, place], alone.weights[0][:, 0])
 
 
 def test_losses_are_kept_and_fall_where_the_label_is():
-    x, y, mask = data("binary")
-    fit = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0,), Training(epochs=30, lr=1e-2, hidden=0))
-    assert fit.losses.shape == (3, 1, 30, 2)
-    train, validation = fit.losses[..., 0], fit.losses[..., 1]
-    assert validation[1, 0, -1] < 0.6 * validation[1, 0, 0]
-    assert train[1, 0, -1] < train[0, 0, -1]
-    assert validation[0, 0, -1] > 0.6
+    x_lnd, y_nc, mask_nc = planted("binary")
+    settings = AdamSettings(epochs=30, lr=1e-2, hidden=0)
+    losses = train(x_lnd, y_nc, mask_nc, settings=settings).losses
+    assert losses.shape == (3, 1, 30, 2)
+    training = losses[:, 0, :, 0]
+    validation = losses[:, 0, :, 1]
+    assert validation[1, -1] < 0.6 * validation[1, 0]
+    assert training[1, -1] < training[0, -1]
+    assert validation[0, -1] > 0.6
 
 
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
 def test_a_hidden_layer_learns_what_a_line_cannot(kind):
     torch.manual_seed(0)
-    x = torch.randn(1, 600, 4)
-    y = (x[0, :, :1] * x[0, :, 1:2] > 0).float()  # exclusive or of two signs
-    train, validation = torch.arange(450), torch.arange(450, 600)
-    right = {}
-    for hidden in (0, 64):
-        setting = Training(epochs=60, lr=1e-2, dropout=0.0, hidden=hidden)
-        fit = adam.fit(x, y, torch.ones_like(y), train, validation, kind, (0,), setting)
-        right[hidden] = float(((fit.probabilities(x)[0, 0, validation] > 0.5) == (y[validation] > 0.5)).float().mean())
-    assert right[0] < 0.65 and right[64] > 0.9
+    x_lnd = torch.randn(1, 400, 2)
+    y_nc = (x_lnd[0, :, :1] * x_lnd[0, :, 1:] > 0).float()  # whether both signs are the same
+    validation = torch.arange(300, 400)
+    accuracy = {}
+    for hidden in (0, 32):
+        probes = train_adam(
+            x_lnd,
+            y_nc,
+            mask_snc=torch.ones_like(y_nc),
+            train=torch.arange(300),
+            validation=validation,
+            kind=kind,
+            settings=AdamSettings(epochs=25, batch=50, lr=3e-2, dropout=0.0, hidden=hidden),
+        )
+        p_nc = probes.probabilities(x_lnd[:, validation])[0, 0]
+        accuracy[hidden] = ((p_nc > 0.5) == (y_nc[validation] > 0.5)).float().mean()
+    assert accuracy[0] < 0.65
+    assert accuracy[32] > 0.9
+
+
+def test_dropout_leaves_features_out_of_training_alone():
+    """A share of the features is set to zero and the rest scaled up, so that the mean stays."""
+    x_lnd, y_nc, mask_nc = planted("binary")
+    settings = AdamSettings(epochs=1, batch=len(TRAIN), lr=0.0, hidden=0, dropout=0.5)
+    probes = train(x_lnd, y_nc, mask_nc, seeds=(2,), settings=settings)
+    g = torch.Generator().manual_seed(2)
+    weight = (torch.rand(D, 2, generator=g) * 2 - 1) * D**-0.5
+    bias = (torch.rand(2, generator=g) * 2 - 1) * D**-0.5
+    order = TRAIN[torch.randperm(len(TRAIN), generator=g)]
+    keep = torch.rand(len(TRAIN), D, generator=g) >= 0.5
+    for layer in range(3):
+        dropped = nn.functional.cross_entropy(
+            2 * keep * x_lnd[layer, order] @ weight + bias, y_nc[order, 0].long()
+        )
+        whole = nn.functional.cross_entropy(
+            x_lnd[layer, VALIDATION] @ weight + bias, y_nc[VALIDATION, 0].long()
+        )
+        torch.testing.assert_close(probes.losses[layer, 0, 0], torch.stack([dropped, whole]))
 
 
 def test_patience_keeps_each_probe_at_its_lowest_validation_loss():
-    x, y, mask = data("binary")
-    setting = Training(epochs=80, lr=3e-2, hidden=0)
-    whole = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), setting)
-    early = adam.fit(x, y, mask, TRAIN, VALIDATION, "binary", (0, 1), replace(setting, patience=3))
-    count = early.losses.shape[2]
-    assert count < 80
+    x_lnd, y_nc, mask_nc = planted("binary")
+    settings = AdamSettings(epochs=60, batch=30, lr=6e-2, hidden=0)
+    whole = train(x_lnd, y_nc, mask_nc, seeds=(0, 1), settings=settings)
+    patient = train(x_lnd, y_nc, mask_nc, seeds=(0, 1), settings=replace(settings, patience=3))
+    epochs = patient.losses.shape[2]
+    assert epochs < 60
+    p_lsnc = patient.probabilities(x_lnd[:, VALIDATION])
     for layer in range(3):
         for seed in range(2):
-            seen = early.losses[layer, seed, :, 1]
-            seen = seen[~seen.isnan()]
-            torch.testing.assert_close(seen, whole.losses[layer, seed, : len(seen), 1])  # the same up to there
-            p = early.probabilities(x[:, VALIDATION])[layer, seed, :, 0]
-            loss = nn.functional.binary_cross_entropy(p, y[VALIDATION, 0])
-            torch.testing.assert_close(loss, seen.min(), atol=1e-5, rtol=1e-4)
-            assert len(seen) == count or int(seen.argmin()) == len(seen) - 4  # three epochs more
+            losses = patient.losses[layer, seed, :, 1]
+            losses = losses[~losses.isnan()]
+            same_epochs = whole.losses[layer, seed, : len(losses), 1]
+            torch.testing.assert_close(losses, same_epochs)
+            loss = nn.functional.binary_cross_entropy(
+                p_lsnc[layer, seed, :, 0], y_nc[VALIDATION, 0]
+            )
+            torch.testing.assert_close(loss, losses.min(), atol=1e-5, rtol=1e-4)
+            three_epochs_more = int(losses.argmin()) == len(losses) - 4
+            assert three_epochs_more or len(losses) == epochs
