@@ -1,4 +1,4 @@
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,132 +6,275 @@ import pytest
 import torch
 from PIL import Image
 
+from probekit.extraction.store import Activations
 from probekit.models import batches, forward
-from probekit.models.token_grid import TokenGrid
+from probekit.models.token_grid import NoTokenGrid, TokenGrid
 from probekit.probes import localisation
+from probekit.probes.results import StateKey
 from probekit.probes.weights import ProbeWeights
 
+# Two tokens: the left and the right half of the image.
 HALVES = np.array([[0, 0, 0.5, 1], [0.5, 0, 1, 1.0]])
+LEFT = np.array([[0, 0, 0.5, 1.0]])
 
 
-def scene(width=160, height=120):
-    small = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
+# ---- one image ----
 
 
-def random_linear(vlm, classes=3):
+def make_image(width=160, height=120):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def random_weights(vlm, class_count=3):
     rng = np.random.default_rng(1)
-    shape = len(vlm.layers), vlm.width
-    return ProbeWeights(rng.normal(size=(*shape, classes)).astype(np.float32),
-                  rng.normal(size=(shape[0], classes)).astype(np.float32), rng.normal(size=shape).astype(np.float32),
-                  rng.uniform(0.5, 2, shape).astype(np.float32))
+    layer_count = len(vlm.layers)
+    return ProbeWeights(
+        weight_ldc=rng.normal(size=(layer_count, vlm.width, class_count)).astype(np.float32),
+        intercept_lc=rng.normal(size=(layer_count, class_count)).astype(np.float32),
+        mean_ld=rng.normal(size=(layer_count, vlm.width)).astype(np.float32),
+        scale_ld=rng.uniform(0.5, 2, (layer_count, vlm.width)).astype(np.float32),
+    )
 
 
-def test_heat_is_the_probe_of_every_token_in_whatever_batch(vlm):
-    linear = random_linear(vlm)
+@pytest.fixture(scope="module")
+def weights(vlm):
+    return random_weights(vlm)
+
+
+@pytest.fixture(scope="module")
+def prepared(vlm):
+    """Two images, with prompts of different lengths."""
     prompts = ["Which?", "Which of these things are there, do you think?"]
-    prepared = [vlm.prompt_processor.prepare(scene().rotate(90 * k), [prompt]) for k, prompt in enumerate(prompts)]
-    cells = [TokenGrid(vlm)(one, scene().size) for one in prepared]
-    together = localisation.heat(vlm, prepared, linear, cells)
-    for one, cell, both in zip(prepared, cells, together, strict=True):
-        alone, = localisation.heat(vlm, [one], linear, [cell])
-        np.testing.assert_allclose(alone.logit_ltc, both.logit_ltc, atol=2e-3)
-        pooled = forward.run_pooled(vlm, [one], poolings=["image_mean"])  # log-odds of the mean are the mean of the log-odds
+    return [
+        vlm.prompt_processor.prepare(make_image().rotate(90 * k), [prompt])
+        for k, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cells(vlm, prepared):
+    grid = TokenGrid(vlm)
+    return [grid(one, make_image().size) for one in prepared]
+
+
+@pytest.fixture(scope="module")
+def heat_maps(vlm, weights, prepared, cells):
+    return localisation.compute_heat(vlm, prepared, weights=weights, cells=cells)
+
+
+def test_heat_does_not_depend_on_the_batch(vlm, weights, prepared, cells, heat_maps):
+    for one, cells_t4, heat_map in zip(prepared, cells, heat_maps, strict=True):
+        (alone,) = localisation.compute_heat(vlm, [one], weights=weights, cells=[cells_t4])
+        np.testing.assert_allclose(alone.logit_ltc, heat_map.logit_ltc, atol=2e-3)
+
+
+def test_log_odds_of_the_mean_are_the_mean_of_those_of_the_tokens(
+    vlm, weights, prepared, heat_maps
+):
+    for one, heat_map in zip(prepared, heat_maps, strict=True):
+        pooled = forward.run_pooled(vlm, [one], poolings=["image_mean"])
         for k, layer in enumerate(vlm.layers):
-            weight, intercept = linear.raw_weights(k)
-            expected = pooled[f"{layer}/image_mean"][0].double() @ weight.double() + intercept
-            np.testing.assert_allclose(both.logit_ltc[k].mean(0), expected, atol=1e-3, rtol=1e-3)
+            weight_dc, intercept_c = weights.raw_weights(k)
+            state_d = pooled[f"{layer}/image_mean"][0].double()
+            expected_c = state_d @ weight_dc.double() + intercept_c
+            mean_c = heat_map.logit_ltc[k].mean(0)
+            np.testing.assert_allclose(mean_c, expected_c, atol=1e-3, rtol=1e-3)
+
+
+def test_heat_is_the_probe_of_the_hidden_states_of_the_image_tokens(
+    vlm, weights, prepared, heat_maps
+):
     tokens = batches.batch_tokens(vlm, [prepared[0].tokens[0]])
+    images = batches.batch_images(vlm, prepared[:1])
     with torch.inference_mode():
-        hidden = vlm.model(**tokens, **batches.batch_images(vlm, prepared[:1]), use_cache=False,
-                           output_hidden_states=True).hidden_states[3][0, torch.from_numpy(prepared[0].image_masks[0])]
-    weight, intercept = linear.raw_weights(3)
-    np.testing.assert_allclose(together[0].logit_ltc[3], hidden @ weight + intercept, atol=2e-3)
+        output = vlm.model(**tokens, **images, use_cache=False, output_hidden_states=True)
+    is_image_token = torch.from_numpy(prepared[0].image_masks[0])
+    weight_dc, intercept_c = weights.raw_weights(3)
+    expected_tc = output.hidden_states[3][0, is_image_token] @ weight_dc + intercept_c
+    np.testing.assert_allclose(heat_maps[0].logit_ltc[3], expected_tc, atol=2e-3)
 
 
-def planted_heat(cells=HALVES):
-    logits = np.zeros((2, 2, 3))
-    logits[0, :, 0] = [4, 0]  # layer 0: all of class 0's heat on the left
-    logits[1, :, 0] = [0, 4]
-    logits[:, :, 1] = [0, 1]
-    return localisation.HeatMap(logits, cells)
+def planted_heat(cells_t4=HALVES):
+    """Two layers, two tokens, three classes; class 2 has no heat."""
+    logit_ltc = np.zeros((2, 2, 3))
+    logit_ltc[0, :, 0] = [4, 0]  # at layer 0 all heat of class 0 is on the left
+    logit_ltc[1, :, 0] = [0, 4]
+    logit_ltc[:, :, 1] = [0, 1]
+    return localisation.HeatMap(logit_ltc, cells_t4)
 
 
-def test_shares_of_planted_heat():
-    left = np.array([[0, 0, 0.5, 1.0]])
-    share, area = localisation.shares(planted_heat(), left)
-    np.testing.assert_allclose(share, [[1, 0, 0], [0, 0, 0]])
-    assert area == 0.5
-    assert localisation.shares(planted_heat(), np.array([[0, 0, 1, 1.0]])) is None  # a box around everything tells nothing
-    assert localisation.shares(planted_heat(), np.zeros((0, 4))) is None
-    beside = planted_heat(np.array([[-0.5, 0, 0, 1], [0, 0, 1, 1.0]]))  # heat on padding is nowhere
-    np.testing.assert_allclose(localisation.shares(beside, left)[0][:, 1], 0.5, atol=1e-6)
+def test_box_shares_of_planted_heat():
+    shares = localisation.box_shares(planted_heat(), LEFT)
+    np.testing.assert_allclose(shares.heat_lc, [[1, 0, 0], [0, 0, 0]])
+    assert shares.area == 0.5
 
 
-def test_pairs_are_of_what_is_shown_in_boxes_and_could_be_learnt():
-    row = {"category": "cup", "x": 0, "y": 0, "w": 50, "h": 100, "width": 100, "height": 100, "iscrowd": 0}
-    classes, all_learnt = ["cup", "car", "kite"], np.arange(3)
-
-    def pairs(rows, learnt=all_learnt):
-        return [*localisation._pairs(planted_heat(), pd.DataFrame(rows), classes, learnt)]
-
-    told, = pairs([row])
-    np.testing.assert_allclose(told["heat_in_boxes"], [1, 0])
-    np.testing.assert_allclose(told["others_in_boxes"], [0, 0])
-    np.testing.assert_allclose(told["area_in_boxes"], 0.5)
-    np.testing.assert_allclose(told["localisation"], [1, 0])
-    assert len(pairs([row, row | {"category": "car", "x": 50}])) == 2
-    assert pairs([row | {"iscrowd": 1}]) == []  # nobody knows where a crowd ends
-    assert pairs([row], np.array([1, 2])) == []  # no probe could learn it
-    right, = pairs([row | {"x": 50}, row | {"category": "kite", "iscrowd": 1}])  # a crowd of kites is not absent
-    np.testing.assert_allclose(right["others_in_boxes"], [1, 1])
+def test_boxes_around_everything_or_nothing_tell_nothing():
+    everything = np.array([[0, 0, 1, 1.0]])
+    assert localisation.box_shares(planted_heat(), everything) is None
+    assert localisation.box_shares(planted_heat(), np.zeros((0, 4))) is None
 
 
-def test_what_has_no_heat_is_passed_over_with_a_word(small_run, tmp_path, monkeypatch, capsys):
-    from probekit.extraction.store import Activations
-    from probekit.models.token_grid import NoTokenGrid
+def test_heat_on_padding_is_nowhere():
+    beside_the_image = np.array([[-0.5, 0, 0, 1], [0, 0, 1, 1.0]])
+    shares = localisation.box_shares(planted_heat(beside_the_image), LEFT)
+    np.testing.assert_allclose(shares.heat_lc[:, 1], 0.5, atol=1e-6)
 
-    examples, whole = small_run.examples, small_run.results
-    stores = [Activations.open(one["record"], examples) for one in whole.stores]
 
-    def heat(task, results=whole, keep=3):
-        return localisation.add_localisation(stores, examples, small_run.instances, task, results, tmp_path, keep, 50, "cpu")
+def test_boxes_are_shares_of_the_image():
+    instance = {"x": 10, "y": 20, "w": 30, "h": 40, "width": 100, "height": 80}
+    boxes = localisation.relative_boxes(pd.DataFrame([instance]))
+    np.testing.assert_allclose(boxes, [[0.1, 0.25, 0.4, 0.75]])
 
-    for task in ("caption", "no_such_task"):
-        assert heat(task) is whole
-    assert "no task 'caption' about categories" in capsys.readouterr().out
-    without = dataclasses.replace(whole, linear={})
-    assert heat("category", without).heat == {} and "no logreg probes" in capsys.readouterr().out
 
-    def broken(*arguments):
-        raise NoTokenGrid("its tokens lie nowhere")
+# ---- pairs of image and category ----
 
-    monkeypatch.setattr(localisation, "check", broken)
-    assert heat("category").heat == {} and "lie nowhere" in capsys.readouterr().out
-    monkeypatch.setattr(localisation, "load_vlm", None)
-    assert heat("category").heat == {} and "lie nowhere" in capsys.readouterr().out  # it is not loaded for that again
-    monkeypatch.setattr(localisation, "load_vlm", lambda *arguments: (_ for _ in ()).throw(OSError("no weights here")))
-    with pytest.raises(OSError, match=r'no weights here.*localise="" leaves it out'):
-        heat("category", keep=4)
+CLASSES = ["cup", "car", "kite"]
+CUP = {
+    "category": "cup",
+    "x": 0,
+    "y": 0,
+    "w": 50,
+    "h": 100,
+    "width": 100,
+    "height": 100,
+    "iscrowd": 0,
+}
+
+
+def score_categories(*instances, learnable=(0, 1, 2)):
+    table = pd.DataFrame(list(instances))
+    return list(localisation._score_categories(planted_heat(), table, CLASSES, learnable))
+
+
+def test_a_category_in_boxes_is_scored_against_absent_ones():
+    (scores,) = score_categories(CUP)
+    np.testing.assert_allclose(scores["heat_in_boxes"], [1, 0])
+    np.testing.assert_allclose(scores["others_in_boxes"], [0, 0])
+    np.testing.assert_allclose(scores["area_in_boxes"], 0.5)
+    np.testing.assert_allclose(scores["localisation"], [1, 0])
+    assert len(score_categories(CUP, CUP | {"category": "car", "x": 50})) == 2
+
+
+def test_a_crowd_is_neither_scored_nor_absent():
+    assert score_categories(CUP | {"iscrowd": 1}) == []
+    kites = CUP | {"category": "kite", "iscrowd": 1}
+    (scores,) = score_categories(CUP | {"x": 50}, kites)
+    np.testing.assert_allclose(scores["others_in_boxes"], [1, 1])  # of cars alone
+
+
+def test_a_category_that_no_probe_could_learn_is_not_scored():
+    assert score_categories(CUP, learnable=(1, 2)) == []
 
 
 def test_the_table_averages_pairs_and_finds_the_layer():
     rng = np.random.default_rng(0)
-    n, image = 120, np.repeat(np.arange(60), 2)
-    own = rng.uniform(0.1, 0.3, (n, 4)) + np.array([0, 0, 0.4, 0])
-    others = rng.uniform(0.1, 0.3, (n, 4))
-    found = {"heat_in_boxes": own, "others_in_boxes": others, "area_in_boxes": np.full((n, 4), 0.2),
-             "localisation": own - others}
-    table = localisation.table(found, image, [f"lm.{k:02d}" for k in range(4)], 500)
-    assert set(table.metric) == set(localisation.METRICS) and (table.n == n).all()
+    n = 120
+    heat_nl = rng.uniform(0.1, 0.3, (n, 4)) + np.array([0, 0, 0.4, 0])
+    others_nl = rng.uniform(0.1, 0.3, (n, 4))
+    scores = {
+        "heat_in_boxes": heat_nl,
+        "others_in_boxes": others_nl,
+        "area_in_boxes": np.full((n, 4), 0.2),
+        "localisation": heat_nl - others_nl,
+    }
+    layers = [f"lm.{k:02d}" for k in range(4)]
+    table = localisation.localisation_table(
+        scores, np.repeat(np.arange(60), 2), layers=layers, resamples=500
+    )
+    assert set(table.metric) == set(localisation.METRICS)
+    assert (table.n == n).all()
     heat = table[table.metric == "heat_in_boxes"].reset_index()
-    np.testing.assert_allclose(heat.value, own.mean(0))
-    assert (heat.lo < heat.value).all() and (heat.value < heat.hi).all() and heat.hi[2] - heat.lo[2] < 0.05
-    gain = table[table.metric == "localisation"]
-    assert gain[gain.plateau.astype(bool)].layer.tolist() == ["lm.02"]
-    assert (gain.lo.iloc[[0, 1, 3]] < 0.02).all()
+    np.testing.assert_allclose(heat.value, heat_nl.mean(0))
+    assert (heat.lo < heat.value).all()
+    assert (heat.value < heat.hi).all()
+    assert heat.hi[2] - heat.lo[2] < 0.05
+    gain = table[table.metric == "localisation"].set_index("layer")
+    assert gain.index[gain.plateau.astype(bool)].tolist() == ["lm.02"]
+    assert (gain.lo.drop("lm.02") < 0.02).all()
 
 
-def test_boxes_are_shares_of_the_image():
-    one = pd.DataFrame([{"x": 10, "y": 20, "w": 30, "h": 40, "width": 100, "height": 80}])
-    np.testing.assert_allclose(localisation.boxes_of(one), [[0.1, 0.25, 0.4, 0.75]])
+# ---- a run ----
+
+
+@pytest.fixture
+def localise(small_run, tmp_path):
+    """Call add_localisation for the small run, with a folder of results of the test's own."""
+    activations = [
+        Activations.open(store["record"], small_run.examples) for store in small_run.results.stores
+    ]
+
+    def call(task="category", *, results=small_run.results, keep=3):
+        return localisation.add_localisation(
+            activations,
+            results=results,
+            instances=small_run.instances,
+            task=task,
+            folder=tmp_path,
+            keep=keep,
+            resamples=50,
+            device="cpu",
+        )
+
+    return call
+
+
+def test_only_local_tasks_have_heat(small_run, localise, capsys):
+    for task in ("caption", "no_such_task"):
+        assert localise(task) is small_run.results
+    assert "no task 'caption' about categories" in capsys.readouterr().out
+
+
+def test_heat_needs_probes_of_decoder_layers(small_run, localise, capsys):
+    without_probes = replace(small_run.results, weights={})
+    assert localise(results=without_probes).heat == {}
+    assert "no logreg probes" in capsys.readouterr().out
+
+
+def test_a_model_whose_tokens_have_no_place_is_passed_over_once(localise, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise NoTokenGrid("its tokens lie nowhere")
+
+    monkeypatch.setattr(localisation, "check_token_grid", fail)
+    assert localise().heat == {}
+    assert "lie nowhere" in capsys.readouterr().out
+    monkeypatch.setattr(localisation, "load_vlm", None)  # it is not loaded for that again
+    assert localise().heat == {}
+    assert "lie nowhere" in capsys.readouterr().out
+
+
+def test_a_model_that_is_gone_names_the_setting_that_leaves_it_out(localise, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no weights here")
+
+    monkeypatch.setattr(localisation, "load_vlm", fail)
+    with pytest.raises(OSError, match=r'no weights here.*localise="" leaves it out'):
+        localise()
+
+
+def test_stored_heat_is_that_of_the_first_test_images(small_run):
+    key = StateKey("tiny-qwen2-vl", "none", "mean", "category")
+    stored = localisation.StoredHeat(small_run.results.heat)
+    assert key in stored.files
+    is_test = (small_run.examples.task == "category") & (small_run.examples.split == "test")
+    image_ids = small_run.examples.image_id[is_test].tolist()
+    heat_map = stored.get(key, image_ids[0])
+    probes = small_run.results.probe_weights(model=key.model, pooling="mean", task=key.task)
+    layer_count, _, class_count = probes.weight_ldc.shape
+    assert heat_map.logit_ltc.shape == (layer_count, len(heat_map.cells_t4), class_count)
+    assert stored.get(key, image_ids[7]) is not None
+    assert stored.get(key, image_ids[8]) is None  # eight are kept
+    assert stored.get(key._replace(task="caption"), image_ids[0]) is None
+    gone = localisation.StoredHeat({key: "data/gone.safetensors"})
+    assert gone.get(key, image_ids[0]) is None
+
+
+def test_localisation_adds_its_metrics_beside_those_of_the_probes(small_run):
+    metrics = small_run.results.metrics
+    rows = metrics[metrics.metric == "localisation"]
+    assert set(rows.control) == {"none", "untrained"}
+    assert set(rows.pooling) == {"mean"}  # of "last" tokens no mean is taken
+    assert set(rows.settings) <= set(metrics.settings[metrics.metric == "accuracy"])
+    layers = metrics.layer[(metrics.metric == "accuracy") & (metrics.stage == "lm")]
+    assert set(rows.layer) == set(layers)
