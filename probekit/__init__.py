@@ -1,8 +1,10 @@
 """probekit: what each layer of a vision-language model knows.
 
 >>> import probekit as pk
->>> examples = pk.build_examples("data/coco", tasks=["caption"], train=2000, validation=500,
-test=500) >>> activations = pk.extract("qwen2-vl-2b", examples, poolings=["mean", "last"])
+>>> examples = pk.build_examples(
+...     "data/coco", tasks=["caption"], train=2000, validation=500, test=500
+... )
+>>> activations = pk.extract("qwen2-vl-2b", examples, poolings=["mean", "last"])
 >>> activations["lm.12", "mean"]  # (n examples, d)
 >>> results = pk.probe(activations)
 >>> results.plot("accuracy")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import doctest
 import json
 import os
 import shutil
@@ -54,11 +56,11 @@ def run_blocks(blocks: dict[str, str], document: str) -> dict:
 
 def test_the_readme_shows_what_the_package_shows():
     (code,) = README.blocks("python")
-    shown = [line.partition("  #")[0] for line in code.splitlines()]
-    lines = [line[4:] for line in probekit.__doc__.splitlines() if line.startswith(">>> ")]
-    assert len(lines) == 6
-    for line in lines:
-        assert line.partition("  #")[0] in shown
+    shown = [ast.unparse(statement) for statement in ast.parse(code).body]
+    examples = doctest.DocTestParser().get_examples(probekit.__doc__)
+    expected = [ast.unparse(ast.parse(example.source)) for example in examples]
+    assert len(expected) == 6
+    assert shown[: len(expected)] == expected
 
 
 @pytest.mark.slow
