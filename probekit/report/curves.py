@@ -1,4 +1,4 @@
-"""Curves by layer: scores with intervals, plateaus and controls, losses, and where in the image."""
+"""Curves by layer: scores with intervals, plateaus and controls; heat within boxes; losses."""
 
 from __future__ import annotations
 
@@ -9,197 +9,450 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.probes import controls
+from probekit.probes.controls import BASELINES, CONTROL_WORDS
 from probekit.probes.results import select_curve
-from probekit.report import style as look
 from probekit.report.style import (
-    DASHES,
-    FULL,
+    CONTROL_DASHES,
+    FULL_PAGE,
     GREY,
-    PLATEAU,
+    PALETTE,
+    PLATEAU_OPACITY,
+    PLATEAU_WIDTH,
     SYMBOLS,
-    TASK_WORDS,
-    WORDS,
-    faded,
+    add_depth_menu,
+    apply_style,
+    interval_band,
     layer_number,
+    legend_entry,
+    make_room_for_legend,
+    metric_words,
+    model_colours,
+    pooling_note,
+    task_words,
+    title_by_layer,
+    with_alpha,
 )
 
-LOWER = ("codelength", "log_loss")  # is better
+PUBLISHED = Path(__file__).with_name("published.csv")
+LOWER_IS_BETTER = ("codelength", "log_loss")
+# An F1 of guesses says little, so other metrics have no line for baselines.
+BASELINE_METRICS = ("accuracy", "log_loss")
+CHANCE_ACCURACY = 0.5  # of balanced yes-or-no labels
+LOSS_DASHES = {"train": "solid", "validation": "dash"}
 
 
-def layer_curves(table: pd.DataFrame, task: str, metric: str, probe: str = "logreg", published: bool = False,
-                 chance: float | None = None, split: str = "test", relative: bool = False, pooling: str | None = None
-                 ) -> go.Figure:
-    """A metric by layer: one colour a model, its 95 % interval as a band, its plateau highlighted, controls dashed.
+def scored_split(metric: str) -> str:
+    """Return the split that a metric is reported for: ``"train"`` for codelengths, else test."""
+    return "train" if metric == "codelength" else "test"
 
-    The plateau are the layers that cannot be told from the best one (:func:`probekit.probes.comparison.compare_layers`).
+
+def layer_curves(
+    table: pd.DataFrame,
+    task: str,
+    metric: str,
+    *,
+    probe: str = "logreg",
+    pooling: str | None = None,
+    published: bool = False,
+    relative: bool = False,
+) -> go.Figure:
+    """Draw a metric by layer: a colour per model, 95 % intervals, plateaus, and controls dashed.
+
+    A plateau is the layers that cannot be told apart from the best one
+    (:func:`probekit.probes.comparison.compare_layers`).
 
     Parameters
     ----------
-    table : metrics table (all of it)
-    published : overlay the published study's numbers for this task as thin grey lines
-    chance : value of the chance line, if one is known
-    split : which one's scores; codelengths are those of "train"
-    relative : begin with relative depth on the axis instead of layers; buttons change it
-    pooling : which one to draw; None takes the table's first. :func:`pooling_curves` compares them
+    table : DataFrame
+        The whole metrics table.
+    task, metric, probe : str
+        What to draw.
+    pooling : str, optional
+        Pooling to draw; the table's first unless it is named. :func:`pooling_curves
+        <probekit.report.comparisons.pooling_curves>` compares them.
+    published : bool
+        Add the published study's numbers for this task as thin grey lines.
+    relative : bool
+        Begin with relative depth on the axis instead of layers; buttons change it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+
+    Raises
+    ------
+    ValueError
+        The table has no such scores.
     """
-    figure, colours, deepest = go.Figure(), look.colour_of(table), []
-    everything = select_curve(table[table.task == task], probe, metric, split)
-    pooling = pooling or everything.pooling.iloc[0]
-    rows = everything[(everything.pooling == pooling) & ~everything.control.isin(controls.BASELINES)]
+    figure = go.Figure()
+    last_layers: list[int | None] = []  # of each trace
+    colours = model_colours(table)
     models = list(colours)
-    for (model, control), curve in rows.groupby(["model", "control"], sort=False):
-        curve, again = curve.reset_index(drop=True), models.index(model) // len(look.PALETTE)
-        name = model + (f" {controls.CONTROL_WORDS[control].removesuffix(' model')}" if control != "none" else "")
-        traces = curve_traces(curve, name, control, colours[model], SYMBOLS[again % len(SYMBOLS)], metric)
+    split = scored_split(metric)
+    all_poolings = select_curve(table[table.task == task], probe=probe, metric=metric, split=split)
+    if pooling is None:
+        pooling = all_poolings.pooling.iloc[0]
+    rows = all_poolings[all_poolings.pooling == pooling]
+    rows_by_layer = rows[~rows.control.isin(BASELINES)]
+
+    for (model, control), curve in rows_by_layer.groupby(["model", "control"], sort=False):
+        curve = curve.reset_index(drop=True)
+        name = model
+        if control != "none":
+            name = f"{model} {CONTROL_WORDS[control].removesuffix(' model')}"
+        palette_round = models.index(model) // len(PALETTE)
+        traces = curve_traces(
+            curve,
+            name=name,
+            control=control,
+            colour=colours[model],
+            symbol=SYMBOLS[palette_round % len(SYMBOLS)],
+            metric=metric,
+        )
         figure.add_traces(traces)
-        deepest += [int(layer_number(curve.layer).max())] * len(traces)
-    for control in [name for name in DASHES if name in set(rows.control)]:
-        figure.add_trace(look.key(controls.CONTROL_WORDS[control], legendgroup=control,
-                                  line={"dash": DASHES[control], "color": GREY, "width": 2}))
-    if rows.plateau.notna().any():
-        figure.add_trace(look.key("cannot be told from the best", line={"color": faded(GREY, PLATEAU), "width": 14}))
-    for trace in _published(task, metric) if published else ():
-        figure.add_trace(trace)
-        deepest += [None] * (len(figure.data) - 1 - len(deepest)) + [max(trace.x)]
-    _level_lines(figure, everything[everything.pooling == pooling], metric, chance)
-    look.fit_legend(look.style(figure, look.headed(metric, task) + look.pooling_named(everything, pooling)))
-    figure.update_yaxes(title=WORDS[metric] if metric == "codelength" else f"{WORDS[metric]} ({split})")
-    return look.depth_menu(figure, deepest + [None] * (len(figure.data) - len(deepest)), relative)
+        last_layers += [int(layer_number(curve.layer).max())] * len(traces)
+
+    drawn_controls = set(rows_by_layer.control)
+    for control, dash in CONTROL_DASHES.items():
+        if control in drawn_controls:
+            line = {"dash": dash, "color": GREY, "width": 2}
+            entry = legend_entry(CONTROL_WORDS[control], legendgroup=control, line=line)
+            figure.add_trace(entry)
+            last_layers.append(None)
+    if rows_by_layer.plateau.notna().any():
+        line = {"color": with_alpha(GREY, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
+        figure.add_trace(legend_entry("cannot be told apart from the best", line=line))
+        last_layers.append(None)
+    if published:
+        for trace in _published_traces(task, metric):
+            figure.add_trace(trace)
+            last_layers.append(max(trace.x))
+    _add_level_lines(figure, rows, metric=metric)
+
+    title = title_by_layer(metric, task) + pooling_note(all_poolings, pooling)
+    make_room_for_legend(apply_style(figure, title=title))
+    axis = metric_words(metric) if metric == "codelength" else f"{metric_words(metric)} ({split})"
+    figure.update_yaxes(title=axis)
+    return add_depth_menu(figure, last_layers, relative=relative)
 
 
-def curve_traces(curve: pd.DataFrame, name: str, control: str, colour: str, symbol: str, metric: str, line: str = ""
-                 ) -> list[go.Scatter]:
-    """One curve with its band and plateau, and all that a person may ask about its points on hover."""
-    x, real, traces = layer_number(curve.layer), control == "none", []
-    best = curve.value.idxmin() if metric in LOWER else curve.value.idxmax()
-    group = name if real else control
-    if real and curve.plateau.notna().any():  # what is connected is highlighted in one stroke
-        traces.append(go.Scatter(
-            x=x, y=curve.value.where(curve.plateau.fillna(False).astype(bool)), mode="lines+markers", legendgroup=group,
-            line={"width": 14, "color": faded(colour, PLATEAU)}, hoverinfo="skip", showlegend=False,
-            marker={"size": 14, "color": faded(colour, PLATEAU)}, name=f"{name}, plateau"))
-    if real or control == "untrained":
-        traces.append(look.band(x, curve.lo, curve.hi, colour, legendgroup=group))
-    gap = curve.value - curve.value[best]
-    told = np.stack([curve.layer, curve.lo, curve.hi, curve.n, gap, np.full(len(curve), curve.layer[best]),
-                     np.where(curve.plateau.fillna(False).astype(bool), "<br>cannot be told from the best", "")], -1)
-    hover = (f"<b>{name}</b>, %{{customdata[0]}}<br>{WORDS.get(metric, metric)} %{{y:.3f}} [%{{customdata[1]:.3f}}, "
-             "%{customdata[2]:.3f}]<br>n = %{customdata[3]:,.0f}<br>%{customdata[4]:+.3f} to its best, "
-             "%{customdata[5]}%{customdata[6]}<extra></extra>")
-    pen = {"color": colour, "width": 2.5 if real else 1.5, "dash": line or DASHES.get(control, "solid")}
-    return [*traces, go.Scatter(
-        x=x, y=curve.value, name=name, mode="lines+markers" if real else "lines", line=pen, legendgroup=group,
-        showlegend=real, customdata=told, hovertemplate=hover, opacity=1 if real else 0.8,
-        marker={"size": 7, "symbol": symbol})]
+def curve_traces(
+    curve: pd.DataFrame,
+    *,
+    name: str,
+    control: str,
+    colour: str,
+    symbol: str,
+    metric: str,
+    dash: str | None = None,
+) -> list[go.Scatter]:
+    """Return the traces of one curve: its plateau and its band where it has them, then its line.
 
+    Parameters
+    ----------
+    curve : DataFrame
+        (l,) rows of :func:`probekit.probes.results.select_curve`, indexed from 0.
+    name : str
+        What the line is called on hover.
+    control : str
+        ``"none"`` for a model's own curve; a control has a dashed line without plateau.
+    colour, symbol : str
+        Of the line and its markers.
+    metric : str
+        What the curve shows.
+    dash : str, optional
+        Kind of the line; the control's unless it is named.
 
-def _level_lines(figure: go.Figure, rows: pd.DataFrame, metric: str, chance: float | None) -> None:
-    """Chance, and what guesses without the states score; lines that lie together are drawn once."""
-    lines = {} if chance is None else {"chance": chance}
-    for name in controls.BASELINES if metric in ("accuracy", "log_loss") else ():  # an F1 of guesses says little
-        value = rows[rows.control == name].value.max()
-        if value == value and not any(abs(value - known) < 0.01 for known in lines.values()):
-            lines[controls.CONTROL_WORDS[name]] = value
-    for name, value in lines.items():
-        place = "bottom right" if name == "chance" else "top right"
-        figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, annotation_text=name,
-                         annotation_font_color=GREY, annotation_position=place)
-
-
-def _published(task: str, metric: str) -> list[go.Scatter]:
-    """The study's own curves; what it calls macro-F1 is micro-F1 (category) and the F1 of "yes" (caption)."""
-    kind = {"caption": "caption", "category": "without list", "category_list": "with list"}.get(task)
-    column = {"accuracy": "accuracy", "f1_micro" if kind != "caption" else "f1_positive": "f1"}.get(metric)
-    if kind is None or column is None:
-        return []
-    rows = pd.read_csv(Path(__file__).with_name("published.csv"))
-    rows = rows[(rows.prompt == kind) & ~rows.model.str.startswith("Gemma")]  # a failed run: 0.500 at every layer
+    Returns
+    -------
+    list of Scatter
+        One to three traces; the line is the last one.
+    """
+    x = layer_number(curve.layer)
+    is_control = control != "none"
+    group = control if is_control else name
+    on_plateau = curve.plateau.fillna(False).astype(bool)
     traces = []
-    for model, dash in zip(rows.model.unique(), ("solid", "dot"), strict=False):
-        curve = rows[rows.model == model].sort_values("layer")
-        hover = f"{model}, layer %{{customdata}}<br>published {WORDS[metric]} %{{y:.3f}}<extra></extra>"
-        traces.append(go.Scatter(
-            x=curve.layer, y=curve[column], customdata=curve.layer, name=f"{model}, published {WORDS[metric]}",
-            mode="lines", line={"color": GREY, "width": 1.2, "dash": dash}, hovertemplate=hover))
+
+    if not is_control and curve.plateau.notna().any():
+        plateau_colour = with_alpha(colour, PLATEAU_OPACITY)
+        plateau = go.Scatter(
+            x=x,
+            y=curve.value.where(on_plateau),  # gaps separate the parts of a plateau
+            name=f"{name}, plateau",
+            mode="lines+markers",
+            line={"width": PLATEAU_WIDTH, "color": plateau_colour},
+            marker={"size": PLATEAU_WIDTH, "color": plateau_colour},
+            legendgroup=group,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        traces.append(plateau)
+    if control in ("none", "untrained"):
+        traces.append(interval_band(x, curve.lo, curve.hi, colour=colour, legendgroup=group))
+
+    best = curve.value.idxmin() if metric in LOWER_IS_BETTER else curve.value.idxmax()
+    details = [
+        curve.layer,
+        curve.lo,
+        curve.hi,
+        curve.n,
+        curve.value - curve.value[best],
+        np.full(len(curve), curve.layer[best]),
+        np.where(on_plateau, "<br>cannot be told apart from the best", ""),
+    ]
+    hover = (
+        f"<b>{name}</b>, %{{customdata[0]}}"
+        f"<br>{metric_words(metric)} %{{y:.3f}} [%{{customdata[1]:.3f}}, %{{customdata[2]:.3f}}]"
+        "<br>n = %{customdata[3]:,.0f}"
+        "<br>%{customdata[4]:+.3f} to its best, %{customdata[5]}%{customdata[6]}<extra></extra>"
+    )
+    if dash is None:
+        dash = CONTROL_DASHES.get(control, "solid")
+    line = go.Scatter(
+        x=x,
+        y=curve.value,
+        name=name,
+        mode="lines" if is_control else "lines+markers",
+        line={"color": colour, "width": 1.5 if is_control else 2.5, "dash": dash},
+        marker={"size": 7, "symbol": symbol},
+        opacity=0.8 if is_control else 1,
+        legendgroup=group,
+        showlegend=not is_control,
+        customdata=np.stack(details, axis=-1),
+        hovertemplate=hover,
+    )
+    traces.append(line)
     return traces
 
 
-# --------------------------------------------------------------------------------------------------- where in the image
+def _add_level_lines(figure: go.Figure, rows: pd.DataFrame, *, metric: str) -> None:
+    """Draw chance, and what guesses without the states score; lines that lie together only once."""
+    levels = {}
+    if metric == "accuracy":
+        levels["chance"] = CHANCE_ACCURACY
+    if metric in BASELINE_METRICS:
+        for baseline in BASELINES:
+            level = rows[rows.control == baseline].value.max()
+            is_new = all(abs(level - drawn) >= 0.01 for drawn in levels.values())
+            if not np.isnan(level) and is_new:
+                levels[CONTROL_WORDS[baseline]] = level
+    for name, level in levels.items():
+        figure.add_hline(
+            y=level,
+            line={"color": GREY, "dash": "dot", "width": 1.5},
+            annotation_text=name,
+            annotation_font_color=GREY,
+            annotation_position="bottom right" if name == "chance" else "top right",
+        )
 
 
-def localisation_curves(table: pd.DataFrame, task: str, relative: bool = False) -> go.Figure:
-    """The share of a category's heat that lies in its boxes, by layer, against the share of tokens that lie there.
+def _published_traces(task: str, metric: str) -> list[go.Scatter]:
+    """Return the published study's own curves, none where it has no such scores.
 
-    See :mod:`probekit.probes.localisation`. Dotted: the same for probes of categories that the image does not show, in the same
-    boxes. Dashed: the untrained model.
+    What it calls macro-F1 is micro-F1 (categories) and the F1 of "yes" (captions).
     """
-    every = table[(table.task == task) & table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])]
-    rows, dotted = every[every.pooling == every.pooling.iloc[0]], "probes of absent categories, same boxes"
-    figure, colours, deepest = go.Figure(), look.colour_of(table), []
-    for (model, control, metric), curve in rows.groupby(["model", "control", "metric"], sort=False):
-        curve = curve.reset_index(drop=True)
-        if metric == "area_in_boxes":
-            continue
-        others = metric == "others_in_boxes"
-        name = f"{model}{' untrained' * (control != 'none')}{', absent categories' * others}"
-        traces = curve_traces(curve, name, control, colours[model], SYMBOLS[0], metric, "dot" if others else "")
-        for trace in traces[-1:] if others else traces:
-            trace.update(showlegend=not (others or trace.fill))
-            if others:
-                trace.update(opacity=0.8, line={"width": 1.5}, mode="lines", legendgroup=dotted)
-            figure.add_trace(trace)
-            deepest.append(int(layer_number(curve.layer).max()))
-    figure.add_trace(look.key(dotted, line={"dash": "dot", "color": GREY}))
-    area = rows[(rows.metric == "area_in_boxes") & (rows.control == "none")].value.mean()
-    figure.add_hline(y=area, line={"color": GREY, "width": 1.5}, annotation_text="share of area",
-                     annotation_font_color=GREY, annotation_position="bottom right")
+    prompts = {"caption": "caption", "category": "without list", "category_list": "with list"}
+    if task not in prompts:
+        return []
+    f1_name = "f1_positive" if task == "caption" else "f1_micro"
+    columns = {"accuracy": "accuracy", f1_name: "f1"}
+    if metric not in columns:
+        return []
+    rows = pd.read_csv(PUBLISHED, encoding="utf-8")
+    failed = rows.model.str.startswith("Gemma")  # 0.500 at every layer
+    rows = rows[(rows.prompt == prompts[task]) & ~failed]
+    traces = []
+    for model, dash in zip(rows.model.unique(), ("solid", "dot"), strict=False):
+        curve = rows[rows.model == model].sort_values("layer")
+        hover = (
+            f"{model}, layer %{{customdata}}"
+            f"<br>published {metric_words(metric)} %{{y:.3f}}<extra></extra>"
+        )
+        trace = go.Scatter(
+            x=curve.layer,
+            y=curve[columns[metric]],
+            customdata=curve.layer,
+            name=f"{model}, published {metric_words(metric)}",
+            mode="lines",
+            line={"color": GREY, "width": 1.2, "dash": dash},
+            hovertemplate=hover,
+        )
+        traces.append(trace)
+    return traces
+
+
+def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = False) -> go.Figure:
+    """Draw the share of a category's heat that lies in its boxes by layer, and the boxes' share.
+
+    Dotted: the heat of probes of categories that the image does not show, in the same boxes.
+    Dashed: the untrained model. See :mod:`probekit.probes.localisation`.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task : str
+        A local task with heat maps.
+    relative : bool
+        Begin with relative depth on the axis instead of layers.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
+    figure = go.Figure()
+    last_layers: list[int | None] = []
+    colours = model_colours(table)
+    absent_words = "probes of absent categories, same boxes"
+    is_heat = table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])
+    all_poolings = table[(table.task == task) & is_heat]
+    pooling = all_poolings.pooling.iloc[0]
+    rows = all_poolings[all_poolings.pooling == pooling]
+
+    curves = rows[rows.metric != "area_in_boxes"]
+    for (model, control, metric), curve in curves.groupby(
+        ["model", "control", "metric"], sort=False
+    ):
+        is_absent = metric == "others_in_boxes"
+        name = model
+        if control != "none":
+            name += " untrained"
+        if is_absent:
+            name += ", absent categories"
+        traces = curve_traces(
+            curve.reset_index(drop=True),
+            name=name,
+            control=control,
+            colour=colours[model],
+            symbol=SYMBOLS[0],
+            metric=metric,
+            dash="dot" if is_absent else None,
+        )
+        line = traces[-1]
+        if is_absent:
+            line.update(
+                showlegend=False,
+                opacity=0.8,
+                line={"width": 1.5},
+                mode="lines",
+                legendgroup=absent_words,
+            )
+            traces = [line]
+        else:
+            line.update(showlegend=True)
+        figure.add_traces(traces)
+        last_layers += [int(layer_number(curve.layer).max())] * len(traces)
+
+    figure.add_trace(legend_entry(absent_words, line={"dash": "dot", "color": GREY}))
+    last_layers.append(None)
+    of_area = (rows.metric == "area_in_boxes") & (rows.control == "none")
+    figure.add_hline(
+        y=rows[of_area].value.mean(),
+        line={"color": GREY, "width": 1.5},
+        annotation_text="share of area",
+        annotation_font_color=GREY,
+        annotation_position="bottom right",
+    )
     title = "Where in the image: heat of the local probe within the boxes"
-    look.fit_legend(look.style(figure, title + look.pooling_named(every, rows.pooling.iloc[0])))
+    title += pooling_note(all_poolings, pooling)
+    make_room_for_legend(apply_style(figure, title=title))
     figure.update_yaxes(title="share of heat in the boxes", rangemode="tozero")
-    return look.depth_menu(figure, [*deepest, None], relative)
+    return add_depth_menu(figure, last_layers, relative=relative)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+def loss_curves(
+    losses: pd.DataFrame, table: pd.DataFrame, task: str, *, metric: str, probe: str = "linear"
+) -> go.Figure:
+    """Draw training (solid) and validation (dashed) loss, a panel per model, a slider over layers.
 
+    Losses are means over the seeds that are still training. The slider begins at the layer that is
+    best on validation for the first model.
 
-def loss_curves(losses: pd.DataFrame, table: pd.DataFrame, task: str, metric: str, probe: str = "linear") -> go.Figure:
-    """Training (solid) and validation (dashed) loss of "linear" or "mlp", a panel a model, with a slider over layers.
+    Parameters
+    ----------
+    losses : DataFrame
+        :attr:`probekit.probes.results.ProbeResults.losses`.
+    table : DataFrame
+        The whole metrics table.
+    task : str
+        Task to draw.
+    metric : str
+        Metric that the best layer is chosen by.
+    probe : str
+        ``"linear"`` or ``"mlp"``.
 
-    It opens at the layer that `metric` on validation finds best for the first model; losses are means over the seeds
-    that are still trained.
+    Returns
+    -------
+    Figure
+        A panel per model.
     """
-    scores = select_curve(table[(table.task == task) & (table.control == "none")], probe, metric, "validation")
-    models, pooling = list(dict.fromkeys(scores.model)), scores.pooling.iloc[0]
-    named, colours = look.pooling_named(scores, pooling), look.colour_of(table)
-    scores = scores[scores.pooling == pooling]
-    kept = losses[(losses.task == task) & (losses.control == "none") & (losses.pooling == pooling)
-                  & (losses.probe == probe)]
-    mean = {key: own.groupby("epoch").loss.mean() for key, own in kept.groupby(["model", "layer", "split"])}
+    colours = model_colours(table)
+    trained = table[(table.task == task) & (table.control == "none")]
+    all_poolings = select_curve(trained, probe=probe, metric=metric, split="validation")
+    pooling = all_poolings.pooling.iloc[0]
+    scores = all_poolings[all_poolings.pooling == pooling]
+    models = list(dict.fromkeys(scores.model))
     layers = sorted(scores.layer.unique())
-    figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05)
-    epochs, values = kept.epoch.max(), {layer: [] for layer in layers}
-    for i, model in enumerate(models, 1):
-        for split, dash in (("train", "solid"), ("validation", "dash")):
+    losses = losses[
+        (losses.task == task)
+        & (losses.control == "none")
+        & (losses.pooling == pooling)
+        & (losses.probe == probe)
+    ]
+    epochs = losses.epoch.max()
+    epoch_axis = np.arange(1, epochs + 1)
+    means = losses.groupby(["model", "layer", "split", "epoch"]).loss.mean()
+
+    figure = make_subplots(
+        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
+    )
+    ys_by_layer: dict[str, list[list[float | None]]] = {layer: [] for layer in layers}
+    for column, model in enumerate(models, 1):
+        for split, dash in LOSS_DASHES.items():
             for layer in layers:
-                own = mean.get((model, layer, split), pd.Series(dtype=float)).reindex(range(1, epochs + 1))
-                values[layer].append([None if v != v else v for v in own])
+                ys = [means.get((model, layer, split, epoch)) for epoch in epoch_axis]
+                ys_by_layer[layer].append(ys)
+            hover = f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model}</extra>"
             figure.add_scatter(
-                x=np.arange(1, epochs + 1), name=split, mode="lines+markers", showlegend=False, row=1, col=i,
+                x=epoch_axis,
+                name=split,
+                mode="lines+markers",
+                showlegend=False,
                 line={"dash": dash, "color": colours[model], "width": 2.5},
-                hovertemplate=f"{split}, epoch %{{x}}<br>loss %{{y:.4f}}<extra>{model}</extra>")
-    for split, dash in (("train", "solid"), ("validation", "dash")):
-        figure.add_trace(look.key(split, line={"dash": dash, "color": GREY, "width": 2.5}))
-    first = layers.index(scores[scores.model == models[0]].sort_values("value").layer.iloc[-1])
-    for trace, y in zip(figure.data, values[layers[first]], strict=False):
-        trace.y = y
-    shown = list(range(len(values[layers[0]])))
-    steps = [{"label": layer.partition(".")[2], "method": "restyle", "args": [{"y": y}, shown]}
-             for layer, y in values.items()]
-    look.style(figure, f"Loss of the {probe} probe — {TASK_WORDS.get(task, task)}{named}", 490, FULL, True)
-    figure.update_layout(margin={"b": 110}, sliders=[{
-        "steps": steps, "active": first, "currentvalue": {"prefix": "decoder layer "}, "pad": {"t": 44}}])
-    every = [v for y in values.values() for line in y for v in line if v is not None]
+                hovertemplate=hover,
+                row=1,
+                col=column,
+            )
+    for split, dash in LOSS_DASHES.items():
+        line = {"dash": dash, "color": GREY, "width": 2.5}
+        figure.add_trace(legend_entry(split, line=line))
+
+    first_model = scores[scores.model == models[0]]
+    first_layer = first_model.sort_values("value").layer.iloc[-1]
+    for trace, ys in zip(figure.data, ys_by_layer[first_layer], strict=False):
+        trace.y = ys
+    curve_numbers = list(range(len(ys_by_layer[first_layer])))
+    steps = []
+    for layer, layer_ys in ys_by_layer.items():
+        step = {
+            "label": layer.partition(".")[2],
+            "method": "restyle",
+            "args": [{"y": layer_ys}, curve_numbers],
+        }
+        steps.append(step)
+    slider = {
+        "steps": steps,
+        "active": layers.index(first_layer),
+        "currentvalue": {"prefix": "decoder layer "},
+        "pad": {"t": 44},
+    }
+    title = f"Loss of the {probe} probe — {task_words(task)}{pooling_note(all_poolings, pooling)}"
+    apply_style(figure, title=title, height=490, width=FULL_PAGE, panel_titles=True)
+    figure.update_layout(margin={"b": 110}, sliders=[slider])
     figure.update_xaxes(title="epoch", dtick=1 if epochs <= 20 else None)
-    figure.update_yaxes(range=[0.95 * min(every), 1.03 * max(every)])
+    drawn = means[means.index.get_level_values("layer").isin(layers)]
+    figure.update_yaxes(range=[0.95 * float(drawn.min()), 1.03 * float(drawn.max())])
     return figure.update_yaxes(title="loss (nats)", col=1)

@@ -1,57 +1,133 @@
-"""Which test examples are worth a look: by what they show and say, and by how answers go through the layers."""
+"""Which test examples are worth a look, by their words, their image and their answers by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import numpy as np
 import pandas as pd
 
 
-def surprise(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray, layer: int = -1) -> np.ndarray:
-    """(n,) how sure the probe of a layer is of a wrong answer: the largest distance of a probability to its label."""
-    return (np.abs(p_lnc[layer].astype(np.float32) - y_nc) * mask_nc).max(1)
-
-
-def decided(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
-    """(n,) the first layer from which on all answers stay what they are at the last one."""
-    differs_ln = (((p_lnc >= 0.5) != (p_lnc[-1:] >= 0.5)) & (mask_nc > 0)).any(2)
-    return np.where(differs_ln.any(0), len(p_lnc) - differs_ln[::-1].argmax(0), 0)
-
-
-def flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
-    """(n,) how often answers change from one layer to the next."""
-    return (np.diff(p_lnc >= 0.5, axis=0) & (mask_nc > 0)).sum((0, 2))
-
-
-ORDERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None] = {
-    "as drawn": None,
-    "most surprising": lambda *of: -surprise(*of),
-    "earliest decided": decided,
-    "changes its mind": lambda *of: -flips(*of),
-}
-
-
-def find(rows: pd.DataFrame, p_lnc: np.ndarray, order: str = "as drawn", text: str = "", images: set | None = None
-         ) -> np.ndarray:
-    """Places of the examples that hold a text in their prompt and show one of the images, in an order.
+def surprise(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
+    """Measure how sure the last layer's probe is of a wrong answer.
 
     Parameters
     ----------
-    rows : a task's test examples, n of them
-    p_lnc : their probabilities
-    order : name out of :data:`ORDERS`; those that come equally keep their order
-    text : words that must all be in the prompt, whatever their case
-    images : ids of images; None takes all
+    p_lnc : ndarray, (l, n, c)
+        Probabilities.
+    y_nc, mask_nc : ndarray, (n, c)
+        Labels 0 or 1, and 1 where a label counts.
+
+    Returns
+    -------
+    ndarray, (n,)
+        The largest distance of a probability to its label, from 0 to 1.
+    """
+    distance_nc = np.abs(p_lnc[-1].astype(np.float32) - y_nc)
+    return (distance_nc * mask_nc).max(axis=1)
+
+
+def decision_layer(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
+    """Find the first layer from which on all answers stay what they are at the last layer.
+
+    Parameters
+    ----------
+    p_lnc, y_nc, mask_nc
+        See :func:`surprise`; the labels play no role.
+
+    Returns
+    -------
+    ndarray, (n,)
+        Numbers of layers.
+    """
+    answer_lnc = p_lnc >= 0.5
+    differs_lnc = (answer_lnc != answer_lnc[-1:]) & (mask_nc > 0)
+    differs_ln = differs_lnc.any(axis=2)
+    layers_after_last_change_n = differs_ln[::-1].argmax(axis=0)
+    return np.where(differs_ln.any(axis=0), len(p_lnc) - layers_after_last_change_n, 0)
+
+
+def count_flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
+    """Count how often answers change from one layer to the next.
+
+    Parameters
+    ----------
+    p_lnc, y_nc, mask_nc
+        See :func:`surprise`; the labels play no role.
+
+    Returns
+    -------
+    ndarray, (n,)
+        Changes of all answers of an example together.
+    """
+    flips_lnc = np.diff(p_lnc >= 0.5, axis=0) & (mask_nc > 0)
+    return flips_lnc.sum(axis=(0, 2))
+
+
+def _least_surprise(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
+    return -surprise(p_lnc, y_nc, mask_nc)
+
+
+def _fewest_flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
+    return -count_flips(p_lnc, y_nc, mask_nc)
+
+
+UNSORTED = "as drawn"
+
+# By name of an order the function that gives each example its sort key, from low to high.
+SORT_KEYS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "most surprising": _least_surprise,
+    "earliest decided": decision_layer,
+    "changes its mind": _fewest_flips,
+}
+ORDERS = (UNSORTED, *SORT_KEYS)
+
+
+def find_examples(
+    rows: pd.DataFrame,
+    p_lnc: np.ndarray,
+    *,
+    order: str = UNSORTED,
+    text: str = "",
+    image_ids: Container | None = None,
+) -> np.ndarray:
+    """Find the examples with some words in their prompt and one of some images, in an order.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        A task's n test examples.
+    p_lnc : ndarray, (l, n, c)
+        Their probabilities.
+    order : str
+        One of :data:`ORDERS`; examples of equal rank keep their order.
+    text : str
+        Words that must all be in the prompt, in upper or lower case.
+    image_ids : set, optional
+        Ids of images; all of them unless they are named.
+
+    Returns
+    -------
+    ndarray of int
+        Row numbers.
+
+    Raises
+    ------
+    ValueError
+        No such order.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}: take one of {', '.join(ORDERS)}")
+    matches = np.ones(len(rows), bool)
+    if image_ids is not None:
+        matches &= rows.image_id.isin(image_ids).to_numpy()
     prompts = rows.prompt.str.lower()
-    kept = np.ones(len(rows), bool) if images is None else rows.image_id.isin(images).to_numpy()
     for word in text.lower().split():
-        kept &= prompts.str.contains(word, regex=False).to_numpy()
-    places = np.flatnonzero(kept)
-    if ORDERS[order] and len(places):
-        y, mask = (np.array(rows[name].tolist()) for name in ("labels", "mask"))
-        places = places[np.argsort(ORDERS[order](p_lnc, y, mask)[places], kind="stable")]
-    return places
+        matches &= prompts.str.contains(word, regex=False).to_numpy()
+    places = np.flatnonzero(matches)
+    if order == UNSORTED or len(places) == 0:
+        return places
+    y_nc = np.array(rows.labels.tolist())
+    mask_nc = np.array(rows["mask"].tolist())
+    sort_key_n = SORT_KEYS[order](p_lnc, y_nc, mask_nc)
+    return places[np.argsort(sort_key_n[places], kind="stable")]

@@ -1,260 +1,471 @@
-"""The explorer in JupyterLab: one example, one layer, what the probe makes of it there, and where in the image."""
+"""The explorer in JupyterLab: one example, and what a layer's probe makes of it, and where."""
 
 from __future__ import annotations
 
-import html
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import ipywidgets as w
+import ipywidgets as widgets
 import numpy as np
+import pandas as pd
+from markupsafe import Markup
 
 from probekit.models.token_grid import NoTokenGrid
-from probekit.probes.localisation import POOLINGS, HeatMap, shares
-from probekit.report import pictures, saved_run
-from probekit.report.example_search import ORDERS, find
+from probekit.paths import Home
+from probekit.probes.localisation import POOLINGS, HeatMap, box_shares
+from probekit.probes.results import ProbeKey, StateKey
+from probekit.report import pictures
+from probekit.report.example_search import ORDERS, find_examples
+from probekit.report.saved_run import SavedRun, list_runs
 from probekit.report.style import PALETTE
+from probekit.report.templates import render
+from probekit.tasks.base import TaskInfo
 
-TABLE = ("<style>.probekit td,.probekit th{padding:1px 14px 1px 0;text-align:left;line-height:1.35}"
-         ".probekit{border-collapse:collapse}.probekit-near{display:flex;gap:8px}"
-         ".probekit-near div{width:104px;font-size:11px;line-height:1.25;overflow-wrap:anywhere}</style>")
-ANY = "any"
-
-
-class NothingFound(ValueError):
-    """No example has the words and the category that were asked for."""
+ANY_CATEGORY = "any"
+HEAT_PROBE = "logreg"
+LONGEST_NEIGHBOUR_PROMPT = 90  # characters
 
 
-class Explorer:
-    """Choose run, model, task, example and layer; see image, prompt, labels, the probability by layer, and the heat.
+class NoMatch(ValueError):
+    """No example has the words and the category that were searched for."""
 
-    Parameters
-    ----------
-    run : name of a run; others can be chosen
+
+class ModelChoice(NamedTuple):
+    """What the dropdown "model" chooses between.
 
     Attributes
     ----------
-    view : the widget to display
+    model, control, pooling : str
+        As in :class:`probekit.probes.results.StateKey`.
     """
 
-    def __init__(self, run: str):
-        self.data, self._quiet = saved_run.SavedRun.open(run), False
-        self._make()
-        self._wire()
-        self._fill()
-        self.layer.value = self.layer.max
-        self._show_layer()
+    model: str
+    control: str
+    pooling: str
 
-    # ------------------------------------------------------------------------------------------------------- widgets
 
-    def _make(self) -> None:
-        wide, narrow = w.Layout(width="98%"), w.Layout(width="250px")
-        self.run = w.Dropdown(description="run", options=[*dict.fromkeys([self.data.name, *saved_run.names()])],
-                              layout=narrow)
-        self.model, self.task, self.probe = (w.Dropdown(description=name, layout=narrow)
-                                             for name in ("model", "task", "probe"))
-        self.order = w.Dropdown(description="order", options=list(ORDERS), layout=narrow)
-        self.category = w.Dropdown(description="shows", options=[ANY], layout=narrow)
-        self.search = w.Text(description="search", placeholder="words in the prompt", continuous_update=False,
-                             layout=narrow)
-        self.found = w.Label()
-        self.example, self.layer = (w.IntSlider(description=name, min=0, max=0, layout=wide)
-                                    for name in ("example", "layer"))
-        self.image, self.near = w.Image(format="jpeg", layout=w.Layout(width="100%")), w.Image(format="jpeg")
-        self.where = w.Dropdown(description="category", options=[], layout=w.Layout(width="210px"))
-        self.warm, self.boxes, self.live = (
-            w.Checkbox(value=value, description=name, indent=False, layout=w.Layout(width="auto"))
-            for name, value in (("heat", True), ("boxes", True), ("run the model where none is kept", False)))
-        self.seen = w.VBox([w.HBox([self.where, self.warm, self.boxes]), self.live])
-        self.words, self.curve, self.share, self.trouble, self.near_words = (w.HTML() for _ in range(5))
-        left = w.VBox([self.image, self.seen, self.share], layout=w.Layout(flex="0 0 400px"))
-        right = w.VBox([self.example, self.layer, self.curve, self.words], layout=w.Layout(flex="1 1 380px"))
-        self.view = w.VBox([
-            w.HBox([self.run, self.model, self.task, self.probe], layout=w.Layout(flex_flow="row wrap")),
-            w.HBox([self.order, self.category, self.search, self.found], layout=w.Layout(flex_flow="row wrap")),
-            self.trouble, w.HBox([left, right]), w.HTML("<b>Nearest in this layer</b>"), self.near, self.near_words])
+class _AnswerRow(NamedTuple):
+    """A row of the table of answers."""
 
-    def _wire(self) -> None:
-        self.run.observe(self._shown(self._open), "value")
-        for chooser in (self.model, self.task, self.probe):
-            chooser.observe(self._shown(self._choose), "value")
-        for chooser in (self.order, self.category, self.search):
-            chooser.observe(self._shown(self._find), "value")
-        self.example.observe(self._shown(self._show_example), "value")
-        self.layer.observe(self._shown(self._show_layer), "value")
-        self.live.observe(self._shown(self._show_example), "value")
-        for chooser in (self.where, self.warm, self.boxes):
-            chooser.observe(self._shown(self._show_layer), "value")
-
-    def _shown(self, work: Callable[[], None]) -> Callable:
-        """Run `work` on a change, without what it changes itself calling back; an exception is shown in the notebook,
-        where it would vanish otherwise.
-        """
-
-        def callback(change) -> None:
-            if self._quiet:
-                return
-            self._quiet = True
-            try:
-                work()
-                self.trouble.value = ""
-            except NothingFound as nothing:
-                self.trouble.value = f"<i>{nothing}</i>"
-            except Exception:
-                self.trouble.value = f"<pre style='color:#b00020'>{html.escape(traceback.format_exc())}</pre>"
-            finally:
-                self._quiet = False
-
-        return callback
-
-    # ------------------------------------------------------------------------------------------------ what is chosen
+    colour: str
+    name: str
+    is_yes: bool
+    p: float
 
     @property
-    def key(self) -> str:
-        return f"{self.model.value}|{self.task.value}"
+    def is_right(self) -> bool:
+        return (self.p >= 0.5) == self.is_yes
+
+
+class _Neighbour(NamedTuple):
+    """A few words about a similar example."""
+
+    label: str
+    words: str
+    is_same_image: bool
+
+
+class Explorer:
+    """A widget to look at single examples: image, prompt, answers by layer, heat, neighbours.
+
+    Parameters
+    ----------
+    run : str
+        Name of a run; the others of the home can be chosen.
+    home : str, Path or Home, optional
+        See :meth:`probekit.paths.Home.find`.
+
+    Attributes
+    ----------
+    view : VBox
+        The widget to display.
+    saved : SavedRun
+        The run that is shown.
+    """
+
+    def __init__(self, run: str, *, home: str | Path | Home | None = None) -> None:
+        self.saved = SavedRun.open(run, home)
+        self.rows = pd.DataFrame()  # test examples of the task
+        self.places = np.zeros(0, int)  # row numbers of the examples that match
+        self.heat_map: HeatMap | None = None  # of the example that is shown
+        self.no_heat_reason = ""  # as HTML
+        self._is_updating = False
+        self._make_widgets()
+        self._connect_widgets()
+        self._offer_choices()
+        self.layer_slider.value = self.layer_slider.max
+        self._show_layer()
+
+    # -------------------------------------------------------------------------------- widgets
+
+    def _make_widgets(self) -> None:
+        full_width = widgets.Layout(width="98%")
+        column_width = widgets.Layout(width="250px")
+        content_width = widgets.Layout(width="auto")
+        runs = dict.fromkeys([self.saved.name, *list_runs(self.saved.home)])
+
+        def dropdown(name: str, options: list[str] | None = None) -> widgets.Dropdown:
+            return widgets.Dropdown(description=name, options=options or [], layout=column_width)
+
+        def checkbox(name: str, value: bool) -> widgets.Checkbox:
+            return widgets.Checkbox(
+                description=name, value=value, indent=False, layout=content_width
+            )
+
+        self.run_dropdown = dropdown("run", list(runs))
+        self.model_dropdown = dropdown("model")
+        self.task_dropdown = dropdown("task")
+        self.probe_dropdown = dropdown("probe")
+        self.order_dropdown = dropdown("order", list(ORDERS))
+        self.image_category_dropdown = dropdown("shows", [ANY_CATEGORY])
+        self.search_box = widgets.Text(
+            description="search",
+            placeholder="words in the prompt",
+            continuous_update=False,
+            layout=column_width,
+        )
+        self.match_count = widgets.Label()
+        self.example_slider = widgets.IntSlider(
+            description="example", min=0, max=0, layout=full_width
+        )
+        self.layer_slider = widgets.IntSlider(description="layer", min=0, max=0, layout=full_width)
+        self.photo = widgets.Image(format="jpeg", layout=widgets.Layout(width="100%"))
+        self.heat_category_dropdown = widgets.Dropdown(
+            description="category", options=[], layout=widgets.Layout(width="210px")
+        )
+        self.heat_checkbox = checkbox("heat", True)
+        self.boxes_checkbox = checkbox("boxes", True)
+        self.run_model_checkbox = checkbox("run the model where none is stored", False)
+        self.heat_share = widgets.HTML()
+        self.curve = widgets.HTML()
+        self.details = widgets.HTML()
+        self.message = widgets.HTML()
+        self.neighbour_photos = widgets.Image(format="jpeg")
+        self.neighbour_words = widgets.HTML()
+
+        wrapping = widgets.Layout(flex_flow="row wrap")
+        first_row = widgets.HBox(
+            [self.run_dropdown, self.model_dropdown, self.task_dropdown, self.probe_dropdown],
+            layout=wrapping,
+        )
+        second_row = widgets.HBox(
+            [self.order_dropdown, self.image_category_dropdown, self.search_box, self.match_count],
+            layout=wrapping,
+        )
+        drawing_choices = widgets.HBox(
+            [self.heat_category_dropdown, self.heat_checkbox, self.boxes_checkbox]
+        )
+        self.heat_controls = widgets.VBox([drawing_choices, self.run_model_checkbox])
+        left = widgets.VBox(
+            [self.photo, self.heat_controls, self.heat_share],
+            layout=widgets.Layout(flex="0 0 400px"),
+        )
+        right = widgets.VBox(
+            [self.example_slider, self.layer_slider, self.curve, self.details],
+            layout=widgets.Layout(flex="1 1 380px"),
+        )
+        self.view = widgets.VBox(
+            [
+                first_row,
+                second_row,
+                self.message,
+                widgets.HBox([left, right]),
+                widgets.HTML("<b>Nearest in this layer</b>"),
+                self.neighbour_photos,
+                self.neighbour_words,
+            ]
+        )
+
+    def _connect_widgets(self) -> None:
+        self._react(self._open_run, [self.run_dropdown])
+        self._react(
+            self._choose_probe, [self.model_dropdown, self.task_dropdown, self.probe_dropdown]
+        )
+        self._react(
+            self._find_examples,
+            [self.order_dropdown, self.image_category_dropdown, self.search_box],
+        )
+        self._react(self._show_example, [self.example_slider, self.run_model_checkbox])
+        self._react(
+            self._show_layer,
+            [
+                self.layer_slider,
+                self.heat_category_dropdown,
+                self.heat_checkbox,
+                self.boxes_checkbox,
+            ],
+        )
+
+    def _react(
+        self, reaction: Callable[[], None], changed_widgets: Sequence[widgets.Widget]
+    ) -> None:
+        """Call `reaction` when a user changes one of the widgets, not when a reaction changes it.
+
+        An exception is shown above the photo: it would vanish in the browser's log.
+        """
+
+        def callback(change: object) -> None:
+            if self._is_updating:
+                return
+            self._is_updating = True
+            try:
+                reaction()
+                self.message.value = ""
+            except NoMatch as error:
+                self.message.value = _fill("<i>{}</i>", str(error))
+            except Exception:
+                self.message.value = _fill(
+                    "<pre style='color:#b00020'>{}</pre>", traceback.format_exc()
+                )
+            finally:
+                self._is_updating = False
+
+        for widget in changed_widgets:
+            widget.observe(callback, "value")
+
+    # ------------------------------------------------------------------------- what is chosen
+
+    @property
+    def state(self) -> StateKey:
+        """The states that the chosen probes read."""
+        choice: ModelChoice = self.model_dropdown.value
+        task = self.task_dropdown.value
+        return StateKey(choice.model, choice.control, choice.pooling, task)
+
+    @property
+    def task(self) -> TaskInfo:
+        """Kind, classes and question of the chosen task."""
+        return self.saved.results.tasks[self.task_dropdown.value]
 
     @property
     def p_lnc(self) -> np.ndarray:
-        found = self.data.results.predictions.get(f"{self.key}|{self.probe.value}")
-        if found is None:
-            raise KeyError(f"no {self.probe.value} probe of {_model_words(self.model.value)}, {self.task.value}")
-        return found
+        """(l, n, c) probabilities of the chosen probes for the task's test examples."""
+        key = ProbeKey(*self.state, self.probe_dropdown.value)
+        if key not in self.saved.results.predictions:
+            name = _model_words(self.model_dropdown.value, with_pooling=True)
+            raise KeyError(f"no {key.probe} probe of {name}, {key.task}")
+        return self.saved.results.predictions[key]
 
     @property
     def place(self) -> int:
-        """Of the chosen example among the test examples of its task."""
-        if not len(self.places):
-            raise NothingFound("no example is like that: take other words, or another category")
-        return int(self.places[self.example.value])
+        """Row number of the chosen example among the test examples of its task."""
+        if len(self.places) == 0:
+            raise NoMatch("no example matches: search for other words, or another category")
+        return int(self.places[self.example_slider.value])
 
-    def _open(self) -> None:
+    def _open_run(self) -> None:
         try:
-            self.data = saved_run.SavedRun.open(self.run.value)
-        finally:  # where it cannot be opened, the one that is shown stays
-            self.run.value = self.data.name
-        self._fill()
+            self.saved = SavedRun.open(self.run_dropdown.value, self.saved.home)
+        finally:  # a run that cannot be opened leaves the one that is shown
+            self.run_dropdown.value = self.saved.name
+        self._offer_choices()
 
-    def _fill(self) -> None:
-        """What a run has to choose from."""
-        self._quiet, keys = True, [key.split("|") for key in self.data.results.predictions]
-        models = list(dict.fromkeys("|".join(key[:3]) for key in keys))
-        if not models:
-            raise ValueError(f"{self.data.name} has no predictions of decoder layers: extract with the stage lm")
-        several = len({model.split("|")[2] for model in models}) > 1
-        _offer(self.model, [(_model_words(model, several), model) for model in models])
-        _offer(self.task, list(dict.fromkeys(key[3] for key in keys)))
-        _offer(self.probe, sorted({key[4] for key in keys}, key=lambda name: name != "logreg"))
-        _offer(self.category, [ANY, *sorted(self.data.instances.category.unique())])
-        self._choose()
-        self._quiet = False
+    def _offer_choices(self) -> None:
+        """Offer what a run has to choose from, and show its first example."""
+        keys = list(self.saved.results.predictions)
+        if not keys:
+            raise ValueError(
+                f"{self.saved.name} has no predictions of decoder layers: extract with the stage lm"
+            )
+        models = dict.fromkeys(ModelChoice(key.model, key.control, key.pooling) for key in keys)
+        with_pooling = len({choice.pooling for choice in models}) > 1
+        model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
+        probes = dict.fromkeys(key.probe for key in keys)
+        categories = sorted(self.saved.instances.category.unique())
+        self._is_updating = True
+        _set_options(self.model_dropdown, model_options)
+        _set_options(self.task_dropdown, list(dict.fromkeys(key.task for key in keys)))
+        _set_options(self.probe_dropdown, _heat_probe_first(probes))
+        _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
+        self._choose_probe()
+        self._is_updating = False
 
-    @property
-    def about(self) -> dict:
-        """Kind and classes of the chosen task."""
-        return self.data.tasks[self.task.value]
+    def _choose_probe(self) -> None:
+        is_local = self.task.kind == "multilabel"
+        self.heat_controls.layout.display = None if is_local else "none"
+        if is_local and self.heat_category_dropdown.options != tuple(self.task.classes):
+            _set_options(self.heat_category_dropdown, list(self.task.classes))
+        self.rows = self.saved.test_examples(self.task_dropdown.value)
+        self.layer_slider.max = len(self.p_lnc) - 1
+        self._find_examples()
 
-    def _choose(self) -> None:
-        local = self.about.kind == "multilabel"
-        self.seen.layout.display = None if local else "none"
-        if local and self.where.options != tuple(self.about.classes):
-            _offer(self.where, self.about.classes)
-        self.rows = self.data.tests(self.task.value)
-        self.asked = [np.flatnonzero(mask) for mask in self.rows["mask"]]
-        self.layer.max = len(self.p_lnc) - 1
-        self._find()
-
-    def _find(self) -> None:
-        shown = self.data.instances
-        images = None if self.category.value == ANY else set(
-            shown.image_id[shown.category == self.category.value])
-        self.places = find(self.rows, self.p_lnc, self.order.value, self.search.value, images)
-        self.found.value = f"{len(self.places):,} of {len(self.rows):,} examples"
-        self.example.value, self.example.max = 0, max(0, len(self.places) - 1)
+    def _find_examples(self) -> None:
+        image_ids = None
+        category = self.image_category_dropdown.value
+        if category != ANY_CATEGORY:
+            instances = self.saved.instances
+            image_ids = set(instances.image_id[instances.category == category])
+        self.places = find_examples(
+            self.rows,
+            self.p_lnc,
+            order=self.order_dropdown.value,
+            text=self.search_box.value,
+            image_ids=image_ids,
+        )
+        self.match_count.value = f"{len(self.places):,} of {len(self.rows):,} examples"
+        self.example_slider.value = 0
+        self.example_slider.max = max(0, len(self.places) - 1)
         self._show_example()
 
-    # ---------------------------------------------------------------------------------------------------- what is seen
+    # -------------------------------------------------------------------------- what is shown
 
     def _show_example(self) -> None:
-        row, task, pooling = self.rows.iloc[self.place], self.about, self.model.value.rpartition("|")[2]
-        local, self.there = task.kind == "multilabel", self.data.shown(row.image_id)
-        if local and self.where.value not in self.there:
-            asked = [task.classes[k] for k in self.asked[self.place] if row.labels[k]]
-            known = [name for name in self.there if name in task.classes]
-            self.where.value = next(iter([*asked, *known]), task.classes[0])
-        self._heat: HeatMap | None = None
-        self._why_cold = "" if local else "Image tokens stand before the text: only category tasks have heat."
-        if local and (pooling not in POOLINGS or self.probe.value != "logreg"):
-            self._why_cold = f"Heat is of logreg probes on states pooled as {' or '.join(POOLINGS)}."
-        elif local:
-            try:
-                self._heat = self.data.heat(self.key, row, self.live.value)
-                self._why_cold = "No heat is kept for this example: tick “run the model where none is kept”."
-            except NoTokenGrid as error:
-                self._why_cold = html.escape(str(error))
+        row = self.rows.iloc[self.place]
+        if self.task.kind == "multilabel":
+            self._choose_heat_category(row)
+        self._find_heat(row)
         self._show_layer()
 
+    def _choose_heat_category(self, row: pd.Series) -> None:
+        """Keep the chosen category where the image shows it, else take one that it shows."""
+        shown = self.saved.categories_of(row.image_id)
+        if self.heat_category_dropdown.value in shown:
+            return
+        classes = self.task.classes
+        truly_yes = [classes[c] for c in np.flatnonzero(row["mask"]) if row.labels[c]]
+        shown_classes = [name for name in shown if name in classes]
+        candidates = [*truly_yes, *shown_classes, classes[0]]
+        self.heat_category_dropdown.value = candidates[0]
+
+    def _find_heat(self, row: pd.Series) -> None:
+        """Set the heat map of an example, or the reason why there is none."""
+        self.heat_map = None
+        if self.task.kind != "multilabel":
+            self.no_heat_reason = (
+                "Image tokens stand before the text: only category tasks have heat."
+            )
+        elif self.state.pooling not in POOLINGS or self.probe_dropdown.value != HEAT_PROBE:
+            poolings = " or ".join(POOLINGS)
+            self.no_heat_reason = (
+                f"Only {HEAT_PROBE} probes on states pooled as {poolings} have heat."
+            )
+        else:
+            self.no_heat_reason = (
+                "No heat is stored for this example: tick “run the model where none is stored”."
+            )
+            try:
+                self.heat_map = self.saved.heat_map(
+                    self.state, row, run_model=self.run_model_checkbox.value
+                )
+            except NoTokenGrid as error:
+                self.no_heat_reason = _fill("{}", str(error))
+
     def _show_layer(self) -> None:
-        row, place, layer = self.rows.iloc[self.place], self.place, self.layer.value
+        place = self.place
+        row = self.rows.iloc[place]
+        layer = self.layer_slider.value
         self._show_photo(row, layer)  # first what takes the browser longest
-        asked, task = self.asked[place], self.about
-        names = [task.classes[k] for k in asked]
-        p_lc, labels = self.p_lnc[:, place, asked].astype(float), np.array(row.labels)[asked]
-        self.curve.value = pictures.curve_svg(p_lc, names, layer, labels)
-        told = "".join(
-            f"<tr><td>{_swatch(c)}{html.escape(name)}</td><td>{'yes' if y else 'no'}</td>"
-            f"<td>{p:.2f}</td><td>{'✓' if (p >= 0.5) == bool(y) else '✗'}</td></tr>"
-            for c, (name, y, p) in enumerate(zip(names, labels, p_lc[layer], strict=True)))
-        head = f"<tr><th>scored</th><th>truth</th><th>p(yes), lm.{layer:02d}</th><th>right?</th></tr>"
-        self.words.value = (f"{TABLE}<p style='line-height:1.35'><b>Prompt</b> {html.escape(row.prompt)}<br>"
-                            f"<b>In the image</b> {html.escape(', '.join(self.there)) or 'nothing that is asked'}</p>"
-                            f"<table class='probekit'>{head}{told}</table>")
-        self._show_near(place, layer)
+        self._show_answers(row, place, layer)
+        self._show_neighbours(row, place, layer)
 
-    def _show_photo(self, row, layer: int) -> None:
-        task, name, heat, cells = self.about, self.where.value, None, None
-        local, told = task.kind == "multilabel", self._why_cold
-        boxes = self.data.boxes(row.image_id, name) if local else np.zeros((0, 4))
-        if self._heat is not None:
-            of = task.classes.index(name)
-            values, cells = self._heat.above_ltc[layer, :, of], self._heat.cell_t4
-            heat = values / max(values.max(), 1e-9) if self.warm.value else None
-            share = shares(self._heat, boxes)
-            told = (f"<b>{share[0][layer, of]:.0%}</b> of the heat of {html.escape(name)} at lm.{layer:02d} is in its "
-                    f"boxes, which hold {share[1]:.0%} of the tokens."
-                    if share else f"No box here tells {html.escape(name)} from the rest of the image.")
-        self.share.value = told
-        image = pictures.overlaid(pictures.photo(row.file), heat, cells, boxes if self.boxes.value else boxes[:0])
-        self.image.value = pictures.jpeg(image)
+    def _show_photo(self, row: pd.Series, layer: int) -> None:
+        photo = pictures.load_photo(self.saved.home.resolve(row.file))
+        category = self.heat_category_dropdown.value
+        boxes_b4 = np.zeros((0, 4))
+        if self.task.kind == "multilabel":
+            boxes_b4 = self.saved.boxes(row.image_id, category)
+        if self.heat_map is None:
+            self.heat_share.value = self.no_heat_reason
+        else:
+            c = self.task.classes.index(category)
+            self.heat_share.value = _share_words(
+                self.heat_map, boxes_b4, category=category, c=c, layer=layer
+            )
+            if self.heat_checkbox.value:
+                heat_t = self.heat_map.heat_ltc[layer, :, c]
+                heat_t = heat_t / max(heat_t.max(), 1e-9)
+                photo = pictures.draw_heat(photo, heat_t, self.heat_map.cells_t4)
+        if self.boxes_checkbox.value:
+            photo = pictures.draw_boxes(photo, boxes_b4)
+        self.photo.value = pictures.encode_jpeg(photo)
 
-    def _show_near(self, place: int, layer: int) -> None:
-        found = self.data.results.neighbours.get(self.key)
-        near = self.rows.iloc[found[layer, place]] if found is not None else self.rows.iloc[:0]
-        own = self.rows.iloc[place]
-        strip = pictures.thumbnails(near.file.tolist())
-        self.near.value = pictures.jpeg(strip)
-        self.near.layout.width = f"{strip.width}px" if len(near) else "0"
-        self.near_words.value = "<div class='probekit-near'>" + "".join(
-            f"<div>{self._truth(row)}{'<br><i>same image</i>' if row.image_id == own.image_id else ''}</div>"
-            for row in near.itertuples()) + "</div>"
+    def _show_answers(self, row: pd.Series, place: int, layer: int) -> None:
+        counted = np.flatnonzero(row["mask"])
+        names = [self.task.classes[c] for c in counted]
+        labels = np.array(row.labels)[counted]
+        p_lc = self.p_lnc[:, place, counted].astype(float)
+        self.curve.value = pictures.curve_svg(p_lc, names, labels=labels, layer=layer)
+        answers = []
+        for number, (name, label) in enumerate(zip(names, labels, strict=True)):
+            colour = PALETTE[number % len(PALETTE)]
+            answers.append(_AnswerRow(colour, name, bool(label), p_lc[layer, number]))
+        self.details.value = render(
+            "explorer_details.html.jinja",
+            prompt=row.prompt,
+            categories=self.saved.categories_of(row.image_id),
+            layer_name=f"lm.{layer:02d}",
+            answers=answers,
+        )
 
-    def _truth(self, row) -> str:
-        """What a neighbour is, in few words: of a global task its label and prompt, of a local one what it shows."""
-        task = self.about
-        if task.kind == "binary":
-            return f"<b>{'yes' if row.labels[0] else 'no'}</b> {html.escape(row.prompt[:90])}"
-        return html.escape(", ".join(name for name, y in zip(task.classes, row.labels, strict=True) if y))
+    def _show_neighbours(self, row: pd.Series, place: int, layer: int) -> None:
+        neighbours_lnk = self.saved.results.neighbours.get(self.state)
+        if neighbours_lnk is None:
+            neighbours = self.rows.iloc[:0]
+        else:
+            neighbours = self.rows.iloc[neighbours_lnk[layer, place]]
+        strip = pictures.thumbnail_strip(
+            [self.saved.home.resolve(file) for file in neighbours.file]
+        )
+        self.neighbour_photos.value = pictures.encode_jpeg(strip)
+        self.neighbour_photos.layout.width = f"{strip.width}px" if len(neighbours) else "0"
+        self.neighbour_words.value = render(
+            "explorer_neighbours.html.jinja",
+            neighbours=[
+                self._describe_neighbour(
+                    neighbour, is_same_image=neighbour.image_id == row.image_id
+                )
+                for _, neighbour in neighbours.iterrows()
+            ],
+        )
+
+    def _describe_neighbour(self, row: pd.Series, *, is_same_image: bool) -> _Neighbour:
+        """Take a binary task's label and prompt, or the classes that are truly there."""
+        if self.task.kind == "binary":
+            label = "yes" if row.labels[0] else "no"
+            return _Neighbour(label, row.prompt[:LONGEST_NEIGHBOUR_PROMPT], is_same_image)
+        names = [name for name, label in zip(self.task.classes, row.labels, strict=True) if label]
+        return _Neighbour("", ", ".join(names), is_same_image)
 
 
-def _offer(chooser: w.Dropdown, options: list) -> None:
-    """Other options, and the first of them chosen."""
-    chooser.options = options
-    chooser.index = 0
+def _set_options(dropdown: widgets.Dropdown, options: list) -> None:
+    """Offer other options, with the first of them chosen."""
+    dropdown.options = options
+    dropdown.index = 0
 
 
-def _swatch(c: int) -> str:
-    return f"<span style='color:{PALETTE[c % len(PALETTE)]}'>■</span> "
+def _heat_probe_first(probes: dict[str, None]) -> list[str]:
+    others = sorted(probe for probe in probes if probe != HEAT_PROBE)
+    return [HEAT_PROBE, *others] if HEAT_PROBE in probes else others
 
 
-def _model_words(key: str, pooling_too: bool = True) -> str:
-    model, control, pooling = key.split("|")
-    return f"{model}{'' if control == 'none' else f' ({control})'}{f', {pooling}' if pooling_too else ''}"
+def _model_words(choice: ModelChoice, with_pooling: bool) -> str:
+    words = choice.model
+    if choice.control != "none":
+        words += f" ({choice.control})"
+    if with_pooling:
+        words += f", {choice.pooling}"
+    return words
+
+
+def _share_words(
+    heat_map: HeatMap, boxes_b4: np.ndarray, *, category: str, c: int, layer: int
+) -> str:
+    """Say as HTML how much of the heat of class `c` lies in its boxes."""
+    shares = box_shares(heat_map, boxes_b4)
+    if shares is None:
+        return _fill("No box here separates {} from the rest of the image.", category)
+    return _fill(
+        "<b>{share:.0%}</b> of the heat of {category} at lm.{layer:02d} is in its boxes, which "
+        "hold {area:.0%} of the tokens.",
+        share=shares.heat_lc[layer, c],
+        category=category,
+        layer=layer,
+        area=shares.area,
+    )
+
+
+def _fill(html: str, *values: object, **named_values: object) -> str:
+    """Return HTML with values in its braces, text escaped."""
+    return str(Markup(html).format(*values, **named_values))

@@ -1,137 +1,240 @@
-"""Which figures a run has, in which order, and how to read each."""
+"""Which figures a run has, in which order, and how to read each of them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import pandas as pd
 import plotly.graph_objects as go
 
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
-from probekit.report.style import WORDS
-from probekit.tasks.base import TaskInfo
+from probekit.report.style import metric_words
+
+BAND_NOTE = (
+    "Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told apart "
+    "from the best one (99 % confidence). Dashed lines are controls, which should lie at chance or "
+    "bound what a score means."
+)
 
 
 class Figure(NamedTuple):
-    """A figure, how to read it, and under which heading it stands."""
+    """A figure of the report.
+
+    Attributes
+    ----------
+    figure : plotly Figure
+        The drawing.
+    caption : str
+        How to read it.
+    section : str
+        Heading that it stands under.
+    """
 
     figure: go.Figure
     caption: str
     section: str
 
 
-BANDS = ("Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told from the best one "
-         "(99 % confidence). Dashed lines are controls, which should lie at chance or bound what a score means.")
-
-
-def run_figures(whole: ProbeResults, tasks: dict[str, TaskInfo], probe: str = "logreg", published: bool = False,
-                relative: bool = False) -> dict[str, Figure]:
-    """Every figure that a run's tables have something for: name to :class:`Figure`, first what they all come to.
+def run_figures(
+    results: ProbeResults,
+    *,
+    probe: str = "logreg",
+    published: bool = False,
+    relative: bool = False,
+) -> dict[str, Figure]:
+    """Draw every figure that a run's tables have something for.
 
     Parameters
     ----------
-    tasks : kind and classes by task, see :func:`probekit.tasks.base.task_infos`
-    published : overlay the published study's numbers
-    relative : begin with relative depth on the axis
+    results : ProbeResults
+        Results of a whole run.
+    probe : str
+        Probe whose scores are drawn: ``"logreg"``, ``"linear"`` or ``"mlp"``.
+    published : bool
+        Add the published study's numbers.
+    relative : bool
+        Begin with relative depth on the axis instead of layers.
+
+    Returns
+    -------
+    dict of str to Figure
+        By name, in the order of the page; figures of one section are neighbours.
     """
-    table, figures = whole.metrics, {}
-    if {"binary", "multilabel"} <= {about.kind for about in tasks.values()}:
-        figures["global_and_local"] = Figure(comparisons.global_and_local(table, tasks, probe), (
-            "Left: both kinds of semantics by layer, both by accuracy, with chance at one half where labels are "
-            "balanced; stars are where each peaks. Right: each point is a layer, at its scores in both. A way that "
-            "leads up and to the right gains both; where it turns left or down, one is traded for the other."),
-            "Global and local")
-    asked = [name for name in tasks if name.startswith("caption")]
-    if len(asked) > 1:
-        figures["negatives"] = Figure(comparisons.task_curves(table, asked, probe), (
-            "The same question with wrong captions of several kinds, from easy to hard: of any other image (caption), "
-            "the most similar of another one, of one with the same categories, and the right one with two words "
-            "exchanged. Dotted: what the captions alone say, by their words and word order; only what lies above it "
-            "needs the image."),
-            "Global and local")
-    for task, about in tasks.items():
-        figures |= _of_task(table, whole, task, about, probe, published, relative)
+    table = results.metrics
+    figures = _overview_figures(results, probe=probe)
+    for task in results.tasks:
+        figures |= _score_figures(
+            results, task, probe=probe, published=published, relative=relative
+        )
+        figures |= _detail_figures(results, task, probe=probe)
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
-        figures[f"{task}_localisation"] = Figure(curves.localisation_curves(table, task, relative), (
-            "The local logreg probe asked of every image token. Heat is what a token says for a category above the "
-            "image's mean; drawn is the share of it that lies in the boxes of that category's instances, over all "
-            "pairs of test image and category (bands: 95 % over images). The grey line is the share of tokens in the "
-            "boxes. Dotted: probes of categories that the image does not show, in the same boxes: an object stands out "
-            "from its background, whatever it is, and only what lies above that is about the category. Dashed: random "
-            "weights."),
-            "Where in the image")
+        figures[f"{task}_localisation"] = Figure(
+            curves.localisation_curves(table, task, relative=relative),
+            "The local logreg probe, applied to every image token. Heat is how far a token's "
+            "score for a category lies above the image's mean; drawn is the share of it that lies "
+            "in the boxes of that category's instances, over all pairs of test image and category "
+            "(bands: 95 % over images). The grey line is the share of tokens in the boxes. Dotted: "
+            "probes of categories that the image does not show, in the same boxes: any object "
+            "stands out from its background, and only what lies above that line is about the "
+            "category. Dashed: random weights.",
+            "Where in the image",
+        )
     return figures
 
 
-def _of_task(table: pd.DataFrame, whole: ProbeResults, task: str, about: TaskInfo, probe: str, published: bool, relative: bool
-             ) -> dict[str, Figure]:
-    own = table[table.task == task]
-    parts = _scores(table, own, task, about, probe, published, relative)
-    parts |= _details(table, own, whole, task, about, probe)
-    return {f"{task}_{name}": Figure(figure, caption, f"{task}: {about['question']}")
-            for name, (figure, caption) in parts.items()}
+def _overview_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:
+    """Draw what compares tasks with each other."""
+    section = "Global and local"
+    figures = {}
+    kinds = {info.kind for info in results.tasks.values()}
+    if {"binary", "multilabel"} <= kinds:
+        figures["global_and_local"] = Figure(
+            comparisons.global_and_local(results.metrics, results.tasks, probe=probe),
+            "Left: both kinds of semantics by layer, both by accuracy, with chance at one half "
+            "where labels are balanced; stars are where each peaks. Right: each point is a layer, "
+            "at its scores in both. A path that leads up and to the right gains both; where it "
+            "turns left or down, one is traded for the other.",
+            section,
+        )
+    caption_tasks = [task for task in results.tasks if task.startswith("caption")]
+    if len(caption_tasks) > 1:
+        figures["negatives"] = Figure(
+            comparisons.task_curves(results.metrics, caption_tasks, probe=probe),
+            "The same question with wrong captions of several kinds, from easy to hard: of any "
+            "other image (caption), the most similar one of another image, one of an image with "
+            "the same categories, and the right one with two words swapped. Dotted: what the "
+            "captions alone give away, by their words and word order; only what lies above it "
+            "needs the image.",
+            section,
+        )
+    return figures
 
 
-def _scores(table: pd.DataFrame, own: pd.DataFrame, task: str, about: TaskInfo, probe: str, published: bool, relative: bool
-            ) -> dict[str, tuple[go.Figure, str]]:
-    """What the probes of a task score, layer by layer."""
-    metric, binary, found = HEADLINE[about.kind], about.kind == "binary", {}
+def _score_figures(
+    results: ProbeResults, task: str, *, probe: str, published: bool, relative: bool
+) -> dict[str, Figure]:
+    """Draw what the probes of a task score, layer by layer."""
+    table = results.metrics
+    rows = table[table.task == task]
+    info = results.tasks[task]
+    metric = HEADLINE[info.kind]
+    is_binary = info.kind == "binary"
+    has_selectivity = ((rows.probe == probe) & (rows.metric == "selectivity")).any()
+    has_codelength = (rows.metric == "codelength").any() and probe == "logreg"
+    section = f"{task}: {info.question}"
+    figures = {}
 
-    def curve(name: str, **options) -> go.Figure:
-        return curves.layer_curves(table, task, name, probe, relative=relative, **options)
+    def draw_metric(name: str) -> go.Figure:
+        return curves.layer_curves(
+            table, task, name, probe=probe, published=published, relative=relative
+        )
 
-    found[metric] = (curve(metric, published=published, chance=0.5 if binary else None),
-                     f"{about['question']} The {WORDS[metric]} of a probe on each layer. {BANDS}")
-    if not binary:  # where the guesses from the training labels can be drawn, too
-        found["accuracy"] = (curve("accuracy", published=published, chance=0.5),
-                             f"The share of right answers over everything that is asked. {BANDS}")
-    if not binary and published:  # what the study calls macro-F1 is micro-F1
-        found["f1_micro"] = (curve("f1_micro", published=True),
-                             "F1 over the pooled counts of all categories, which is what the study reports.")
-    if ((own.probe == probe) & (own.metric == "selectivity")).any():
-        found["selectivity"] = (curve("selectivity"), (
-            "Accuracy minus that of the same probe on a control task, whose labels are arbitrary and can only be "
-            "learnt by heart: what a layer gives beyond what the probe could memorise."))
-    if (own.metric == "codelength").any() and probe == "logreg":
-        found["codelength"] = (curve("codelength", split="train"), (
-            "How many bits a label takes, given the states: each block of training labels is sent with a probe that "
-            "has seen the blocks before it. The uniform code takes 1; lower is easier to extract."))
-    if own.pooling.nunique() > 1:
-        found["poolings"] = (comparisons.pooling_curves(table, task, metric, probe),
-                             "How tokens become one vector: the same probe on each pooling. Bands are 95 % intervals.")
-    if own.stage.nunique() > 1:
-        found["stages"] = (comparisons.stage_curves(table, task, metric, probe), (
-            "From the image's patches to the last decoder layer: image encoder and projector see the image alone, so "
-            "they can know which categories are there, but nothing of a caption."))
-    return found
+    figures[f"{task}_{metric}"] = Figure(
+        draw_metric(metric),
+        f"{info.question} The {metric_words(metric)} of a probe on each layer. {BAND_NOTE}",
+        section,
+    )
+    if not is_binary:
+        figures[f"{task}_accuracy"] = Figure(
+            draw_metric("accuracy"),
+            f"The share of right answers over all questions. {BAND_NOTE}",
+            section,
+        )
+    if not is_binary and published:
+        figures[f"{task}_f1_micro"] = Figure(
+            draw_metric("f1_micro"),
+            "F1 over the pooled counts of all categories, which is what the study reports.",
+            section,
+        )
+    if has_selectivity:
+        figures[f"{task}_selectivity"] = Figure(
+            draw_metric("selectivity"),
+            "Accuracy minus that of the same probe on a control task, whose labels are arbitrary "
+            "and can only be learnt by heart: what a layer gives beyond what the probe could "
+            "memorise.",
+            section,
+        )
+    if has_codelength:
+        figures[f"{task}_codelength"] = Figure(
+            draw_metric("codelength"),
+            "How many bits a label takes, given the states: each block of training labels is sent "
+            "with a probe that has seen the blocks before it. The uniform code takes 1; lower is "
+            "easier to extract.",
+            section,
+        )
+    if rows.pooling.nunique() > 1:
+        figures[f"{task}_poolings"] = Figure(
+            comparisons.pooling_curves(table, task, metric, probe=probe),
+            "How tokens become one vector: the same probe on each pooling. Bands are 95 % "
+            "intervals.",
+            section,
+        )
+    if rows.stage.nunique() > 1:
+        figures[f"{task}_stages"] = Figure(
+            comparisons.stage_curves(table, task, metric, probe=probe),
+            "From the image's patches to the last decoder layer: image encoder and projector see "
+            "the image alone, so they can know which categories are there, but nothing of a "
+            "caption.",
+            section,
+        )
+    return figures
 
 
-def _details(table: pd.DataFrame, own: pd.DataFrame, whole: ProbeResults, task: str, about: TaskInfo, probe: str
-             ) -> dict[str, tuple[go.Figure, str]]:
-    """What is behind the scores: classes, kinds of errors, other layers, training."""
-    binary, found = about.kind == "binary", {}
-    metrics = [f"{name}_{'positive' if binary else 'macro'}" for name in ("precision", "recall", "f1")]
-    found["scores"] = (heatmaps.score_heatmap(table, task, metrics, probe),
-                       "Each cell is one layer's probe on the test images; darker is better.")
-    if not binary:
-        what = "category" if about.kind == "multilabel" else "answer"
-        found["classes"] = (heatmaps.class_heatmap(table, task, probe, what), (
-            f"One row for each {what}, the best known on top; hover for precision, recall and how many labels that "
-            "rests on. With few labels a cell is noise."))
-    found["confusion"] = (heatmaps.confusion_counts(table, task, probe), (
-        "How many answers are right and wrong, and which way. Oranges that differ in height are a probe that prefers "
-        "yes, or no."))
-    if len(whole.transfer) and (whole.transfer.task == task).any():
-        found["transfer"] = (heatmaps.transfer_heatmap(whole.transfer, task), (
-            "Logreg probes. Row: the layer that a probe was trained on; column: the layer whose states it reads, "
-            "standardised as their own. Blocks of one colour are layers that keep the same code; a dark diagonal "
-            "alone is layers that each write it anew."))
-    losses = whole.losses[whole.losses.task == task] if len(whole.losses) else whole.losses
-    for kind in losses.probe.unique() if len(losses) else ():
-        figure = curves.loss_curves(whole.losses, table, task, HEADLINE[about.kind], kind)
-        found["losses" + f"_{kind}" * (kind != "linear")] = (figure, (
-            "Move the slider through the layers. Training loss is measured with dropout, while the weights change; "
-            "validation loss after each epoch. A curve that still falls at the last epoch is a probe that has not "
-            "converged. The slider opens at the best layer of the first model, on validation."))
-    return found
+def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str, Figure]:
+    """Draw what is behind a task's scores: classes, kinds of errors, other layers, training."""
+    table = results.metrics
+    info = results.tasks[task]
+    is_binary = info.kind == "binary"
+    section = f"{task}: {info.question}"
+    figures = {}
+
+    average = "positive" if is_binary else "macro"
+    metrics = [f"precision_{average}", f"recall_{average}", f"f1_{average}"]
+    figures[f"{task}_scores"] = Figure(
+        heatmaps.score_heatmap(table, task, metrics, probe=probe),
+        "Each cell is one layer's probe on the test images; darker is better.",
+        section,
+    )
+    if not is_binary:
+        class_word = "category" if info.kind == "multilabel" else "answer"
+        figures[f"{task}_classes"] = Figure(
+            heatmaps.class_heatmap(table, task, probe=probe, class_word=class_word),
+            f"One row for each {class_word}, the best on top; hover for precision, recall and how "
+            "many labels that rests on. With few labels a cell is noise.",
+            section,
+        )
+    figures[f"{task}_confusion"] = Figure(
+        heatmaps.confusion_counts(table, task, probe=probe),
+        "How many answers are right and wrong, and which way. Oranges that differ in height are a "
+        "probe that prefers yes, or no.",
+        section,
+    )
+    if len(results.transfer) and (results.transfer.task == task).any():
+        figures[f"{task}_transfer"] = Figure(
+            heatmaps.transfer_heatmap(results.transfer, task),
+            "Logreg probes. Row: the layer that a probe was trained on; column: the layer whose "
+            "states it reads, standardised by their own mean and spread. Blocks of one colour are "
+            "layers that share one code; where only the diagonal is dark, each layer writes it "
+            "anew.",
+            section,
+        )
+    for loss_probe in _probes_with_losses(results, task):
+        name = "losses" if loss_probe == "linear" else f"losses_{loss_probe}"
+        figures[f"{task}_{name}"] = Figure(
+            curves.loss_curves(
+                results.losses, table, task, metric=HEADLINE[info.kind], probe=loss_probe
+            ),
+            "Move the slider through the layers. Training loss is measured with dropout, while "
+            "the weights change; validation loss after each epoch. A curve that still falls at "
+            "the last epoch is a probe that has not converged. The slider begins at the best layer "
+            "of the first model, on validation.",
+            section,
+        )
+    return figures
+
+
+def _probes_with_losses(results: ProbeResults, task: str) -> list[str]:
+    losses = results.losses
+    if len(losses) == 0:
+        return []
+    return list(losses.probe[losses.task == task].unique())

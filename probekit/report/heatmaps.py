@@ -1,120 +1,287 @@
-"""Pictures with a cell or a bar for each layer: scores, categories, confusion, and probes on other layers."""
+"""Figures with a cell or a bar per layer: scores, classes, right and wrong answers, transfer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.probes.results import select_curve, stage_of
-from probekit.report import style as look
-from probekit.report.style import FULL, SCORES, TASK_WORDS, WORDS, layer_number
+from probekit.probes.results import default_stage, select_curve
+from probekit.report.style import (
+    FULL_PAGE,
+    LAYER_AXIS,
+    SCORE_COLOURS,
+    apply_style,
+    layer_number,
+    metric_words,
+    pooling_note,
+    task_words,
+    tick_step,
+)
 
-COUNTS = {"tp": ("yes, rightly", "#0072B2"), "tn": ("no, rightly", "#56B4E9"), "fp": ("yes, wrongly", "#D55E00"),
-          "fn": ("no, wrongly", "#E69F00")}
-
-
-def score_heatmap(table: pd.DataFrame, task: str, metrics: list[str], probe: str = "logreg") -> go.Figure:
-    """Several metrics (rows) by layer (columns), a panel a model; the untrained control is left out."""
-    kept = table[(table.control == "none") & (table.task == task)]
-    rows = pd.concat([select_curve(kept, probe, metric) for metric in metrics])
-    models, pooling = list(dict.fromkeys(rows.model)), rows.pooling.iloc[0]
-    figure = make_subplots(len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models))
-    for i, model in enumerate(models, 1):
-        part = rows[(rows.model == model) & (rows.pooling == pooling)]
-        grid = part.pivot_table(index="metric", columns="layer", values="value").loc[metrics[::-1]]
-        figure.add_heatmap(
-            z=grid.to_numpy(), x=layer_number(grid.columns.to_series()), y=[WORDS[m] for m in grid.index],
-            row=i, col=1, coloraxis="coloraxis", xgap=2, ygap=2,
-            texttemplate="%{z:.2f}" if grid.shape[1] <= 14 else None,
-            hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>",
-        )
-    named = look.pooling_named(rows, pooling)
-    look.style(figure, f"Precision, recall and F1 by layer — {TASK_WORDS.get(task, task)}{named}",
-               150 + 170 * len(models), FULL)
-    figure.update_xaxes(dtick=look.ticks(rows.layer.nunique()), showgrid=False)
-    figure.update_xaxes(title=look.LAYER_AXIS, row=len(models), col=1)
-    return _coloured(figure, min(0.5, rows.value.min()), 1, "score").update_layout(margin={"l": 150})
+# Words and colour of each kind of answer.
+ANSWERS = {
+    "tp": ("yes, rightly", "#0072B2"),
+    "tn": ("no, rightly", "#56B4E9"),
+    "fp": ("yes, wrongly", "#D55E00"),
+    "fn": ("no, wrongly", "#E69F00"),
+}
+MOST_LARGE_ROWS = 24  # of a heat map whose rows have room for a text of full size
 
 
-def _coloured(figure: go.Figure, low: float, high: float, title: str) -> go.Figure:
-    """One scale of colours for all panels."""
-    return figure.update_layout(coloraxis={"colorscale": SCORES, "cmin": low, "cmax": high,
-                                           "colorbar": {"thickness": 12, "title": {"text": title, "side": "right"}}})
+def score_heatmap(
+    table: pd.DataFrame, task: str, metrics: Sequence[str], *, probe: str = "logreg"
+) -> go.Figure:
+    """Draw several metrics (rows) by layer (columns), a panel per model, without controls.
 
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task : str
+        Task to draw.
+    metrics : sequence of str
+        Metrics from top to bottom.
+    probe : str
+        The kind of probe.
 
-def class_heatmap(table: pd.DataFrame, task: str, probe: str = "logreg", what: str = "category") -> go.Figure:
-    """F1 of each class (rows, the best known on top) by layer (columns), a panel a model."""
-    rows = table[(table.task == task) & (table.control == "none") & (table.split == "test") & (table.probe == probe)
-                 & (table["class"] != "") & (table.stage == stage_of(table))]
-    named = look.pooling_named(rows, rows.pooling.iloc[0])
-    rows = rows[(rows.pooling == rows.pooling.iloc[0]) & (rows.seed == rows.seed.min())]
-    wide = rows.pivot_table(index=["model", "class", "layer"], columns="metric", values="value").reset_index()
-    wide["support"] = wide.tp + wide.fn
-    best = wide.groupby(["model", "class"]).f1.max().groupby("class").mean().dropna().sort_values(kind="stable")
-    models, names = list(dict.fromkeys(rows.model)), list(best.index)
-    figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03)
-    for i, model in enumerate(models, 1):
-        part = {name: wide[wide.model == model].pivot_table(index="class", columns="layer", values=name).reindex(names)
-                for name in ("f1", "precision", "recall", "support")}
-        told = np.stack([part[name].to_numpy() for name in ("precision", "recall", "support")], -1)
-        figure.add_heatmap(
-            z=part["f1"].to_numpy(), x=layer_number(part["f1"].columns.to_series()), y=names, row=1, col=i, xgap=1,
-            ygap=1, coloraxis="coloraxis", customdata=told,
-            hovertemplate=f"<b>%{{y}}</b>, {model}, layer %{{x}}<br>F1 %{{z:.3f}}<br>precision %{{customdata[0]:.3f}}, "
-                          "recall %{customdata[1]:.3f}<br>asked about and there: %{customdata[2]:,.0f}<extra></extra>")
-    line = 24 if len(names) <= 24 else 15
-    look.style(figure, f"F1 of each {what} by layer — {TASK_WORDS.get(task, task)}{named}",
-               150 + line * len(names), FULL)
-    figure.update_yaxes(dtick=1, showgrid=False, tickfont={"size": 12 if len(names) <= 24 else 10})
-    figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(rows.layer.nunique()), showgrid=False)
-    return _coloured(figure, 0, 1, "F1")
-
-
-def confusion_counts(table: pd.DataFrame, task: str, probe: str = "logreg") -> go.Figure:
-    """Right and wrong answers by layer, stacked, a panel a model; of a multilabel task over all that is asked."""
-    rows = table[(table.task == task) & (table.control == "none") & (table.split == "test") & (table.probe == probe)
-                 & table.metric.isin([*COUNTS]) & (table.stage == stage_of(table)) & (table["class"] != "no")]
-    named = look.pooling_named(rows, rows.pooling.iloc[0])
-    rows = rows[(rows.pooling == rows.pooling.iloc[0]) & (rows.seed == rows.seed.min())]
-    total = rows.groupby(["model", "layer", "metric"], sort=False).value.sum().unstack()
+    Returns
+    -------
+    Figure
+        A panel per model, one below the other.
+    """
+    trained = table[(table.control == "none") & (table.task == task)]
+    curves = [select_curve(trained, probe=probe, metric=metric) for metric in metrics]
+    rows = pd.concat(curves)
     models = list(dict.fromkeys(rows.model))
-    figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05)
-    for i, model in enumerate(models, 1):
-        part = total.loc[model]
-        for metric, (words, colour) in COUNTS.items():
-            share = part[metric] / part.sum(1)
-            figure.add_bar(x=layer_number(part.index.to_series()), y=part[metric], name=words, marker={"color": colour},
-                           legendgroup=metric, showlegend=i == 1, row=1, col=i, customdata=share,
-                           hovertemplate=f"<b>{model}</b>, layer %{{x}}<br>{words}: %{{y:,.0f}} (%{{customdata:.1%}})"
-                                         "<extra></extra>")
-    look.style(figure, f"Right and wrong answers by layer — {TASK_WORDS.get(task, task)}{named}", 450, FULL, True)
+    pooling = rows.pooling.iloc[0]
+    figure = make_subplots(
+        len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models)
+    )
+    from_bottom = list(metrics)[::-1]
+    for panel, model in enumerate(models, 1):
+        part = rows[(rows.model == model) & (rows.pooling == pooling)]
+        grid = part.pivot_table(index="metric", columns="layer", values="value").loc[from_bottom]
+        numbers_fit = grid.shape[1] <= 14
+        hover = f"<b>{model}</b>, layer %{{x}}<br>%{{y}} %{{z:.3f}}<extra></extra>"
+        figure.add_heatmap(
+            z=grid.to_numpy(),
+            x=layer_number(grid.columns.to_series()),
+            y=[metric_words(metric) for metric in from_bottom],
+            coloraxis="coloraxis",
+            xgap=2,
+            ygap=2,
+            texttemplate="%{z:.2f}" if numbers_fit else None,
+            hovertemplate=hover,
+            row=panel,
+            col=1,
+        )
+    title = f"Precision, recall and F1 by layer — {task_words(task)}{pooling_note(rows, pooling)}"
+    apply_style(figure, title=title, height=150 + 170 * len(models), width=FULL_PAGE)
+    figure.update_xaxes(dtick=tick_step(rows.layer.nunique()), showgrid=False)
+    figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
+    _share_colours(figure, low=min(0.5, rows.value.min()), high=1, title="score")
+    return figure.update_layout(margin={"l": 150})
+
+
+def _share_colours(figure: go.Figure, *, low: float, high: float, title: str) -> go.Figure:
+    """Give all panels one scale of colours."""
+    colour_bar = {"thickness": 12, "title": {"text": title, "side": "right"}}
+    axis = {"colorscale": SCORE_COLOURS, "cmin": low, "cmax": high, "colorbar": colour_bar}
+    return figure.update_layout(coloraxis=axis)
+
+
+def _test_rows(table: pd.DataFrame, task: str, *, probe: str) -> pd.DataFrame:
+    """Return a task's test rows, class by class, of the stage that figures show."""
+    return table[
+        (table.task == task)
+        & (table.control == "none")
+        & (table.split == "test")
+        & (table.probe == probe)
+        & (table.stage == default_stage(table))
+    ]
+
+
+def _first_pooling_and_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[(rows.pooling == rows.pooling.iloc[0]) & (rows.seed == rows.seed.min())]
+
+
+def class_heatmap(
+    table: pd.DataFrame, task: str, *, probe: str = "logreg", class_word: str = "category"
+) -> go.Figure:
+    """Draw F1 of each class (rows, the best on top) by layer (columns), a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task : str
+        Task with several classes.
+    probe : str
+        The kind of probe.
+    class_word : str
+        What a class is called in the title.
+
+    Returns
+    -------
+    Figure
+        A panel per model, side by side.
+    """
+    rows = _test_rows(table, task, probe=probe)
+    rows = rows[rows["class"] != ""]
+    title = f"F1 of each {class_word} by layer — {task_words(task)}"
+    title += pooling_note(rows, rows.pooling.iloc[0])
+    rows = _first_pooling_and_seed(rows)
+    scores = rows.pivot_table(
+        index=["model", "class", "layer"], columns="metric", values="value"
+    ).reset_index()
+    scores["support"] = scores.tp + scores.fn
+    best_by_model = scores.groupby(["model", "class"]).f1.max()
+    best = best_by_model.groupby("class").mean().dropna().sort_values(kind="stable")
+    classes = list(best.index)
+    models = list(dict.fromkeys(rows.model))
+
+    figure = make_subplots(
+        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03
+    )
+    for panel, model in enumerate(models, 1):
+        of_model = scores[scores.model == model]
+        grids = {}
+        for metric in ("f1", "precision", "recall", "support"):
+            grid = of_model.pivot_table(index="class", columns="layer", values=metric)
+            grids[metric] = grid.reindex(classes)
+        details = np.stack(
+            [grids[name].to_numpy() for name in ("precision", "recall", "support")], axis=-1
+        )
+        hover = (
+            f"<b>%{{y}}</b>, {model}, layer %{{x}}<br>F1 %{{z:.3f}}"
+            "<br>precision %{customdata[0]:.3f}, recall %{customdata[1]:.3f}"
+            "<br>asked about and there: %{customdata[2]:,.0f}<extra></extra>"
+        )
+        figure.add_heatmap(
+            z=grids["f1"].to_numpy(),
+            x=layer_number(grids["f1"].columns.to_series()),
+            y=classes,
+            xgap=1,
+            ygap=1,
+            coloraxis="coloraxis",
+            customdata=details,
+            hovertemplate=hover,
+            row=1,
+            col=panel,
+        )
+    rows_are_large = len(classes) <= MOST_LARGE_ROWS
+    row_height = 24 if rows_are_large else 15
+    apply_style(figure, title=title, height=150 + row_height * len(classes), width=FULL_PAGE)
+    text_size = 12 if rows_are_large else 10
+    figure.update_yaxes(dtick=1, showgrid=False, tickfont={"size": text_size})
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(rows.layer.nunique()), showgrid=False)
+    return _share_colours(figure, low=0, high=1, title="F1")
+
+
+def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> go.Figure:
+    """Draw right and wrong answers by layer, stacked, a panel per model.
+
+    The answers of a task with several classes are counted over all that it asks about.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task, probe : str
+        What to draw.
+
+    Returns
+    -------
+    Figure
+        A panel per model, side by side.
+    """
+    rows = _test_rows(table, task, probe=probe)
+    # A binary task has the classes "yes" and "no", which have the same answers.
+    rows = rows[rows.metric.isin(list(ANSWERS)) & (rows["class"] != "no")]
+    title = f"Right and wrong answers by layer — {task_words(task)}"
+    title += pooling_note(rows, rows.pooling.iloc[0])
+    rows = _first_pooling_and_seed(rows)
+    counts = rows.groupby(["model", "layer", "metric"], sort=False).value.sum().unstack()
+    models = list(dict.fromkeys(rows.model))
+    figure = make_subplots(
+        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
+    )
+    for panel, model in enumerate(models, 1):
+        of_model = counts.loc[model]
+        for metric, (words, colour) in ANSWERS.items():
+            hover = (
+                f"<b>{model}</b>, layer %{{x}}"
+                f"<br>{words}: %{{y:,.0f}} (%{{customdata:.1%}})<extra></extra>"
+            )
+            figure.add_bar(
+                x=layer_number(of_model.index.to_series()),
+                y=of_model[metric],
+                name=words,
+                marker={"color": colour},
+                legendgroup=metric,
+                showlegend=panel == 1,
+                customdata=of_model[metric] / of_model.sum(axis=1),
+                hovertemplate=hover,
+                row=1,
+                col=panel,
+            )
+    apply_style(figure, title=title, height=450, width=FULL_PAGE, panel_titles=True)
     figure.update_layout(barmode="stack", bargap=0.15)
-    figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(rows.layer.nunique()))
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
     return figure.update_yaxes(title="test labels", col=1)
 
 
 def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
-    """The score of each layer's probe (rows) on the states of each layer (columns), a panel a model.
+    """Draw the score of each layer's probe (rows) on each layer's states (columns), per model.
 
-    See :func:`probekit.probes.transfer.relate`.
+    Parameters
+    ----------
+    transfer : DataFrame
+        :attr:`probekit.probes.results.ProbeResults.transfer`.
+    task : str
+        Task to draw.
+
+    Returns
+    -------
+    Figure
+        A panel per model, side by side.
     """
-    every = transfer[(transfer.task == task) & (transfer.control == "none")]
-    rows = every[every.pooling == every.pooling.iloc[0]]
-    models, metric = list(dict.fromkeys(rows.model)), rows.metric.iloc[0]
+    all_poolings = transfer[(transfer.task == task) & (transfer.control == "none")]
+    pooling = all_poolings.pooling.iloc[0]
+    rows = all_poolings[all_poolings.pooling == pooling]
+    models = list(dict.fromkeys(rows.model))
+    metric = rows.metric.iloc[0]
     figure = make_subplots(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
-    for i, model in enumerate(models, 1):
-        grid = rows[rows.model == model].pivot_table(index="probe_layer", columns="layer", values="value")
-        place = layer_number(grid.columns.to_series())
+    for panel, model in enumerate(models, 1):
+        of_model = rows[rows.model == model]
+        grid = of_model.pivot_table(index="probe_layer", columns="layer", values="value")
+        numbers = layer_number(grid.columns.to_series())
+        hover = (
+            f"<b>{model}</b><br>the probe of layer %{{y}} on the states of layer %{{x}}"
+            f"<br>{metric_words(metric)} %{{z:.3f}}<extra></extra>"
+        )
         figure.add_heatmap(
-            z=grid.to_numpy(), x=place, y=place, row=1, col=i, coloraxis="coloraxis", xgap=1, ygap=1,
-            hovertemplate=f"<b>{model}</b><br>the probe of layer %{{y}} on the states of layer %{{x}}<br>"
-                          f"{WORDS[metric]} %{{z:.3f}}<extra></extra>")
-    look.style(figure, f"Does a layer’s probe work on another? — {TASK_WORDS.get(task, task)}"
-               f"{look.pooling_named(every, rows.pooling.iloc[0])}", 500, FULL)
-    step = look.ticks(rows.layer.nunique())
+            z=grid.to_numpy(),
+            x=numbers,
+            y=numbers,
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hovertemplate=hover,
+            row=1,
+            col=panel,
+        )
+    title = f"Does a layer’s probe work on another layer? — {task_words(task)}"
+    title += pooling_note(all_poolings, pooling)
+    apply_style(figure, title=title, height=500, width=FULL_PAGE)
+    step = tick_step(rows.layer.nunique())
     figure.update_xaxes(title="states of layer", dtick=step, showgrid=False, constrain="domain")
     figure.update_yaxes(dtick=step, showgrid=False)
     figure.update_yaxes(title="probe of layer", col=1)
-    return _coloured(figure, rows.value.min(), rows.value.max(), WORDS[metric])
+    low = rows.value.min()
+    high = rows.value.max()
+    return _share_colours(figure, low=low, high=high, title=metric_words(metric))

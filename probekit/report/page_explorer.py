@@ -1,167 +1,431 @@
-"""The explorer without a kernel: a handful of examples in one plotly figure with a menu and a slider."""
+"""The explorer without a kernel: a few examples in one plotly figure with a menu and a slider."""
 
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from probekit.probes.localisation import HeatMap
+from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
-from probekit.report import style as look
-from probekit.report.example_search import ORDERS, find
+from probekit.report.example_search import SORT_KEYS, find_examples
 from probekit.report.figures import Figure
 from probekit.report.saved_run import SavedRun
-from probekit.report.style import FULL, PALETTE
+from probekit.report.style import FULL_PAGE, LAYER_AXIS, PALETTE, apply_style, tick_step
 
-COLUMNS = 24  # of the raster that heat is drawn on
-PHOTO = 400  # pixels
+HEAT_COLUMNS = 24  # of the raster that heat is drawn on
+PHOTO_SIDE = 400  # pixels
+LONGEST_TITLE = 96  # characters of a prompt
+PROBE = "logreg"  # heat is of these probes
 
 
 def page_explorers(run: SavedRun) -> dict[str, Figure]:
-    """An :func:`explorer` for each trained model of a run that has logreg probes."""
-    models = [model for model in dict.fromkeys(key.partition("|")[0] for key in run.results.predictions)
-              if _keys(run, model)]
-    return {f"explorer_{model}": Figure(explorer(run, model), (
-        f"{model}, logreg probes. Choose an example above the photo, and move the slider through the layers. Left: "
-        "heat of the category in the title, as this layer's local probe says of each image token, with the category's "
-        "boxes. Right: the probability that each probe gives its class; full lines are truly yes, dashed ones truly "
-        "no. “Most surprising” examples are surely wrong at the last layer, “earliest decided” ones never change an "
-        "answer after an early layer."), "Single examples") for model in models}
-
-
-def explorer(run: SavedRun, model: str, each: int = 2) -> go.Figure:
-    """Photo with heat and boxes (left), probability by layer (right), a slider for the layer, a menu for the example.
-
-    Examples are the first ones of :data:`probekit.report.example_search.ORDERS` but for "as drawn": of the first local task and of
-    the first global one.
+    """Draw an :func:`example_figure` for each trained model of a run that has logreg probes.
 
     Parameters
     ----------
-    model : a trained model of the run
-    each : examples of each order and task
+    run : SavedRun
+        The run.
+
+    Returns
+    -------
+    dict of str to Figure
+        By name.
     """
-    shown = [_Example(run, key, place, f"{task}: {order}") for task, key in _keys(run, model)
-             for order, place in _chosen(run, task, key, each)]
-    curves = max(len(one.names) for one in shown)
-    figure = make_subplots(1, 2, column_widths=[0.45, 0.55], horizontal_spacing=0.09)
-    figure.add_heatmap(row=1, col=1, colorscale=pictures.HEAT, zmin=0, zmax=1, showscale=False, hoverinfo="skip")
-    figure.add_scatter(row=1, col=1, mode="lines", line={"color": "white", "width": 2.5}, hoverinfo="skip",
-                       showlegend=False)
-    for c in range(curves):
-        figure.add_scatter(row=1, col=2, mode="lines+markers", line={"color": PALETTE[c], "width": 2.5},
-                           hovertemplate="layer %{x}<br>p(yes) %{y:.3f}<extra></extra>")
-    figure.add_scatter(row=1, col=2, mode="lines", line={"color": "#E69F00", "width": 9}, opacity=0.35,
-                       hoverinfo="skip", showlegend=False, y=[0, 1])
-    states = [one.state(curves) for one in shown]
-    first = len(shown[0].p_lc) - 1
-    for trace, values in zip(figure.data, states[0][0], strict=True):
-        trace.update(values)
-    look.style(figure, shown[0].title, 520, FULL)
-    figure.update_xaxes(visible=False, row=1, col=1, range=[0, shown[0].ratio], constrain="domain")
-    figure.update_yaxes(visible=False, row=1, col=1, range=[0, 1], scaleanchor="x", constrain="domain")
-    figure.update_xaxes(title=look.LAYER_AXIS, dtick=look.ticks(first + 1), row=1, col=2)
+    figures = {}
+    for model in dict.fromkeys(key.model for key in run.results.predictions):
+        if not _states_to_show(run, model):
+            continue
+        figures[f"explorer_{model}"] = Figure(
+            example_figure(run, model),
+            f"{model}, logreg probes. Choose an example above the photo, and move the slider "
+            "through the layers. Left: heat of the category in the title, as this layer's local "
+            "probe scores each image token, with the category's boxes. Right: the probability "
+            "that each probe gives its class; full lines are truly yes, dashed ones truly no. "
+            "“Most surprising” examples are those where the last layer is surest of a wrong "
+            "answer; “earliest decided” ones keep their answers from an early layer on.",
+            "Single examples",
+        )
+    return figures
+
+
+def example_figure(run: SavedRun, model: str, *, examples_per_order: int = 2) -> go.Figure:
+    """Draw some examples: a photo with heat and boxes (left), and probability by layer (right).
+
+    A menu chooses the example, a slider the layer. Examples are the first ones of each sorted
+    order (:data:`probekit.report.example_search.SORT_KEYS`), of the first local task and of the
+    first global one.
+
+    Parameters
+    ----------
+    run : SavedRun
+        The run.
+    model : str
+        A trained model of the run.
+    examples_per_order : int
+        Number of examples of each order and task.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
+    examples = []
+    for state in _states_to_show(run, model):
+        for order, place in _choose_examples(run, state, count=examples_per_order):
+            examples.append(_read_example(run, state, place, label=f"{state.task}: {order}"))
+    first = examples[0]
+    last_layer = len(first.p_lc) - 1
+    curve_count = max(len(example.class_names) for example in examples)
+
+    figure = _empty_figure(curve_count)
+    traces_of_first = _trace_properties(first, curve_count=curve_count)
+    layout_of_first = _layout_properties(first, curve_count=curve_count)
+    for trace, properties in zip(figure.data, traces_of_first, strict=True):
+        trace.update(properties)
+    apply_style(figure, title=first.title, height=520, width=FULL_PAGE)
+    figure.update_xaxes(visible=False, range=[0, first.width], constrain="domain", row=1, col=1)
+    figure.update_yaxes(
+        visible=False, range=[0, 1], scaleanchor="x", constrain="domain", row=1, col=1
+    )
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(last_layer + 1), row=1, col=2)
     figure.update_yaxes(title="p(yes)", range=[-0.03, 1.03], row=1, col=2)
-    buttons = [{"label": one.label, "method": "update", "args": [_columns(traces), layout]}
-               for one, (traces, layout) in zip(shown, states, strict=True)]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.13, "yanchor": "bottom", "showactive": True}
-    figure.update_layout(updatemenus=[menu], margin={"t": 118, "b": 110, "l": 20}, title={"font": {"size": 14}})
-    return figure.update_layout({name.replace(".", "_"): value for name, value in states[0][1].items()})
+
+    buttons = []
+    for example in examples:
+        traces = _trace_properties(example, curve_count=curve_count)
+        layout = _layout_properties(example, curve_count=curve_count)
+        button = {
+            "label": example.label,
+            "method": "update",
+            "args": [_by_property(traces), layout],
+        }
+        buttons.append(button)
+    menu = {
+        "buttons": buttons,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.13,
+        "yanchor": "bottom",
+        "showactive": True,
+    }
+    figure.update_layout(
+        updatemenus=[menu],
+        margin={"t": 118, "b": 110, "l": 20},
+        title={"font": {"size": 14}},
+    )
+    flat_layout = {name.replace(".", "_"): value for name, value in layout_of_first.items()}
+    return figure.update_layout(flat_layout)
 
 
-def _keys(run: SavedRun, model: str) -> list[tuple[str, str]]:
-    """Task and key of the examples: the first local task, with heat where there is one, and the first global task."""
-    keys = [key.rpartition("|")[0] for key in run.results.predictions if key.endswith("|logreg")]
-    keys = sorted((key for key in keys if key.startswith(f"{model}|none|")), key=lambda key: key not in run.kept.files)
-    found = {}
-    for key in keys:
-        task = key.rpartition("|")[2]
-        found.setdefault(run.tasks[task].kind, (task, key))
-    return [found[kind] for kind in ("multilabel", "binary") if kind in found]
+def _empty_figure(curve_count: int) -> go.Figure:
+    """Return a figure with the traces: heat, boxes, a curve per class, a mark of the layer."""
+    figure = make_subplots(1, 2, column_widths=[0.45, 0.55], horizontal_spacing=0.09)
+    figure.add_heatmap(
+        colorscale=pictures.plotly_heat_scale(),
+        zmin=0,
+        zmax=1,
+        showscale=False,
+        hoverinfo="skip",
+        row=1,
+        col=1,
+    )
+    figure.add_scatter(
+        mode="lines",
+        line={"color": "white", "width": 2.5},
+        hoverinfo="skip",
+        showlegend=False,
+        row=1,
+        col=1,
+    )
+    for c in range(curve_count):
+        figure.add_scatter(
+            mode="lines+markers",
+            line={"color": PALETTE[c], "width": 2.5},
+            hovertemplate="layer %{x}<br>p(yes) %{y:.3f}<extra></extra>",
+            row=1,
+            col=2,
+        )
+    figure.add_scatter(
+        y=[0, 1],
+        mode="lines",
+        line={"color": "#E69F00", "width": 9},
+        opacity=0.35,
+        hoverinfo="skip",
+        showlegend=False,
+        row=1,
+        col=2,
+    )
+    return figure
 
 
-def _chosen(run: SavedRun, task: str, key: str, each: int) -> list[tuple[str, int]]:
-    """Order and place of the examples, each image once; those with stored heat, where some have it."""
-    rows, out, seen = run.tests(task), [], set()
-    warm = any(run.kept.get(key, image) is not None for image in rows.image_id.unique())
-    for order in [name for name in ORDERS if name != "as drawn"]:
-        for place in find(rows, run.results.predictions[f"{key}|logreg"], order):
-            row = rows.iloc[place]
-            if row.image_id in seen or (warm and run.kept.get(key, row.image_id) is None):
+# ------------------------------------------------------------------------ which examples to show
+
+
+def _states_to_show(run: SavedRun, model: str) -> list[StateKey]:
+    """Return the states of the first local task and of the first global one.
+
+    States with stored heat come before others.
+    """
+    states = [
+        key.state
+        for key in run.results.predictions
+        if key.model == model and key.control == "none" and key.probe == PROBE
+    ]
+    with_heat = [state for state in states if state in run.stored_heat.files]
+    without_heat = [state for state in states if state not in run.stored_heat.files]
+    first_of_kind: dict[str, StateKey] = {}
+    for state in [*with_heat, *without_heat]:
+        kind = run.results.tasks[state.task].kind
+        first_of_kind.setdefault(kind, state)
+    return [first_of_kind[kind] for kind in ("multilabel", "binary") if kind in first_of_kind]
+
+
+def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tuple[str, int]]:
+    """Return `count` examples of each order as (order, place among the test examples).
+
+    Each image occurs once. Where some examples have stored heat, only those are chosen.
+    """
+    rows = run.test_examples(state.task)
+    p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
+
+    def has_heat(image_id: int) -> bool:
+        return run.stored_heat.get(state, image_id) is not None
+
+    needs_heat = any(has_heat(image_id) for image_id in rows.image_id.unique())
+    chosen: list[tuple[str, int]] = []
+    used_images = set()
+    for order in SORT_KEYS:
+        count_of_order = 0
+        for place in find_examples(rows, p_lnc, order=order):
+            image_id = rows.image_id.iloc[place]
+            if image_id in used_images or (needs_heat and not has_heat(image_id)):
                 continue
-            seen.add(row.image_id)
-            out.append((order, int(place)))
-            if sum(name == order for name, _ in out) == each:
+            used_images.add(image_id)
+            chosen.append((order, int(place)))
+            count_of_order += 1
+            if count_of_order == count:
                 break
-    return out
+    return chosen
 
 
+# ---------------------------------------------------------------------- what an example looks like
+
+
+@dataclass(frozen=True)
 class _Example:
-    """One example, and what the figure's traces and layout are for it."""
+    """One example as it is drawn.
 
-    def __init__(self, run: SavedRun, key: str, place: int, label: str):
-        task = key.rpartition("|")[2]
-        row, about = run.tests(task).iloc[place], run.tasks[task]
-        asked = np.flatnonzero(row["mask"])
-        self.names = [f"{about['classes'][k]}: {'yes' if row.labels[k] else 'no'}" for k in asked]
-        self.dashes = ["solid" if row.labels[k] else "dash" for k in asked]
-        self.p_lc = run.results.predictions[f"{key}|logreg"][:, place, asked].astype(float)
-        self.image = pictures.photo(row.file, PHOTO)
-        self.ratio = self.image.width / self.image.height
-        self.label = f"{label} — image {row.image_id}"
-        self.z, self.boxes, heat = None, np.zeros((0, 4)), ""
-        found = run.kept.get(key, row.image_id)
-        if found is not None:
-            there = [k for k in asked if row.labels[k]] or [*asked]
-            k, height = there[0], max(2, round(COLUMNS / self.ratio))
-            self.boxes, heat = run.boxes(row.image_id, about.classes[k]), f" · heat of “{about['classes'][k]}”"
-            rasters = [pictures.raster(values_t, found.cell_t4, COLUMNS, height)[::-1]
-                       for values_t in found.above_ltc[:, :, k]]
-            self.z = [(100 * raster / max(raster.max(), 1e-9)).round().astype(int) / 100 for raster in rasters]
-        text = row.prompt if len(row.prompt) < 96 else row.prompt[:95] + "…"
-        self.title = f"“{text.replace(chr(10), ' ')}”{heat}"
+    Attributes
+    ----------
+    label, title : str
+        Its entry in the menu, and the figure's title.
+    photo_url : str
+        The photo as a data URL.
+    width : float
+        Width of the photo where its height is 1.
+    class_names : list of str, (c,)
+        The classes that count, each with its true label.
+    is_yes : list of bool, (c,)
+        The true labels.
+    p_lc : ndarray, (l, c)
+        Probabilities.
+    boxes_b4 : ndarray, (b, 4)
+        Boxes of the category whose heat is drawn.
+    heat_lhw : list of ndarray (h, w), or None
+        By layer, from bottom to top, with two decimals; None without heat.
+    """
 
-    def state(self, curves: int) -> tuple[list[dict], dict]:
-        """Properties of each trace, and the layout, with the last layer chosen."""
-        x = np.arange(len(self.p_lc))
-        outline = [[], []]
-        for left, top, right, bottom in self.boxes:
-            outline[0] += [self.ratio * v for v in (left, right, right, left, left)] + [None]
-            outline[1] += [1 - v for v in (top, top, bottom, bottom, top)] + [None]
-        lines = [{"x": x, "y": self.p_lc[:, c], "name": self.names[c], "line": {"dash": self.dashes[c]},
-                  "showlegend": True} if c < len(self.names) else {"x": [None], "y": [None], "name": "",
-                                                                    "line": {"dash": "solid"}, "showlegend": False}
-                 for c in range(curves)]
-        picture = "data:image/jpeg;base64," + base64.b64encode(pictures.jpeg(self.image)).decode()
-        steps = [{"label": str(k), "method": "restyle", "args": [self._at(k), [0, curves + 2]]} for k in x]
-        slider = {"steps": steps, "active": len(x) - 1, "currentvalue": {"prefix": "layer "}, "pad": {"t": 50}}
-        layout = {"title.text": self.title, "sliders": [slider], "xaxis.range": [0, self.ratio], "images": [{
-            "source": picture, "xref": "x", "yref": "y", "x": 0, "y": 1, "sizex": self.ratio, "sizey": 1,
-            "sizing": "stretch", "layer": "below"}]}
-        last = self._at(len(x) - 1)
-        heat = {"x": last["x"][0], "y": self._rows(), "z": last["z"][0]}
-        drawn = {"x": outline[0] or [None], "y": outline[1] or [None], "showlegend": False}
-        return [heat, drawn, *lines, {"x": last["x"][1], "y": [0, 1], "showlegend": False}], layout
-
-    def _rows(self) -> np.ndarray:
-        height = len(self.z[0]) if self.z else 1
-        return (np.arange(height) + 0.5) / height
-
-    def _at(self, k: int) -> dict[str, list]:
-        """What changes with the layer: the heat, and the mark on the curve."""
-        columns = (np.arange(COLUMNS) + 0.5) / COLUMNS * self.ratio
-        return {"z": [self.z[k] if self.z else [[None] * COLUMNS], None], "x": [columns, [int(k), int(k)]]}
+    label: str
+    title: str
+    photo_url: str
+    width: float
+    class_names: list[str]
+    is_yes: list[bool]
+    p_lc: np.ndarray
+    boxes_b4: np.ndarray
+    heat_lhw: list[np.ndarray] | None
 
 
-def _columns(traces: list[dict]) -> dict[str, list]:
-    """Properties of all traces as plotly's update takes them: a list for each property."""
-    names = {f"{name}.{inner}" if isinstance(value, dict) else name for trace in traces
-             for name, value in trace.items() for inner in (value if isinstance(value, dict) else [""])}
+def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> _Example:
+    row = run.test_examples(state.task).iloc[place]
+    info = run.results.tasks[state.task]
+    counted = np.flatnonzero(row["mask"])
+    is_yes = [bool(row.labels[c]) for c in counted]
+    class_names = []
+    for k, label_is_yes in zip(counted, is_yes, strict=True):
+        class_names.append(f"{info.classes[k]}: {'yes' if label_is_yes else 'no'}")
+    photo = pictures.load_photo(run.home.resolve(row.file), PHOTO_SIDE)
+    encoded = base64.b64encode(pictures.encode_jpeg(photo)).decode()
+    p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
+    title = f"“{_shorten(row.prompt)}”"
+    boxes_b4 = np.zeros((0, 4))
+    heat_lhw = None
+    heat_map = run.stored_heat.get(state, row.image_id)
+    if heat_map is not None:
+        c = _class_with_heat(row, counted)
+        category = info.classes[c]
+        boxes_b4 = run.boxes(row.image_id, category)
+        title += f" · heat of “{category}”"
+        heat_lhw = _rasterise_layers(heat_map, c, width=photo.width / photo.height)
+    return _Example(
+        label=f"{label} — image {row.image_id}",
+        title=title,
+        photo_url=f"data:image/jpeg;base64,{encoded}",
+        width=photo.width / photo.height,
+        class_names=class_names,
+        is_yes=is_yes,
+        p_lc=p_lnc[:, place, counted].astype(float),
+        boxes_b4=boxes_b4,
+        heat_lhw=heat_lhw,
+    )
 
-    def of(trace: dict, name: str):
-        outer, _, inner = name.partition(".")
-        value = trace.get(outer)
-        return value.get(inner) if inner and value else value
 
-    return {name: [of(trace, name) for trace in traces] for name in names}
+def _shorten(prompt: str) -> str:
+    if len(prompt) >= LONGEST_TITLE:
+        prompt = prompt[: LONGEST_TITLE - 1] + "…"
+    return prompt.replace("\n", " ")
+
+
+def _class_with_heat(row: pd.Series, counted: np.ndarray) -> int:
+    """Return the first class that is truly there, else the first that counts."""
+    for c in counted:
+        if row.labels[c]:
+            return int(c)
+    return int(counted[0])
+
+
+def _rasterise_layers(heat_map: HeatMap, c: int, *, width: float) -> list[np.ndarray]:
+    """Draw the heat of class `c` of each layer, the largest value 1, from bottom to top."""
+    height = max(2, round(HEAT_COLUMNS / width))
+    rasters = []
+    for heat_tc in heat_map.heat_ltc:
+        raster = pictures.rasterise(
+            heat_tc[:, c], heat_map.cells_t4, width=HEAT_COLUMNS, height=height
+        )[::-1]
+        percent = (100 * raster / max(raster.max(), 1e-9)).round().astype(int)
+        rasters.append(percent / 100)
+    return rasters
+
+
+# --------------------------------------------------------------------- what plotly needs for it
+
+
+def _trace_properties(example: _Example, *, curve_count: int) -> list[dict[str, Any]]:
+    """Return the properties of each trace of `_empty_figure`, at the last layer."""
+    layers = len(example.p_lc)
+    heat_height = len(example.heat_lhw[0]) if example.heat_lhw else 1
+    at_last = _at_layer(example, layers - 1)
+    heat = {
+        "x": at_last.heat_x,
+        "y": (np.arange(heat_height) + 0.5) / heat_height,
+        "z": at_last.heat_hw,
+    }
+    box_x, box_y = _box_outlines(example)
+    boxes = {"x": box_x or [None], "y": box_y or [None], "showlegend": False}
+    curves: list[dict[str, Any]] = []
+    for c in range(curve_count):
+        if c < len(example.class_names):
+            curve = {
+                "x": np.arange(layers),
+                "y": example.p_lc[:, c],
+                "name": example.class_names[c],
+                "line": {"dash": "solid" if example.is_yes[c] else "dash"},
+                "showlegend": True,
+            }
+        else:
+            curve = {
+                "x": [None],
+                "y": [None],
+                "name": "",
+                "line": {"dash": "solid"},
+                "showlegend": False,
+            }
+        curves.append(curve)
+    layer_mark = {"x": at_last.mark_x, "y": [0, 1], "showlegend": False}
+    return [heat, boxes, *curves, layer_mark]
+
+
+def _layout_properties(example: _Example, *, curve_count: int) -> dict[str, Any]:
+    """Return title, photo, and a slider that stands at the last layer."""
+    steps = []
+    for layer in range(len(example.p_lc)):
+        at_layer = _at_layer(example, layer)
+        changes = {
+            "z": [at_layer.heat_hw, None],
+            "x": [at_layer.heat_x, at_layer.mark_x],
+        }
+        mark_number = curve_count + 2
+        step = {"label": str(layer), "method": "restyle", "args": [changes, [0, mark_number]]}
+        steps.append(step)
+    slider = {
+        "steps": steps,
+        "active": len(steps) - 1,
+        "currentvalue": {"prefix": "layer "},
+        "pad": {"t": 50},
+    }
+    photo = {
+        "source": example.photo_url,
+        "xref": "x",
+        "yref": "y",
+        "x": 0,
+        "y": 1,
+        "sizex": example.width,
+        "sizey": 1,
+        "sizing": "stretch",
+        "layer": "below",
+    }
+    return {
+        "title.text": example.title,
+        "sliders": [slider],
+        "xaxis.range": [0, example.width],
+        "images": [photo],
+    }
+
+
+class _AtLayer(NamedTuple):
+    """What changes with the layer: the heat, and the mark on the curve."""
+
+    heat_hw: np.ndarray | list[list[None]]
+    heat_x: np.ndarray
+    mark_x: list[int]
+
+
+def _at_layer(example: _Example, layer: int) -> _AtLayer:
+    heat_hw = example.heat_lhw[layer] if example.heat_lhw else [[None] * HEAT_COLUMNS]
+    heat_x = (np.arange(HEAT_COLUMNS) + 0.5) / HEAT_COLUMNS * example.width
+    return _AtLayer(heat_hw, heat_x, [layer, layer])
+
+
+def _box_outlines(example: _Example) -> tuple[list[float | None], list[float | None]]:
+    """Return x and y of the boxes' corners as one line; None lifts the pen."""
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for left, top, right, bottom in example.boxes_b4:
+        xs += [example.width * x for x in (left, right, right, left, left)]
+        ys += [1 - y for y in (top, top, bottom, bottom, top)]
+        xs.append(None)
+        ys.append(None)
+    return xs, ys
+
+
+def _by_property(traces: list[dict[str, Any]]) -> dict[str, list]:
+    """Return the properties of all traces as plotly's update takes them: a list per property."""
+    flat_traces = []
+    for properties in traces:
+        flat = {}
+        for name, value in properties.items():
+            if isinstance(value, dict):
+                for inner_name, inner_value in value.items():
+                    flat[f"{name}.{inner_name}"] = inner_value
+            else:
+                flat[name] = value
+        flat_traces.append(flat)
+    names = dict.fromkeys(name for flat in flat_traces for name in flat)
+    return {name: [flat.get(name) for flat in flat_traces] for name in names}

@@ -1,116 +1,193 @@
-"""Small pictures for the explorer: a photo with heat and boxes over it, a curve, a row of thumbnails."""
+"""Small pictures for the explorer: a photo with heat and boxes, a curve, a strip of thumbnails."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from plotly.colors import sample_colorscale, unlabel_rgb
 
-from probekit import paths
 from probekit.images import IMAGE_FORMATS, load_rgb
-from probekit.report.style import GREY, PALETTE
+from probekit.report.style import PALETTE
+from probekit.report.templates import render
 
-INK, GRID, MARK = "#2b2d42", "#e9ecf1", "#ffe8b3"
-SIDE, THUMB = 480, 104  # pixels
-CURVE = (560, 300)  # pixels
-MARGIN = (52, 14, 18, 40)  # left, right, top, bottom
-COLOURS = np.array([unlabel_rgb(c) for c in sample_colorscale("Inferno", np.linspace(0, 1, 256).tolist())])
-OPACITY = np.linspace(0.4, 0.75, 256)  # of heat: a photo stays visible where there is none
-HEAT = [[k / 255, f"rgba({r:.0f}, {g:.0f}, {b:.0f}, {a:.2f})"]
-        for k, (r, g, b), a in zip(range(0, 256, 15), COLOURS[::15], OPACITY[::15], strict=True)]  # plotly's
+PHOTO_SIDE = 480  # pixels
+THUMBNAIL_SIDE = 104  # pixels
+THUMBNAIL_GAP = 8  # pixels
+JPEG_QUALITY = 88
+
+# Colour and opacity of heat from 0 to 1 in 256 steps. Opacity never reaches 0 or 1: the photo
+# stays visible, and darker where there is no heat.
+HEAT_COLOURS = np.array(
+    [unlabel_rgb(c) for c in sample_colorscale("Inferno", np.linspace(0, 1, 256).tolist())]
+)
+HEAT_OPACITIES = np.linspace(0.4, 0.75, 256)
+
+# Plot area of the curve in its picture, in pixels.
+CURVE_LEFT = 52
+CURVE_RIGHT = 546
+CURVE_TOP = 18
+CURVE_BOTTOM = 260
+
+
+def plotly_heat_scale() -> list[tuple[float, str]]:
+    """Return the colours of heat as a colour scale of plotly, in 18 steps."""
+    scale = []
+    for level in range(0, 256, 15):
+        red, green, blue = HEAT_COLOURS[level]
+        opacity = HEAT_OPACITIES[level]
+        scale.append((level / 255, f"rgba({red:.0f}, {green:.0f}, {blue:.0f}, {opacity:.2f})"))
+    return scale
 
 
 @lru_cache(maxsize=64)
-def photo(file: str, side: int = SIDE) -> Image.Image:
-    """An image of the data folder, reduced to `side` pixels."""
-    return load_rgb(paths.Home.find().resolve(file), longest_side=side)
+def load_photo(file: Path, longest_side: int = PHOTO_SIDE) -> Image.Image:
+    """Return an image, reduced where it is larger than `longest_side` in pixels; it is cached."""
+    return load_rgb(file, longest_side=longest_side)
 
 
-def jpeg(image: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Return an image as a JPEG file."""
     buffer = BytesIO()
-    image.save(buffer, "jpeg", quality=88)
+    image.save(buffer, "jpeg", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
-def raster(values_t: np.ndarray, cell_t4: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(height, width) what cells say of each point of an image; the mean where they overlap, 0 where there is none."""
-    total, count = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
-    corners = np.clip(np.round(cell_t4 * [width, height, width, height]), 0, [width, height] * 2).astype(int)
-    for value, (x0, y0, x1, y1) in zip(values_t, corners, strict=True):
-        total[y0:y1, x0:x1] += value
-        count[y0:y1, x0:x1] += 1
+def rasterise(values_t: np.ndarray, cells_t4: np.ndarray, *, width: int, height: int) -> np.ndarray:
+    """Draw the values of an image's tokens as pixels.
+
+    Parameters
+    ----------
+    values_t : ndarray, (t,)
+        A value per token.
+    cells_t4 : ndarray, (t, 4)
+        Where the tokens lie: left, top, right, bottom, in shares of the image.
+    width, height : int
+        Size of the raster in pixels.
+
+    Returns
+    -------
+    ndarray, (height, width)
+        float32; the mean where cells overlap, 0 where there is none.
+    """
+    total = np.zeros((height, width), np.float32)
+    count = np.zeros((height, width), np.float32)
+    size = np.array([width, height, width, height])
+    corners_t4 = np.clip(np.round(cells_t4 * size), 0, size).astype(int)
+    for value, (left, top, right, bottom) in zip(values_t, corners_t4, strict=True):
+        total[top:bottom, left:right] += value
+        count[top:bottom, left:right] += 1
     return total / count.clip(1)
 
 
-def overlaid(image: Image.Image, heat_t: np.ndarray | None, cell_t4: np.ndarray | None, boxes_b4: np.ndarray
-             ) -> Image.Image:
-    """The image with heat (t,) from 0 to 1 over it, dark to bright, and boxes."""
-    if heat_t is not None:
-        level = (raster(heat_t, cell_t4, *image.size) * 255).astype(np.uint8)
-        colour = Image.fromarray(COLOURS.astype(np.uint8)[level])
-        image = Image.composite(colour, image, Image.fromarray((255 * OPACITY).astype(np.uint8)[level]))
-    elif len(boxes_b4):
-        image = image.copy()
+def draw_heat(image: Image.Image, heat_t: np.ndarray, cells_t4: np.ndarray) -> Image.Image:
+    """Return an image with heat over it, from dark to bright.
+
+    Parameters
+    ----------
+    image : Image
+        Stays as it is.
+    heat_t : ndarray, (t,)
+        Heat of each token, from 0 to 1.
+    cells_t4 : ndarray, (t, 4)
+        Where the tokens lie, see :func:`rasterise`.
+    """
+    heat_hw = rasterise(heat_t, cells_t4, width=image.width, height=image.height)
+    level_hw = (heat_hw * 255).astype(np.uint8)
+    colours = Image.fromarray(HEAT_COLOURS.astype(np.uint8)[level_hw])
+    opacities = Image.fromarray((255 * HEAT_OPACITIES).astype(np.uint8)[level_hw])
+    return Image.composite(colours, image, opacities)
+
+
+def draw_boxes(image: Image.Image, boxes_b4: np.ndarray) -> Image.Image:
+    """Return an image with boxes on it.
+
+    Parameters
+    ----------
+    image : Image
+        Stays as it is.
+    boxes_b4 : ndarray, (b, 4)
+        Left, top, right, bottom, in shares of the image.
+    """
+    image = image.copy()
     pen = ImageDraw.Draw(image)
     for box in boxes_b4 * np.array([*image.size, *image.size]):
-        for colour, width in (("#15171c", 5), ("white", 2)):
-            pen.rectangle(box.tolist(), outline=colour, width=width)
+        pen.rectangle(box.tolist(), outline="#15171c", width=5)
+        pen.rectangle(box.tolist(), outline="white", width=2)
     return image
 
 
-def thumbnails(files: Sequence[str]) -> Image.Image:
-    """Square thumbnails in a row."""
-    strip = Image.new("RGB", (max(1, len(files)) * (THUMB + 8) - 8, THUMB), "white")
-    for k, file in enumerate(files):
-        strip.paste(_thumbnail(file), (k * (THUMB + 8), 0))
+def thumbnail_strip(files: Sequence[Path]) -> Image.Image:
+    """Return square thumbnails of images, side by side."""
+    stride = THUMBNAIL_SIDE + THUMBNAIL_GAP
+    width = max(1, len(files)) * stride - THUMBNAIL_GAP
+    strip = Image.new("RGB", (width, THUMBNAIL_SIDE), "white")
+    for place, file in enumerate(files):
+        strip.paste(_thumbnail(file), (place * stride, 0))
     return strip
 
 
 @lru_cache(maxsize=4096)
-def _thumbnail(file: str) -> Image.Image:
-    with Image.open(paths.Home.find().resolve(file), formats=IMAGE_FORMATS) as image:
-        image.draft("RGB", (2 * THUMB, 2 * THUMB))  # a JPEG is decoded at a fraction of its size
-        image = image.convert("RGB")
+def _thumbnail(file: Path) -> Image.Image:
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+        # A JPEG is decoded at a fraction of its size, which is much faster.
+        opened.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
+        image = opened.convert("RGB")
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((THUMB, THUMB), box=(left, top, left + side, top + side))
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    middle = (left, top, left + side, top + side)
+    return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), box=middle)
 
 
-def curve_svg(p_lc: np.ndarray, names: Sequence[str], layer: int, labels: np.ndarray) -> str:
-    """Probability of "yes" by layer as an SVG picture, one line a class, the chosen layer marked.
+def curve_svg(
+    p_lc: np.ndarray, names: Sequence[str], *, labels: Sequence[int] | np.ndarray, layer: int
+) -> str:
+    """Draw the probability of "yes" by layer as an SVG picture, a line per class.
 
     Parameters
     ----------
-    p_lc : (l, c) probabilities
-    names, labels : (c,) what the lines are called, and their true labels
-    layer : place of the chosen layer
+    p_lc : ndarray, (l, c)
+        Probabilities.
+    names : sequence of str, (c,)
+        What the lines are called.
+    labels : sequence of int, (c,)
+        True labels: 1 has a full line, 0 a dashed one.
+    layer : int
+        Number of the layer to mark.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
     """
-    (width, height), (left, right, top, bottom) = CURVE, MARGIN
-    x = left + np.arange(len(p_lc)) * (width - left - right) / max(1, len(p_lc) - 1)
-    parts = [f'<rect x="{x[layer] - 6:.1f}" y="{top}" width="12" height="{height - top - bottom}" fill="{MARK}"/>']
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        y = top + (1 - value) * (height - top - bottom)
-        dash = ' stroke-dasharray="4 4"' if value == 0.5 else ""
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" '
-                     f'stroke="{GREY if dash else GRID}"{dash}/>'
-                     f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>')
-    step = max(1, len(p_lc) // 10)
-    parts += [f'<text x="{x[k]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{k}</text>'
-              for k in range(0, len(p_lc), step)]
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">decoder layer</text>'
-                 f'<text transform="translate(12 {height / 2}) rotate(-90)" text-anchor="middle">p(yes)</text>')
+    layers = len(p_lc)
+    x_l = CURVE_LEFT + np.arange(layers) * (CURVE_RIGHT - CURVE_LEFT) / max(1, layers - 1)
+    y_lc = CURVE_TOP + (1 - p_lc) * (CURVE_BOTTOM - CURVE_TOP)
+    lines = []
     for c, name in enumerate(names):
-        y = top + (1 - p_lc[:, c]) * (height - top - bottom)
-        colour, dash = PALETTE[c % len(PALETTE)], "" if labels[c] else ' stroke-dasharray="6 4"'
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"{dash}/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{6 if k == layer else 3}" fill="{colour}"><title>'
-                  f'{html.escape(name)}, layer {k}: {p_lc[k, c]:.3f}</title></circle>'
-                  for k, (a, b) in enumerate(zip(x, y, strict=True))]
-    return (f'<svg width="100%" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" style="font:12px '
-            f'sans-serif;fill:{INK};background:white;border-radius:6px;max-width:760px">{"".join(parts)}</svg>')
+        points = [
+            {"x": x_l[k], "y": y_lc[k, c], "layer": k, "p": p_lc[k, c]} for k in range(layers)
+        ]
+        line = {
+            "name": name,
+            "colour": PALETTE[c % len(PALETTE)],
+            "is_yes": bool(labels[c]),
+            "points": points,
+        }
+        lines.append(line)
+    return render(
+        "curve.svg.jinja",
+        left=CURVE_LEFT,
+        right=CURVE_RIGHT,
+        top=CURVE_TOP,
+        bottom=CURVE_BOTTOM,
+        x_of_layers=x_l.tolist(),
+        label_step=max(1, layers // 10),
+        layer=layer,
+        lines=lines,
+    )

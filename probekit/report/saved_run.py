@@ -5,24 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from probekit import paths
 from probekit.images import load_rgb
 from probekit.models.load import Vlm, load_vlm
-from probekit.models.token_grid import TokenGrid
-from probekit.probes import localisation
-from probekit.probes.results import ProbeResults
+from probekit.models.token_grid import NoTokenGrid, TokenGrid, check_token_grid
+from probekit.paths import Home, read_json, write_atomic, write_json
+from probekit.probes.localisation import (
+    CHECKED_IMAGES,
+    HeatMap,
+    StoredHeat,
+    compute_heat,
+    relative_boxes,
+)
+from probekit.probes.results import ProbeResults, StateKey
+from probekit.report.results import Results
 from probekit.tasks import building
-from probekit.tasks.base import TaskInfo, task_infos
+
+TABLE_CONTENTS = {
+    "metrics": (
+        "a row per model, stage, layer, pooling, task, probe, control, split, metric, class and "
+        "seed"
+    ),
+    "losses": "a row per probe trained with Adam, epoch and split",
+    "transfer": "the score of each layer's probe on the states of each layer",
+}
 
 
-def names() -> list[str]:
-    """Runs that have probe results, the newest first."""
-    found = (paths.Home.find().data / "probes").glob("*/results.json")
-    return [file.parent.name for file in sorted(found, key=lambda file: -file.stat().st_mtime)]
+def list_runs(home: str | Path | Home | None = None) -> list[str]:
+    """Return the names of the runs that have probe results, the newest first.
+
+    Parameters
+    ----------
+    home : str, Path or Home, optional
+        See :meth:`probekit.paths.Home.find`.
+    """
+    files = (Home.find(home).data / "probes").glob("*/results.json")
+    by_age = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.parent.name for file in by_age]
+
+
+class _LoadedModel(NamedTuple):
+    """A model that makes heat maps which are not stored."""
+
+    name: str
+    control: str
+    vlm: Vlm
+    grid: TokenGrid
 
 
 @dataclass
@@ -31,124 +63,228 @@ class SavedRun:
 
     Attributes
     ----------
-    examples, instances : see :mod:`probekit.tasks.building`
-    results : see :class:`probekit.probes.results.ProbeResults`
-    kept : the heat of its inspection set
+    name : str
+        Name of the run.
+    home : Home
+        Where its files are. Files in the examples start here.
+    results : Results
+        The results and the examples.
+    stored_heat : StoredHeat
+        The heat maps of the test images that were kept.
     """
 
     name: str
-    examples: pd.DataFrame
-    results: ProbeResults
-    kept: localisation.StoredHeat
-    _live: dict[tuple[str, str], tuple[Vlm, TokenGrid]] = field(default_factory=dict)
+    home: Home
+    results: Results
+    stored_heat: StoredHeat
+    _model: _LoadedModel | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def open(cls, name: str) -> SavedRun:
-        """
+    def open(cls, name: str, home: str | Path | Home | None = None) -> SavedRun:
+        """Open a run.
+
+        Parameters
+        ----------
+        name : str
+            Name of the run.
+        home : str, Path or Home, optional
+            See :meth:`probekit.paths.Home.find`.
+
         Raises
         ------
         FileNotFoundError, ValueError
             A step of the run has not been done, or belongs to another examples table.
         """
-        examples = building.load_examples(paths.Home.find().data / "tasks" / name)
-        results = ProbeResults.read(paths.Home.find().data / "probes" / name, building.table_fingerprint(examples))
-        return cls(name, examples, results, localisation.StoredHeat(results.heat))
+        home = Home.find(home)
+        examples = building.load_examples(home.data / "tasks" / name)
+        fingerprint = building.table_fingerprint(examples)
+        probe_results = ProbeResults.read(home.data / "probes" / name, fingerprint)
+        return cls(
+            name=name,
+            home=home,
+            results=Results.of(probe_results, examples),
+            stored_heat=StoredHeat(probe_results.heat, home),
+        )
 
     @property
-    def tasks(self) -> dict[str, TaskInfo]:
-        """Kind, classes and question by task."""
-        return task_infos(self.examples)
+    def examples(self) -> pd.DataFrame:
+        """The examples of the run, all splits."""
+        return self.results.examples
 
     @cached_property
     def instances(self) -> pd.DataFrame:
-        return building.load_instances(paths.Home.find().data / "tasks" / self.name)
+        """The instances of the run's images, see :func:`probekit.tasks.building.load_instances`."""
+        return building.load_instances(self.home.data / "tasks" / self.name)
 
     @cached_property
-    def settings(self) -> dict[str, object]:
-        """What the run was made with, by step."""
-        build = paths.read_json(paths.Home.find().data / "tasks" / self.name / "build.json")["settings"]
-        found = {f"data: {key}": value for key, value in build.items()}
-        for one in self.results.stores:
-            record, meta = one["record"], one["meta"]
-            if record["control"] == "none":
-                name = meta["model"] + " (untrained)" * meta["untrained"]
-                own = meta["settings"] | {"device": meta["device"], "stages": record["stages"],
-                                          "poolings": record["poolings"]}
-                found[f"extraction: {name}"] = ", ".join(f"{key}={value}" for key, value in own.items())
-                found[f"versions: {name}"] = ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
-        return found | {f"probes: {key}": value for key, value in self.results.stores[0]["settings"].items()}
+    def settings(self) -> dict[str, str]:
+        """What the run was made with: the step and the name of a setting, and its value."""
+        build = read_json(self.home.data / "tasks" / self.name / "build.json")["settings"]
+        settings = {f"data: {name}": str(value) for name, value in build.items()}
+        for store in self.results.stores:
+            record = store["record"]
+            meta = store["meta"]
+            if record["control"] != "none":
+                continue
+            model = f"{meta['model']} (untrained)" if meta["untrained"] else meta["model"]
+            extraction = {
+                **meta["settings"],
+                "device": meta["device"],
+                "stages": record["stages"],
+                "poolings": record["poolings"],
+            }
+            extraction_words = [f"{name}={value}" for name, value in extraction.items()]
+            version_words = [f"{name} {value}" for name, value in meta["versions"].items()]
+            settings[f"extraction: {model}"] = ", ".join(extraction_words)
+            settings[f"versions: {model}"] = ", ".join(version_words)
+        for name, value in self.results.stores[0]["settings"].items():
+            settings[f"probes: {name}"] = str(value)
+        return settings
 
     def write_tables(self, folder: Path) -> dict[str, str]:
-        """Write the tables as CSV files, five digits a number, and what they come from; says what each file holds."""
-        about = {"metrics": "a row a model, stage, layer, pooling, task, probe, control, split, metric, class and seed",
-                 "losses": "a row a probe trained with Adam, epoch and split",
-                 "transfer": "the score of each layer's probe on the states of each layer"}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in about:
-            paths.write_atomic(folder / f"{name}.csv", lambda part, name=name: getattr(self.results, name).to_csv(
-                part, index=False, float_format=lambda v: f"{v:.5g}" if abs(v) < 1e5 else f"{v:.0f}"))
-        made = {one["fingerprint"]: {key: one[key] for key in ("record", "meta", "settings", "versions")}
-                for one in self.results.stores}
-        paths.write_json(folder / "settings.json", made)
-        files = {f"{name}.csv": text for name, text in about.items()}
-        return files | {"settings.json": "what the tables' column settings stands for, and versions of libraries"}
+        """Write the tables as CSV files with five digits per number, and what they come from.
 
-    def tests(self, task: str) -> pd.DataFrame:
-        """The test examples of a task, in the order of its predictions."""
-        rows = self.examples[(self.examples.task == task) & (self.examples.split == "test")]
+        Parameters
+        ----------
+        folder : Path
+            Made where it does not exist.
+
+        Returns
+        -------
+        dict of str to str
+            What each file holds, by its name.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {}
+        for name, words in TABLE_CONTENTS.items():
+            _write_csv(getattr(self.results, name), folder / f"{name}.csv")
+            contents[f"{name}.csv"] = words
+        sources = {}
+        for store in self.results.stores:
+            names = ("record", "meta", "settings", "versions")
+            sources[store["fingerprint"]] = {name: store[name] for name in names}
+        write_json(folder / "settings.json", sources)
+        contents["settings.json"] = (
+            "what the column settings of the tables stands for, and versions of libraries"
+        )
+        return contents
+
+    def test_examples(self, task: str) -> pd.DataFrame:
+        """Return the test examples of a task, in the order of its predictions."""
+        examples = self.examples
+        rows = examples[(examples.task == task) & (examples.split == "test")]
         return rows.reset_index(drop=True)
 
     def boxes(self, image_id: int, category: str) -> np.ndarray:
-        """(b, 4) left, top, right, bottom of an image's instances of a category, in shares of its size."""
-        own = self._by_image.get(image_id, self.instances[:0])
-        return localisation.boxes_of(own[(own.category == category) & (own.iscrowd == 0)])
+        """Return the boxes of an image's instances of a category, crowds left out.
 
-    def shown(self, image_id: int) -> list[str]:
-        """The categories that an image has instances of."""
-        return sorted(set(self._by_image.get(image_id, self.instances[:0]).category))
+        Returns
+        -------
+        ndarray, (b, 4)
+            Left, top, right, bottom, in shares of the image.
+        """
+        instances = self._instances_of(image_id)
+        is_single = instances.iscrowd == 0
+        return relative_boxes(instances[(instances.category == category) & is_single])
+
+    def categories_of(self, image_id: int) -> list[str]:
+        """Return the categories that an image has instances of, in alphabetical order."""
+        return sorted(set(self._instances_of(image_id).category))
+
+    def _instances_of(self, image_id: int) -> pd.DataFrame:
+        return self._instances_by_image.get(image_id, self.instances[:0])
 
     @cached_property
-    def _by_image(self) -> dict[int, pd.DataFrame]:
-        tests = set(self.examples.image_id[self.examples.split == "test"])
-        return dict([*self.instances[self.instances.image_id.isin(tests)].groupby("image_id")])
+    def _instances_by_image(self) -> dict[int, pd.DataFrame]:
+        test_images = self.examples.image_id[self.examples.split == "test"]
+        instances = self.instances[self.instances.image_id.isin(test_images)]
+        return dict(iter(instances.groupby("image_id")))
 
-    def heat(self, key: str, row: pd.Series, live: bool = True) -> localisation.HeatMap | None:
-        """What the probes of ``"<model>|<control>|<pooling>|<task>"`` say of each image token of a test example.
+    def heat_map(
+        self, key: StateKey, example: pd.Series, *, run_model: bool = True
+    ) -> HeatMap | None:
+        """Return what the logreg probes say of each image token of a test example.
 
-        Stored heat is read; else, if `live`, the model runs once, over this example alone; it is loaded at the first.
+        Parameters
+        ----------
+        key : StateKey
+            Which probes.
+        example : Series
+            A row of :meth:`test_examples`.
+        run_model : bool
+            Run the model over this example where its heat is not stored; the model is loaded once.
+
+        Returns
+        -------
+        HeatMap or None
+            None where no heat is stored and the model is not to run.
 
         Raises
         ------
-        NoGrid
+        NoTokenGrid
             It is not known where in the image the model's tokens lie.
         """
-        found = self.kept.get(key, row.image_id)
-        if found is not None or not live:
-            return found
-        model, control, *_ = key.split("|")
-        if (model, control) not in self._live:
-            for vlm, _ in self._live.values():
-                vlm.release()
-            self._live = {}
-            vlm = self._load(model, control)
-            localisation.check(vlm, [load_rgb(paths.Home.find().resolve(file)) for file in self._some_files], row.prompt)
-            self._live[model, control] = vlm, TokenGrid(vlm)
-        vlm, grid = self._live[model, control]
-        image = load_rgb(paths.Home.find().resolve(row.file), self._meta(model, control)["longest_side"])
-        prepared = vlm.prompt_processor.prepare(image, [row.prompt])
-        found, = localisation.heat(vlm, [prepared], self.results.probes(key), [grid(prepared, image.size)])
-        return found
+        stored = self.stored_heat.get(key, example.image_id)
+        if stored is not None or not run_model:
+            return stored
+        model = self._load_model(key, prompt=example.prompt)
+        longest_side = self._extraction_settings(key)["longest_side"]
+        image = load_rgb(self.home.resolve(example.file), longest_side)
+        prepared = model.vlm.prompt_processor.prepare(image, [example.prompt])
+        heat_maps = compute_heat(
+            model.vlm,
+            [prepared],
+            weights=self.results.weights[key],
+            cells=[model.grid(prepared, image.size)],
+        )
+        return heat_maps[0]
 
-    def _meta(self, model: str, control: str) -> dict:
-        """Settings of a model's extraction."""
-        return next(one["meta"]["settings"] for one in self.results.stores if one["record"]["control"] == "none"
-                    and (one["meta"]["model"], one["meta"]["untrained"]) == (model, control == "untrained"))
+    def _load_model(self, key: StateKey, *, prompt: str) -> _LoadedModel:
+        """Return the model of a key; one is kept at a time."""
+        model = self._model
+        if model is not None and (model.name, model.control) == (key.model, key.control):
+            return model
+        if model is not None:
+            model.vlm.release()
+            self._model = None
+        settings = self._extraction_settings(key)
+        vlm = load_vlm(
+            settings["model"],
+            revision=settings["revision"],
+            dtype=settings["dtype"],
+            untrained=settings["untrained"],
+            seed=settings["seed"],
+            trust_remote_code=settings["trust_remote_code"],
+            home=self.home,
+        )
+        test_files = self.examples.file[self.examples.split == "test"].unique()
+        images = [load_rgb(self.home.resolve(file)) for file in test_files[:CHECKED_IMAGES]]
+        try:
+            check_token_grid(vlm, images, prompt=prompt)
+        except NoTokenGrid:
+            vlm.release()
+            raise
+        self._model = _LoadedModel(key.model, key.control, vlm, TokenGrid(vlm))
+        return self._model
 
-    def _load(self, model: str, control: str) -> Vlm:
-        told = self._meta(model, control)
-        return load_vlm(told["model"], told["revision"], told["dtype"], None, told["untrained"], told["seed"],
-                        told["trust_remote_code"])
+    def _extraction_settings(self, key: StateKey) -> dict[str, Any]:
+        untrained = key.control == "untrained"
+        for store in self.results.stores:
+            meta = store["meta"]
+            is_control_of_inputs = store["record"]["control"] != "none"
+            if is_control_of_inputs:
+                continue
+            if meta["model"] == key.model and meta["untrained"] == untrained:
+                return meta["settings"]
+        raise KeyError(f"no activations of {key.model} in this run")
 
-    @cached_property
-    def _some_files(self) -> list[str]:
-        return self.examples.file[self.examples.split == "test"].unique()[: localisation.CHECKED].tolist()
+
+def _write_csv(table: pd.DataFrame, file: Path) -> None:
+    def write(part: Path) -> None:
+        table.to_csv(part, index=False, float_format=_five_digits, encoding="utf-8")
+
+    write_atomic(file, write)
+
+
+def _five_digits(value: float) -> str:
+    return f"{value:.5g}" if abs(value) < 1e5 else f"{value:.0f}"

@@ -1,141 +1,295 @@
-"""What the tables say, in sentences that can go into a paper, with what to doubt."""
+"""What the tables say, in sentences that can go into a paper, and what to doubt about it."""
 
 from __future__ import annotations
 
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from probekit.probes import comparison, controls
-from probekit.probes.labels import HEADLINE, LabelledTask
-from probekit.probes.results import ProbeResults, best_layers, select_curve
-from probekit.tasks.base import TaskInfo, task_infos
+from probekit.probes.bootstrap import Curve
+from probekit.probes.comparison import curve_difference, holm, plateau_sentence
+from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
+from probekit.probes.labels import LabelledTask
+from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, select_curve
+from probekit.report.style import capitalise, metric_words
+from probekit.tasks.base import TaskInfo
 
-NAMES = {"accuracy": "accuracy", "f1_macro": "macro-F1"}
-PROBES = {"logreg": "logistic-regression", "linear": "linear (Adam)", "mlp": "one-hidden-layer"}
-WIDE = 0.1  # of an interval
+PROBE_WORDS = {
+    "logreg": "logistic-regression",
+    "linear": "linear (Adam)",
+    "mlp": "one-hidden-layer",
+}
+WIDE_INTERVAL = 0.1
+LARGE_SPREAD = 0.01  # of the seeds' scores at a layer
+COMPARISON_COLUMNS = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm"]
 
 
-def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], probe: str = "logreg") -> list[str]:
-    """A paragraph a task, model and pooling: best layer, plateau, selectivity, codelength, controls, doubts.
+class Summary(list[str]):
+    """Paragraphs about a run: Markdown in a notebook, plain text when printed."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(self)
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(self)
+
+
+def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg") -> Summary:
+    """Describe each task, model and pooling: best layer, plateau, controls, and what to doubt.
 
     Parameters
     ----------
-    table : the metrics table
-    tasks : kind and classes by task, see :func:`probekit.tasks.base.task_infos`
+    table : DataFrame
+        The whole metrics table.
+    tasks : dict of str to TaskInfo
+        Such as :attr:`probekit.probes.results.ProbeResults.tasks`.
+    probe : str
+        The kind of probe.
+
+    Returns
+    -------
+    Summary
+        A paragraph for each, in the order of the table.
     """
-    best = best_layers(table, tasks, probe)
-    out = []
-    for _, row in best[best.control == "none"].iterrows():
-        kind = tasks[row.task].kind
-        own = table[(table.task == row.task) & (table.model == row.model) & (table.pooling == row.pooling)]
-        curve = _curve(own, probe, HEADLINE[kind])
-        name = f"{row.task}, {row.model}" + (f", {row.pooling} pooling" if table.pooling.nunique() > 1 else "")
-        parts = [
-            f"{name}: of the {PROBES[probe]} probes on {len(curve)} layers, the one on {row['best layer']} (chosen on "
-            f"validation images) has a test {NAMES[row.metric]} of {_interval(row)}, n = {row.n:,.0f} labels.",
-            comparison.plateau_sentence(curve) if curve.plateau.notna().all() else "",
-            _selectivity(own, probe, row["best layer"]), _codelength(own, probe, row["best layer"]),
-            *_controls(own, best, row, probe), *_doubts(own, curve, row, probe),
+    best = best_layers(table, tasks, probe=probe)
+    several_poolings = table.pooling.nunique() > 1
+    paragraphs = Summary()
+    for _, best_row in best[best.control == "none"].iterrows():
+        rows = _same_source(table, best_row)
+        curve = _test_curve(rows, probe=probe, metric=HEADLINE[tasks[best_row.task].kind])
+        name = f"{best_row.task}, {best_row.model}"
+        if several_poolings:
+            name += f", {best_row.pooling} pooling"
+        sentences = [
+            f"{name}: of the {PROBE_WORDS[probe]} probes on {len(curve)} layers, the one on "
+            f"{best_row['best layer']} (chosen on validation images) has a test "
+            f"{metric_words(best_row.metric)} of {_with_interval(best_row)}, "
+            f"n = {best_row.n:,.0f} labels."
         ]
-        out.append(" ".join(part for part in parts if part))
-    return out
+        if curve.plateau.notna().all():
+            sentences.append(plateau_sentence(curve))
+        sentences += _selectivity_sentences(rows, probe=probe, layer=best_row["best layer"])
+        sentences += _codelength_sentences(rows, probe=probe, layer=best_row["best layer"])
+        sentences += _control_sentences(rows, _same_source(best, best_row), probe=probe)
+        sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
+        paragraphs.append(" ".join(sentences))
+    return paragraphs
 
 
-def compare_pairs(whole: ProbeResults, examples: pd.DataFrame, probe: str = "logreg", resamples: int = 2000) -> pd.DataFrame:
-    """Models, their untrained twins, poolings and tasks against each other at their best layers (of validation).
+def _same_source(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
+    """Return the rows with the task, model and pooling of `row`, controls included."""
+    return table[
+        (table.task == row.task) & (table.model == row.model) & (table.pooling == row.pooling)
+    ]
 
-    All pairs that differ in one of them and have the same headline metric; test images that both have are paired.
+
+def _test_curve(
+    rows: pd.DataFrame, *, probe: str, metric: str, control: str = "none"
+) -> pd.DataFrame:
+    """Return a curve of the test split, empty where there is none."""
+    rows = rows[rows.control == control]
+    has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")
+    if not has_curve.any():
+        return pd.DataFrame(columns=["layer", "value", "lo", "hi"])
+    return select_curve(rows, probe=probe, metric=metric)
+
+
+def _with_interval(row: pd.Series) -> str:
+    return f"{row.value:.3f} (95\u00a0% interval {row.lo:.3f} to {row.hi:.3f})"
+
+
+def _selectivity_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list[str]:
+    curve = _test_curve(rows, probe=probe, metric="selectivity")
+    at_layer = curve[curve.layer == layer]
+    if len(at_layer) == 0:
+        return []
+    value = _with_interval(at_layer.iloc[0])
+    return [f"Selectivity at {layer}, accuracy minus that of the control task: {value}."]
+
+
+def _codelength_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list[str]:
+    rows = rows[
+        (rows.control == "none")
+        & (rows.probe == probe)
+        & (rows.metric == "codelength")
+        & rows.layer.str.startswith("lm.")
+    ]
+    if len(rows) == 0:
+        return []
+    bits = rows.groupby("layer", sort=False).value.mean()
+    return [
+        f"At {layer} the labels take {bits[layer]:.2f} bits each (online codelength; 1 is the "
+        f"uniform code), fewest at {bits.idxmin()} ({bits.min():.2f})."
+    ]
+
+
+def _control_sentences(
+    rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe: str
+) -> list[str]:
+    """Compare the accuracy of each control, at its own best layer, with what guesses score.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Metrics of one task, model and pooling.
+    best_of_controls : DataFrame
+        The best layer of each control, chosen on validation.
+    probe : str
+        The kind of probe.
+    """
+    baseline_curves = {}
+    for baseline in BASELINES:
+        curve = _test_curve(rows, probe=probe, metric="accuracy", control=baseline)
+        if len(curve):
+            baseline_curves[baseline] = curve
+    guess_accuracy = np.nanmax([0.5, *(curve.value.max() for curve in baseline_curves.values())])
+
+    at_chance = []
+    above_chance = []
+    is_control = ~best_of_controls.control.isin(["none", *BASELINES])
+    for _, best_row in best_of_controls[is_control].iterrows():
+        control = best_row.control
+        accuracy = _test_curve(rows, probe=probe, metric="accuracy", control=control)
+        at_best = accuracy[accuracy.layer == best_row["best layer"]].iloc[0]
+        chance = _test_curve(rows, probe=probe, metric="chance", control=control).value.max()
+        level = np.nanmax([guess_accuracy, chance])
+        score = (
+            f"{CONTROL_WORDS[control]} {at_best.value:.3f} ({at_best.lo:.3f} to {at_best.hi:.3f})"
+        )
+        if at_best.lo > level:
+            above_chance.append(f"{score}, above chance: {CONTROL_MEANING[control]}.")
+        else:
+            at_chance.append(score)
+    for baseline, curve in baseline_curves.items():
+        if curve.lo.iloc[0] > 0.5:
+            above_chance.append(
+                f"{CONTROL_WORDS[baseline]} {curve.value.iloc[0]:.3f}, above one half: "
+                f"{CONTROL_MEANING[baseline]}."
+            )
+
+    sentences = [
+        f"Without the states the labels can be guessed with an accuracy of {guess_accuracy:.3f}."
+    ]
+    if at_chance:
+        sentences.append(
+            f"At chance, as it should be, at the best layer of each: {'; '.join(at_chance)}."
+        )
+    sentences += [capitalise(sentence) for sentence in above_chance]
+    return sentences
+
+
+def _doubt_sentences(
+    rows: pd.DataFrame, curve: pd.DataFrame, best_row: pd.Series, *, probe: str
+) -> list[str]:
+    doubts = []
+    if len(curve) > 1 and curve.plateau.notna().all() and curve.plateau.astype(bool).all():
+        doubts.append("no layer can be told apart from the best, so the curve has no peak")
+    if (curve.spread > LARGE_SPREAD).any():
+        doubts.append(
+            f"seeds differ by up to {curve.spread.max():.3f} at a layer, which the intervals here "
+            "leave out"
+        )
+    strengths = rows[
+        (rows.control == "none")
+        & (rows.probe == probe)
+        & (rows.metric == "strength")
+        & (rows.layer == best_row["best layer"])
+        & (rows.strength_min < rows.strength_max)
+    ]
+    at_end = (strengths.value == strengths.strength_min) | (
+        strengths.value == strengths.strength_max
+    )
+    if at_end.any():
+        doubts.append(
+            "the strength that validation chose is at an end of the grid: widen strengths"
+        )
+    width = best_row.hi - best_row.lo
+    if width > WIDE_INTERVAL:
+        doubts.append(f"the interval is {width:.2f} wide: take more test images")
+    return [f"Doubt: {'; '.join(doubts)}."] if doubts else []
+
+
+class _Candidate(NamedTuple):
+    """A model, trained or not, at its best layer for one task."""
+
+    task: str
+    model: str
+    pooling: str
+    layer: str
+    curve: Curve
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {self.model}, {self.pooling}, {self.layer}"
+
+    def differs_in_one_thing(self, other: _Candidate) -> bool:
+        differences = (
+            self.task != other.task,
+            self.model != other.model,
+            self.pooling != other.pooling,
+        )
+        return sum(differences) == 1
+
+
+def compare_pairs(
+    results: ProbeResults,
+    examples: pd.DataFrame,
+    *,
+    probe: str = "logreg",
+    resamples: int = 2000,
+) -> pd.DataFrame:
+    """Compare models, untrained twins, poolings and tasks with each other at their best layers.
+
+    Compared are all pairs that differ in one of these and have the same headline metric. Best
+    layers are chosen on validation images; test images that both have are paired.
+
+    Parameters
+    ----------
+    results : ProbeResults
+        Results of a whole run.
+    examples : DataFrame
+        The examples that were probed.
+    probe : str
+        The kind of probe.
+    resamples : int
+        Bootstrap resamples of the test images.
 
     Returns
     -------
     DataFrame
-        `a`, `b` (task, model, pooling, layer), `metric`, their `difference` with `lo` and `hi`, `p` (two-sided),
-        `p_holm` over all rows of a metric
+        One row per pair: `a` and `b` (task, model, pooling, layer), `metric`, their `difference`
+        with `lo` and `hi`, `p` (two-sided), and `p_holm`, corrected over all rows of a metric.
     """
-    best = best_layers(whole.metrics, task_infos(examples), probe)
-    best = best[best.control.isin(["none", "untrained"]) & best["best layer"].str.startswith("lm.")]
-    tasks, found = {name: LabelledTask.of(examples, name) for name in best.task.unique()}, []
-    for metric, rows in best.groupby("metric", sort=False):
-        curves = {}
-        for _, row in rows.iterrows():
-            p_lnc = whole.predictions["|".join((row.model, row.control, row.pooling, row.task, probe))]
-            layer = int(row["best layer"].partition(".")[2])
-            curve = tasks[row.task].true.curve(p_lnc[[layer]].astype(np.float32), "test", metric, resamples)
-            model = row.model + " (untrained)" * (row.control == "untrained")
-            curves[row.task, model, row.pooling] = row["best layer"], curve
-        pairs = [(a, b) for a, b in combinations(curves, 2) if sum(x != y for x, y in zip(a, b, strict=True)) == 1]
-        parts = [comparison.curve_difference(curves[a][1], curves[b][1], [metric]).assign(
-            a=", ".join([*a, curves[a][0]]), b=", ".join([*b, curves[b][0]])) for a, b in pairs]
-        if parts:
-            part = pd.concat(parts).rename(columns={"layer": "metric"})
-            found.append(part.assign(p_holm=comparison.holm(part.p)))
-    columns = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
-
-
-def _interval(row: pd.Series) -> str:
-    return f"{row.value:.3f} (95\u00a0% interval {row.lo:.3f} to {row.hi:.3f})"
-
-
-def _curve(own: pd.DataFrame, probe: str, metric: str, control: str = "none") -> pd.DataFrame:
-    rows = own[own.control == control]
-    has = ((rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")).any()
-    return select_curve(rows, probe, metric) if has else pd.DataFrame(columns=["layer", "value", "lo", "hi"])
-
-
-def _at(curve: pd.DataFrame, layer: str) -> pd.Series | None:
-    found = curve[curve.layer == layer]
-    return found.iloc[0] if len(found) else None
-
-
-def _selectivity(own: pd.DataFrame, probe: str, layer: str) -> str:
-    here = _at(_curve(own, probe, "selectivity"), layer)
-    return "" if here is None else (
-        f"Selectivity at {layer}, accuracy minus that of the control task: {_interval(here)}.")
-
-
-def _codelength(own: pd.DataFrame, probe: str, layer: str) -> str:
-    rows = own[(own.control == "none") & (own.probe == probe) & (own.metric == "codelength")]
-    rows = rows[rows.layer.str.startswith("lm.")].groupby("layer", sort=False).value.mean()
-    if not len(rows):
-        return ""
-    return (f"Its labels take {rows[layer]:.2f} bits each there (online codelength; 1 is the uniform code), fewest at "
-            f"{rows.idxmin()} ({rows.min():.2f}).")
-
-
-def _controls(own: pd.DataFrame, best: pd.DataFrame, row: pd.Series, probe: str) -> list[str]:
-    """Accuracy of each control at the layer that is best for it on validation, against chance."""
-    guesses = {name: _curve(own, probe, "accuracy", name) for name in controls.BASELINES}
-    level, low, high = np.nanmax([0.5, *(guess.value.max() for guess in guesses.values())]), [], []
-    same = best[(best.task == row.task) & (best.model == row.model) & (best.pooling == row.pooling)]
-    for _, control in same[~same.control.isin(["none", *controls.BASELINES])].iterrows():
-        here = _at(_curve(own, probe, "accuracy", control.control), control["best layer"])
-        guessed = max(level, _curve(own, probe, "chance", control.control).value.max(), key=np.nan_to_num)
-        told = f"{controls.CONTROL_WORDS[control.control]} {here.value:.3f} ({here.lo:.3f} to {here.hi:.3f})"
-        if here.lo > guessed:
-            high.append(f"{told}, above chance: {controls.CONTROL_MEANING[control.control]}.")
-        else:
-            low.append(told)
-    out = [f"Without the states the labels can be guessed with an accuracy of {level:.3f}."]
-    high += [f"{controls.CONTROL_WORDS[name]} {guess.value.iloc[0]:.3f}, above one half: {controls.CONTROL_MEANING[name]}."
-             for name, guess in guesses.items() if len(guess) and guess.lo.iloc[0] > 0.5]
-    if low:
-        out.append(f"At chance, as it should be, at the best layer of each: {'; '.join(low)}.")
-    return out + [told[0].upper() + told[1:] for told in high]
-
-
-def _doubts(own: pd.DataFrame, curve: pd.DataFrame, row: pd.Series, probe: str) -> list[str]:
-    found = []
-    if len(curve) > 1 and curve.plateau.notna().all() and curve.plateau.astype(bool).all():
-        found.append("no layer can be told from the best, so the curve has no peak")
-    if (curve.spread > 0.01).any():
-        found.append(f"seeds differ by up to {curve.spread.max():.3f} at a layer, which no interval here counts in")
-    rows = own[(own.control == "none") & (own.probe == probe) & (own.metric == "strength") & (own.lo < own.hi)]
-    rows = rows[rows.layer == row["best layer"]]  # lo and hi are the ends of the grid
-    if ((rows.value == rows.lo) | (rows.value == rows.hi)).any():
-        found.append("the strength that validation chose is at an end of the grid: widen strengths")
-    if row.hi - row.lo > WIDE:
-        found.append(f"the interval is {row.hi - row.lo:.2f} wide: take more test images")
-    return [f"Doubt: {'; '.join(found)}."] if found else []
+    best = best_layers(results.metrics, results.tasks, probe=probe)
+    is_decoder = best["best layer"].str.startswith("lm.")
+    best = best[best.control.isin(["none", "untrained"]) & is_decoder]
+    labelled_tasks = {
+        task: LabelledTask.from_examples(examples, task) for task in best.task.unique()
+    }
+    tables = []
+    for metric, best_of_metric in best.groupby("metric", sort=False):
+        candidates = []
+        for _, row in best_of_metric.iterrows():
+            key = ProbeKey(row.model, row.control, row.pooling, row.task, probe)
+            layer = row["best layer"]
+            number = int(layer.partition(".")[2])
+            p_1nc = results.predictions[key][[number]].astype(np.float32)
+            curve = labelled_tasks[row.task].true.curve(
+                p_1nc, split="test", metric=metric, resamples=resamples
+            )
+            is_untrained = row.control == "untrained"
+            model = f"{row.model} (untrained)" if is_untrained else row.model
+            candidates.append(_Candidate(row.task, model, row.pooling, layer, curve))
+        comparisons = []
+        for a, b in combinations(candidates, 2):
+            if a.differs_in_one_thing(b):
+                comparison = curve_difference(a.curve, b.curve, [metric])
+                comparisons.append(comparison.assign(a=a.name, b=b.name))
+        if comparisons:
+            table = pd.concat(comparisons).rename(columns={"layer": "metric"})
+            tables.append(table.assign(p_holm=holm(table.p)))
+    if not tables:
+        return pd.DataFrame(columns=COMPARISON_COLUMNS)
+    return pd.concat(tables, ignore_index=True)[COMPARISON_COLUMNS]
