@@ -188,4 +188,5 @@ def _is_finite(value: float) -> bool:
 
 def _refuse_invalid(column: pd.Series, is_valid: list[bool], kind: str) -> None:
     if not all(is_valid):
-        raise ValueError(f"{column.name} {column.iloc[is_valid.index(False)]!r} is not {kind}")
+        value = column.tolist()[is_valid.index(False)]
+        raise ValueError(f"{column.name} {value!r} is not {kind}")
