@@ -1,0 +1,95 @@
+"""Which way a model goes is found out, and it must be one that is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.settings import ExtractionSettings
+from probekit.images import load_rgb
+from probekit.models.forward import run_pooled
+from probekit.models.load import load_vlm
+from probekit.models.sharing import choose_way, is_out_of_memory
+from tests.models.test_architectures import PROMPTS
+
+
+@pytest.mark.parametrize("poolings", [("max",), ("last", "image_mean")])
+def test_the_states_that_come_with_the_verdict_are_those_of_the_batch(vlm, prepared, poolings):
+    verdict, states = choose_way(
+        vlm, prepared, poolings=poolings, stages=("lm",), ways=["shared", "plain"]
+    )
+    assert verdict.way == "shared"
+    assert "largest difference to plain passes" in verdict.reason
+    for key, values in run_pooled(vlm, prepared, poolings=poolings, way="plain").items():
+        assert (states[key] - values).abs().max() <= 1e-5 * values.abs().max()
+
+
+def test_a_way_that_fails_is_named_and_the_next_one_taken(vlm, prepared, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("no cache here")
+
+    monkeypatch.setattr("probekit.models.forward.DynamicCache", fail)
+    verdict, _ = choose_way(
+        vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"]
+    )
+    assert verdict.way == "plain"
+    assert verdict.reason.endswith("; not shared: KeyError ('no cache here')")
+
+
+def test_a_full_memory_is_no_verdict(vlm, prepared, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("probekit.models.forward.DynamicCache", fail)
+    with pytest.raises(RuntimeError, match="can't allocate") as caught:
+        choose_way(vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"])
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_half_precision_stays_within_its_tolerance(examples):
+    half = load_vlm("tiny-qwen2-vl", device="cpu", dtype="bfloat16")
+    single = load_vlm("tiny-qwen2-vl", device="cpu", dtype="float32")
+    rows = examples[examples.image_id == examples.image_id.iloc[0]]
+    image = load_rgb(rows.file.iloc[0])
+    prepared = [single.prompt_processor.prepare(image, rows.prompt.tolist())]
+    verdict, states = choose_way(half, prepared, poolings=["mean"], stages=("lm",), ways=["shared"])
+    assert verdict.way == "shared"
+    for key, values in run_pooled(single, prepared, poolings=["mean"]).items():
+        assert (states[key] - values).abs().max() <= 0.05 * values.abs().max(), key
+
+
+def test_one_prompt_per_image_does_not_settle_how_several_are_run(
+    checkpoint, noise_images, tmp_path, data
+):
+    """An image encoder that reads the prompt cannot be shared; with one prompt it seems to be."""
+    settings = ExtractionSettings(str(checkpoint("instructblip")))
+    vlm = load_vlm(settings.model, device="cpu")
+    prepared = [
+        vlm.prompt_processor.prepare(noise_images[0], PROMPTS[0]),
+        vlm.prompt_processor.prepare(noise_images[1], PROMPTS[1][:1]),
+    ]
+    verdict, _ = choose_way(
+        vlm, prepared, poolings=("mean",), stages=("lm",), ways=("shared", "plain")
+    )
+    assert verdict.way == "plain"
+
+    rows = []
+    for i, (image, prompts) in enumerate(zip(noise_images, PROMPTS, strict=True)):
+        file = str(tmp_path / f"{i}.png")
+        image.save(file)
+        rows += [{"file": file, "prompt": prompt} for prompt in prompts]
+    several = pd.DataFrame(rows)
+    one_each = several.groupby("file").head(1).reset_index(drop=True)
+    extract_tables(settings, {"none": one_each}, device="cpu")
+    activations = extract_tables(settings, {"none": several}, device="cpu")
+    assert activations.meta["sharing"]["way"] == "plain"
+    expected = extract_tables(replace(settings, sharing="off"), {"none": several}, device="cpu")
+    for layer in activations.layers:
+        values = expected[layer, "mean"]
+        difference = np.abs(activations[layer, "mean"] - values).max()
+        assert difference < 1e-4 * np.abs(values).max()
