@@ -1,19 +1,21 @@
-"""Extraction against the plain way of the published study, and against the least that must be computed.
+"""Extraction against the published study's way, and against the least that must be computed.
 
-    python benchmarks/extract.py [--model 40M] [--images 48] [--prompts-per-image 3 10] [--quick] [--json PATH]
+    python benchmarks/extract.py [--model 40M] [--images 48] [--prompts-per-image 3 10]
+                                 [--dtype float32] [--quick] [--json PATH]
 
 One process, the same random Qwen2-VL-shaped model, images and prompts for all:
 
-plain   the study's way: the full model with its head, output_hidden_states, every image encoded for every prompt,
-        batches of 8, mean pooling afterwards
-ours    probekit.extract: preprocessing, forward passes, pooling, writing shards
-floor   bare forward passes of the base model over exactly the tokens that must be computed (each image and prefix
-        once, each prompt's own tokens once), inputs prepared beforehand, nothing read and nothing written
+plain   the study's way: the full model with its head, output_hidden_states, every image encoded for
+        every prompt, batches of 8, mean pooling afterwards
+ours    an extraction: preprocessing, forward passes, pooling, writing shards
+floor   bare forward passes of the base model over exactly the tokens that must be computed (each
+        image and prefix once, each prompt's own tokens once), inputs prepared beforehand, nothing
+        read and nothing written
 
-Ours and the floor run twice, in turn: the floor is held against the faster, plain against the mean of ours.
-What probekit does once, whatever the number of images, is in its time: one prompt more, for the check of the way that
-the model goes. The vocabulary is chosen so that the head has the share of the parameters that it has in Qwen2-VL-2B
-(about 15 %).
+Ours and the floor run twice, in turn: the floor is held against the faster, plain against the mean
+of ours. No time includes loading the model. Ours includes what it does once, whatever the number of
+images: the check which way the model goes, one prompt more. The vocabulary is chosen so that the
+head has the share of the parameters that it has in Qwen2-VL-2B (about 15 %).
 """
 
 from __future__ import annotations
@@ -21,179 +23,291 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
+from measuring import high_water_mb, run_in_new_process, save_json
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from probekit import paths
-from probekit.data import scenes
-from probekit.extraction import extract, loading, shards, store, worker
+from probekit.data.scenes import draw_scene, sample_scene, write_captions
+from probekit.extraction import runner
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.loading import WorkItem, fill_batches, prepare_images
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.shards import model_inputs
 from probekit.images import load_rgb
-from probekit.models import batches, forward, load
+from probekit.models.batches import batch_images, batch_tokens, shared_prefix_length
+from probekit.models.forward import cache_arguments
+from probekit.models.load import Vlm, load_vlm
+from probekit.models.presets import locate
+from probekit.paths import Home
 
-SIZES = {  # decoder width, layers, vision width, depth
-    "tiny": (256, 6, 160, 4), "40M": (512, 10, 320, 8), "200M": (1024, 14, 640, 12), "500M": (1280, 20, 896, 20),
+
+class Size(NamedTuple):
+    """Widths and numbers of blocks of a model."""
+
+    width: int
+    layers: int
+    vision_width: int
+    vision_layers: int
+
+
+SIZES = {
+    "tiny": Size(256, 6, 160, 4),
+    "40M": Size(512, 10, 320, 8),
+    "200M": Size(1024, 14, 640, 12),
+    "500M": Size(1280, 20, 896, 20),
 }
+PLAIN_BATCH = 8
+FLOOR_BATCH_TOKENS = 2048  # as an extraction on a CPU fills its batches
 
 
-def make_model(size: str, folder: Path) -> Path:
-    """Save a random Qwen2-VL of this size, which cuts photographs into patches as the real checkpoints do."""
-    width, layers, vision, depth = SIZES[size]
-    source = paths.Home.find().data / "models" / "tiny-qwen2-vl"
-    config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
-    config.vision_config.update({"depth": depth, "embed_dim": vision, "num_heads": vision // 80 or 1, "patch_size": 14,
-                                 "hidden_size": width})
-    config.text_config.update({
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "vocab_size": 16_384,
-        "num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256),
-        "max_position_embeddings": 32768, "layer_types": ["full_attention"] * layers,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-    })
+def make_model(size: Size, folder: Path) -> None:
+    """Save a random Qwen2-VL, which cuts photographs into patches as the real checkpoints do."""
+    source = locate("tiny-qwen2-vl")
+    config = AutoConfig.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source)
+    config.vision_config.update(
+        {
+            "depth": size.vision_layers,
+            "embed_dim": size.vision_width,
+            "num_heads": size.vision_width // 80,
+            "patch_size": 14,
+            "hidden_size": size.width,
+        }
+    )
+    config.text_config.update(
+        {
+            "hidden_size": size.width,
+            "intermediate_size": 4 * size.width,
+            "num_hidden_layers": size.layers,
+            "vocab_size": 16_384,
+            "num_attention_heads": size.width // 64,
+            "num_key_value_heads": max(1, size.width // 256),
+            "max_position_embeddings": 32_768,
+            "layer_types": ["full_attention"] * size.layers,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [8, 12, 12],
+            },
+        }
+    )
     processor.image_processor.patch_size = 14
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     processor.save_pretrained(folder)
-    return folder
 
 
-def make_examples(folder: Path, images: int, k: int) -> pd.DataFrame:
-    """Pictures of 640 x 480 pixels, each with k prompts."""
+def make_examples(folder: Path, images: int, prompts_per_image: int) -> pd.DataFrame:
+    """Draw pictures of 640 x 480 pixels, each with its prompts."""
+    photos = folder / "photos"
+    photos.mkdir(exist_ok=True)
     rows = []
-    (folder / "photos").mkdir(exist_ok=True)
     for i in range(images):
         rng = np.random.default_rng([1, i])
-        scene = scenes.sample_scene(rng)
-        file = folder / "photos" / f"{i}.jpg"
+        scene = sample_scene(rng)
+        file = photos / f"{i}.jpg"
         if not file.exists():
-            scenes.draw_scene(scene).resize((640, 480)).save(file, quality=90)
-        texts = [text for _ in range(2 * k) for text in scenes.captions(scenes.sample_scene(rng), rng)]
-        prompts = list(dict.fromkeys(f"This image contains: {text[:-1]}.\nIs this right?" for text in texts))[:k]
-        assert len(prompts) == k
-        rows += [{"image_id": i, "file": str(file), "prompt": text, "task": "caption"} for text in prompts]
+            draw_scene(scene).resize((640, 480)).save(file, quality=90)
+        for prompt in make_prompts(prompts_per_image, rng):
+            rows.append({"image_id": i, "file": str(file), "prompt": prompt, "task": "caption"})
     return pd.DataFrame(rows)
 
 
+def make_prompts(count: int, rng: np.random.Generator) -> list[str]:
+    prompts: dict[str, None] = {}  # in order, each once
+    for _ in range(2 * count):
+        for caption in write_captions(sample_scene(rng), rng):
+            prompts[f"This image contains: {caption[:-1]}.\nIs this right?"] = None
+    assert len(prompts) >= count
+    return list(prompts)[:count]
+
+
+class Timed(NamedTuple):
+    """What a way takes, and the mean-pooled states (n, l, d) that it finds."""
+
+    seconds: float
+    states_nld: np.ndarray
+
+
 @torch.inference_mode()
-def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
-    """Seconds, and (n, l, d) mean-pooled states."""
+def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> Timed:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    vlm = load.load_vlm(str(folder), dtype=dtype, device="cpu")  # for its processor and chat template alone
-    found, start = [], time.perf_counter()
-    for at in range(0, len(examples), 8):
-        rows = examples.iloc[at : at + 8]
-        given = vlm.processor(images=[load_rgb(file) for file in rows.file], padding=True, padding_side="right",
-                              text=[vlm.prompt_processor.wrap(prompt) for prompt in rows.prompt], return_tensors="pt")
-        states = model(**vlm.place(given), output_hidden_states=True, use_cache=False).hidden_states
-        mask = given["attention_mask"][..., None].float()
-        found.append(torch.stack([(s.float() * mask).sum(1) / mask.sum(1) for s in states], 1))
-    return time.perf_counter() - start, torch.cat(found).numpy()
+    # For its processor and chat template alone.
+    vlm = load_vlm(str(folder), dtype=dtype, device="cpu")
+    pooled = []
+    start = time.perf_counter()
+    for first in range(0, len(examples), PLAIN_BATCH):
+        rows = examples.iloc[first : first + PLAIN_BATCH]
+        inputs = vlm.processor(
+            images=[load_rgb(file) for file in rows.file],
+            text=[vlm.prompt_processor.wrap(prompt) for prompt in rows.prompt],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        output = model(**vlm.to_device(inputs), output_hidden_states=True, use_cache=False)
+        mask_nt1 = inputs["attention_mask"][..., None].float()
+        layers = [
+            (hidden_ntd.float() * mask_nt1).sum(1) / mask_nt1.sum(1)
+            for hidden_ntd in output.hidden_states
+        ]
+        pooled.append(torch.stack(layers, 1))
+    seconds = time.perf_counter() - start
+    return Timed(seconds, torch.cat(pooled).numpy())
 
 
-def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> tuple[float, np.ndarray]:
-    """Seconds without loading the model, as the plain way is timed; (n, l, d)."""
-    paths.Home.find().data = Path(tempfile.mkdtemp(dir=folder))  # nothing is found there already
-    honest, loading_took = worker.load_vlm, []
+def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> Timed:
+    home = Home.find(tempfile.mkdtemp(dir=folder))  # nothing is extracted there yet
+    loading_seconds = []
 
-    def timed(*arguments):
+    def load_and_time(*arguments, **options) -> Vlm:
         start = time.perf_counter()
-        vlm = honest(*arguments)
-        loading_took.append(time.perf_counter() - start)
+        vlm = load_vlm(*arguments, **options)
+        loading_seconds.append(time.perf_counter() - start)
         return vlm
 
-    worker.load_vlm = timed
+    settings = ExtractionSettings(str(folder), dtype=dtype)
     start = time.perf_counter()
-    done: store.Activations = extract.extract(extract.ExtractionSettings(str(folder), dtype=dtype), examples, "cpu")
-    seconds = time.perf_counter() - start - loading_took[0]
-    worker.load_vlm = honest
-    return seconds, np.stack([done[layer, "mean"] for layer in done.layers], 1)
+    with patch.object(runner, "load_vlm", load_and_time):
+        activations = extract_tables(settings, {"none": examples}, device="cpu", home=home)
+    seconds = time.perf_counter() - start - sum(loading_seconds)
+    layers = [activations[layer, "mean"] for layer in activations.layers]
+    return Timed(seconds, np.stack(layers, 1))
 
 
 @torch.inference_mode()
 def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
-    vlm = load.load_vlm(str(folder), dtype=dtype, device="cpu")
-    ready = []
-    works = loading.ahead(vlm.prompt_processor, None, [shards.rows_of(examples)], 0)
-    for batch in loading.batches(works, lambda: 2048, lambda: "shared"):
-        prepared = [work.prepared for work in batch]
-        p, rows = batches.shared_prefix_length(prepared), [row for one in prepared for row in one.tokens]
-        before = batches.batch_tokens(vlm, [{key: value[:p] for key, value in one.tokens[0].items()} for one in prepared])
-        own = batches.batch_tokens(vlm, [{key: row[key][p:] for key in ("input_ids", "attention_mask")} for row in rows])
-        owner = torch.tensor([i for i, one in enumerate(prepared) for _ in one.tokens])
-        ready.append((before | batches.batch_images(vlm, prepared), own, owner, p))
+    vlm = load_vlm(str(folder), dtype=dtype, device="cpu")
+    home = Home.find()
+    items = prepare_images(
+        vlm.prompt_processor, [model_inputs(examples, home)], longest_side=None, home=home
+    )
+    batches = fill_batches(items, token_budget=lambda: FLOOR_BATCH_TOKENS, way=lambda: "shared")
+    ready = [FloorBatch.of(vlm, batch) for batch in batches]
     start = time.perf_counter()
-    for given, own, owner, p in ready:
-        cache = DynamicCache(config=vlm.stack.config)
-        vlm.model(**given, **forward.caching(vlm.model, cache))
-        cache.reorder_cache(owner)
-        mask = torch.cat([own["attention_mask"].new_ones(len(owner), p), own["attention_mask"]], 1)
-        vlm.stack(input_ids=own["input_ids"], attention_mask=mask, **forward.caching(vlm.stack, cache))
+    for batch in ready:
+        batch.run(vlm)
     return time.perf_counter() - start
 
 
-def high_water_mb() -> float:
-    """Peak memory of this process; getrusage would also count what its parent held when it started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+class FloorBatch(NamedTuple):
+    """Inputs of a batch: prefixes with their images, then the suffixes of all prompts."""
+
+    prefix_inputs: dict[str, torch.Tensor]
+    suffix_tokens: dict[str, torch.Tensor]
+    owner_n: torch.Tensor
+    prefix_length: int
+
+    @classmethod
+    def of(cls, vlm: Vlm, items: list[WorkItem]) -> FloorBatch:
+        prepared = [item.prepared for item in items]
+        length = shared_prefix_length(prepared)
+        prefixes = []
+        suffixes = []
+        owners = []
+        for i, image in enumerate(prepared):
+            prefixes.append({key: value[:length] for key, value in image.tokens[0].items()})
+            for row in image.tokens:
+                suffixes.append({key: row[key][length:] for key in ("input_ids", "attention_mask")})
+                owners.append(i)
+        prefix_inputs = batch_tokens(vlm, prefixes) | batch_images(vlm, prepared)
+        return cls(prefix_inputs, batch_tokens(vlm, suffixes), torch.tensor(owners), length)
+
+    def run(self, vlm: Vlm) -> None:
+        cache = DynamicCache(config=vlm.stack.config)
+        vlm.model(**self.prefix_inputs, **cache_arguments(vlm.model, cache))
+        cache.reorder_cache(self.owner_n)
+        suffix_mask = self.suffix_tokens["attention_mask"]
+        prefix_mask = suffix_mask.new_ones(len(self.owner_n), self.prefix_length)
+        vlm.stack(
+            input_ids=self.suffix_tokens["input_ids"],
+            attention_mask=torch.cat([prefix_mask, suffix_mask], 1),
+            **cache_arguments(vlm.stack, cache),
+        )
 
 
-def peak_rss(folder: Path, images: int, k: int, dtype: str) -> float:
-    """Peak memory in MB of a process that only extracts."""
-    code = ("import sys; sys.path.insert(0, 'benchmarks'); import extract as b; from pathlib import Path;"
-            f"f = Path({str(folder)!r}); b.run_ours(f, b.make_examples(f, {images}, {k}), {dtype!r});"
-            "print(b.high_water_mb())")
-    root = Path(__file__).resolve().parent.parent
-    return float(subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True,
-                                text=True).stdout.split()[-1])
+def largest_relative_difference(states_nld: np.ndarray, reference_nld: np.ndarray) -> float:
+    """Relative to the largest value of each layer."""
+    difference_l = np.abs(states_nld - reference_nld).max((0, 2))
+    return float((difference_l / np.abs(reference_nld).max((0, 2))).max())
+
+
+def compare_ways(folder: Path, examples: pd.DataFrame, dtype: str) -> dict[str, float]:
+    ours_seconds = []
+    floor_seconds = []
+    for _ in range(2):
+        ours = run_ours(folder, examples, dtype)
+        ours_seconds.append(ours.seconds)
+        floor_seconds.append(run_floor(folder, examples, dtype))
+    gc.collect()
+    plain = run_plain(folder, examples, dtype)
+    return {
+        "plain_s": plain.seconds,
+        "ours_s": sum(ours_seconds) / 2,
+        "floor_s": min(floor_seconds),
+        "speedup": plain.seconds / (sum(ours_seconds) / 2),
+        "over_floor": min(ours_seconds) / min(floor_seconds),
+        "max_rel_diff": largest_relative_difference(ours.states_nld, plain.states_nld),
+    }
+
+
+def measure_peak_mb(folder: Path, images: int, dtype: str) -> float:
+    """Peak memory of a process that only extracts, with three prompts per image."""
+    examples = make_examples(folder, images, 3)
+    return run_in_new_process(run_ours_and_measure, folder, examples, dtype)
+
+
+def run_ours_and_measure(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
+    run_ours(folder, examples, dtype)
+    return high_water_mb()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="40M", choices=SIZES)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--prompts-per-image", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quick", action="store_true", help="fewer images")
+    parser.add_argument("--quick", action="store_true", help="12 images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.quick:
-        options.images = 12
     disable_progress_bar()
-    result: dict[str, float] = {"max_rel_diff": 0.0}
+    images = 12 if options.quick else options.images
+    result: dict[str, float] = {}
+    comparisons = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_model(options.model, Path(temporary))
+        folder = Path(temporary)
+        make_model(SIZES[options.model], folder)
         run_ours(folder, make_examples(folder, 2, 2), options.dtype)  # warm up
         for k in options.prompts_per_image:
-            examples = make_examples(folder, options.images, k)
-            rounds = [(run_ours(folder, examples, options.dtype), run_floor(folder, examples, options.dtype))
-                      for _ in range(2)]
-            states, taken = rounds[0][0][1], [seconds for (seconds, _), _ in rounds]
-            ours, floor = sum(taken) / 2, min(seconds for _, seconds in rounds)
-            gc.collect()
-            plain, reference = run_plain(folder, examples, options.dtype)
-            gap = (np.abs(states - reference).max((0, 2)) / np.abs(reference).max((0, 2))).max()
-            result["max_rel_diff"] = max(result["max_rel_diff"], float(gap))
-            over = min(taken) / floor
-            result |= {f"speedup_{k}": plain / ours, f"over_floor_{k}": over}
-            result["over_floor"] = max(result.get("over_floor", 0), over)
-            result.setdefault("images_per_s", options.images / ours)
-            print(f"{k} prompts an image: plain {plain:.1f} s, ours {ours:.1f} s, floor {floor:.1f} s: "
-                  f"{plain / ours:.2f} times faster, {over:.2f} of the floor, "
-                  f"largest relative difference {gap:.1e}", flush=True)
-        for name, images in (("peak_rss_mb", options.images), ("peak_rss_mb_double", 2 * options.images)):
-            result[name] = peak_rss(folder, images, 3, options.dtype)
+            comparison = compare_ways(folder, make_examples(folder, images, k), options.dtype)
+            comparisons.append(comparison | {"prompts_per_image": k})
+            result |= {
+                f"speedup_{k}": comparison["speedup"],
+                f"over_floor_{k}": comparison["over_floor"],
+            }
+        result["peak_rss_mb"] = measure_peak_mb(folder, images, options.dtype)
+        result["peak_rss_mb_double"] = measure_peak_mb(folder, 2 * images, options.dtype)
+    table = pd.DataFrame(comparisons).set_index("prompts_per_image")
+    result["over_floor"] = float(table.over_floor.max())
+    result["max_rel_diff"] = float(table.max_rel_diff.max())
+    result["images_per_s"] = images / comparisons[0]["ours_s"]
+    print(table.to_string(float_format="{:.3g}".format))
     print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    save_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Full-size shapes with random weights through the whole way: time, memory, bytes; and what a study costs on GPUs.
+"""A model of full size with random weights: time, memory, bytes; and what a study costs on GPUs.
 
     python benchmarks/full_size.py CONFIG.json --tokenizer FOLDER --photos FOLDER [--json PATH]
 
-CONFIG.json is the config of a Qwen2-VL or FastVLM checkpoint, the tokenizer one of the Qwen2 family. Weights are drawn
-at random, so the numbers say what it costs and nothing about what a model knows.
+CONFIG.json is the config of a Qwen2-VL or FastVLM checkpoint, the tokenizer one of the Qwen2
+family. Weights are drawn at random, so the numbers say what it costs and nothing about what a model
+knows.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+from measuring import list_shards, save_json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -27,97 +30,169 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from probekit import paths
-from probekit.extraction import extract, loading, shards, worker
-from probekit.models import forward, load
-
-DEVICES = {  # dense half-precision TFLOP/s and memory GB of the makers' data sheets; T4 in float16
-    "H100 SXM": (989, 80), "RTX 4090": (165, 24), "T4": (65, 16),
-}
-UTILISATION = 0.35  # of the data sheet's rate: what large matrix products with attention in between usually reach
-QWEN2_VL = ("object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad "
-            "image_pad video_pad")  # what Qwen2-VL adds to Qwen2's tokens, in this order
-PROMPTS = ("This image contains the following types of object:", "This image contains: a man rides a brown horse.",
-           "This image contains: two cups of coffee on a wooden table.")
+from probekit.extraction.extracting import open_views
+from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.loading import WorkItem, prepare_images
+from probekit.extraction.runner import Runner
+from probekit.extraction.settings import ExtractionSettings
+from probekit.extraction.shards import model_inputs
+from probekit.models.forward import run_pooled
+from probekit.models.load import Vlm
+from probekit.paths import Home
 
 
-def assemble(config: Path, tokenizer: Path, preprocessor: Path | None, folder: Path) -> Path:
-    """A folder with the config, and a processor of its family with a real tokenizer; no weights."""
-    values = json.loads(config.read_text())
+class Gpu(NamedTuple):
+    """Dense half-precision rate and memory of a maker's data sheet."""
+
+    name: str
+    tflop_per_s: float
+    memory_gb: float
+
+
+GPUS = (Gpu("H100 SXM", 989, 80), Gpu("RTX 4090", 165, 24), Gpu("T4", 65, 16))
+# Share of that rate which large matrix products with attention in between usually reach.
+UTILISATION = 0.35
+STUDY_IMAGES = 22_000
+# What Qwen2-VL adds to Qwen2's tokens, in this order.
+QWEN2_VL_TOKENS = (
+    "object_ref_start",
+    "object_ref_end",
+    "box_start",
+    "box_end",
+    "quad_start",
+    "quad_end",
+    "vision_start",
+    "vision_end",
+    "vision_pad",
+    "image_pad",
+    "video_pad",
+)
+PROMPTS = (
+    "This image contains the following types of object:",
+    "This image contains: a man rides a brown horse.",
+    "This image contains: two cups of coffee on a wooden table.",
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def assemble_checkpoint(
+    config_file: Path, *, tokenizer: Path, preprocessor: Path | None, folder: Path
+) -> None:
+    """Write the config, and a processor of its family with a real tokenizer; no weights."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     words = AutoTokenizer.from_pretrained(tokenizer)
-    if values["model_type"] == "qwen2_vl":
-        settings = json.loads(preprocessor.read_text()) if preprocessor else {}
-        settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
-        words.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in QWEN2_VL.split()]})
-        assert words.convert_tokens_to_ids("<|image_pad|>") == values["image_token_id"]
-        shown = "<|vision_start|><|image_pad|><|vision_end|>"
-        processor = Qwen2VLProcessor(Qwen2VLImageProcessor(**settings), words, Qwen2VLVideoProcessor(),
-                                     chat_template=template(shown))
+    if config["model_type"] == "qwen2_vl":
+        processor = make_qwen2_vl_processor(words, preprocessor)
+        assert words.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
     else:
-        words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-        values["image_token_index"] = words.convert_tokens_to_ids("<image>")
-        square = {"height": 1024, "width": 1024}
-        processor = LlavaProcessor(CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False), words,
-                                   patch_size=64, vision_feature_select_strategy="full",
-                                   chat_template=template("<image>"))
+        processor = make_fast_vlm_processor(words)
+        config["image_token_index"] = words.convert_tokens_to_ids("<image>")
     processor.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def template(shown: str) -> str:
-    return ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == "
-            "'image' %}" + shown + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+def make_qwen2_vl_processor(words, preprocessor: Path | None) -> Qwen2VLProcessor:
+    settings = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor else {}
+    settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
+    special_tokens = [f"<|{name}|>" for name in QWEN2_VL_TOKENS]
+    words.add_special_tokens({"additional_special_tokens": special_tokens})
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**settings),
+        words,
+        Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", image),
+    )
 
 
-def measure(folder: Path, photos: list[Path], dtype: str) -> dict:
+def make_fast_vlm_processor(words) -> LlavaProcessor:
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    square = {"height": 1024, "width": 1024}
+    return LlavaProcessor(
+        CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
+        words,
+        patch_size=64,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "<image>"),
+    )
+
+
+def measure(checkpoint: Path, photos: list[Path], *, dtype: str, home: Home) -> dict:
     """Extract all photos with the prompts, and count the operations of one of them."""
-    examples = pd.DataFrame([{"image_id": i, "file": str(file), "prompt": f"{prompt}", "task": "caption"}
-                             for i, file in enumerate(photos) for prompt in PROMPTS])
-    settings = extract.ExtractionSettings(str(folder), dtype=dtype, untrained=True, batch_tokens=2048)
-    honest, kept = worker.load_vlm, []
-    worker.load_vlm = lambda *arguments: kept.append(honest(*arguments)) or kept[0]
-    load.Vlm.release, released = lambda self: None, load.Vlm.release  # one initialisation is enough
+    rows = [{"file": str(photo), "prompt": prompt} for photo in photos for prompt in PROMPTS]
+    examples = pd.DataFrame(rows)
+    settings = ExtractionSettings(str(checkpoint), dtype=dtype, untrained=True, batch_tokens=2048)
+    job = plan_job(settings, [InputTable("none", examples)], device="cpu", home=home)
+    runner = Runner(job)
     start = time.perf_counter()
-    done = extract.extract(settings, examples, "cpu")
-    whole = time.perf_counter() - start
-    vlm = kept[0]
-    work = next(iter(loading.ahead(vlm.prompt_processor, None, [shards.rows_of(examples)], 0)))
-    counter = FlopCounterMode(display=False)
+    runner.make_shards(range(len(job.shards)))
+    seconds = time.perf_counter() - start
+    activations = open_views(job, {"none": examples})
+    last_layer = activations.layers[-1]
+    inputs = model_inputs(examples, home)
+    items = prepare_images(runner.vlm.prompt_processor, [inputs], longest_side=None, home=home)
+    item = next(items)
     start = time.perf_counter()
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
-        forward.run_pooled(vlm, [work.prepared], poolings=["mean"], way="shared")
-    one = time.perf_counter() - start
-    shard = sum(file.stat().st_size for file in done.folder.glob("part-*/shard-*"))
-    found = {
-        "parameters": sum(p.numel() for p in vlm.model.parameters()), "layers": len(done.layers),
-        "width": done[done.layers[-1], "mean"].shape[1], "image_tokens": int(work.prepared.image_masks[0].sum()),
-        "tokens_an_image": work.tokens("shared"), "seconds_with_loading": whole, "seconds_an_image": one,
+    operations = count_operations(runner.vlm, item)
+    image_seconds = time.perf_counter() - start
+    shard_bytes = sum(file.stat().st_size for file in list_shards(home))
+    return {
+        "parameters": sum(parameter.numel() for parameter in runner.vlm.model.parameters()),
+        "layers": len(activations.layers),
+        "width": activations[last_layer, "mean"].shape[1],
+        "image_tokens": int(item.prepared.image_masks[0].sum()),
+        "tokens_per_image": item.count_tokens("shared"),
+        "seconds_with_loading": seconds,
+        "seconds_per_image": image_seconds,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "bytes_an_example": shard / len(examples),
-        "tflop_an_image": counter.get_total_flops() / 1e12, "sharing": done.meta["sharing"]["words"],
+        "bytes_per_example": shard_bytes / len(examples),
+        "tflop_per_image": operations / 1e12,
+        "sharing": activations.meta["sharing"]["reason"],
     }
-    worker.load_vlm, load.Vlm.release = honest, released
-    return found
 
 
-def cost(found: dict, images: int = 22_000) -> pd.DataFrame:
-    """Minutes by arithmetic: images x FLOP an image / (FLOP/s x utilisation)."""
+def count_operations(vlm: Vlm, item: WorkItem) -> int:
+    """Count the operations of an image with its prompts while it runs."""
+    # The CPU's own attention is not counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run_pooled(vlm, [item.prepared], poolings=["mean"], way="shared")
+    return counter.get_total_flops()
+
+
+def estimate_study(result: dict) -> pd.DataFrame:
+    """Minutes: images x operations per image / (operations per second x utilisation)."""
+    weights_gb = result["parameters"] * 2 / 1e9
+    disk_gb = STUDY_IMAGES * len(PROMPTS) * result["bytes_per_example"] / 1e9
     rows = []
-    for device, (tflops, memory) in DEVICES.items():
-        rate = tflops * UTILISATION / found["tflop_an_image"]
-        rows.append({"device": device, "TFLOP/s": tflops, "images/s": rate, "minutes": images / rate / 60,
-                     "weights GB": found["parameters"] * 2 / 1e9, "fits": found["parameters"] * 2 / 1e9 < 0.8 * memory,
-                     "GB on disk": images * len(PROMPTS) * found["bytes_an_example"] / 1e9})
+    for gpu in GPUS:
+        images_per_s = gpu.tflop_per_s * UTILISATION / result["tflop_per_image"]
+        rows.append(
+            {
+                "device": gpu.name,
+                "TFLOP/s": gpu.tflop_per_s,
+                "images/s": images_per_s,
+                "minutes": STUDY_IMAGES / images_per_s / 60,
+                "weights GB": weights_gb,
+                "fits": weights_gb < 0.8 * gpu.memory_gb,
+                "GB on disk": disk_gb,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer of the Qwen2 family")
-    parser.add_argument("--preprocessor", type=Path, help="preprocessor_config.json of the Qwen2-VL family")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="of the Qwen2 family")
+    parser.add_argument("--preprocessor", type=Path, help="preprocessor_config.json of Qwen2-VL")
     parser.add_argument("--photos", type=Path, required=True, help="folder of JPEG files")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--dtype", default="float32")
@@ -125,15 +200,21 @@ def main() -> None:
     options = parser.parse_args()
     photos = sorted(options.photos.glob("*.jpg"))[: options.images]
     if not photos:
-        raise SystemExit(f"no *.jpg in {options.photos}")
+        raise SystemExit(f"there is no *.jpg in {options.photos}")
     with tempfile.TemporaryDirectory() as temporary:
-        paths.Home.find().data = Path(temporary)
-        folder = assemble(options.config, options.tokenizer, options.preprocessor, Path(temporary) / "checkpoint")
-        found = measure(folder, photos, options.dtype)
-    table = cost(found)
-    print(json.dumps(found, indent=1), table.round(2).to_string(index=False), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps(found | {"cost": table.to_dict("records")}, indent=1) + "\n")
+        home = Home.find(temporary)
+        checkpoint = home.root / "checkpoint"
+        assemble_checkpoint(
+            options.config,
+            tokenizer=options.tokenizer,
+            preprocessor=options.preprocessor,
+            folder=checkpoint,
+        )
+        result = measure(checkpoint, photos, dtype=options.dtype, home=home)
+    table = estimate_study(result)
+    print(json.dumps(result, indent=1))
+    print(table.round(2).to_string(index=False))
+    save_json(options.json, result | {"cost": table.to_dict("records")})
 
 
 if __name__ == "__main__":

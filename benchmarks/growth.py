@@ -1,85 +1,94 @@
-"""How time and memory grow with the number of examples: extraction, reading a store, probing.
+"""How time and memory grow with the number of examples: extracting, reading activations, probing.
 
     python benchmarks/growth.py [--images 150] [--times 1 2 4 8] [--json PATH]
 
-Drawn scenes go through a demo model with three prompts an image; each size is measured in a process of its own, from
-the loaded model on. `growth` is what the largest size takes in multiples of the smallest, beside the multiple of
-examples: linear is the same number, flat is 1.
+Drawn scenes go through a demo model with three prompts per image. Each step of each size is
+measured in a process of its own, from the loaded model on. `growth` is what the largest size takes
+in multiples of the smallest, beside the multiple of examples: linear is the same number, flat is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
+from measuring import build_scene_examples, high_water_mb, run_in_new_process, save_json
 
-sys.path.insert(0, str(Path(__file__).parent))
-from extract import high_water_mb
-
-from probekit import paths
-from probekit.data import scenes
-from probekit.extraction import extract
+from probekit.extraction.extracting import open_views
+from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.runner import Runner
+from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.store import Activations
-from probekit.extraction.worker import Worker
-from probekit.probes.probing import ProbeSettings, probe
-from probekit.tasks import building
+from probekit.paths import Home
+from probekit.probes.probing import ProbeSettings, probe_activations
 
-STEPS = ("extraction", "reading", "probing")
+SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50)
+PROBES = ProbeSettings(probes=("logreg",), resamples=200)
+STEPS = ("extracting", "reading", "probing")
 
 
-def measure(step: str, images: int, folder: Path) -> dict:
+def measure(step: str, examples: pd.DataFrame, home: Home) -> dict:
     """Seconds of a step, and the memory that it adds to what the process held before."""
-    paths.Home.find().data = folder / str(images)
-    few, rest = images // 5, images - 2 * (images // 5)
-    build = building.BuildSettings(str(folder / "scenes"), train=rest, validation=few, test=few, tasks=("caption", "category"))
-    examples = building.build_examples(build, paths.Home.find().data / "tasks")
-    job, views = extract.plan(extract.ExtractionSettings("tiny-qwen2-vl", shard_images=50), examples, (), "cpu")
-    if step == "extraction":
-        worker = Worker(job)
-        worker.load()
-        work = lambda: worker([*range(len(job.shards))])  # noqa: E731
+    job = plan_job(SETTINGS, [InputTable("none", examples)], device="cpu", home=home)
+    if step == "extracting":
+        runner = Runner(job)
+        runner.load()
     else:
-        _, table, own = views[0]
-        store = Activations(job.folder, table, own.stages, own.poolings)
-        work = {"reading": lambda: [len(store[layer, "mean"]) for layer in store.layers],
-                "probing": lambda: probe(store, examples, ProbeSettings(probes=("logreg",), resamples=200),
-                                         paths.Home.find().data / "probes")}[step]
-    before, start = high_water_mb(), time.perf_counter()
-    work()
-    return {"step": step, "examples": len(examples), "seconds": round(time.perf_counter() - start, 3),
-            "added_mb": round(high_water_mb() - before, 1), "mb": round(high_water_mb(), 1)}
+        activations = open_views(job, {"none": examples})
+    before_mb = high_water_mb()
+    start = time.perf_counter()
+    if step == "extracting":
+        runner.make_shards(range(len(job.shards)))
+    elif step == "reading":
+        read_all(activations)
+    else:
+        probe_activations(activations, settings=PROBES, folder=home.data / "probes")
+    seconds = time.perf_counter() - start
+    return {
+        "step": step,
+        "examples": len(examples),
+        "seconds": round(seconds, 3),
+        "added_mb": round(high_water_mb() - before_mb, 1),
+        "mb": round(high_water_mb(), 1),
+    }
+
+
+def read_all(activations: Activations) -> None:
+    for layer in activations.layers:
+        activations[layer, "mean"]
+
+
+def measure_all(root: Path, smallest: int, factors: list[int]) -> pd.DataFrame:
+    rows = []
+    for factor in factors:
+        images = factor * smallest
+        home = Home.find(root / str(images))
+        examples = build_scene_examples(
+            home.root, images, held_out=images // 5, seed=5, tasks=("caption", "category")
+        )
+        rows += [run_in_new_process(measure, step, examples, home) for step in STEPS]
+    table = pd.DataFrame(rows)
+    return table.sort_values("step", key=lambda steps: steps.map(STEPS.index), kind="stable")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=150, help="of the smallest size")
-    parser.add_argument("--times", type=int, nargs="+", default=(1, 2, 4, 8))
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # step, images, folder: measured in this process
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one[0], int(options.one[1]), Path(options.one[2]))))
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        scenes.write_scenes(Path(temporary) / "scenes", options.images * max(options.times), 5)
-        rows = []
-        for k in options.times:
-            for step in STEPS:
-                done = subprocess.run([sys.executable, __file__, "--one", step, str(k * options.images), temporary],
-                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-    table = pd.concat([part for _, part in pd.DataFrame(rows).groupby("step", sort=False)])
+        table = measure_all(Path(temporary), options.images, options.times)
     sizes = table.groupby("step", sort=False)[["examples", "seconds", "mb"]]
-    grown = sizes.last() / sizes.first()
-    print(table.to_string(index=False), "\ngrowth:", grown.round(2).to_string(), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "growth": grown.T.to_dict()}, indent=1) + "\n")
+    growth = sizes.last() / sizes.first()
+    print(table.to_string(index=False))
+    print(f"\ngrowth:\n{growth.round(2).to_string()}")
+    save_json(options.json, {"rows": table.to_dict("records"), "growth": growth.T.to_dict()})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The same shards by each launcher: one process, two processes side by side, Ray with two copies of the model.
+"""The same shards by each launcher: one process, two side by side, Ray with two copies.
 
-    python benchmarks/launch.py [--images 1200] [--json PATH]
+    python benchmarks/launch.py [--images 1200] [--launchers NAME ...] [--json PATH]
 
-Each starts from an empty folder in a new process, and all must leave the same bytes, or this fails. Times are from the
-start of the process to its end, imports and loading included, with one thread a worker; `start` is that with nothing to
-do: what the launcher itself takes.
+Each starts from an empty home in new processes, and all must leave the same bytes, or this fails.
+Times are from the start of the processes to their end, imports and loading of the model included,
+with one thread per process. `start_seconds` is the same with nothing left to do: what the launcher
+itself takes.
 """
 
 from __future__ import annotations
@@ -19,67 +20,98 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from measuring import build_scene_examples, read_shards, save_json
 
-from probekit import paths
-from probekit.data import scenes
-from probekit.tasks import building
+from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.launch import Launcher
+from probekit.extraction.settings import ExtractionSettings
+from probekit.paths import CHECKOUT, Home
 
-WORKER = """
-import sys
-from pathlib import Path
-import pandas as pd
-from probekit import paths
-from probekit.extraction import extract
-from probekit.extraction.launch import Launch
-paths.Home.find().data = Path(sys.argv[1])
-if __name__ == "__main__":
-    examples, how = pd.read_parquet(paths.Home.find().data.parent / "examples.parquet"), sys.argv[2]
-    settings = extract.Extraction("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
-    if how == "ray":
-        extract.extract_all(settings, examples, (), "cpu", Launch("ray", 2))
-    else:
-        rank, size = map(int, how.split("/"))
-        Launch(rank=rank, world_size=size).make(extract.plan(settings, examples, (), "cpu")[0])
-"""
-WAYS = {"one process": ["0/1"], "two processes": ["0/2", "1/2"], "Ray, two copies": ["ray"]}
+SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
+LAUNCHERS = {
+    "one process": [{}],
+    "two processes": [{"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}],
+    "Ray, two copies": [{"engine": "ray", "copies": 2}],
+}
 
 
-def timed(folder: Path, ways: list[str]) -> float:
-    """Seconds until all processes that work on a folder have ended."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.Home.find().root), "RAY_AUTH_MODE": "disabled"}
+def make_shards(home: Home, launcher: Launcher) -> None:
+    """Make the share of a launcher in this process."""
+    examples = pd.read_parquet(home.root.parent / "examples.parquet")
+    job = plan_job(SETTINGS, [InputTable("none", examples)], device="cpu", home=home)
+    launcher.make_shards(job)
+
+
+def time_processes(home: Home, launchers: list[dict]) -> float:
+    """Seconds until all processes that work on a home have ended."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(CHECKOUT),
+        "RAY_AUTH_MODE": "disabled",
+    }
     environment.pop("RAY_ADDRESS", None)
-    folder.mkdir(exist_ok=True)
+    home.root.mkdir(exist_ok=True)
+    errors = home.root / "stderr.txt"
     start = time.perf_counter()
-    running = [subprocess.Popen([sys.executable, folder.parent / "work.py", folder, way], env=environment,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for way in ways]
-    assert [process.wait() for process in running] == [0] * len(ways), ways
-    return time.perf_counter() - start
+    with errors.open("w", encoding="utf-8") as stderr:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--work", home.root, json.dumps(launcher)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+            for launcher in launchers
+        ]
+        codes = [process.wait() for process in processes]
+    seconds = time.perf_counter() - start
+    assert codes == [0] * len(launchers), errors.read_text(encoding="utf-8")[-3000:]
+    return seconds
+
+
+def compare_launchers(root: Path, images: int, *, names: list[str]) -> list[dict]:
+    examples = build_scene_examples(root, images, held_out=images // 4, seed=3)
+    examples.to_parquet(root / "examples.parquet")
+    rows = []
+    expected: dict[str, bytes] = {}
+    for name in names:
+        launchers = LAUNCHERS[name]
+        home = Home.find(root / name.replace(" ", "-"))
+        seconds = time_processes(home, launchers)
+        stored = read_shards(home)
+        expected = expected or stored
+        assert stored == expected, f"{name} made other shards"
+        start_seconds = time_processes(home, launchers)
+        rows.append(
+            {
+                "launcher": name,
+                "shards": len(stored),
+                "seconds": round(seconds, 1),
+                "start_seconds": round(start_seconds, 1),
+            }
+        )
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--work", nargs=2, help=argparse.SUPPRESS
+    )  # home, launcher: in this process
     options = parser.parse_args()
-    rows, expected = [], None
+    if options.work:
+        root, launcher = options.work
+        make_shards(Home.find(root), Launcher(**json.loads(launcher)))
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        root, few = Path(temporary), options.images // 4
-        build = building.BuildSettings(str(scenes.write_scenes(root / "scenes", options.images, 3)), train=options.images - 2 * few,
-                            validation=few, test=few)
-        building.build_examples(build, root / "tables").to_parquet(root / "examples.parquet")
-        (root / "work.py").write_text(WORKER)
-        for name, ways in WAYS.items():
-            folder = root / name.replace(" ", "-")
-            seconds = timed(folder, ways)
-            made = {path.name: path.read_bytes() for path in folder.glob("activations/*/*/part-*/shard-*.safetensors")}
-            expected = expected or made
-            assert made == expected, f"{name} made other shards"
-            rows.append({"launcher": name, "shards": len(made), "seconds": round(seconds, 1),
-                         "start": round(timed(folder, ways), 1)})
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        rows = compare_launchers(Path(temporary), options.images, names=options.launchers)
+    print(pd.DataFrame(rows).to_string(index=False))
+    save_json(options.json, rows)
 
 
 if __name__ == "__main__":
