@@ -93,22 +93,65 @@ class ProbeSettings:
                 raise ValueError(f"{name}={list(values)}: name each once, and at least one")
 
 
-class LabelKey(NamedTuple):
-    """Which labels, and with which seed, a probe was trained on.
+class _LabelKey(NamedTuple):
+    """Which labels a probe was trained on, and with which seed.
 
-    Attributes
-    ----------
-    control : str
-        ``"none"`` for the true labels, or a control of the labels.
-    seed : int
-        Of the control's labels, and of the probe.
+    `control` is "none" for the true labels, or a control of the labels. `seed` is that of the
+    control's labels, and of the probe.
     """
 
     control: str
     seed: int
 
 
-LabelSets = dict[LabelKey, LabelSet]
+@dataclass(frozen=True)
+class _ProbedTask:
+    """A task, and the sets of labels that probes are trained on for it: the true ones first."""
+
+    task: LabelledTask
+    label_sets: dict[_LabelKey, LabelSet]
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def labels(self, key: _LabelKey) -> LabelSet:
+        return self.task.true if key.control == "none" else self.label_sets[key]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is probed together: one pooling of the activations of one model."""
+
+    activations: Activations
+    pooling: str
+    tasks: Sequence[_ProbedTask]
+    settings: ProbeSettings
+
+    @property
+    def model(self) -> str:
+        return self.activations.meta["model"]
+
+    @property
+    def control(self) -> str:
+        return control_name(self.activations)
+
+    @property
+    def is_predicted(self) -> bool:
+        return self.control in PREDICTED
+
+    @property
+    def layers(self) -> list[str]:
+        return self.activations.layers_with(self.pooling)
+
+    @property
+    def decoder_layers(self) -> list[str]:
+        return [layer for layer in self.layers if layer.startswith("lm.")]
+
+    @property
+    def first_key(self) -> _LabelKey:
+        """The true labels with the first seed, whose predictions and weights are kept."""
+        return _LabelKey("none", self.settings.seeds[0])
 
 
 def probe_activations(
@@ -159,11 +202,14 @@ def probe_activations(
         return stored
 
     infos = task_infos(examples)
-    tasks = [LabelledTask.from_examples(examples, name) for name in infos]
-    label_sets = {task.name: _make_label_sets(task, settings) for task in tasks}
+    tasks = []
+    for name in infos:
+        task = LabelledTask.from_examples(examples, name)
+        tasks.append(_ProbedTask(task, _make_label_sets(task, settings)))
     parts = []
     for pooling in activations.poolings:
-        for part in _probe_pooling(activations, pooling, tasks, label_sets, settings):
+        job = _Job(activations, pooling, tasks, settings)
+        for part in _probe_pooling(job):
             parts.append(part.with_settings(fingerprint))
     store = {
         "record": activations.record,
@@ -192,15 +238,15 @@ def _read_stored(folder: Path, examples_fingerprint: str, fingerprint: str) -> P
     return stored if stored.stores[0]["fingerprint"] == fingerprint else None
 
 
-def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> LabelSets:
+def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[_LabelKey, LabelSet]:
     """Make the true labels, then those of each control and seed.
 
     Warns of controls that the task cannot have.
     """
-    label_sets = {LabelKey("none", settings.seeds[0]): task.true}
+    label_sets = {_LabelKey("none", settings.seeds[0]): task.true}
     for name in settings.controls:
         try:
-            of_control = {LabelKey(name, seed): task.labels(name, seed) for seed in settings.seeds}
+            of_control = {_LabelKey(name, seed): task.labels(name, seed) for seed in settings.seeds}
         except ValueError as error:
             message = f"{task.name} has no {controls.CONTROL_WORDS[name]}: {error}"
             warnings.warn(message, stacklevel=3)
@@ -209,129 +255,70 @@ def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> LabelSets:
     return label_sets
 
 
+def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
+    """Yield the results of each task and kind of probe, then how the layers relate."""
+    weights: dict[str, ProbeWeights] = {}
+    for probed_task, kind, fitted in _fit_all(job):
+        yield _score_task(job, probed_task, kind, fitted)
+        by_layer = fitted[job.first_key].weights
+        decoder = [by_layer[layer] for layer in job.decoder_layers if layer in by_layer]
+        if decoder:
+            weights[probed_task.name] = ProbeWeights.concatenate(decoder)
+    if weights and job.is_predicted:
+        yield _relate_layers(job, weights)
+
+
 # ---- fitting ----
 
 
-def _probe_pooling(
-    activations: Activations,
-    pooling: str,
-    tasks: Sequence[LabelledTask],
-    label_sets: dict[str, LabelSets],
-    settings: ProbeSettings,
-) -> Iterator[ProbeResults]:
-    """Yield the results of each task and kind of probe, then how the layers relate."""
-    weights: dict[str, ProbeWeights] = {}
-    for task, kind, fitted in _fit_all(activations, pooling, tasks, label_sets, settings):
-        yield _score_task(activations, pooling, task, kind, fitted, label_sets[task.name], settings)
-        by_layer = fitted[LabelKey("none", settings.seeds[0])].weights
-        decoder = [probe for layer, probe in by_layer.items() if layer.startswith("lm.")]
-        if decoder:
-            weights[task.name] = ProbeWeights.concatenate(decoder)
-    if weights and control_name(activations) in PREDICTED:
-        with_probes = [task for task in tasks if task.name in weights]
-        yield _relate_layers(activations, pooling, with_probes, weights)
-
-
-def _relate_layers(
-    activations: Activations,
-    pooling: str,
-    tasks: Sequence[LabelledTask],
-    weights: dict[str, ProbeWeights],
-) -> ProbeResults:
-    """Read every decoder layer once more, with the probes of all layers."""
-    model = activations.meta["model"]
-    control = control_name(activations)
-    layers = [name for name in activations.layers_with(pooling) if name.startswith("lm.")]
-    tables = []
-    nearest: dict[str, list[np.ndarray]] = {task.name: [] for task in tasks}
-    for place, layer in enumerate(layers):
-        x_nd = activations[layer, pooling]
-        for task in tasks:
-            probes = weights[task.name]
-            x_test = x_nd[task.rows[task.true.split["test"].numpy()]]
-            metric, score_l = transfer.transfer_scores(x_test, task, probes=probes, place=place)
-            table = pd.DataFrame(
-                {
-                    "task": task.name,
-                    "layer": layer,
-                    "probe_layer": layers,
-                    "metric": metric,
-                    "value": score_l,
-                }
-            )
-            tables.append(table)
-            standardised = probes.standardise(place, x_test)
-            nearest[task.name].append(transfer.nearest_examples(standardised))
-    scores = pd.concat(tables, ignore_index=True)
-    keys = {task.name: StateKey(model, control, pooling, task.name) for task in tasks}
-    return ProbeResults(
-        metrics=pd.DataFrame(),
-        losses=pd.DataFrame(),
-        transfer=scores.assign(model=model, control=control, pooling=pooling),
-        neighbours={keys[name]: np.stack(by_layer) for name, by_layer in nearest.items()},
-        weights={keys[name]: probes for name, probes in weights.items()},
-    )
-
-
-def _fit_all(
-    activations: Activations,
-    pooling: str,
-    tasks: Sequence[LabelledTask],
-    label_sets: dict[str, LabelSets],
-    settings: ProbeSettings,
-) -> Iterator[tuple[LabelledTask, str, dict[LabelKey, FittedProbes]]]:
+def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[_LabelKey, FittedProbes]]]:
     """Fit every kind of probe to all layers, for each task and with each set of labels."""
-    parts: dict[tuple[str, str], dict[LabelKey, list[FittedProbes]]] = defaultdict(
+    kinds = job.settings.probes
+    parts: dict[tuple[str, str], dict[_LabelKey, list[FittedProbes]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    layer_count = len(activations.layers_with(pooling))
-    description = f"probing {activations.meta['model']} ({control_name(activations)}, {pooling})"
-    with tqdm(total=layer_count, desc=description, unit="layer") as bar:
-        for layers, x_lnd in _layer_groups(activations, pooling, settings.memory_gb / 16):
-            for task in tasks:
-                x_task = x_lnd[:, task.rows].to(fitting.training_device())
-                for kind in settings.probes:
-                    fitted = _fit(x_task, task, kind, settings, layers, label_sets[task.name])
+    description = f"probing {job.model} ({job.control}, {job.pooling})"
+    with tqdm(total=len(job.layers), desc=description, unit="layer") as bar:
+        for layers, x_lnd in _layer_groups(job):
+            for probed_task in job.tasks:
+                x_task_lnd = x_lnd[:, probed_task.task.rows].to(fitting.training_device())
+                for kind in kinds:
+                    fitted = _fit(x_task_lnd, probed_task, kind, layers, job.settings)
                     for key, one in fitted.items():
-                        parts[task.name, kind][key].append(one)
+                        parts[probed_task.name, kind][key].append(one)
             bar.update(len(layers))
-    for task in tasks:
-        for kind in settings.probes:
-            groups = parts[task.name, kind]
-            yield (
-                task,
-                kind,
-                {key: FittedProbes.concatenate(of_key) for key, of_key in groups.items()},
-            )
+    for probed_task in job.tasks:
+        for kind in kinds:
+            groups = parts[probed_task.name, kind]
+            joined = {key: FittedProbes.concatenate(of_key) for key, of_key in groups.items()}
+            yield probed_task, kind, joined
 
 
 def _fit(
     x_lnd: torch.Tensor,
-    task: LabelledTask,
+    probed_task: _ProbedTask,
     kind: str,
-    settings: ProbeSettings,
     layers: Sequence[str],
-    label_sets: LabelSets,
-) -> dict[LabelKey, FittedProbes]:
+    settings: ProbeSettings,
+) -> dict[_LabelKey, FittedProbes]:
     """Fit one kind of probe to a group of layers, with each set of labels."""
     if kind == "logreg":
         fitted = fitting.fit_logreg(
             x_lnd,
-            task,
-            label_sets=[*label_sets.values()],
+            probed_task.task,
+            label_sets=list(probed_task.label_sets.values()),
             strengths=settings.strengths,
             layers=layers,
             memory_gb=settings.memory_gb / 4,
             measure_codelength=settings.codelength,
         )
-        return dict(zip(label_sets, fitted, strict=True))
+        return dict(zip(probed_task.label_sets, fitted, strict=True))
     training = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
-    keys = [LabelKey("none", seed) for seed in settings.seeds]
-    keys += [key for key in label_sets if key.control != "none"]
-    labels = [_labels_of(key, task, label_sets) for key in keys]
+    keys = [_LabelKey("none", seed) for seed in settings.seeds]
+    keys += [key for key in probed_task.label_sets if key.control != "none"]
     fitted = fitting.fit_adam(
         x_lnd,
-        labels,
+        [probed_task.labels(key) for key in keys],
         seeds=[key.seed for key in keys],
         settings=training,
         layers=layers,
@@ -339,21 +326,16 @@ def _fit(
     return dict(zip(keys, fitted, strict=True))
 
 
-def _labels_of(key: LabelKey, task: LabelledTask, label_sets: LabelSets) -> LabelSet:
-    return task.true if key.control == "none" else label_sets[key]
-
-
-def _layer_groups(
-    activations: Activations, pooling: str, gigabytes: float
-) -> Iterator[tuple[list[str], torch.Tensor]]:
+def _layer_groups(job: _Job) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Yield neighbouring layers of one width, as many as fit, with their states (l, n, d)."""
+    most_bytes = job.settings.memory_gb / 16 * 1e9
     names: list[str] = []
     states: list[np.ndarray] = []
-    for layer in activations.layers_with(pooling):
-        x_nd = activations[layer, pooling]
+    for layer in job.layers:
+        x_nd = job.activations[layer, job.pooling]
         if states:
-            too_large = (len(states) + 1) * x_nd.nbytes > gigabytes * 1e9
-            if too_large or x_nd.shape != states[0].shape:
+            is_too_large = (len(states) + 1) * x_nd.nbytes > most_bytes
+            if is_too_large or x_nd.shape != states[0].shape:
                 yield names, torch.from_numpy(np.stack(states))
                 names = []
                 states = []
@@ -366,72 +348,55 @@ def _layer_groups(
 
 
 def _score_task(
-    activations: Activations,
-    pooling: str,
-    task: LabelledTask,
+    job: _Job,
+    probed_task: _ProbedTask,
     kind: str,
-    fitted: dict[LabelKey, FittedProbes],
-    label_sets: LabelSets,
-    settings: ProbeSettings,
+    fitted: dict[_LabelKey, FittedProbes],
 ) -> ProbeResults:
     """Make the tables of one task and kind of probe, and keep its test predictions."""
-    model = activations.meta["model"]
-    control = control_name(activations)
-    layers = activations.layers_with(pooling)
-    resamples = settings.resamples
-    first = LabelKey("none", settings.seeds[0])
-
-    tables = []
+    metric_tables = []
     loss_tables = []
     for key, one in fitted.items():
-        labels = _labels_of(key, task, label_sets)
-        row_control = control if key.control == "none" else key.control
-        in_full = key.control == "none" and control in PREDICTED
-        scores = _score_labels(one, labels, layers, settings, in_full)
-        tables.append(scores.assign(seed=key.seed, control=row_control))
+        labels = probed_task.labels(key)
+        row_control = job.control if key.control == "none" else key.control
+        scores = _score_probes(job, one, labels)
+        metric_tables.append(scores.assign(seed=key.seed, control=row_control))
         if len(one.losses):
             loss_tables.append(one.losses.assign(control=row_control))
         if key.control == "control_task":
-            true_fit = fitted.get(LabelKey("none", key.seed), fitted[first])
-            selectivity = _selectivity(true_fit, one, task.true, labels, layers, resamples)
-            tables.append(selectivity.assign(seed=key.seed, control="none"))
-            chance = _score_baseline("name_alone", labels, layers, resamples)
-            chance = chance[chance.metric == "accuracy"]
-            tables.append(chance.assign(seed=key.seed, control=key.control, metric="chance"))
-    if control == "none":
-        for name in controls.BASELINES:
-            if name in controls.TEXT_BASELINES and name not in task.text_probabilities:
-                continue
-            p_n = task.text_probabilities.get(name)
-            scores = _score_baseline(name, task.true, layers, resamples, p_n)
-            tables.append(scores.assign(seed=first.seed, control=name))
+            true_probes = fitted.get(_LabelKey("none", key.seed), fitted[job.first_key])
+            selectivity = _selectivity(job, true_probes, one, probed_task.task.true, labels)
+            metric_tables.append(selectivity.assign(seed=key.seed, control="none"))
+            chance = _score_baseline(job, "name_alone", labels)
+            chance = chance[chance.metric == "accuracy"].assign(metric="chance")
+            metric_tables.append(chance.assign(seed=key.seed, control=key.control))
+    if job.control == "none":
+        metric_tables += _score_baselines(job, probed_task.task)
 
-    table = pd.concat(tables, ignore_index=True)
+    metrics_table = pd.concat(metric_tables, ignore_index=True)
     losses = pd.concat(loss_tables) if loss_tables else pd.DataFrame()
-    names = {"model": model, "pooling": pooling, "task": task.name, "probe": kind}
-    decoder = [layer.startswith("lm.") for layer in layers]
+    names = {
+        "model": job.model,
+        "pooling": job.pooling,
+        "task": probed_task.name,
+        "probe": kind,
+    }
     predictions = {}
-    if control in PREDICTED and any(decoder):
-        p_lnc = fitted[first].probabilities["test"][decoder].astype(np.float16)
-        predictions[ProbeKey(model, control, pooling, task.name, kind)] = p_lnc
+    if job.is_predicted and job.decoder_layers:
+        is_decoder = [layer in job.decoder_layers for layer in job.layers]
+        p_lnc = fitted[job.first_key].probabilities["test"][is_decoder].astype(np.float16)
+        predictions[ProbeKey(control=job.control, **names)] = p_lnc
+    stage = metrics_table.layer.str.partition(".")[0]
     return ProbeResults(
-        metrics=table.assign(stage=table.layer.str.partition(".")[0], **names),
+        metrics=metrics_table.assign(stage=stage, **names),
         losses=losses.assign(**names),
         predictions=predictions,
     )
 
 
-def _score_labels(
-    fitted: FittedProbes,
-    labels: LabelSet,
-    layers: Sequence[str],
-    settings: ProbeSettings,
-    in_full: bool,
-) -> pd.DataFrame:
-    """Score probes by the labels that they were trained on.
-
-    With `in_full` they include those of each class, and how the layers compare.
-    """
+def _score_probes(job: _Job, fitted: FittedProbes, labels: LabelSet) -> pd.DataFrame:
+    """Score probes by the labels that they were trained on."""
+    settings = job.settings
     validation = labels.select("validation")
     threshold_lc = metrics.choose_thresholds(
         fitted.probabilities["validation"],
@@ -439,20 +404,19 @@ def _score_labels(
         mask_nc=validation.mask_nc,
         binary=labels.kind == "binary",
     )
-    resamples = settings.resamples
     tables = [
         labels.score(
             fitted.probabilities["validation"],
             split="validation",
-            layers=layers,
-            resamples=resamples,
+            layers=job.layers,
+            resamples=settings.resamples,
         ),
         labels.score(
             fitted.probabilities["test"],
             split="test",
-            layers=layers,
-            resamples=resamples,
-            by_class=in_full,
+            layers=job.layers,
+            resamples=settings.resamples,
+            by_class=labels.name == "none" and job.is_predicted,
             threshold_lc=threshold_lc,
         ),
     ]
@@ -464,54 +428,66 @@ def _score_labels(
         table.loc[is_strength, "strength_max"] = max(settings.strengths)
         tables.append(table)
     if fitted.bits_ln is not None:
-        tables.append(
-            codelength.codelength_table(fitted.bits_ln, labels, layers=layers, resamples=resamples)
+        table = codelength.codelength_table(
+            fitted.bits_ln, labels, layers=job.layers, resamples=settings.resamples
         )
+        tables.append(table)
     return pd.concat(tables)
 
 
 def _selectivity(
-    true_fit: FittedProbes,
-    control_fit: FittedProbes,
-    true: LabelSet,
-    control: LabelSet,
-    layers: Sequence[str],
-    resamples: int,
+    job: _Job,
+    true_probes: FittedProbes,
+    control_probes: FittedProbes,
+    true_labels: LabelSet,
+    control_labels: LabelSet,
 ) -> pd.DataFrame:
     """Subtract the accuracy of the control task, with a percentile interval.
 
     Hewitt and Liang (2019), section 2.
     """
-    true_curve = true.curve(
-        true_fit.probabilities["test"], split="test", metric="accuracy", resamples=resamples
-    )
-    control_curve = control.curve(
-        control_fit.probabilities["test"], split="test", metric="accuracy", resamples=resamples
-    )
-    gap = comparison.curve_difference(true_curve, control_curve, layers)
-    table = gap[["layer", "lo", "hi"]].assign(
-        value=gap.difference,
+    curves = []
+    for probes, labels in ((true_probes, true_labels), (control_probes, control_labels)):
+        curve = labels.curve(
+            probes.probabilities["test"],
+            split="test",
+            metric="accuracy",
+            resamples=job.settings.resamples,
+        )
+        curves.append(curve)
+    true_curve, control_curve = curves
+    difference = comparison.curve_difference(true_curve, control_curve, job.layers)
+    table = difference[["layer", "lo", "hi"]].assign(
+        value=difference.difference,
         metric="selectivity",
         split="test",
-        n=int(true.select("test").mask_nc.sum()),
+        n=int(true_labels.select("test").mask_nc.sum()),
     )
     table["class"] = ""
     return table
 
 
+def _score_baselines(job: _Job, task: LabelledTask) -> list[pd.DataFrame]:
+    tables = []
+    for name in controls.BASELINES:
+        p_n = task.text_probabilities.get(name)
+        if name in controls.TEXT_BASELINES and p_n is None:
+            continue
+        scores = _score_baseline(job, name, task.true, p_n)
+        tables.append(scores.assign(seed=job.first_key.seed, control=name))
+    return tables
+
+
 def _score_baseline(
-    name: str,
-    labels: LabelSet,
-    layers: Sequence[str],
-    resamples: int,
-    p_n: np.ndarray | None = None,
+    job: _Job, name: str, labels: LabelSet, p_n: np.ndarray | None = None
 ) -> pd.DataFrame:
     """Score a baseline, which reads no layer and so has the same scores at all of them.
 
     `p_n` are its probabilities for all examples, if it does not guess from label frequencies.
     """
     train = labels.select("train")
-    parts = []
+    all_layers = pd.DataFrame({"layer": job.layers})
+    tables = []
     for split in ("validation", "test"):
         rows = labels.split[split].numpy()
         if p_n is None:
@@ -519,8 +495,48 @@ def _score_baseline(
         else:
             p_nc = p_n[rows, None]
         scores = labels.score(
-            p_nc[None].astype(np.float32), split=split, layers=["any"], resamples=resamples
+            p_nc[None].astype(np.float32),
+            split=split,
+            layers=["any"],
+            resamples=job.settings.resamples,
         )
-        all_layers = pd.DataFrame({"layer": layers})
-        parts.append(all_layers.merge(scores.drop(columns="layer"), how="cross"))
-    return pd.concat(parts)
+        tables.append(all_layers.merge(scores.drop(columns="layer"), how="cross"))
+    return pd.concat(tables)
+
+
+# ---- how layers relate ----
+
+
+def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
+    """Read every decoder layer once more, with the probes of all layers."""
+    tasks = [probed_task.task for probed_task in job.tasks if probed_task.name in weights]
+    tables = []
+    nearest: dict[StateKey, list[np.ndarray]] = {}
+    keys = {task.name: StateKey(job.model, job.control, job.pooling, task.name) for task in tasks}
+    for place, layer in enumerate(job.decoder_layers):
+        x_nd = job.activations[layer, job.pooling]
+        for task in tasks:
+            probes = weights[task.name]
+            x_test_nd = x_nd[task.rows[task.true.split["test"].numpy()]]
+            metric, score_l = transfer.transfer_scores(x_test_nd, task, probes=probes, place=place)
+            table = pd.DataFrame(
+                {
+                    "task": task.name,
+                    "layer": layer,
+                    "probe_layer": job.decoder_layers,
+                    "metric": metric,
+                    "value": score_l,
+                }
+            )
+            tables.append(table)
+            standardised_nd = probes.standardise(place, x_test_nd)
+            neighbours_nk = transfer.nearest_examples(standardised_nd)
+            nearest.setdefault(keys[task.name], []).append(neighbours_nk)
+    scores = pd.concat(tables, ignore_index=True)
+    return ProbeResults(
+        metrics=pd.DataFrame(),
+        losses=pd.DataFrame(),
+        transfer=scores.assign(model=job.model, control=job.control, pooling=job.pooling),
+        neighbours={key: np.stack(by_layer) for key, by_layer in nearest.items()},
+        weights={keys[name]: probes for name, probes in weights.items()},
+    )

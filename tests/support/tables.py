@@ -125,8 +125,8 @@ def planted_categories(*, images: int = 500, class_count: int = 6) -> MemoryActi
     frequency = np.linspace(0.5, 0.15, class_count)
     y = (rng.random((images, class_count)) < frequency).astype(int)
     y[np.arange(images), rng.integers(0, class_count, images)] = 1
-    asked = [1] * 3 + [0] * (class_count - 3)
-    mask = np.stack([rng.permutation(asked) for _ in range(images)])
+    three_of_all = [1] * 3 + [0] * (class_count - 3)
+    mask = np.stack([rng.permutation(three_of_all) for _ in range(images)])
     noise = rng.normal(size=(images, WIDTH))
     signal = rng.normal(size=(images, WIDTH)) * 0.5
     signal = signal + (2 * y - 1) @ rng.normal(size=(class_count, WIDTH))
