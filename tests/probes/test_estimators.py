@@ -56,72 +56,67 @@ def reference(C=1.0):
     return LogisticRegression(C=C, tol=1e-10, max_iter=10_000)
 
 
-def assert_same(found, layer, pipeline, x_nd):
+def assert_same(estimator, X, layer, pipeline):
     """The same weights as a StandardScaler and a classifier of scikit-learn, in raw units."""
-    scaler, classifier = pipeline[0], pipeline[-1]
+    scaler = pipeline[0]
+    classifier = pipeline[-1]
     models = getattr(classifier, "estimators_", [classifier])
     coef = np.concatenate([model.coef_ for model in models]) / scaler.scale_
     intercept = np.concatenate([model.intercept_ for model in models]) - coef @ scaler.mean_
-    assert found.coef_.shape == (LAYERS, len(models), D)
+    assert estimator.coef_.shape == (LAYERS, len(models), D)
+    assert estimator.converged_.all()
     np.testing.assert_allclose(
-        found.coef_[layer] * scaler.scale_, coef * scaler.scale_, rtol=1e-3, atol=1e-4
+        estimator.coef_[layer] * scaler.scale_, coef * scaler.scale_, rtol=1e-3, atol=1e-4
     )
-    np.testing.assert_allclose(found.intercept_[layer], intercept, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(estimator.intercept_[layer], intercept, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(
-        found.decision_function(found.X)[layer],
-        pipeline.decision_function(x_nd),
+        estimator.decision_function(X)[layer],
+        pipeline.decision_function(X[layer]),
         rtol=1e-3,
         atol=1e-3,
     )
     np.testing.assert_allclose(
-        found.predict_proba(found.X)[layer], pipeline.predict_proba(x_nd), atol=1e-4
+        estimator.predict_proba(X)[layer], pipeline.predict_proba(X[layer]), atol=1e-4
     )
-
-
-def fitted(estimator, X, y, **options):
-    estimator.fit(X, y, **options)
-    estimator.X = X
-    assert estimator.converged_.all()
-    return estimator
 
 
 def test_two_classes_are_logistic_regression_at_every_layer():
     X = features()
     y = np.where(labels(X, 1)[:, 0], "yes", "no")
-    found = fitted(LayerwiseLogisticRegression(C=0.3), X, y)
-    assert found.classes_.tolist() == ["no", "yes"]
-    assert found.C_.tolist() == [0.3] * LAYERS
+    estimator = LayerwiseLogisticRegression(C=0.3).fit(X, y)
+    assert estimator.classes_.tolist() == ["no", "yes"]
+    assert estimator.C_.tolist() == [0.3] * LAYERS
     for layer in range(LAYERS):
         pipeline = make_pipeline(StandardScaler(), reference(0.3)).fit(X[layer], y)
-        assert_same(found, layer, pipeline, X[layer])
-        assert found.predict(X)[layer].tolist() == pipeline.predict(X[layer]).tolist()
-        assert found.score(X, y)[layer] == pipeline.score(X[layer], y)
+        assert_same(estimator, X, layer, pipeline)
+        assert estimator.predict(X)[layer].tolist() == pipeline.predict(X[layer]).tolist()
+        assert estimator.score(X, y)[layer] == pipeline.score(X[layer], y)
 
 
 def test_more_classes_are_one_versus_rest():
     X = features()
     y = classes(X)
-    found = fitted(LayerwiseLogisticRegression(), X, y)
+    estimator = LayerwiseLogisticRegression().fit(X, y)
     for layer in range(LAYERS):
         one_vs_rest = OneVsRestClassifier(reference())
         pipeline = make_pipeline(StandardScaler(), one_vs_rest).fit(X[layer], y)
-        assert_same(found, layer, pipeline, X[layer])
-        assert found.predict(X)[layer].tolist() == pipeline.predict(X[layer]).tolist()
-        assert found.score(X, y)[layer] == pipeline.score(X[layer], y)
+        assert_same(estimator, X, layer, pipeline)
+        assert estimator.predict(X)[layer].tolist() == pipeline.predict(X[layer]).tolist()
+        assert estimator.score(X, y)[layer] == pipeline.score(X[layer], y)
 
 
 def test_columns_are_labels_of_their_own():
     X = features()
     y = labels(X, 3)
-    found = fitted(LayerwiseLogisticRegression(), X, y)
+    estimator = LayerwiseLogisticRegression().fit(X, y)
     for layer in range(LAYERS):
         one_vs_rest = OneVsRestClassifier(reference())
         pipeline = make_pipeline(StandardScaler(), one_vs_rest).fit(X[layer], y)
-        assert_same(found, layer, pipeline, X[layer])
-        np.testing.assert_array_equal(found.predict(X)[layer], pipeline.predict(X[layer]))
+        assert_same(estimator, X, layer, pipeline)
+        np.testing.assert_array_equal(estimator.predict(X)[layer], pipeline.predict(X[layer]))
         right = pipeline.predict(X[layer]) == y
-        assert found.score(X, y)[layer] == pytest.approx(right.mean())
-        first = found.score(X, y, mask=np.tile([1, 0, 0], (N, 1)))
+        assert estimator.score(X, y)[layer] == pytest.approx(right.mean())
+        first = estimator.score(X, y, mask=np.tile([1, 0, 0], (N, 1)))
         assert first[layer] == pytest.approx(right[:, 0].mean())
 
 
@@ -129,18 +124,18 @@ def test_without_standardisation_the_penalty_is_on_the_features_as_they_are():
     X = features()
     y = labels(X, 1)[:, 0]
     X = (X - X.mean(1, keepdims=True)) / X.std(1, keepdims=True) * np.linspace(0.5, 2, D)
-    found = LayerwiseLogisticRegression(C=0.1, standardize=False).fit(X, y)
+    estimator = LayerwiseLogisticRegression(C=0.1, standardize=False).fit(X, y)
     for layer in range(LAYERS):
         model = reference(0.1).fit(X[layer], y)
-        np.testing.assert_allclose(found.coef_[layer], model.coef_, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(found.intercept_[layer], model.intercept_, atol=1e-4)
+        np.testing.assert_allclose(estimator.coef_[layer], model.coef_, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(estimator.intercept_[layer], model.intercept_, atol=1e-4)
 
 
 def test_a_mask_of_entries_fits_each_column_on_its_own_rows():
     X = features()
     y = labels(X, 3)
     mask = np.random.default_rng(2).integers(0, 2, y.shape)
-    found = LayerwiseLogisticRegression().fit(X, y, mask=mask)
+    estimator = LayerwiseLogisticRegression().fit(X, y, mask=mask)
     counts = mask.any(1)
     for layer in range(LAYERS):
         scaled = StandardScaler().fit(X[layer, counts]).transform(X[layer])
@@ -148,7 +143,9 @@ def test_a_mask_of_entries_fits_each_column_on_its_own_rows():
             rows = mask[:, k] == 1
             model = reference().fit(scaled[rows], y[rows, k])
             np.testing.assert_allclose(
-                found.predict_proba(X)[layer, :, k], model.predict_proba(scaled)[:, 1], atol=1e-4
+                estimator.predict_proba(X)[layer, :, k],
+                model.predict_proba(scaled)[:, 1],
+                atol=1e-4,
             )
 
 
@@ -162,15 +159,16 @@ def test_examples_that_count_nowhere_are_not_there(kind):
     X = X.copy()
     X[:, ~rows] = 1000
     y = y.astype(object)
-    y[~rows] = "nobody asked"
+    y[~rows] = "not asked about"
     if kind != "four":
         y[~rows] = np.nan
         y = y.astype(float)
-    found = LayerwiseLogisticRegression(C=[0.1, 1.0]).fit(X, y, mask=rows)
-    np.testing.assert_array_equal(found.coef_, alone.coef_)
-    assert found.classes_.tolist() == alone.classes_.tolist()
+    estimator = LayerwiseLogisticRegression(C=[0.1, 1.0]).fit(X, y, mask=rows)
+    np.testing.assert_array_equal(estimator.coef_, alone.coef_)
+    assert estimator.classes_.tolist() == alone.classes_.tolist()
     np.testing.assert_array_equal(
-        found.score(X, y, mask=rows), alone.score(X[:, rows], y[rows].astype(alone.classes_.dtype))
+        estimator.score(X, y, mask=rows),
+        alone.score(X[:, rows], y[rows].astype(alone.classes_.dtype)),
     )
 
 
@@ -181,7 +179,7 @@ def test_each_layer_takes_the_strength_with_the_lowest_validation_loss():
     train = slice(0, 100)
     rest = slice(100, N)
     strengths = [1e-3, 1.0, 100.0]
-    found = LayerwiseLogisticRegression(C=strengths).fit(
+    estimator = LayerwiseLogisticRegression(C=strengths).fit(
         X[:, train], y[train], validation=(X[:, rest], y[rest])
     )
     for layer in range(LAYERS):
@@ -190,20 +188,20 @@ def test_each_layer_takes_the_strength_with_the_lowest_validation_loss():
             pipeline = make_pipeline(StandardScaler(), reference(strength))
             p = pipeline.fit(X[layer, train], y[train]).predict_proba(X[layer, rest])
             losses.append(log_loss(y[rest], p))
-        assert found.C_[layer] == strengths[int(np.argmin(losses))]
-        single = LayerwiseLogisticRegression(C=found.C_[layer]).fit(X[layer, train], y[train])
-        np.testing.assert_allclose(found.coef_[layer], single.coef_, rtol=1e-3, atol=1e-5)
-    assert len(set(found.C_)) > 1
+        assert estimator.C_[layer] == strengths[int(np.argmin(losses))]
+        single = LayerwiseLogisticRegression(C=estimator.C_[layer]).fit(X[layer, train], y[train])
+        np.testing.assert_allclose(estimator.coef_[layer], single.coef_, rtol=1e-3, atol=1e-5)
+    assert len(set(estimator.C_)) > 1
 
 
 def test_a_validation_mask_says_which_entries_choose():
-    """Validation labels that do not count are wrong; if they counted, the choice would change."""
+    """Validation labels that do not count are inverted; counting them would change the choice."""
     X = features()
     y = labels(X, 2)
-    wrong = y.copy()
+    inverted = y.copy()
     mask = np.ones_like(y)
-    wrong[100:] = 1 - wrong[100:]
-    wrong[100:120] = y[100:120]
+    inverted[100:] = 1 - inverted[100:]
+    inverted[100:120] = y[100:120]
     mask[120:] = 0
     strengths = [1e-3, 1.0]
 
@@ -212,19 +210,19 @@ def test_a_validation_mask_says_which_entries_choose():
         estimator = LayerwiseLogisticRegression(C=strengths)
         return estimator.fit(X[:, :100], y[:100], validation=validation).C_.tolist()
 
-    assert choose(wrong, mask) == choose(y, mask) == [1.0] * LAYERS
-    assert choose(wrong, np.ones_like(mask)) == [1e-3] * LAYERS
+    assert choose(inverted, mask) == choose(y, mask) == [1.0] * LAYERS
+    assert choose(inverted, np.ones_like(mask)) == [1e-3] * LAYERS
 
 
 def test_held_out_examples_choose_and_all_examples_are_fitted():
     X = features()
     y = labels(X, 1)[:, 0]
     X[0] = np.random.default_rng(5).normal(size=(N, D))
-    found = LayerwiseLogisticRegression(C=[1e-3, 1.0], validation_fraction=0.3).fit(X, y)
-    assert found.C_.tolist() == [1e-3, 1.0, 1.0]
-    for layer, strength in enumerate(found.C_):
+    estimator = LayerwiseLogisticRegression(C=[1e-3, 1.0], validation_fraction=0.3).fit(X, y)
+    assert estimator.C_.tolist() == [1e-3, 1.0, 1.0]
+    for layer, strength in enumerate(estimator.C_):
         single = LayerwiseLogisticRegression(C=strength).fit(X[layer], y)
-        np.testing.assert_allclose(found.coef_[layer], single.coef_, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(estimator.coef_[layer], single.coef_, rtol=1e-3, atol=1e-5)
 
 
 def test_one_layer_has_the_shapes_of_scikit_learn():
@@ -234,16 +232,16 @@ def test_one_layer_has_the_shapes_of_scikit_learn():
     columns = labels(X, 3)
     for y in (two, four, columns):
         layered = LayerwiseLogisticRegression(C=[0.1, 1.0]).fit(X[:1], y)
-        found = LayerwiseLogisticRegression(C=[0.1, 1.0]).fit(X[0], y)
+        estimator = LayerwiseLogisticRegression(C=[0.1, 1.0]).fit(X[0], y)
         model = OneVsRestClassifier(reference()) if y is columns else reference()
         model.fit(X[0], y)
         for method in ("decision_function", "predict_proba", "predict"):
-            values = getattr(found, method)(X[0])
+            values = getattr(estimator, method)(X[0])
             assert values.shape == getattr(model, method)(X[0]).shape
             np.testing.assert_array_equal(values, getattr(layered, method)(X[:1])[0])
         for name in ("coef_", "intercept_", "n_iter_", "converged_", "C_"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(layered, name)[0])
-        assert isinstance(found.score(X[0], y), float)
+            np.testing.assert_array_equal(getattr(estimator, name), getattr(layered, name)[0])
+        assert isinstance(estimator.score(X[0], y), float)
         assert layered.score(X[:1], y).shape == (1,)
     assert LayerwiseLogisticRegression().fit(X[0], two).coef_.shape == (1, D)
     assert LayerwiseLogisticRegression().fit(X[0], four).coef_.shape == (4, D)
@@ -256,9 +254,13 @@ def test_tensors_half_precision_and_one_array_per_layer_are_taken():
     tensor = torch.from_numpy(X.astype(np.float32))
     forms = [X, torch.from_numpy(X), tensor.requires_grad_(), list(X), tuple(tensor)]
     for form in forms:
-        found = LayerwiseLogisticRegression().fit(form, torch.from_numpy(y), mask=torch.ones(N, 2))
-        np.testing.assert_array_equal(found.coef_, expected.coef_)
-        np.testing.assert_array_equal(found.predict(form), expected.predict(X.astype(np.float32)))
+        estimator = LayerwiseLogisticRegression().fit(
+            form, torch.from_numpy(y), mask=torch.ones(N, 2)
+        )
+        np.testing.assert_array_equal(estimator.coef_, expected.coef_)
+        np.testing.assert_array_equal(
+            estimator.predict(form), expected.predict(X.astype(np.float32))
+        )
     assert LayerwiseLogisticRegression().fit(tensor.bfloat16(), y).coef_.shape == (LAYERS, 2, D)
 
 
@@ -275,11 +277,11 @@ def test_a_constant_feature_counts_for_nothing():
     X = features()
     y = labels(X, 1)[:, 0]
     X[:, :, 3] = 7.0
-    found = LayerwiseLogisticRegression().fit(X, y)
-    assert (found.coef_[:, :, 3] == 0).all()
+    estimator = LayerwiseLogisticRegression().fit(X, y)
+    assert (estimator.coef_[:, :, 3] == 0).all()
     moved = X.copy()
     moved[:, :, 3] = 8.0
-    np.testing.assert_array_equal(found.predict_proba(moved), found.predict_proba(X))
+    np.testing.assert_array_equal(estimator.predict_proba(moved), estimator.predict_proba(X))
 
 
 def test_it_works_in_tools_of_scikit_learn():
@@ -295,9 +297,9 @@ def test_problems_that_do_not_converge_are_named():
     X = features()
     y = labels(X, 2)
     with pytest.warns(ConvergenceWarning, match=r"6 of 6 problems .* layer 0, column 0: raise"):
-        found = LayerwiseLogisticRegression(max_iter=1).fit(X, y)
-    assert not found.converged_.any()
-    assert (found.n_iter_ == 1).all()
+        estimator = LayerwiseLogisticRegression(max_iter=1).fit(X, y)
+    assert not estimator.converged_.any()
+    assert (estimator.n_iter_ == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -378,15 +380,15 @@ def test_prediction_wants_the_layers_of_fit():
     y = labels(X, 2)
     with pytest.raises(NotFittedError):
         LayerwiseLogisticRegression().predict(X)
-    found = LayerwiseLogisticRegression().fit(X, y)
+    estimator = LayerwiseLogisticRegression().fit(X, y)
     with pytest.raises(ValueError, match=r"\(2, 150, 8\), but X had the shape \(3, n, d\) in fit"):
-        found.predict(X[:2])
+        estimator.predict(X[:2])
     with pytest.raises(ValueError, match=r"\(150, 8\), but X had the shape \(3, n, d\) in fit"):
-        found.predict_proba(X[0])
+        estimator.predict_proba(X[0])
     with pytest.raises(ValueError, match="X has 7 features"):
-        found.predict(X[..., 1:])
+        estimator.predict(X[..., 1:])
     with pytest.raises(ValueError, match=r"y has the shape \(150,\), but y had \(n, 2\) in fit"):
-        found.score(X, y[:, 0])
+        estimator.score(X, y[:, 0])
 
 
 def test_the_examples_of_the_docstring_are_right():
