@@ -325,6 +325,7 @@ def _read_existing(folder: Path, split: str) -> dict[str, dict]:
             continue
         try:
             content = json.loads(file.read_bytes())
+            # Looked at here, so that a fault is that of this file.
             _ = content["annotations"]
             _ = [(image["id"], image["file_name"]) for image in content["images"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -415,9 +416,11 @@ def _category_names(content: dict) -> dict[int, str]:
 
 
 def _select_images(content: dict, ids: set[int]) -> dict:
-    """Return annotations that are about some images alone."""
+    """Return only what an annotation file says about some images."""
     images = [image for image in content["images"] if image["id"] in ids]
-    annotations = [one for one in content["annotations"] if one["image_id"] in ids]
+    annotations = [
+        annotation for annotation in content["annotations"] if annotation["image_id"] in ids
+    ]
     return content | {"images": images, "annotations": annotations}
 
 

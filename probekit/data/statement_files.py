@@ -149,7 +149,7 @@ def parse_table(file: Path, **csv_options: Any) -> pd.DataFrame:
     except (ValueError, AttributeError, TypeError, pd.errors.ParserWarning) as error:
         raise ValueError(
             f"{file} cannot be read as a table ({str(error).strip()}): write it as CSV, with "
-            "quotation marks around texts that have commas, or as one JSON object a line"
+            "quotation marks around texts that have commas, or as one JSON object per line"
         ) from error
 
 

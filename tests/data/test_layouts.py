@@ -184,7 +184,7 @@ def test_a_row_that_lacks_something_is_passed_over(photos, rows, caption_column)
             caption_lines("{number}.jpg,{caption},{caption}", header="image,caption"),
             "quotation marks",
         ),
-        ("metadata.jsonl", '{"file_name": "1000.jpg", "te', "one JSON object a line"),
+        ("metadata.jsonl", '{"file_name": "1000.jpg", "te', "one JSON object per line"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named(photos, name, content, message):
