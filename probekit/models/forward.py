@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,12 @@ class _PooledPass:
         self.states: States = {}
         self.rows = [row for image in prepared for row in image.tokens]
         self.prompt_counts = [len(image.tokens) for image in prepared]
+
+    @cached_property
+    def owner_n(self) -> torch.Tensor:
+        """(n,) which image each prompt belongs to, on the model's device."""
         owner_n = torch.repeat_interleave(torch.tensor(self.prompt_counts))
-        self.owner_n = owner_n.to(vlm.device)  # (n,) which image each prompt belongs to
+        return owner_n.to(self.vlm.device)
 
     def run_plain(self) -> None:
         """Run every prompt from its start, with its image."""
@@ -350,12 +355,10 @@ def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int)
     if hasattr(output, "items"):
         repeated = {}
         for name, value in output.items():
-            is_intermediate = name.endswith("hidden_states")
-            repeated[name] = (
-                None
-                if is_intermediate
-                else _repeat_for_prompts(value, owner_n, image_count=image_count)
-            )
+            if name.endswith("hidden_states"):
+                repeated[name] = None
+            else:
+                repeated[name] = _repeat_for_prompts(value, owner_n, image_count=image_count)
         return type(output)(**repeated)
     return output
 
