@@ -285,7 +285,7 @@ def compare_pairs(
         comparisons = []
         for a, b in combinations(candidates, 2):
             if a.differs_in_one_thing(b):
-                comparison = curve_difference(a.curve, b.curve, [metric])
+                comparison = curve_difference(a.curve, b.curve, layers=[metric])
                 comparisons.append(comparison.assign(a=a.name, b=b.name))
         if comparisons:
             table = pd.concat(comparisons).rename(columns={"layer": "metric"})

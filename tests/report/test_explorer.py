@@ -4,124 +4,185 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from probekit.report.explorer import Explorer
+from probekit.models.token_grid import NoTokenGrid
+from probekit.probes.results import StateKey
+from probekit.report import saved_run as saved_run_module
+from probekit.report.explorer import Explorer, ModelChoice
+
+UNTRAINED = ModelChoice("tiny-qwen2-vl", "untrained", "mean")
 
 
 @pytest.fixture
-def explorer(small_run):
-    return Explorer("small")
+def explorer(small_home):
+    return Explorer("small", home=small_home)
+
+
+def pixels(jpeg):
+    return np.asarray(Image.open(BytesIO(jpeg)).convert("RGB")).astype(int)
 
 
 def test_sliders_change_picture_curve_and_neighbours(explorer):
-    picture, curve, near = explorer.image.value, explorer.curve.value, explorer.near.value
-    assert Image.open(BytesIO(picture)).size == (320, 240)
-    explorer.layer.value = 3
-    assert explorer.curve.value != curve and explorer.near.value != near
-    assert explorer.image.value == picture  # a caption's heat has no place
-    explorer.example.value = 5
-    assert explorer.image.value != picture
-    assert f"{float(explorer.p_lnc[3, 5, 0]):.2f}" in explorer.words.value and explorer.trouble.value == ""
+    photo = explorer.photo.value
+    curve = explorer.curve.value
+    neighbours = explorer.neighbour_photos.value
+    assert Image.open(BytesIO(photo)).size == (320, 240)
+    explorer.layer_slider.value = 3
+    assert explorer.curve.value != curve
+    assert explorer.neighbour_photos.value != neighbours
+    assert explorer.photo.value == photo  # a caption's heat has no place
+    explorer.example_slider.value = 5
+    assert explorer.photo.value != photo
+    assert f"{float(explorer.p_lnc[3, 5, 0]):.2f}" in explorer.details.value
+    assert explorer.message.value == ""
 
 
 def test_another_model_pooling_and_probe(explorer):
-    assert explorer.layer.max == 8
-    explorer.probe.value = "linear"
-    explorer.model.value = "tiny-qwen2-vl|untrained|last"
-    assert explorer.trouble.value == "" and explorer.key == "tiny-qwen2-vl|untrained|last|caption"
-    assert len(explorer.model.options) == 4
+    assert explorer.layer_slider.max == 8
+    assert len(explorer.model_dropdown.options) == 4
+    explorer.probe_dropdown.value = "linear"
+    explorer.model_dropdown.value = ModelChoice("tiny-qwen2-vl", "untrained", "last")
+    assert explorer.message.value == ""
+    assert explorer.state == StateKey("tiny-qwen2-vl", "untrained", "last", "caption")
+    labels = [label for label, _ in explorer.model_dropdown.options]
+    assert "tiny-qwen2-vl (untrained), last" in labels
 
 
-def test_a_category_example_shows_what_it_was_asked_and_where(explorer):
-    explorer.task.value = "category"
+def test_a_category_example_shows_what_is_asked_about_it_and_where(explorer):
+    explorer.task_dropdown.value = "category"
     row = explorer.rows.iloc[0]
-    classes = explorer.data.tasks["category"]["classes"]
-    asked = [c for c, m in zip(classes, row["mask"], strict=True) if m]
-    assert all(name in explorer.words.value for name in asked)
-    assert explorer.curve.value.count("<polyline") == len(asked) == 3
-    own = set(explorer.data.instances.category[explorer.data.instances.image_id == row.image_id])
-    assert explorer.where.value in own and all(name in explorer.words.value for name in own)
-    warm, told = explorer.image.value, explorer.share.value
-    assert "of the tokens" in told and explorer.where.value in told
-    explorer.layer.value = 2
-    assert explorer.image.value != warm and explorer.share.value != told
-    explorer.boxes.value = False
-    explorer.warm.value = False
-    plain = np.asarray(Image.open(BytesIO(explorer.image.value))).astype(int)
-    honest = np.asarray(Image.open(explorer.data.tests("category").file[0]).convert("RGB")).astype(int)
-    assert np.abs(plain - honest).mean() < 3
+    classes = explorer.saved.results.tasks["category"].classes
+    counted = [name for name, mask in zip(classes, row["mask"], strict=True) if mask]
+    assert all(name in explorer.details.value for name in counted)
+    assert explorer.curve.value.count("<polyline") == len(counted) == 3
+    shown = explorer.saved.categories_of(row.image_id)
+    assert explorer.heat_category_dropdown.value in shown
+    assert all(name in explorer.details.value for name in shown)
+    assert "of the tokens" in explorer.heat_share.value
+    assert explorer.heat_category_dropdown.value in explorer.heat_share.value
 
 
-def test_heat_that_is_not_kept_is_made_when_asked_for(explorer):
-    explorer.task.value = "category"
-    explorer.example.value = 3
-    stored = explorer._heat
-    explorer.example.value = len(explorer.rows) - 1
-    assert explorer._heat is None and "tick “run the model" in explorer.share.value
-    explorer.live.value = True
-    assert explorer._heat.logit_ltc.shape == stored.logit_ltc.shape and "of the tokens" in explorer.share.value
-    explorer.data.kept.names.clear()
-    explorer.example.value = 3  # made anew, it is what was stored
-    np.testing.assert_allclose(explorer._heat.logit_ltc, stored.logit_ltc, atol=0.02, rtol=2e-3)
-    explorer.model.value = "tiny-qwen2-vl|untrained|mean"
-    assert explorer.trouble.value == "" and not np.allclose(explorer._heat.logit_ltc, stored.logit_ltc, atol=0.1)
+def test_heat_and_boxes_can_be_taken_off_the_photo(explorer):
+    explorer.task_dropdown.value = "category"
+    photo = explorer.photo.value
+    share = explorer.heat_share.value
+    explorer.layer_slider.value = 2
+    assert explorer.photo.value != photo
+    assert explorer.heat_share.value != share
+    explorer.boxes_checkbox.value = False
+    explorer.heat_checkbox.value = False
+    file = explorer.saved.test_examples("category").file[0]
+    original = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert np.abs(pixels(explorer.photo.value) - original).mean() < 3
 
 
-def test_examples_are_searched_filtered_and_ordered(explorer):
+def test_heat_that_is_not_stored_is_made_when_it_is_wanted(explorer):
+    explorer.task_dropdown.value = "category"
+    stored = explorer.heat_map
+    explorer.example_slider.value = len(explorer.rows) - 1
+    assert explorer.heat_map is None
+    assert "tick “run the model" in explorer.heat_share.value
+    explorer.run_model_checkbox.value = True
+    assert explorer.heat_map.logit_ltc.shape == stored.logit_ltc.shape
+    assert "of the tokens" in explorer.heat_share.value
+    assert explorer.message.value == ""
+
+
+def test_another_model_has_other_heat(explorer):
+    explorer.task_dropdown.value = "category"
+    trained = explorer.heat_map
+    explorer.model_dropdown.value = UNTRAINED
+    assert explorer.message.value == ""
+    assert not np.allclose(explorer.heat_map.logit_ltc, trained.logit_ltc, atol=0.1)
+
+
+def test_only_logreg_probes_of_some_poolings_have_heat(explorer):
+    explorer.task_dropdown.value = "category"
+    explorer.probe_dropdown.value = "linear"
+    assert explorer.heat_map is None
+    assert "Only logreg probes" in explorer.heat_share.value
+
+
+def test_examples_are_found_by_a_word(explorer):
     word = explorer.rows.prompt[4].split()[4].strip(".,")
-    explorer.search.value = word
-    assert explorer.found.value.startswith(f"{len(explorer.places)} of {len(explorer.rows)}")
-    assert 4 in explorer.places and all(word.lower() in explorer.rows.prompt[k].lower() for k in explorer.places)
-    explorer.search.value = "no such words"
-    assert "take other words" in explorer.trouble.value
-    explorer.search.value = ""
-    explorer.order.value = "most surprising"
-    assert explorer.trouble.value == "" and explorer.example.value == 0
-    p = explorer.p_lnc[-1, :, 0].astype(float)
-    wrong = np.abs(p - [labels[0] for labels in explorer.rows.labels])
-    assert wrong[explorer.place] == pytest.approx(wrong.max())
-    explorer.category.value = explorer.category.options[1]
-    shown = explorer.data.instances[explorer.data.instances.category == explorer.category.value].image_id
-    assert len(explorer.places) and set(explorer.rows.image_id[explorer.places]) <= set(shown)
+    explorer.search_box.value = word
+    count = f"{len(explorer.places)} of {len(explorer.rows)}"
+    assert explorer.match_count.value.startswith(count)
+    assert 4 in explorer.places
+    assert all(word.lower() in explorer.rows.prompt[k].lower() for k in explorer.places)
+
+
+def test_a_search_without_a_match_says_so(explorer):
+    explorer.search_box.value = "no such words"
+    assert "search for other words" in explorer.message.value
+    explorer.search_box.value = ""
+    assert explorer.message.value == ""
+
+
+def test_the_most_surprising_example_comes_first(explorer):
+    explorer.example_slider.value = 2
+    explorer.order_dropdown.value = "most surprising"
+    assert explorer.message.value == ""
+    assert explorer.example_slider.value == 0
+    p_n = explorer.p_lnc[-1, :, 0].astype(float)
+    distance_n = np.abs(p_n - [labels[0] for labels in explorer.rows["labels"]])
+    assert distance_n[explorer.place] == pytest.approx(distance_n.max())
+
+
+def test_examples_are_found_by_what_their_image_shows(explorer):
+    category = explorer.image_category_dropdown.options[1]
+    explorer.image_category_dropdown.value = category
+    instances = explorer.saved.instances
+    images = set(instances.image_id[instances.category == category])
+    assert len(explorer.places)
+    assert set(explorer.rows.image_id[explorer.places]) <= images
 
 
 def test_an_exception_is_shown_and_the_next_choice_works(explorer):
-    kept = dict(explorer.data.results.predictions)
-    explorer.data.results.predictions.clear()
-    explorer.example.value = 2
-    assert "KeyError" in explorer.trouble.value and "no logreg probe" in explorer.trouble.value
-    explorer.data.results.predictions.update(kept)
-    explorer.example.value = 1
-    assert explorer.trouble.value == ""
+    predictions = explorer.saved.results.predictions
+    copy = dict(predictions)
+    predictions.clear()
+    explorer.example_slider.value = 2
+    assert "KeyError" in explorer.message.value
+    assert "no logreg probe of tiny-qwen2-vl, mean, caption" in explorer.message.value
+    predictions.update(copy)
+    explorer.example_slider.value = 1
+    assert explorer.message.value == ""
 
 
 def test_one_change_draws_once(explorer, monkeypatch):
     drawn = []
-    monkeypatch.setattr(explorer, "_show_near", lambda *arguments: drawn.append(arguments))
-    explorer.layer.value = 1
-    explorer.example.value = 4
-    explorer.task.value = "category"  # sets the sliders, too
-    explorer.search.value = "types"
+    monkeypatch.setattr(explorer, "_show_neighbours", lambda *args: drawn.append(args))
+    explorer.layer_slider.value = 1
+    explorer.example_slider.value = 4
+    explorer.task_dropdown.value = "category"  # sets the sliders, too
+    explorer.search_box.value = "types"
     assert len(drawn) == 4
 
 
 def test_a_run_that_cannot_be_opened_leaves_the_one_that_is_shown(explorer):
-    explorer.run.options = [*explorer.run.options, "nowhere"]
-    explorer.run.value = "nowhere"
-    assert "run 01_build_data" in explorer.trouble.value and explorer.run.value == "small"
-    explorer.layer.value = 2
-    assert explorer.trouble.value == ""
+    explorer.run_dropdown.options = [*explorer.run_dropdown.options, "nowhere"]
+    explorer.run_dropdown.value = "nowhere"
+    assert "run 01_build_data" in explorer.message.value
+    assert explorer.run_dropdown.value == "small"
+    explorer.layer_slider.value = 2
+    assert explorer.message.value == ""
+
+
+def test_text_from_a_dataset_is_not_read_as_html(explorer):
+    explorer.rows["prompt"] = "is <b>this</b> right?"
+    explorer.layer_slider.value = 1
+    assert "is &lt;b&gt;this&lt;/b&gt; right?" in explorer.details.value
+    assert "is &lt;b&gt;this&lt;/b&gt; right?" in explorer.neighbour_words.value
 
 
 def test_a_model_without_a_known_grid_says_so_and_shows_the_rest(explorer, monkeypatch):
-    from probekit.models.token_grid import NoTokenGrid
-    from probekit.probes import localisation
+    def refuse(*args, **options):
+        raise NoTokenGrid("its tokens lie <nowhere>")
 
-    def broken(*arguments):
-        raise NoTokenGrid("its tokens lie nowhere")
-
-    monkeypatch.setattr(localisation, "check", broken)
-    explorer.task.value = "category"
-    explorer.example.value = len(explorer.rows) - 1
-    explorer.live.value = True
-    assert "lie nowhere" in explorer.share.value and explorer.trouble.value == ""
-    assert explorer.rows.prompt.iloc[-1] in explorer.words.value
+    monkeypatch.setattr(saved_run_module, "check_token_grid", refuse)
+    explorer.task_dropdown.value = "category"
+    explorer.example_slider.value = len(explorer.rows) - 1
+    explorer.run_model_checkbox.value = True
+    assert "lie &lt;nowhere&gt;" in explorer.heat_share.value
+    assert explorer.message.value == ""
+    assert explorer.rows.prompt.iloc[-1] in explorer.details.value

@@ -12,94 +12,167 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import papermill
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHROME = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-ERRORS = """() => [...jupyterapp.shell.currentWidget.content.model.cells].flatMap(cell =>
-  (cell.outputs ? cell.outputs.toJSON() : []).filter(o => o.output_type === 'error').map(o => o.evalue))"""
-DONE = """() => {const panel = jupyterapp.shell.currentWidget;
-  const code = [...panel.content.model.cells].filter(cell => cell.type === 'code');
-  return panel.sessionContext.session?.kernel?.status === 'idle' && code.every(cell => cell.executionCount)}"""
-WATCH = """() => {
-  window.moves = []; let pressed = null, seen = {};
-  const done = (name) => {if (pressed !== null && !(name in seen)) seen[name] = performance.now() - pressed};
-  addEventListener('keydown', () => {pressed = performance.now(); seen = {}; moves.push(seen)}, true);
-  const watch = (target, name) => new MutationObserver(() => {
-    const image = target.matches('img') ? target : null;
-    if (image && !image.complete) image.addEventListener('load', () => done(name), {once: true}); else done(name);
-  }).observe(target, {attributes: true, childList: true, subtree: true, characterData: true});
-  watch(document.querySelector('.jp-OutputArea-output img.widget-image'), 'picture');
-  watch(document.querySelector('.jp-OutputArea-output svg[viewBox]').closest('.widget-html-content'), 'curve');
+CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+HAS_KERNEL = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+KERNEL_IS_READY = "() => jupyterapp.shell.currentWidget.sessionContext.ready"
+RUN_ALL_CELLS = "() => {jupyterapp.commands.execute('notebook:run-all-cells')}"
+ALL_CELLS_HAVE_RUN = """() => {
+  const panel = jupyterapp.shell.currentWidget;
+  const cells = [...panel.content.model.cells].filter(cell => cell.type === 'code');
+  const isIdle = panel.sessionContext.session?.kernel?.status === 'idle';
+  return isIdle && cells.every(cell => cell.executionCount);
+}"""
+ERRORS_OF_CELLS = """() => {
+  const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
+  const outputs = cells.flatMap(cell => cell.outputs ? cell.outputs.toJSON() : []);
+  return outputs.filter(output => output.output_type === 'error').map(output => output.evalue);
+}"""
+
+# Notes for each key press how many milliseconds later the photo and the curve have changed.
+WATCH_KEY_PRESSES = """() => {
+  window.moves = [];
+  let pressed = null;
+  let move = {};
+  const note = (name) => {
+    if (pressed !== null && !(name in move)) move[name] = performance.now() - pressed;
+  };
+  const startMove = () => {
+    pressed = performance.now();
+    move = {};
+    moves.push(move);
+  };
+  const watch = (target, name) => {
+    const onChange = () => {
+      const isLoading = target.matches('img') && !target.complete;
+      if (isLoading) target.addEventListener('load', () => note(name), {once: true});
+      else note(name);
+    };
+    const all = {attributes: true, childList: true, subtree: true, characterData: true};
+    new MutationObserver(onChange).observe(target, all);
+  };
+  addEventListener('keydown', startMove, true);
+  const curve = document.querySelector('.jp-OutputArea-output svg[viewBox]');
+  watch(document.querySelector('.jp-OutputArea-output img.widget-image'), 'photo');
+  watch(curve.closest('.widget-html-content'), 'curve');
 }"""
 
 
-def prepare(folder: Path, parameters: dict[str, dict]) -> list[Path]:
-    """Copies of the notebooks with other parameters (by notebook), not executed."""
+def prepare_notebooks(folder: Path, parameters: dict[str, dict]) -> None:
+    """Write copies of the notebooks with other parameters (by notebook), not executed."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = []
-    for book in sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        papermill.execute_notebook(str(book), str(folder / book.name), parameters.get(book.stem, {}),
-                                   prepare_only=True, progress_bar=False)
-        out.append(folder / book.name)
-    return out
+    for notebook in sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        papermill.execute_notebook(
+            str(notebook),
+            str(folder / notebook.name),
+            parameters.get(notebook.stem, {}),
+            prepare_only=True,
+            progress_bar=False,
+        )
+
+
+def find_free_port() -> int:
+    """A port that nothing listens on."""
+    with closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 @contextmanager
-def served(folder: Path, home: Path) -> Iterator[str]:
-    """Address of a JupyterLab that serves `folder`; its kernels take `home` for the project's folder."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = folder / ".jupyter" / "labconfig"
-    config.mkdir(parents=True, exist_ok=True)
-    (config / "page_config.json").write_text(  # no question about news over the page
-        '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
-    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
-                                "JUPYTER_CONFIG_DIR": str(config.parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.token=", "--allow-root",
-         "--ServerApp.password=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def serve_notebooks(folder: Path, home: Path) -> Iterator[str]:
+    """The address of a JupyterLab that serves a folder; its kernels have this home."""
+    config = folder / ".jupyter"
+    page_config = config / "labconfig" / "page_config.json"
+    page_config.parent.mkdir(parents=True, exist_ok=True)
+    # Without the question whether to show news, which would lie over the page.
+    page_config.write_text(
+        '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}',
+        encoding="utf-8",
+    )
+    environment = {
+        **os.environ,
+        "PROBEKIT_HOME": str(home),
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "JUPYTER_CONFIG_DIR": str(config),
+    }
+    port = find_free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        f"--ServerApp.root_dir={folder}",
+        "--ServerApp.token=",
+        "--ServerApp.password=",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    server = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/api", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.25)
+        wait_for_server(url)
         yield url
     finally:
-        process.terminate()
-        process.wait(30)
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for_server(url: str, seconds: float = 120) -> None:
+    """Return as soon as the server answers.
+
+    Raises
+    ------
+    TimeoutError
+        It does not.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/api", timeout=2)
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(f"JupyterLab does not answer at {url}")
 
 
 @contextmanager
-def browser(width: int = 1500, height: int = 1250, **options) -> Iterator:
-    """A page of a headless Chrome."""
+def open_browser(**options) -> Iterator[Page]:
+    """A page of a headless Chrome; options are those of playwright's new_context."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=CHROME, args=["--no-sandbox", "--disable-gpu"])
-        yield chrome.new_context(viewport={"width": width, "height": height}, **options).new_page()
+    viewport = {"width": 1500, "height": 1250}
+    with sync_playwright() as playwright:
+        chrome = playwright.chromium.launch(
+            executable_path=CHROME, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chrome.new_context(viewport=viewport, **options).new_page()
         chrome.close()
 
 
-def run_all(page, url: str, name: str, timeout: float = 240) -> list[str]:
-    """Open a notebook alone and run all its cells; the errors that its cells show."""
+def run_notebook(page: Page, url: str, name: str, seconds: float = 240) -> list[str]:
+    """Open a notebook, run all its cells, and return the errors that they show."""
     page.goto(f"{url}/doc/tree/{name}")
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel",
-                           timeout=60_000)
-    page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.ready")
-    page.evaluate("() => {jupyterapp.commands.execute('notebook:run-all-cells')}")
-    page.wait_for_function(DONE, timeout=1000 * timeout, polling=250)
-    return page.evaluate(ERRORS)
+    page.wait_for_function(HAS_KERNEL, timeout=60_000)
+    page.evaluate(KERNEL_IS_READY)
+    page.evaluate(RUN_ALL_CELLS)
+    page.wait_for_function(ALL_CELLS_HAVE_RUN, timeout=1000 * seconds, polling=250)
+    return page.evaluate(ERRORS_OF_CELLS)
 
 
-def show(page, selector: str):
-    """Scroll until something can be seen; JupyterLab draws what is in view alone."""
+def scroll_to(page: Page, selector: str) -> Locator:
+    """Scroll until an element exists, which JupyterLab makes when it comes into view."""
     panel = page.locator(".jp-WindowedPanel-outer").first
     for _ in range(60):
         if page.locator(selector).count():
@@ -107,21 +180,34 @@ def show(page, selector: str):
         panel.hover()
         page.mouse.wheel(0, 500)
         page.wait_for_timeout(150)
-    found = page.locator(selector).first
-    found.scroll_into_view_if_needed()
-    return found
+    element = page.locator(selector).first
+    element.scroll_into_view_if_needed()
+    return element
 
 
-def slider(page, name: str):
-    """The handle of the explorer's slider of this name."""
-    return page.locator(".widget-slider", has=page.locator(".widget-label", has_text=name)).locator(".noUi-handle")
+def find_widget(page: Page, kind: str, label: str) -> Locator:
+    """A widget of the explorer, such as the "slider" or the "dropdown" with this label."""
+    labels = page.locator(".widget-label", has_text=label)
+    return page.locator(f".widget-{kind}", has=labels)
 
 
-def latencies(page, handle, key: str, times: int) -> list[dict[str, float]]:
-    """Milliseconds from each key press to the changed picture and curve, as the page itself sees them."""
+def slider_handle(page: Page, label: str) -> Locator:
+    """The handle of the slider with this label, which takes key presses."""
+    return find_widget(page, "slider", label).locator(".noUi-handle")
+
+
+def choose_option(page: Page, label: str, value: str) -> None:
+    """Choose an option of the dropdown with this label."""
+    find_widget(page, "dropdown", label).locator("select").select_option(value)
+
+
+def measure_key_presses(
+    page: Page, handle: Locator, key: str, *, times: int
+) -> list[dict[str, float]]:
+    """Milliseconds from each key press to the changed photo and curve, as the page sees them."""
     handle.focus()
     page.evaluate("() => {if (window.moves) moves.length = 0}")
-    page.evaluate(f"() => {{if (!window.moves) ({WATCH})()}}")
+    page.evaluate(f"() => {{if (!window.moves) ({WATCH_KEY_PRESSES})()}}")
     for _ in range(times):
         handle.press(key)
         page.wait_for_timeout(400)

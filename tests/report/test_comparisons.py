@@ -1,0 +1,59 @@
+import pandas as pd
+
+from probekit.report.comparisons import (
+    global_and_local,
+    pooling_curves,
+    stage_curves,
+    task_curves,
+)
+from tests.support.figures import curves_by_name
+
+
+def test_global_and_local_names_the_peaks(table, tasks):
+    table = table.copy()
+    is_late = (table.task == "category") & (table.layer == "lm.01") & (table.control == "none")
+    table.loc[is_late, "value"] = 0.95
+    figure = global_and_local(table, tasks)
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles[0] == "<b>small</b>: caption peaks at lm.03, category at lm.01"
+
+
+def test_layers_that_no_other_beats_at_both_are_filled(table, tasks):
+    table = table.copy()
+    is_late = (table.task == "category") & (table.layer == "lm.01") & (table.control == "none")
+    table.loc[is_late, "value"] = 0.95
+    figure = global_and_local(table, tasks)
+    points = [trace for trace in figure.data if trace.mode == "markers+text"]
+    assert len(points) == 2
+    assert list(points[0].x) == [0.5, 0.95, 0.7, 0.8]
+    assert list(points[0].text) == ["0", "1", "2", "3"]
+    is_filled = [colour != "rgba(0,0,0,0)" for colour in points[0].marker.color]
+    assert is_filled == [False, True, False, True]
+
+
+def test_every_pooling_has_a_symbol_and_a_shade(table):
+    table = pd.concat([table, table.assign(pooling="last", value=0.9)])
+    curves = curves_by_name(pooling_curves(table, "caption", "accuracy"))
+    assert set(curves) == {"small, mean", "small, last", "large, mean", "large, last"}
+    assert set(curves["small, last"].y) == {0.9}
+    assert curves["small, mean"].marker.symbol != curves["small, last"].marker.symbol
+    colours = {curve.line.color for curve in curves.values()}
+    assert len(colours) == 4
+
+
+def test_tasks_are_drawn_with_what_their_texts_give_away(table):
+    texts = table[table.control == "none"].assign(control="word_order", value=0.55)
+    figure = task_curves(pd.concat([table, texts]), ["caption", "category"])
+    curves = curves_by_name(figure)
+    assert {"small, caption", "small, category", "large, caption"} <= set(curves)
+    dotted = [trace for trace in figure.data if trace.line.dash == "dot" and trace.hovertemplate]
+    assert len(dotted) == 4  # two models, two tasks
+    assert all(set(trace.y) == {0.55} for trace in dotted)
+
+
+def test_stages_stand_one_after_the_other(saved_run):
+    figure = stage_curves(saved_run.results.metrics, "category", "f1_macro")
+    curves = [trace for trace in figure.data if trace.hovertemplate]
+    ends = [(min(curve.x), max(curve.x)) for curve in curves]
+    assert ends == [(0, 1), (1.18, 1.18), (1.36, 2.36)]
+    assert [curve.showlegend for curve in curves] == [True, False, False]

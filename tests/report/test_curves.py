@@ -1,0 +1,132 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from probekit.report.curves import layer_curves, localisation_curves, loss_curves
+from probekit.report.style import DEPTH_AXIS
+from tests.support.figures import curves_by_name
+
+
+def test_curves_show_every_layer_of_every_model(table):
+    figure = layer_curves(table, "caption", "accuracy")
+    curves = curves_by_name(figure)
+    assert set(curves) == {"small", "large", "small untrained"}
+    assert list(curves["large"].x) == list(range(7))
+    np.testing.assert_allclose(curves["small"].y, [0.5, 0.6, 0.7, 0.8])
+    assert curves["small untrained"].line.dash == "dash"
+    assert curves["small"].line.color == curves["small untrained"].line.color
+    assert curves["small"].line.color != curves["large"].line.color
+    bands = [trace for trace in figure.data if trace.fill == "toself"]
+    assert len(bands) == 3
+    assert max(bands[0].y) == pytest.approx(0.85)
+    assert min(bands[0].y) == pytest.approx(0.45)
+
+
+def test_the_plateau_is_highlighted_and_explained(table):
+    figure = layer_curves(table, "caption", "accuracy")
+    plateau = next(trace for trace in figure.data if trace.name == "large, plateau")
+    assert list(np.isfinite(np.array(plateau.y, float))) == [False] * 3 + [True] * 4
+    in_legend = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert in_legend == ["small", "large", "untrained model", "cannot be told apart from the best"]
+    details = curves_by_name(figure)["small"].customdata
+    assert details[0][5] == "lm.03"  # the best layer
+    assert details[0][6] == ""
+    assert "cannot be told apart" in details[3][6]
+
+
+def test_models_of_any_depth_share_a_relative_axis(table):
+    figure = layer_curves(table, "caption", "accuracy", published=True, relative=True)
+    curves = curves_by_name(figure)
+    np.testing.assert_allclose(curves["small"].x, [0, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(curves["large"].x, np.arange(7) / 6)
+    published = curves["Qwen2-VL-2B, published accuracy"]
+    assert published.x[-1] == 1
+    assert published.customdata[-1] == 28
+    assert figure.layout.xaxis.title.text == DEPTH_AXIS
+
+
+def test_buttons_change_between_layers_and_relative_depth(table):
+    figure = layer_curves(table, "caption", "accuracy", published=True, relative=True)
+    layer_button, depth_button = figure.layout.updatemenus[0].buttons
+    layer_xs = layer_button.args[0]["x"]
+    depth_xs = depth_button.args[0]["x"]
+    for trace, layer_x, depth_x in zip(figure.data, layer_xs, depth_xs, strict=True):
+        assert list(trace.x) == list(depth_x)
+        if trace.hovertemplate:
+            np.testing.assert_allclose(np.array(layer_x) / max(layer_x), depth_x)
+
+
+def test_published_numbers_can_be_overlaid(table):
+    curves = curves_by_name(layer_curves(table, "caption", "accuracy", published=True))
+    assert len(curves["Qwen2-VL-2B, published accuracy"].x) == 29
+    assert len(curves["FastVLM-0.5B, published accuracy"].x) == 25
+    assert not any("Gemma" in name for name in curves)
+
+
+def test_what_the_study_calls_macro_f1_is_drawn_as_micro_f1(table):
+    micro = curves_by_name(layer_curves(table, "category", "f1_micro", published=True))
+    macro = curves_by_name(layer_curves(table, "category", "f1_macro", published=True))
+    assert any("published micro-F1" in name for name in micro)
+    assert not any("published" in name for name in macro)
+
+
+def test_the_pooling_is_chosen_and_named(table):
+    table = pd.concat([table, table.assign(pooling="last", value=0.9)])
+    first = layer_curves(table, "caption", "accuracy")
+    assert "mean pooling" in first.layout.title.text
+    assert set(curves_by_name(first)["small"].y) == {0.5, 0.6, 0.7, 0.8}
+    last = layer_curves(table, "caption", "accuracy", pooling="last")
+    assert "last pooling" in last.layout.title.text
+    assert set(curves_by_name(last)["small"].y) == {0.9}
+
+
+def test_a_missing_probe_is_named(table):
+    with pytest.raises(ValueError, match="it has logreg, linear"):
+        layer_curves(table, "caption", "accuracy", probe="mlp")
+
+
+def test_guesses_without_the_states_are_lines_unless_they_lie_on_chance(table):
+    rows = table[table.control == "none"]
+    biased = rows.assign(control="majority", value=0.7)
+    balanced = rows.assign(control="bag_of_words", value=0.505)
+    figure = layer_curves(pd.concat([table, biased, balanced]), "caption", "accuracy")
+    levels = {shape.y0 for shape in figure.layout.shapes}
+    names = {annotation.text for annotation in figure.layout.annotations}
+    assert levels == {0.5, 0.7}
+    assert names == {"chance", "majority label"}
+    assert set(curves_by_name(figure)) == {"small", "large", "small untrained"}
+
+
+def test_heat_in_boxes_is_drawn_beside_that_of_absent_categories(saved_run):
+    table = saved_run.results.metrics
+    figure = localisation_curves(table, "category")
+    curves = curves_by_name(figure)
+    assert set(curves) == {
+        "tiny-qwen2-vl",
+        "tiny-qwen2-vl, absent categories",
+        "tiny-qwen2-vl untrained",
+        "tiny-qwen2-vl untrained, absent categories",
+    }
+    rows = table[(table.pooling == "mean") & (table.control == "none")]
+    for name, metric in (
+        ("tiny-qwen2-vl", "heat_in_boxes"),
+        ("tiny-qwen2-vl, absent categories", "others_in_boxes"),
+    ):
+        values = rows[rows.metric == metric].sort_values("layer").value
+        np.testing.assert_allclose(curves[name].y, values)
+    area = rows[rows.metric == "area_in_boxes"].value.mean()
+    assert figure.layout.shapes[0].y0 == pytest.approx(area)
+
+
+def test_losses_of_every_layer_are_on_the_slider(table, losses):
+    figure = loss_curves(losses, table, "caption", metric="accuracy")
+    curves = curves_by_name(figure)
+    assert len([trace for trace in figure.data if trace.hovertemplate]) == 4
+    assert set(curves) == {"train", "validation"}
+    slider = figure.layout.sliders[0]
+    assert [step.label for step in slider.steps] == [f"{k:02d}" for k in range(7)]
+    assert slider.active == 3  # the best layer of the first model
+    np.testing.assert_allclose(figure.data[0].y, [4, 3.5, 3 + 1 / 3])
+    ys_at_layer_5 = slider.steps[5].args[0]["y"]
+    np.testing.assert_allclose(ys_at_layer_5[2], [6, 5.5, 5 + 1 / 3])
+    assert list(ys_at_layer_5[0]) == [None] * 3  # the small model has four layers

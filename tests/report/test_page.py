@@ -1,0 +1,121 @@
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from probekit.report.curves import layer_curves, loss_curves
+from probekit.report.figures import Figure
+from probekit.report.page import write_images, write_page
+from probekit.report.style import FULL_PAGE, HALF_PAGE
+
+SUMMARY = ["caption, a <model>: of 4 layers one is best. It is <late>.", "one <sentence>"]
+
+
+@pytest.fixture(scope="module")
+def figures(table, losses):
+    return {
+        "curves": Figure(
+            layer_curves(table, "caption", "accuracy"), "A & B", "caption: Right, or <wrong>?"
+        ),
+        "losses": Figure(
+            loss_curves(losses, table, "caption", metric="accuracy"), "Losses.", "Training"
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(figures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    write_page(
+        figures,
+        folder / "new",
+        title="A <title>",
+        lead="A question, “asked” & answered?",
+        summary=SUMMARY,
+        settings={"data: folder": "scenes <60>"},
+        files={"metrics.csv": "a row per <layer>"},
+    )
+    return folder / "new"
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    """The page without scripts."""
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    return re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+
+
+def test_text_is_escaped(html):
+    assert "<h1>A &lt;title&gt;</h1>" in html
+    assert "A question, “asked” &amp; answered?" in html
+    assert "A &amp; B" in html
+    assert "<td>data: folder</td><td>scenes &lt;60&gt;</td>" in html
+    assert '<td><a href="metrics.csv">metrics.csv</a></td><td>a row per &lt;layer&gt;</td>' in html
+
+
+def test_a_paragraph_shows_its_first_sentence_and_unfolds_the_rest(html):
+    first = "<b>caption, a &lt;model&gt;:</b> of 4 layers one is best. "
+    rest = "It is &lt;late&gt;."
+    assert f"<details><summary>{first}</summary><p>{rest}</p></details>" in html
+    assert "<p>one &lt;sentence&gt;</p>" in html
+
+
+def test_every_link_leads_somewhere(folder, html):
+    anchors = re.findall(r'<a href="#([^"]+)"', html)
+    assert anchors == ["what-came-out", "caption", "training", "settings", "tables"]
+    for anchor in anchors:
+        assert f'<h2 id="{anchor}">' in html
+    for name in ("curves", "losses"):
+        assert f'<figure id="{name}">' in html
+        assert f'<a href="{name}.html">' in html
+        assert (folder / f"{name}.html").exists()
+
+
+def test_headings_of_what_a_page_lacks_are_left_out(figures, tmp_path):
+    file = write_page(figures, tmp_path, title="t", lead="l", summary=[])
+    html = file.read_text(encoding="utf-8")
+    assert 'id="settings"' not in html
+    assert 'id="tables"' not in html
+
+
+def test_pages_need_no_network(folder):
+    assert (folder / "plotly.min.js").stat().st_size > 1e6
+    for file in folder.glob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"""(src|href)=["']https?:""", text)
+        assert 'src="plotly.min.js"' in text
+
+
+needs_chrome = pytest.mark.skipif(
+    not shutil.which("chromium"), reason="no chromium on this machine"
+)
+
+
+@needs_chrome
+def test_pictures_show_the_figure(figures, tmp_path):
+    message = write_images(figures, tmp_path)
+    assert message.startswith("2 pictures")
+    assert "PNG and SVG" in message
+    for name, width in (("curves", HALF_PAGE), ("losses", FULL_PAGE)):
+        image = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert image.size == (2 * width, 2 * figures[name].figure.layout.height)
+        colours = image.resize((200, 80)).getcolors(maxcolors=16_000)
+        assert len(colours) > 50
+        svg = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert "<svg" in svg
+        assert "relative depth" not in svg  # buttons are for the page
+    assert "decoder layer 03" in (tmp_path / "losses.svg").read_text(encoding="utf-8")
+    assert figures["losses"].figure.layout.sliders  # the figure itself is left as it was
+
+
+def test_without_a_chrome_one_line_says_what_is_missing(figures, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("\nKaleido requires Google Chrome to be installed.\nSee its docs.")
+
+    monkeypatch.setattr("plotly.io.write_images", fail)
+    message = write_images(figures, tmp_path)
+    assert "requires Google Chrome" in message
+    assert "pip install kaleido" in message
+    assert "install 'probekit" not in message  # which is another project on the package index
+    assert "\n" not in message
