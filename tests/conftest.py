@@ -154,3 +154,10 @@ def demo(home) -> Path:
     result = run_notebooks(home, run="small")
     assert result.returncode == 0, result.stderr[-3000:]
     return home
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what is not marked as slow."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.quick)
