@@ -142,7 +142,7 @@ def simulate_study(
     """A curve and its truth; another `first_image` gives the images other names."""
     counts, truth_l = KINDS[kind](rng, images, strength_l)
     names = range(first_image, first_image + images)
-    curve = bootstrap_curve(counts, names, partial(score_study, kind), seed=seed)
+    curve = bootstrap_curve(counts, names, score=partial(score_study, kind), seed=seed)
     return curve, truth_l
 
 
@@ -167,7 +167,7 @@ def to_selected_best(curve: Curve) -> pd.DataFrame:
     """The naive comparison: of each layer with the one that scores highest."""
     best = int(curve.score_l.argmax())
     layers = range(len(curve.score_l))
-    return curve_difference(curve, curve.select([best] * len(layers)), layers)
+    return curve_difference(curve, curve.select([best] * len(layers)), layers=layers)
 
 
 def coverage(kind: str, rng: np.random.Generator, *, images: int, studies: int) -> Shares:
@@ -183,9 +183,11 @@ def coverage(kind: str, rng: np.random.Generator, *, images: int, studies: int) 
         one = curve.select(slice(8))
         true_one = truth_l[:8]
         true_difference = true_one - truth_l[8:]
-        neighbours = curve_difference(one.select(slice(7)), one.select(slice(1, 8)), range(7))
-        models = curve_difference(one, curve.select(slice(8, 16)), range(8))
-        other_images = curve_difference(one, elsewhere.select(slice(8, 16)), range(8))
+        neighbours = curve_difference(
+            one.select(slice(7)), one.select(slice(1, 8)), layers=range(7)
+        )
+        models = curve_difference(one, curve.select(slice(8, 16)), layers=range(8))
+        other_images = curve_difference(one, elsewhere.select(slice(8, 16)), layers=range(8))
         gaps = compare_layers(one, range(8))
         naive = to_selected_best(one)
         percentiles = np.quantile(curve.resampled_bl, [0.025, 0.975], axis=0)
@@ -214,7 +216,9 @@ def alarms(kind: str, rng: np.random.Generator, *, images: int, studies: int) ->
         curve, _ = simulate_study(kind, rng, images=images, strength_l=np.full(12, 0.7), seed=seed)
         table = compare_layers(curve, range(12))
         naive = to_selected_best(curve)
-        models = curve_difference(curve.select(slice(6)), curve.select(slice(6, 12)), range(6))
+        models = curve_difference(
+            curve.select(slice(6)), curve.select(slice(6, 12)), layers=range(6)
+        )
         seen.append(
             {
                 "p": (table.p <= 0.05).any(),
@@ -295,7 +299,7 @@ def simulate_probes(rng: np.random.Generator, *, images: int, train: int, width:
         )
         p_by_layer.append(solution.logits(x_lnd[:, train:])[0, :, 0].sigmoid().numpy())
     counts = count_hits(np.stack(p_by_layer), y_n1[train:], images)
-    return bootstrap_curve(counts, range(images), partial(score_study, "accuracy"))
+    return bootstrap_curve(counts, range(images), score=partial(score_study, "accuracy"))
 
 
 def probes(rng: np.random.Generator, *, images: int, train: int, studies: int) -> Shares:
@@ -351,7 +355,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     studies = 30 if options.quick else options.studies
-    probe_studies = 20 if options.quick else 100
+    probe_studies = 20 if options.quick else min(100, studies)
     torch.set_num_threads(1)
     start = time.perf_counter()
     result: dict[str, object] = {"studies": studies}

@@ -1,0 +1,1 @@
+"""Light classifiers on every layer: their scores, intervals, controls and comparisons."""

@@ -100,8 +100,8 @@ def _draw_weights(names: tuple[bytes, ...], resamples: int, seed: int) -> np.nda
 def bootstrap_curve(
     counts: np.ndarray,
     images: Sequence | np.ndarray,
-    score: Callable[[np.ndarray], np.ndarray],
     *,
+    score: Callable[[np.ndarray], np.ndarray],
     resamples: int = 2000,
     seed: int = 0,
 ) -> Curve:

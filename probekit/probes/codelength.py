@@ -147,7 +147,7 @@ def codelength_table(
     def bits_per_label(total: np.ndarray) -> np.ndarray:
         return total[..., 0] / total[..., 1]
 
-    curve = bootstrap.bootstrap_curve(counts, images, bits_per_label, resamples=resamples)
+    curve = bootstrap.bootstrap_curve(counts, images, score=bits_per_label, resamples=resamples)
     lo, hi = bootstrap.bca_interval(curve)
     shared = {"layer": list(layers), "class": "", "n": int(mask_nc.sum()), "split": "train"}
     codelength = {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}

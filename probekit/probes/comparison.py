@@ -109,7 +109,7 @@ def _confidence_set(z_ll: np.ndarray, z_bll: np.ndarray) -> np.ndarray:
 
 
 def _gap_interval(
-    curve: Curve, z_bll: np.ndarray, error_ll: np.ndarray, level: float
+    curve: Curve, *, z_bll: np.ndarray, error_ll: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound each layer's gap to the best of the others.
 
@@ -215,7 +215,9 @@ def compare_layers(
     z_ll, z_bll, error_ll = _standardised_leads(curve)
     score_l = curve.score_l
     table["gap"] = [score_l[i] - np.delete(score_l, i).max() for i in range(len(score_l))]
-    table["gap_lo"], table["gap_hi"] = _gap_interval(curve, z_bll, error_ll, level)
+    table["gap_lo"], table["gap_hi"] = _gap_interval(
+        curve, z_bll=z_bll, error_ll=error_ll, level=level
+    )
     table["p"] = _tail_share(z_ll.max(1), z_bll.max(2))
     table["p_holm"] = holm(table.p.to_numpy())
     table["p_plateau"] = _confidence_set(z_ll, z_bll)
@@ -255,7 +257,7 @@ def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
 
 
 def curve_difference(
-    a: Curve, b: Curve, layers: Sequence | np.ndarray, *, level: float = 0.95
+    a: Curve, b: Curve, *, layers: Sequence | np.ndarray, level: float = 0.95
 ) -> pd.DataFrame:
     """Subtract curve b from curve a, point by point.
 

@@ -157,17 +157,24 @@ def control_labels(
     check_controls([name], LABEL_CONTROLS)
     rng = np.random.default_rng([seed, crc32(name.encode())])
     if name == "shuffled":
-        return _shuffle_labels(y_nc, mask_nc, split_n, rng), mask_nc, split_n
+        shuffled_nc = _shuffle_labels(y_nc, mask_nc=mask_nc, split_n=split_n, rng=rng)
+        return shuffled_nc, mask_nc, split_n
     if kind == "multilabel":
-        random_nc, has_type_nc = _draw_by_other_category(y_nc, split_n, rng)
+        random_nc, has_type_nc = _draw_by_other_category(y_nc, split_n=split_n, rng=rng)
         mask_nc = mask_nc * has_type_nc.astype(mask_nc.dtype)
         return random_nc.astype(y_nc.dtype), mask_nc, split_n
-    random_nc, split_n = _draw_by_prompt(prompts, split_n, y_nc.shape[1], rng)
+    random_nc, split_n = _draw_by_prompt(
+        prompts, split_n=split_n, class_count=y_nc.shape[1], rng=rng
+    )
     return random_nc.astype(y_nc.dtype), mask_nc, split_n
 
 
 def _shuffle_labels(
-    y_nc: np.ndarray, mask_nc: np.ndarray, split_n: np.ndarray, rng: np.random.Generator
+    y_nc: np.ndarray,
+    *,
+    mask_nc: np.ndarray,
+    split_n: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     shuffled_nc = y_nc.copy()
     for split in np.unique(split_n):
@@ -178,7 +185,7 @@ def _shuffle_labels(
 
 
 def _draw_by_other_category(
-    y_nc: np.ndarray, split_n: np.ndarray, rng: np.random.Generator
+    y_nc: np.ndarray, *, split_n: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw labels (n, c) by the rarest category shown besides c; tell where there is one."""
     classes = np.arange(y_nc.shape[1])
@@ -196,7 +203,7 @@ def _draw_by_other_category(
 
 
 def _draw_by_prompt(
-    prompts: np.ndarray, split_n: np.ndarray, class_count: int, rng: np.random.Generator
+    prompts: np.ndarray, *, split_n: np.ndarray, class_count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw labels (n, c) by prompt, and splits (n,) in which prompts of training come back."""
     type_n = pd.factorize(prompts)[0]

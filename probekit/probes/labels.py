@@ -136,7 +136,9 @@ class LabelSet:
             scores = metrics.score_counts(total, binary=self.kind == "binary")
             return scores[metrics.ScoreKey(metric)]
 
-        return bootstrap.bootstrap_curve(counts, np.unique(image_n), score, resamples=resamples)
+        return bootstrap.bootstrap_curve(
+            counts, np.unique(image_n), score=score, resamples=resamples
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class LabelledTask:
         y_nc = torch.tensor(np.array(table["labels"].tolist()), dtype=torch.float32)
         mask_nc = torch.tensor(np.array(table["mask"].tolist()), dtype=torch.float32)
         train = split["train"]
-        mask_nc = mask_nc * _learnable_classes(y_nc[train], mask_nc[train], info.kind)
+        mask_nc = mask_nc * _learnable_classes(y_nc[train], mask_nc[train], kind=info.kind)
         if not mask_nc.any():
             raise ValueError(
                 f"task {name} has no category with both answers in training: take more images or "
@@ -259,7 +261,7 @@ class LabelledTask:
         )
 
 
-def _learnable_classes(y_nc: torch.Tensor, mask_nc: torch.Tensor, kind: str) -> torch.Tensor:
+def _learnable_classes(y_nc: torch.Tensor, mask_nc: torch.Tensor, *, kind: str) -> torch.Tensor:
     """Return (c,) 1 for the classes that count in training, else 0.
 
     Categories must have both answers there.

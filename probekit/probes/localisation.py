@@ -184,6 +184,7 @@ def box_shares(heat_map: HeatMap, boxes_b4: np.ndarray) -> BoxShares | None:
 def _score_categories(
     heat_map: HeatMap,
     instances: pd.DataFrame,
+    *,
     classes: Sequence[str],
     learnable: Sequence[int] | np.ndarray,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -255,7 +256,7 @@ def localisation_table(
         value_nl = scores[metric]
         counts = np.zeros((len(images), len(layers), 2))
         np.add.at(counts, image_number_n, np.stack([value_nl, np.ones_like(value_nl)], -1))
-        curve = bootstrap.bootstrap_curve(counts, images, mean_score, resamples=resamples)
+        curve = bootstrap.bootstrap_curve(counts, images, score=mean_score, resamples=resamples)
         lower, upper = bootstrap.bca_interval(curve)
         table = pd.DataFrame(
             {
@@ -316,7 +317,10 @@ def _localise(
                 stored[_tensor_name(image_id, "cells_t4")] = heat_map.cells_t4
             instances = instances_by_image.get(image_id, no_instances)
             for of_category in _score_categories(
-                heat_map, instances, question.classes, weights.learnable_classes
+                heat_map,
+                instances,
+                classes=question.classes,
+                learnable=weights.learnable_classes,
             ):
                 image_n.append(image_id)
                 for metric, score_l in of_category.items():

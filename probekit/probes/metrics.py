@@ -376,7 +376,9 @@ def score_table(
         )
         is_compared = by_class and key.class_number is None and key.metric in COMPARED
         if is_compared and np.isfinite(score_l).all():
-            compared = _compare_in_stages(curves[key], layers, key.metric == "log_loss")
+            compared = _compare_in_stages(
+                curves[key], layers, smaller_is_better=key.metric == "log_loss"
+            )
             table = table.merge(compared, on="layer", how="left")
         tables.append(table)
     columns = ["layer", "metric", "class", "value", "lo", "hi", "n", *comparison.COLUMNS]
@@ -406,7 +408,7 @@ def _resample(
         return np.concatenate([by_key[key] for key in resampled_keys], -1)
 
     all_curves = bootstrap.bootstrap_curve(
-        counts, np.unique(image_n), score_all, resamples=resamples, seed=seed
+        counts, np.unique(image_n), score=score_all, resamples=resamples, seed=seed
     )
     layer_count = counts.shape[1]
     curves = {}
@@ -448,7 +450,7 @@ def _resample_average_precision(
 
 
 def _compare_in_stages(
-    curve: bootstrap.Curve, layers: Sequence[str], smaller_is_better: bool
+    curve: bootstrap.Curve, layers: Sequence[str], *, smaller_is_better: bool
 ) -> pd.DataFrame:
     """Compare the layers of each stage with each other."""
     if smaller_is_better:

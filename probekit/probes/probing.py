@@ -259,7 +259,7 @@ def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
     """Yield the results of each task and kind of probe, then how the layers relate."""
     weights: dict[str, ProbeWeights] = {}
     for probed_task, kind, fitted in _fit_all(job):
-        yield _score_task(job, probed_task, kind, fitted)
+        yield _score_task(job, probed_task, kind=kind, fitted=fitted)
         by_layer = fitted[job.first_key].weights
         decoder = [by_layer[layer] for layer in job.decoder_layers if layer in by_layer]
         if decoder:
@@ -283,7 +283,9 @@ def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[_LabelKey, Fitt
             for probed_task in job.tasks:
                 x_task_lnd = x_lnd[:, probed_task.task.rows].to(fitting.training_device())
                 for kind in kinds:
-                    fitted = _fit(x_task_lnd, probed_task, kind, layers, job.settings)
+                    fitted = _fit(
+                        x_task_lnd, probed_task, kind=kind, layers=layers, settings=job.settings
+                    )
                     for key, one in fitted.items():
                         parts[probed_task.name, kind][key].append(one)
             bar.update(len(layers))
@@ -297,6 +299,7 @@ def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[_LabelKey, Fitt
 def _fit(
     x_lnd: torch.Tensor,
     probed_task: _ProbedTask,
+    *,
     kind: str,
     layers: Sequence[str],
     settings: ProbeSettings,
@@ -350,6 +353,7 @@ def _layer_groups(job: _Job) -> Iterator[tuple[list[str], torch.Tensor]]:
 def _score_task(
     job: _Job,
     probed_task: _ProbedTask,
+    *,
     kind: str,
     fitted: dict[_LabelKey, FittedProbes],
 ) -> ProbeResults:
@@ -359,15 +363,21 @@ def _score_task(
     for key, one in fitted.items():
         labels = probed_task.labels(key)
         row_control = job.control if key.control == "none" else key.control
-        scores = _score_probes(job, one, labels)
+        scores = _score_probes(job, one, labels=labels)
         metric_tables.append(scores.assign(seed=key.seed, control=row_control))
         if len(one.losses):
             loss_tables.append(one.losses.assign(control=row_control))
         if key.control == "control_task":
             true_probes = fitted.get(_LabelKey("none", key.seed), fitted[job.first_key])
-            selectivity = _selectivity(job, true_probes, one, probed_task.task.true, labels)
+            selectivity = _selectivity(
+                job,
+                true_probes=true_probes,
+                control_probes=one,
+                true_labels=probed_task.task.true,
+                control_labels=labels,
+            )
             metric_tables.append(selectivity.assign(seed=key.seed, control="none"))
-            chance = _score_baseline(job, "name_alone", labels)
+            chance = _score_baseline(job, "name_alone", labels=labels)
             chance = chance[chance.metric == "accuracy"].assign(metric="chance")
             metric_tables.append(chance.assign(seed=key.seed, control=key.control))
     if job.control == "none":
@@ -394,7 +404,7 @@ def _score_task(
     )
 
 
-def _score_probes(job: _Job, fitted: FittedProbes, labels: LabelSet) -> pd.DataFrame:
+def _score_probes(job: _Job, fitted: FittedProbes, *, labels: LabelSet) -> pd.DataFrame:
     """Score probes by the labels that they were trained on."""
     settings = job.settings
     validation = labels.select("validation")
@@ -437,6 +447,7 @@ def _score_probes(job: _Job, fitted: FittedProbes, labels: LabelSet) -> pd.DataF
 
 def _selectivity(
     job: _Job,
+    *,
     true_probes: FittedProbes,
     control_probes: FittedProbes,
     true_labels: LabelSet,
@@ -456,7 +467,7 @@ def _selectivity(
         )
         curves.append(curve)
     true_curve, control_curve = curves
-    difference = comparison.curve_difference(true_curve, control_curve, job.layers)
+    difference = comparison.curve_difference(true_curve, control_curve, layers=job.layers)
     table = difference[["layer", "lo", "hi"]].assign(
         value=difference.difference,
         metric="selectivity",
@@ -473,13 +484,13 @@ def _score_baselines(job: _Job, task: LabelledTask) -> list[pd.DataFrame]:
         p_n = task.text_probabilities.get(name)
         if name in controls.TEXT_BASELINES and p_n is None:
             continue
-        scores = _score_baseline(job, name, task.true, p_n)
+        scores = _score_baseline(job, name, labels=task.true, p_n=p_n)
         tables.append(scores.assign(seed=job.first_key.seed, control=name))
     return tables
 
 
 def _score_baseline(
-    job: _Job, name: str, labels: LabelSet, p_n: np.ndarray | None = None
+    job: _Job, name: str, *, labels: LabelSet, p_n: np.ndarray | None = None
 ) -> pd.DataFrame:
     """Score a baseline, which reads no layer and so has the same scores at all of them.
 

@@ -35,7 +35,7 @@ def test_resampling_gives_the_scores_of_metrics_whatever_blocks_and_order(monkey
     def f1_macro(total):
         return metrics.score_counts(total, binary=False)["f1_macro", None]
 
-    curve = bootstrap.bootstrap_curve(counts, range(60), f1_macro, resamples=300)
+    curve = bootstrap.bootstrap_curve(counts, range(60), score=f1_macro, resamples=300)
     np.testing.assert_allclose(curve.score_l, f1_macro(counts.sum(0)))
     weights = bootstrap.image_weights(range(60), resamples=300)[7]
     by_hand = f1_macro((weights[:, None, None, None] * counts).sum(0))
@@ -43,24 +43,24 @@ def test_resampling_gives_the_scores_of_metrics_whatever_blocks_and_order(monkey
 
     monkeypatch.setattr(bootstrap, "BLOCK", 100)
     order = rng.permutation(60)
-    in_blocks = bootstrap.bootstrap_curve(counts[order], order, f1_macro, resamples=300)
+    in_blocks = bootstrap.bootstrap_curve(counts[order], order, score=f1_macro, resamples=300)
     for values, values_in_blocks in zip(curve, in_blocks, strict=True):
         np.testing.assert_allclose(values, values_in_blocks, rtol=1e-5, atol=1e-9)
 
 
 def test_what_cannot_be_resampled_says_why():
     with pytest.raises(ValueError, match="1 test image cannot be resampled: take more images"):
-        bootstrap.bootstrap_curve(np.ones((1, 2, 2)), [5], hit_rate)
+        bootstrap.bootstrap_curve(np.ones((1, 2, 2)), [5], score=hit_rate)
     with pytest.raises(ValueError, match="an image is named twice"):
-        bootstrap.bootstrap_curve(np.ones((3, 2, 2)), [5, 6, 5], hit_rate)
+        bootstrap.bootstrap_curve(np.ones((3, 2, 2)), [5, 6, 5], score=hit_rate)
     with pytest.raises(ValueError, match="counts of 3 images, but 2 names"):
-        bootstrap.bootstrap_curve(np.ones((3, 2, 2)), [5, 6], hit_rate)
+        bootstrap.bootstrap_curve(np.ones((3, 2, 2)), [5, 6], score=hit_rate)
 
 
 def test_bca_is_that_of_scipy():
     values = np.random.default_rng(1).exponential(size=80)
     counts = np.stack([values, np.ones(80)], -1)[:, None]
-    curve = bootstrap.bootstrap_curve(counts, range(80), hit_rate, resamples=20_000)
+    curve = bootstrap.bootstrap_curve(counts, range(80), score=hit_rate, resamples=20_000)
     reference = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="BCa", random_state=0
     )
@@ -83,7 +83,7 @@ def test_bca_holds_the_f1_of_a_rare_class_where_percentiles_do_not():
         rng = np.random.default_rng(seed)
         kind = rng.choice(3, (300, 8), p=[1 - hit - false_alarm, hit, false_alarm])
         counts = np.stack([kind == 1, kind == 2], -1).astype(float)
-        curve = bootstrap.bootstrap_curve(counts, range(300), f1, resamples=1000)
+        curve = bootstrap.bootstrap_curve(counts, range(300), score=f1, resamples=1000)
         lower, upper = bootstrap.bca_interval(curve)
         held.append((lower <= truth) & (truth <= upper))
         lower, upper = np.quantile(curve.resampled_bl, [0.025, 0.975], axis=0)
@@ -96,6 +96,6 @@ def test_bca_holds_the_f1_of_a_rare_class_where_percentiles_do_not():
 def test_a_score_that_never_varies_has_an_interval_without_width():
     counts = np.ones((50, 2, 2))
     counts[:, 1, 0] = 0
-    curve = bootstrap.bootstrap_curve(counts, range(50), hit_rate)
+    curve = bootstrap.bootstrap_curve(counts, range(50), score=hit_rate)
     lower, upper = bootstrap.bca_interval(curve)
     assert lower.tolist() == upper.tolist() == [1, 0]

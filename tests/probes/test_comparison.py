@@ -21,7 +21,7 @@ def simulate_study(strength_l, *, images, seed, first_image=0, resamples=1000):
     hits = (z + strength_l > 0).sum(1)
     counts = np.stack([hits, np.full_like(hits, 2)], -1)
     names = range(first_image, first_image + images)
-    curve = bootstrap.bootstrap_curve(counts, names, hit_rate, resamples=resamples)
+    curve = bootstrap.bootstrap_curve(counts, names, score=hit_rate, resamples=resamples)
     return curve, stats.norm.cdf(strength_l)
 
 
@@ -29,7 +29,7 @@ def curve_of(*hits):
     """A curve of layers that are right (1) or wrong (0) on each image."""
     hits_nl = np.stack(hits, 1)
     counts = np.stack([hits_nl, np.ones_like(hits_nl)], -1)
-    return bootstrap.bootstrap_curve(counts, range(len(hits_nl)), hit_rate)
+    return bootstrap.bootstrap_curve(counts, range(len(hits_nl)), score=hit_rate)
 
 
 RIGHT = np.random.default_rng(7).random(400) < 0.7
@@ -42,8 +42,8 @@ def test_pairing_makes_differences_certain_that_separate_images_leave_open():
     strength = np.array([0.5, 0.6])
     one, _ = simulate_study(strength, images=800, seed=3)
     other, _ = simulate_study(strength, images=800, seed=4, first_image=10_000)
-    paired = comparison.curve_difference(one.select([1]), one.select([0]), ["x"])
-    apart = comparison.curve_difference(one.select([1]), other.select([0]), ["x"])
+    paired = comparison.curve_difference(one.select([1]), one.select([0]), layers=["x"])
+    apart = comparison.curve_difference(one.select([1]), other.select([0]), layers=["x"])
     apart_width = (apart.hi - apart.lo)[0]
     assert apart_width > 1.5 * (paired.hi - paired.lo)[0]
     # The variances of independent scores add up.
@@ -105,7 +105,9 @@ def test_constant_scores_are_told_apart_only_where_they_differ():
     table = comparison.compare_layers(curve_of(ones, zeros, ones), list("abc"))
     assert table.plateau.tolist() == [True, False, True]
     assert table.gap_hi[1] == table.gap_lo[1] == -1
-    assert comparison.curve_difference(curve_of(ones), curve_of(ones), ["a"]).p.tolist() == [1]
+    assert comparison.curve_difference(curve_of(ones), curve_of(ones), layers=["a"]).p.tolist() == [
+        1
+    ]
 
 
 def test_a_layer_without_a_score_is_named():
@@ -116,7 +118,7 @@ def test_a_layer_without_a_score_is_named():
 
 def test_curves_of_unequal_resamples_are_refused():
     with pytest.raises(ValueError, match=r"\(2000, 1\) and \(2000, 2\)"):
-        comparison.curve_difference(curve_of(RIGHT), curve_of(RIGHT, RIGHT), ["a"])
+        comparison.curve_difference(curve_of(RIGHT), curve_of(RIGHT, RIGHT), layers=["a"])
 
 
 def test_holm_corrects_as_published():
@@ -145,7 +147,7 @@ def test_intervals_hold_the_truth_in_about_95_percent_of_studies():
         lower, upper = bootstrap.bca_interval(curve)
         score_held.append((lower <= truth) & (truth <= upper))
         pair = comparison.curve_difference(
-            curve.select(slice(3)), curve.select(slice(3, 6)), range(3)
+            curve.select(slice(3)), curve.select(slice(3, 6)), layers=range(3)
         )
         true_difference = truth[:3] - truth[3:]
         difference_held.append((pair.lo <= true_difference) & (true_difference <= pair.hi))
@@ -161,7 +163,7 @@ def test_the_gap_to_a_selected_best_is_covered_where_a_plain_difference_is_not()
         table = comparison.compare_layers(curve, range(8))
         gap_held.append((table.gap_lo <= 0) & (table.gap_hi >= 0))
         best = int(curve.score_l.argmax())
-        plain = comparison.curve_difference(curve, curve.select([best] * 8), range(8))
+        plain = comparison.curve_difference(curve, curve.select([best] * 8), layers=range(8))
         plain_held.append((plain.lo <= 0) & (plain.hi >= 0))
     assert np.mean(gap_held) > 0.93
     assert np.mean(plain_held) < 0.9

@@ -145,7 +145,10 @@ CUP = {
 
 def score_categories(*instances, learnable=(0, 1, 2)):
     table = pd.DataFrame(list(instances))
-    return list(localisation._score_categories(planted_heat(), table, CLASSES, learnable))
+    scores = localisation._score_categories(
+        planted_heat(), table, classes=CLASSES, learnable=learnable
+    )
+    return list(scores)
 
 
 def test_a_category_in_boxes_is_scored_against_absent_ones():

@@ -12,7 +12,9 @@ from probekit.probes.probing import ProbeSettings, probe_activations
 from probekit.probes.results import best_layers, select_curve
 from tests.support.tables import planted_activations, planted_categories
 
-QUICK = ProbeSettings(resamples=50, codelength=False, training=AdamSettings(epochs=15, lr=1e-2))
+QUICK = ProbeSettings(
+    resamples=50, codelength=False, training=AdamSettings(epochs=8, batch=32, lr=2e-2)
+)
 ONLY_LOGREG = replace(QUICK, probes=("logreg",))
 
 
