@@ -1,6 +1,6 @@
 """What goes wrong, how often it was tried, what was lost, and what the user is told.
 
-    python benchmarks/faults.py [--kills 50] [--json PATH]
+    python benchmarks/faults.py [--kills 50] [--images 60] [--json PATH]
 
 Drawn scenes go through a demo model in shards of three images, once undisturbed. Then each fault is
 made to happen, and the run is started again. Nothing but the shard that a fault hits may be made
@@ -53,7 +53,6 @@ from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
 
 SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=3, batch_tokens=900, workers=0)
-IMAGES = 60
 SLOW_WRITE = 0.05  # seconds, so that many processes are killed while they write
 
 
@@ -397,7 +396,7 @@ class RecordFault(NamedTuple):
 def change_records(bench: Bench) -> list[FaultRow]:
     """Shards stay where what describes them is gone, older, damaged, or of another run."""
     older_meta = json.dumps({"model": "tiny-qwen2-vl", "sharing": None}).encode()
-    older_plan = json.dumps({"contents": ["lm/mean"], "starts": [0, IMAGES]}).encode()
+    older_plan = json.dumps({"contents": ["lm/mean"], "starts": [0, len(bench.examples)]}).encode()
     (rows_file,) = bench.home("undisturbed").root.rglob("rows.parquet")
     other_rows = pd.read_parquet(rows_file).iloc[::-1].reset_index(drop=True).to_parquet()
     meta = "meta.json"
@@ -573,9 +572,9 @@ def png() -> bytes:
 # ---------------------------------------------------------------------------------------------- all
 
 
-def set_up(root: Path) -> Bench:
+def set_up(root: Path, images: int) -> Bench:
     """Make the undisturbed run."""
-    examples = build_scene_examples(root, IMAGES, held_out=10, seed=7, tasks=("caption",))
+    examples = build_scene_examples(root, images, held_out=images // 6, seed=7, tasks=("caption",))
     examples.to_parquet(root / "examples.parquet")
     undisturbed = Home.find(root / "undisturbed")
     extract_tables(SETTINGS, {"none": examples}, device="cpu", home=undisturbed)
@@ -601,13 +600,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--images", type=int, default=60, help="24 at least")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as temporary,
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        rows = try_all(set_up(Path(temporary)), options.kills)
+        rows = try_all(set_up(Path(temporary), options.images), options.kills)
     table = pd.DataFrame(rows)
     print(table.assign(message=table.message.str[:200]).to_string(index=False, justify="left"))
     save_json(options.json, [row._asdict() for row in rows])
