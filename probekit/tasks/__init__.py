@@ -1,0 +1,1 @@
+"""From a dataset to examples: which prompt about which image, with which label."""

@@ -1,158 +1,201 @@
-"""Who is asked what, so that a text by itself says nothing about its label."""
+"""Balanced assignment: which image is asked about which text, so that no text tells its label.
+
+Each image has an item that is true of it, such as a caption or an object, and is also asked about
+the item of another image. So each item occurs as often with the label 1 as with the label 0.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
-TRIES = 300  # places that are tried for what cannot stay where it is
 ROUNDS = 20
+TRIED_PARTNERS = 300
+CHUNK = 1_000
 
 
-class TooFew(ValueError):
-    """A task finds nothing to ask about the images there are; about more of them it may."""
+class TooFewImages(ValueError):
+    """A task finds nothing to ask about the images; about more images it may."""
 
 
-def dealt(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator, order: np.ndarray | None = None
-          ) -> np.ndarray:
-    """A permutation (n,) in which no place i gets a j that clashes with it.
+def random_assignment(
+    n: int, clashes: Callable[[int, int], bool], *, rng: np.random.Generator
+) -> np.ndarray:
+    """Assign the items of n images to each other at random, so that nothing clashes.
+
+    A random permutation is repaired: where something clashes, it is exchanged with a randomly drawn
+    partner for whom the exchange does not clash either. Nobody is left out. Time and memory grow in
+    proportion to n.
 
     Parameters
     ----------
-    order : begin with this one, and change only what clashes; at random without
+    n : int
+        Number of images, and of items.
+    clashes : callable
+        ``clashes(i, j)`` says whether image i must not receive the item of image j.
+    rng : Generator
+        Source of the random numbers.
+
+    Returns
+    -------
+    ndarray of int
+        Shape (n,): a permutation; each image receives the item of the image with this number.
 
     Raises
     ------
-    TooFew
-        None could be found.
+    TooFewImages
+        No such permutation was found.
     """
-    order, wrong = mixed(n, clashes, rng, order)
-    if wrong:
-        raise TooFew(f"nothing wrong could be found for {len(wrong)} of {n} images: take more images, or other "
-                     "ones")
+    order = rng.permutation(n)
+    changed = set(range(n))
+    for _ in range(ROUNDS):
+        clashing = _clashing_images(order, changed, clashes=clashes)
+        if not clashing:
+            return order
+        changed = set(clashing)
+        for i in clashing:
+            j = _draw_partner(order, i, clashes=clashes, rng=rng)
+            order[[i, j]] = order[[j, i]]
+            changed.add(j)
+    clashing = _clashing_images(order, changed, clashes=clashes)
+    if clashing:
+        raise TooFewImages(
+            f"no text of another image fits {len(clashing)} of {n} images: take more images, or "
+            "different ones"
+        )
     return order
 
 
-def mixed(n: int, clashes: Callable[[int, int], bool], rng: np.random.Generator, order: np.ndarray | None = None,
-          rounds: int = ROUNDS) -> tuple[np.ndarray, list[int]]:
-    """As :func:`dealt`, and the places at which something still clashes after so many rounds."""
-    order, moved = rng.permutation(n) if order is None else order.copy(), set(range(n))
-    for _ in range(rounds):
-        wrong = [i for i in sorted(moved) if clashes(i, order[i])]
-        if not wrong:
-            return order, []
-        moved = set(wrong)
-        for i in wrong:
-            tried = rng.integers(n, size=TRIES).tolist()
-            j = next((j for j in tried if not clashes(i, order[j]) and not clashes(j, order[i])), tried[0])
-            order[i], order[j] = order[j], order[i]
-            moved.add(j)
-    return order, [i for i in sorted(moved) if clashes(i, order[i])]
+def _clashing_images(
+    order: np.ndarray, images: set[int], *, clashes: Callable[[int, int], bool]
+) -> list[int]:
+    return [i for i in sorted(images) if clashes(i, order[i])]
 
 
-def without(order: np.ndarray, wrong: Sequence[int], clashes: Callable[[int, int], bool]) -> np.ndarray:
-    """A permutation (n,) without the places at which something clashes: -1 there, and nobody gets what was theirs.
-
-    Who would have got that gets what they had; where it clashes, one of the two is left out as well, by turns.
-    """
-    order, giver = order.copy(), np.argsort(order)  # order[giver[j]] == j
-    for i in wrong:
-        turn = 0
-        while order[i] >= 0:
-            before, after = giver[i], order[i]
-            order[i] = -1
-            if before == i:
-                break
-            order[before], giver[after] = after, before
-            if before == after or clashes(before, after):
-                i, turn = (after, before)[turn], 1 - turn
-    return order
+def _draw_partner(
+    order: np.ndarray, i: int, *, clashes: Callable[[int, int], bool], rng: np.random.Generator
+) -> int:
+    """Return an image with which image i can exchange, or any where none of those drawn can."""
+    partners = rng.integers(len(order), size=TRIED_PARTNERS).tolist()
+    for j in partners:
+        if not clashes(i, order[j]) and not clashes(j, order[i]):
+            return j
+    return partners[0]
 
 
-def completed(given: np.ndarray, own: np.ndarray, allowed_nc: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give the kinds of things that are left to those who have none, so that as few as possible are left out.
+def balanced_assignment(cost_nn: np.ndarray) -> np.ndarray:
+    """Assign the items of n images to each other, and leave out as few images as possible.
 
-    Everybody brings one kind and gets another. Who is left out takes back their own, so that of those who take part
-    each kind is brought as often as it is given. That is a flow of least cost, where leaving one out costs 1: one
-    after the other is given a kind along the shortest path of exchanges that ends at a kind of which some are left.
+    An image is left out together with its item. So each item that is asked about is received by
+    exactly one image.
 
     Parameters
     ----------
-    given : (n,) kinds that have been given, each at most as often as it is brought, and -1
-    own : (n,) kinds that are brought
-    allowed_nc : (n, c) who may get which kind; nobody may get their own
+    cost_nn : ndarray
+        Shape (n, n): the cost, from 0 to 1, of assigning to the image of the row the item of the
+        image of the column; infinity forbids it. The diagonal is not read.
 
     Returns
     -------
-    (n,) kinds, -1 for those who are left out
+    ndarray of int
+        Shape (n,): each image receives the item of the image with this number, -1 where it is left
+        out. Of the assignments that leave out the fewest images it is the one that costs least.
+
+    Notes
+    -----
+    An image that is left out keeps its item. This costs 1, and the other costs are scaled so that
+    all of them together stay below 1; what remains is a linear assignment problem. Memory grows
+    with the square of n, and time up to its cube: :func:`random_chunks` keeps n small.
     """
-    given, c = given.copy(), allowed_nc.shape[1]
-    left_c = np.bincount(own, minlength=c) - np.bincount(given[given >= 0], minlength=c)
-    cost_nc = np.where(allowed_nc, 0.0, np.inf)
-    cost_nc[np.arange(len(own)), own] = 1
-    paid_n, step_cc = np.zeros(len(own)), np.full((c, c), np.inf)
-
-    def extra(kind: int) -> tuple[np.ndarray, np.ndarray]:
-        """Who has this kind, and what each other one would cost them more."""
-        held = np.flatnonzero(given == kind)
-        return held, cost_nc[held] - paid_n[held, None]
-
-    changed = list(range(c))
-    for i in rng.permutation(np.flatnonzero(given < 0)):
-        for kind in changed:
-            step_cc[kind] = extra(kind)[1].min(0, initial=np.inf)
-        cost_c, came_c = _shortest(cost_nc[i], step_cc)
-        kind, changed = int(np.where(left_c > 0, cost_c, np.inf).argmin()), []
-        left_c[kind] -= 1
-        while kind >= 0:
-            source, who = came_c[kind], i
-            if source >= 0:
-                held, more = extra(source)
-                who = held[more[:, kind].argmin()]
-            given[who], paid_n[who] = kind, cost_nc[who, kind]
-            changed.append(kind)
-            kind = source
-    return np.where(paid_n > 0, -1, given)
+    n = len(cost_nn)
+    scaled_cost_nn = cost_nn / (n + 1)
+    np.fill_diagonal(scaled_cost_nn, 1)
+    _, order = linear_sum_assignment(scaled_cost_nn)
+    return np.where(order == np.arange(n), -1, order)
 
 
-def _shortest(start_c: np.ndarray, step_cc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Costs (c,) of the cheapest paths to each kind, and the kinds (c,) before it on them, -1 at a start."""
-    cost_c, came_c = start_c.copy(), np.full(len(start_c), -1)
-    while True:
-        through = cost_c[:, None] + step_cc
-        better = through.min(0) < cost_c
-        if not better.any():
-            return cost_c, came_c
-        came_c[better] = through.argmin(0)[better]
-        cost_c = np.minimum(cost_c, through.min(0))
-
-
-def paired(images: Sequence[Hashable], keys: Sequence[Hashable], states: Sequence[Hashable], rng: np.random.Generator
-           ) -> list[tuple[int, int]]:
-    """Pairs of candidates from two images that have the same key and different states.
-
-    Asked what is true of itself and what is true of the other, each pair gives every text once a "yes" and once a "no".
-    Keys that few images have come first; an image is in one pair at most; there are as many pairs of a key as its
-    states allow.
+def random_chunks(
+    numbers: Sequence[int] | np.ndarray, rng: np.random.Generator, *, size: int = CHUNK
+) -> list[np.ndarray]:
+    """Split images at random into chunks that are assigned among themselves.
 
     Parameters
     ----------
-    images, keys, states : (m,) of each candidate; one candidate at most for each image and key
+    numbers : sequence of int
+        The numbers of the images.
+    rng : Generator
+        Source of the random numbers.
+    size : int
+        Largest length of a chunk. At the default of 1,000, the matrix of costs takes 8 MB.
 
     Returns
     -------
-    list of (a, b), numbers of candidates
+    list of ndarray
+        Chunks of nearly the same length.
     """
-    groups: dict[Hashable, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for k in rng.permutation(len(keys)).tolist():
-        groups[keys[k]][states[k]].append(k)
-    used, pairs = set(), []
-    for group in sorted(groups.values(), key=lambda group: sum(map(len, group.values()))):
-        left = [free for found in group.values() if (free := [k for k in found if images[k] not in used])]
-        while len(left := sorted(filter(None, left), key=len)) > 1:
-            a, b = left[-1].pop(), left[-2].pop()
-            used |= {images[a], images[b]}
+    return ordered_chunks(rng.permutation(numbers), size=size)
+
+
+def ordered_chunks(numbers: Sequence[int] | np.ndarray, *, size: int) -> list[np.ndarray]:
+    """Split numbers, in their order, into chunks of nearly the same length, `size` at most."""
+    if len(numbers) == 0:
+        return []
+    return np.array_split(np.asarray(numbers), -(-len(numbers) // size))
+
+
+def pair_opposites(
+    images: Sequence[Hashable],
+    keys: Sequence[Hashable],
+    *,
+    answers: Sequence[Hashable],
+    rng: np.random.Generator,
+) -> list[tuple[int, int]]:
+    """Pair candidates of two images that have the same key and different answers.
+
+    Where both images of a pair are asked the question of their key, once with the answer of the one
+    and once with that of the other, each text is asked as often with "yes" as with "no".
+
+    Parameters
+    ----------
+    images, keys, answers : sequence
+        The image, the key and the answer of each candidate; at most one candidate for each image
+        and key.
+    rng : Generator
+        Source of the random numbers.
+
+    Returns
+    -------
+    list of (int, int)
+        Numbers of candidates. An image is in one pair at most. Keys that few candidates have come
+        first, and each key has as many pairs as its answers allow.
+    """
+    candidates: dict[Hashable, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in rng.permutation(len(keys)).tolist():
+        candidates[keys[number]][answers[number]].append(number)
+    paired_images: set[Hashable] = set()
+    pairs = []
+    for by_answer in sorted(candidates.values(), key=_count_candidates):
+        unpaired = [
+            [number for number in numbers if images[number] not in paired_images]
+            for numbers in by_answer.values()
+        ]
+        for a, b in _pair_largest(unpaired):
+            paired_images.update((images[a], images[b]))
             pairs.append((a, b))
     return pairs
+
+
+def _count_candidates(by_answer: dict[Hashable, list[int]]) -> int:
+    return sum(len(numbers) for numbers in by_answer.values())
+
+
+def _pair_largest(groups: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Take one from each of the two largest groups until a single group is left."""
+    while True:
+        groups = sorted((group for group in groups if group), key=len)
+        if len(groups) < 2:
+            return
+        yield groups[-1].pop(), groups[-2].pop()

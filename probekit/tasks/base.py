@@ -1,11 +1,11 @@
-"""What tasks are built from, and what a task is."""
+"""What a task is, what it is built from, and what it returns."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,19 +20,35 @@ class BuildSettings:
 
     Attributes
     ----------
-    folder : COCO folder (see :mod:`probekit.data.coco`), or one of the other kinds that :mod:`probekit.data.layouts` reads
-    coco_splits : which of its splits to draw images from; () takes all
-    train, validation, test : numbers of images
-    tasks : names out of :data:`probekit.tasks.registry.TASKS`, and files or folders of statements (:mod:`probekit.data.statement_files`)
-    categories : ``"all"``, ``"frequent40"`` (the 40 that most of the chosen training images show), or their names
-    labels_from : ``"instances"``, or ``"captions"``: the words of an image's first caption, as in the study
-    smallest : share of an image's area below which an instance is too small to be asked about
-    captions : right captions an image (1 to 5), and as many wrong ones
-    similarity : what "similar" captions are judged by: ``"tfidf"``, or a sentence-embedding model (hub id or folder)
-    max_bad : largest share of unreadable images that is left out without stopping
+    folder : str
+        The dataset: a COCO folder (:mod:`probekit.data.coco`), or one of the other layouts that
+        :mod:`probekit.data.layouts` reads.
+    coco_splits : tuple of str
+        Splits of the dataset to draw images from; empty takes all of them.
+    train, validation, test : int
+        Number of images in each split.
+    tasks : tuple of str
+        Names from :data:`probekit.tasks.registry.TASKS`, and files or folders of statements
+        (:mod:`probekit.data.statement_files`).
+    categories : str or tuple of str
+        ``"all"``, ``"frequent40"`` (the 40 categories that most training images show), or names.
+    seed : int
+        Seed of the drawn images, captions and categories.
+    max_bad : float
+        Largest share of unreadable images that is left out without stopping.
+    labels_from : str
+        ``"instances"``, or ``"captions"``: the words of an image's first caption.
+    smallest : float
+        Share of an image's area below which an instance is too small to be asked about.
+    captions : int
+        Captions of its own that each image is asked about (1 to 5), and as many of other images.
+    similarity : str
+        How similar captions are found: ``"tfidf"``, or a sentence-embedding model (a hub id or a
+        folder).
     """
 
     folder: str
+    _: KW_ONLY
     coco_splits: tuple[str, ...] = ()
     train: int = 1600
     validation: int = 400
@@ -47,24 +63,35 @@ class BuildSettings:
     similarity: str = "tfidf"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a task is built from.
+    """The images that were drawn, and all that a task may ask about them.
 
     Attributes
     ----------
-    build : the settings
-    images : DataFrame, indexed by `image_id`: `file`, `split`, `width`, `height` in pixels
-    captions : Series of lists, by `image_id`: the captions of an image in their order; images without one are not in it
-    shows_nc : DataFrame of booleans, images by categories: is the category there?
-    unclear_nc : the same shape: it is there, but too small to be asked about (`shows_nc` says no)
-    instances : DataFrame: `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, `colour`, and `tiny`
-    statements : by the name of their task: DataFrame of `image_id`, `text`, `label` (0 or 1)
-    annotated_nc, annotated_unclear_nc : as `shows_nc` and `unclear_nc`, by the instances whatever labels are from, and
-        of all categories of the dataset, whichever are asked about
+    settings : BuildSettings
+        The settings that the images were drawn with.
+    images : DataFrame
+        Indexed by `image_id`: `file`, `split`, and `width`, `height` in pixels.
+    captions : Series
+        The list of captions of each image, by `image_id`; images without a caption are not in it.
+    shows_nc : DataFrame of bool
+        Images by categories: does the image show the category?
+    unclear_nc : DataFrame of bool
+        The same shape: the image shows it, but too small to be asked about. `shows_nc` is False
+        there.
+    instances : DataFrame
+        `image_id`, `category`, `x`, `y`, `w`, `h` in pixels, `area`, `iscrowd`, `colour`, and
+        `tiny`: is it too small to be asked about?
+    statements : dict
+        For each task that comes from a file, a DataFrame of `image_id`, `text`, `label` (0 or 1)
+        and `is_caption`.
+    annotated_nc, annotated_unclear_nc : DataFrame of bool
+        As `shows_nc` and `unclear_nc`, but always from the instances, and for all categories of
+        the dataset.
     """
 
-    build: BuildSettings
+    settings: BuildSettings
     images: pd.DataFrame
     captions: pd.Series
     shows_nc: pd.DataFrame
@@ -74,27 +101,41 @@ class Selection:
     annotated_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
     annotated_unclear_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def of_each_split(self) -> list[pd.DataFrame]:
-        """The images of train, validation and test, apart: what is asked in one takes nothing from another."""
+    def images_by_split(self) -> list[pd.DataFrame]:
+        """Return the images of each split as a table of its own.
+
+        A task that exchanges texts between images does so within one split, so that no text of the
+        test images is seen in training.
+        """
         return [images for _, images in self.images.groupby("split", sort=False)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked about images.
+    """A question about images.
 
     Attributes
     ----------
-    kind : ``"binary"`` (is this right?), ``"multilabel"`` (which of these categories?) or ``"one_of"`` (which one?)
-    build : from the chosen images to the rows; called with a generator that depends on seed and name of the task
-    question : in words
-    classes : what the entries of `labels` stand for; None takes "match" (binary) or the categories
-    needs : what the dataset must have: ``"categories"``, ``"instances"`` (boxes), or nothing but images and captions
+    kind : str
+        ``"binary"`` (is this true?), ``"multilabel"`` (which of these categories?) or ``"one_of"``
+        (which one of these answers?).
+    build : callable
+        ``build(selection, rng)`` returns the examples, as :func:`example_rows` makes them. The
+        generator depends on the seed and on the name of the task.
+    question : str
+        The question in words, for figures and tables.
+    classes : sequence of str, optional
+        What the entries of `labels` stand for. By default ``"match"`` for a binary task, and the
+        categories for a multilabel task.
+    needs : str
+        What the dataset must have: ``"categories"``, ``"instances"`` (boxes), or ``""`` where
+        images and captions are enough.
     """
 
     kind: str
     build: Callable[[Selection, np.random.Generator], pd.DataFrame]
     question: str
+    _: KW_ONLY
     classes: Sequence[str] | None = None
     needs: Literal["", "categories", "instances"] = ""
 
@@ -144,42 +185,69 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
         class_lists = {tuple(classes) for classes in table.classes}
         if len(kinds) > 1 or len(class_lists) > 1:
             raise ValueError(
-                f"the rows of task {name} differ in kind or classes: give each task a name of its own"
+                f"the rows of task {name} differ in kind or classes: give each task its own name"
             )
-        infos[name] = TaskInfo(kinds[0], class_lists.pop(), table.question.iloc[0])
+        infos[str(name)] = TaskInfo(kinds[0], class_lists.pop(), table.question.iloc[0])
     return infos
 
 
-def example_rows(images: pd.DataFrame, prompts: Sequence[str], labels: Sequence, masks: Sequence | None = None) -> pd.DataFrame:
-    """Examples as a task returns them: one a row of `images`.
+def example_rows(
+    images: pd.DataFrame,
+    prompts: Sequence[str],
+    labels: Sequence | np.ndarray,
+    *,
+    masks: Sequence | np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Return examples in the form that a task hands back, one for each row of `images`.
 
     Parameters
     ----------
-    images : (n,) rows of :attr:`Chosen.images`; an image may be there several times
-    prompts : (n,)
-    labels : (n,) 0 or 1 of a binary task, or (n, c)
-    masks : (n, c) 1 where a label counts; None counts all
+    images : DataFrame
+        n rows of :attr:`Selection.images`; an image may occur several times.
+    prompts : sequence of str
+        The n prompts.
+    labels : array-like
+        0 or 1: shape (n,) for a binary task, (n, c) for the others.
+    masks : array-like, optional
+        Shape (n, c): 1 where a label counts. By default all of them count.
+
+    Returns
+    -------
+    DataFrame
+        Indexed like `images`: `file`, `split`, `prompt`, and the lists `labels` and `mask`.
     """
-    y = np.asarray(labels, dtype=int)
-    y = y[:, None] if y.ndim == 1 else y
-    mask = np.ones_like(y) if masks is None else np.asarray(masks, dtype=int)
-    return images[["file", "split"]].assign(prompt=list(prompts), labels=y.tolist(), mask=mask.tolist())
+    label_nc = np.asarray(labels, dtype=int)
+    if label_nc.ndim == 1:
+        label_nc = label_nc[:, None]
+    mask_nc = np.ones_like(label_nc) if masks is None else np.asarray(masks, dtype=int)
+    return images[["file", "split"]].assign(
+        prompt=list(prompts), labels=label_nc.tolist(), mask=mask_nc.tolist()
+    )
 
 
 def task_source(task: Task) -> list:
-    """What the rows of a task come from, for :func:`~probekit.paths.fingerprint`: another answer may mean other rows.
+    """Return what the rows of a task come from, for :func:`~probekit.paths.fingerprint`.
 
-    Its words and settings, and all of the file in which a function of the user's own stands. What was typed in, in a
-    notebook say, has no file: it is another one each time.
+    A different answer means that the rows may differ, and that the examples are built again. It
+    holds the words and settings of the task and, for a function that a user wrote, the whole file
+    in which it stands. A function that was typed into a notebook has no file: its answer differs
+    each time.
     """
-    function, given = task.build, []
+    function: Callable = task.build
+    bound_arguments = []
     while isinstance(function, partial):
-        given.append(repr((function.args, function.keywords)))
+        bound_arguments.append(repr((function.args, function.keywords)))
         function = function.func
+    classes = list(task.classes or ())
+    return [task.kind, task.question, classes, bound_arguments, _code_of(function)]
+
+
+def _code_of(function: Callable) -> str:
     module = getattr(function, "__module__", None) or ""
+    if module.startswith("probekit."):
+        return f"{module}.{getattr(function, '__qualname__', function)}"
     try:
-        code = f"{module}.{function.__qualname__}" if module.startswith("probekit.") else Path(
-            inspect.getsourcefile(function)).read_text(encoding="utf-8")
-    except (OSError, TypeError, ValueError, AttributeError):
-        code = str(time.time_ns())
-    return [task.kind, task.question, list(task.classes or ()), given, code]
+        file = inspect.getsourcefile(function)
+        return Path(file or "").read_text(encoding="utf-8")
+    except (OSError, TypeError, ValueError):
+        return str(time.time_ns())

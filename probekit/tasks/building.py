@@ -1,243 +1,413 @@
-"""From COCO to examples: which images, which prompts, which labels.
+"""From a dataset to the examples table: draw images, split them, and ask the tasks about them.
 
-A task is a function from the chosen images to rows of the examples table (:mod:`probekit.tasks.captions`,
-:mod:`probekit.tasks.objects`, :mod:`probekit.tasks.spatial`, :mod:`probekit.data.statement_files`), with the kind of probe that reads them.
-A row is one example: `image_id, file, split, task, prompt, labels, mask`. `labels` and `mask` have one entry for each
-class of the task (`labels` 0 or 1, counted only where `mask` is 1); a binary task has one class.
+A row is one example: `image_id, file, split, task, prompt, labels, mask`, and what its task is:
+`kind, classes, question`. `labels` and `mask` have one entry for each class of the task. A label is
+0 or 1, and counts only where the mask is 1; a binary task has one class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
+import xxhash
 
 from probekit import paths
-from probekit.data import dataset, layouts, statement_files
+from probekit.data import layouts, statement_files
+from probekit.data.dataset import Dataset
 from probekit.images import unreadable_images
-from probekit.tasks import captions, objects
-from probekit.tasks.balance import TooFew
+from probekit.tasks import objects
+from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings, Selection, Task, task_infos, task_source
+from probekit.tasks.captions import clean_caption
 from probekit.tasks.registry import TASKS, find_tasks
 
-VERSION = 7  # of what a build leaves: older ones are made anew
 SPLITS = ("train", "validation", "test")
+# Version of the files that a build leaves. Files of another version are built again.
+VERSION = 8
+FREQUENT = 40
+LISTED_IMAGES = 50
 
 
-# ------------------------------------------------------------------------------------------------------------ tasks
+# ----------------------------------------------------------------------------------- the images
 
 
+def select_images(
+    settings: BuildSettings,
+    dataset: Dataset,
+    *,
+    home: str | Path | paths.Home | None = None,
+) -> tuple[Selection, pd.DataFrame]:
+    """Draw images, leave out those that cannot be read, and split the others.
 
+    Images are drawn from those that have captions; images that a file of statements names come
+    first.
 
-
-
-def _files(names: tuple[str, ...]) -> dict[str, Path]:
-    return {stem: file for name in names if name not in TASKS for stem, file in statement_files.find_statement_files(name).items()}
-
-
-def _made_as(build: BuildSettings) -> str:
-    """Fingerprint of what a build comes from: settings, the dataset as it is on disk, statements, and tasks' code."""
-    read = {stem: sha256(file.read_bytes()).hexdigest() for stem, file in _files(build.tasks).items()}
-    state = layouts.dataset_state(paths.Home.find().resolve(build.folder), build.coco_splits)
-    made = [task_source(TASKS[name]) for name in build.tasks if name in TASKS]
-    return paths.fingerprint(VERSION, build, read, state, made)
-
-
-# ------------------------------------------------------------------------------------------------------------ build
-
-
-def choose(build: BuildSettings, data: dataset.Dataset) -> tuple[Selection, pd.DataFrame]:
-    """Draw the images of a build, leave out the unreadable ones, and split them by image.
-
-    Drawn are images that have captions, and those that statements are about before any other.
+    Parameters
+    ----------
+    settings : BuildSettings
+        How many images to draw, and what to read from their annotations.
+    dataset : Dataset
+        The dataset that `settings` names.
+    home : str, Path or Home, optional
+        Where relative paths start, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
-    Chosen, and the table of left-out images (`image_id, file, reason`)
+    selection : Selection
+        The images, and all that tasks may ask about them.
+    left_out : DataFrame
+        The images that cannot be read: `image_id`, `file`, `reason`.
 
     Raises
     ------
     ValueError
-        Too few images, or more unreadable ones than `max_bad` allows; the message lists them.
+        A setting makes no sense, there are too few images, or more images than `max_bad` allows
+        cannot be read; the message lists them.
     """
-    _check(build)
-    said = {name: _usable(file, data) for name, file in _files(build.tasks).items()}
-    about = np.unique(np.concatenate([[], *(table.image_id for table in said.values())]))
-    usable = data.images[data.images.index.isin(data.captions.image_id) | data.images.index.isin(about)].sort_index()
-    wanted = build.train + build.validation + build.test
-    if wanted > len(usable):
-        raise ValueError(f"{wanted:,} images are asked for, {build.folder} has {len(usable):,} with captions: lower "
-                         "train, validation and test, or name more coco_splits")
-    rng = np.random.default_rng([build.seed, 0])
+    _check_settings(settings)
+    statements = {
+        name: _read_usable_statements(file, dataset)
+        for name, file in _statement_files(settings.tasks, home).items()
+    }
+    images = _draw_images(settings, dataset, statements=statements)
+    left_out = unreadable_images(images)
+    _check_unreadable(left_out, len(images), settings=settings)
+    images = images.drop(index=left_out.image_id)[["file", "split", "width", "height"]]
+    captions = _captions_by_image(dataset, images)
+    instances = _instances_of(dataset, images, smallest=settings.smallest)
+    annotated_nc, annotated_unclear_nc = objects.categories_from_instances(
+        instances, images.index, names=dataset.categories
+    )
+    names = _category_names(dataset, settings)
+    if settings.labels_from == "captions":
+        shows_nc = objects.categories_from_captions(captions, images.index, names=names)
+        unclear_nc = pd.DataFrame(False, index=images.index, columns=shows_nc.columns)
+    else:
+        shows_nc = annotated_nc.reindex(columns=names, fill_value=False)
+        unclear_nc = annotated_unclear_nc.reindex(columns=names, fill_value=False)
+    if settings.categories == "frequent40":
+        is_train = (images.split == "train").to_numpy()
+        frequent = shows_nc[is_train].sum().nlargest(FREQUENT).index
+        names = [name for name in names if name in frequent]
+    selection = Selection(
+        settings=settings,
+        images=images,
+        captions=captions,
+        shows_nc=shows_nc[names],
+        unclear_nc=unclear_nc[names],
+        instances=instances,
+        statements=statements,
+        annotated_nc=annotated_nc,
+        annotated_unclear_nc=annotated_unclear_nc,
+    )
+    return selection, left_out
+
+
+def _check_settings(settings: BuildSettings) -> None:
+    if not 1 <= settings.captions <= 5:
+        raise ValueError(
+            f"captions={settings.captions}: take 1 to 5 captions per image; as many captions of "
+            "other images are added"
+        )
+    if settings.labels_from not in ("instances", "captions"):
+        raise ValueError(f"labels_from={settings.labels_from!r}: take instances or captions")
+    if not 0 <= settings.smallest < 1:
+        raise ValueError(
+            f"smallest={settings.smallest}: take a share of the image's area, from 0 to below 1"
+        )
+
+
+def _statement_files(names: Sequence[str], home: str | Path | paths.Home | None) -> dict[str, Path]:
+    files = {}
+    for name in names:
+        if name not in TASKS:
+            files.update(statement_files.find_statement_files(name, home))
+    return files
+
+
+def _read_usable_statements(file: Path, dataset: Dataset) -> pd.DataFrame:
+    """Return the statements of a file whose images the dataset has."""
+    statements = statement_files.read_statements(file)
+    usable = statement_files.match_statements(statements, dataset.images)
+    if usable.empty:
+        raise ValueError(
+            f"none of the images that {file} names ({statements.image[0]}, ...) is in this dataset "
+            f"({Path(dataset.images.file.iloc[0]).name}, ...): name the dataset that it is about"
+        )
+    return usable
+
+
+def _draw_images(
+    settings: BuildSettings, dataset: Dataset, *, statements: dict[str, pd.DataFrame]
+) -> pd.DataFrame:
+    """Return as many images as the settings ask for, with their `split`."""
+    statement_images: set[Hashable] = set()
+    for table in statements.values():
+        statement_images.update(table.image_id)
+    has_caption = dataset.images.index.isin(dataset.captions.image_id)
+    has_statement = dataset.images.index.isin(list(statement_images))
+    usable = dataset.images[has_caption | has_statement].sort_index()
+    sizes = [settings.train, settings.validation, settings.test]
+    count = sum(sizes)
+    if count > len(usable):
+        raise ValueError(
+            f"{count:,} images are asked for, {settings.folder} has {len(usable):,} with captions: "
+            "lower train, validation and test, or name more coco_splits"
+        )
+    rng = np.random.default_rng([settings.seed, 0])
     images = usable.iloc[rng.permutation(len(usable))]
-    if len(about):
-        first = images.index.isin(about)
-        images = pd.concat([images[first], images[~first]])[:wanted]
-        images = images.iloc[rng.permutation(wanted)]
-    images = images[:wanted].assign(split=np.repeat(SPLITS, [build.train, build.validation, build.test]))
-    bad = unreadable_images(images)
-    if len(bad) > build.max_bad * wanted:
-        listed = "\n".join(f"  {b.file}: {b.reason}" for b in bad.head(50).itertuples())
-        raise ValueError(f"{len(bad)} of {wanted:,} images cannot be read, more than max_bad={build.max_bad:.1%}; "
-                         f"mend them or raise max_bad:\n{listed}")
-    images = images.drop(index=bad.image_id)[["file", "split", "width", "height"]]
-    told, instances = _captions_of(data, images), _instances_of(data, images, build.smallest)
-    names = _categories(data, build)
-    annotated = objects.shown(instances, images.index, data.categories)
-    shows, unclear = (table.reindex(columns=names, fill_value=False) for table in annotated)
-    if build.labels_from == "captions":
-        shows, unclear = objects.said(told, images.index, names), unclear & False
-    if build.categories == "frequent40":
-        often = shows[(images.split == "train").to_numpy()].sum().nlargest(40).index
-        shows, unclear = (table[[name for name in names if name in often]] for table in (shows, unclear))
-    return Selection(build, images, told, shows, unclear, instances, said, *annotated), bad
+    if statement_images:
+        comes_first = images.index.isin(list(statement_images))
+        images = pd.concat([images[comes_first], images[~comes_first]])[:count]
+        images = images.iloc[rng.permutation(count)]
+    return images[:count].assign(split=np.repeat(SPLITS, sizes))
 
 
-def _check(build: BuildSettings) -> None:
-    if not 1 <= build.captions <= 5:
-        raise ValueError(f"captions={build.captions}: 1 to 5 right captions an image, and as many wrong ones")
-    if build.labels_from not in ("instances", "captions"):
-        raise ValueError(f"labels_from={build.labels_from!r}: take instances or captions")
-    if not 0 <= build.smallest < 1:
-        raise ValueError(f"smallest={build.smallest}: a share of the image's area, from 0 to below 1")
+def _check_unreadable(unreadable: pd.DataFrame, count: int, *, settings: BuildSettings) -> None:
+    if len(unreadable) <= settings.max_bad * count:
+        return
+    lines = [f"  {image.file}: {image.reason}" for image in unreadable[:LISTED_IMAGES].itertuples()]
+    raise ValueError(
+        f"{len(unreadable)} of {count:,} images cannot be read, more than "
+        f"max_bad={settings.max_bad:.1%}: repair them or raise max_bad:\n" + "\n".join(lines)
+    )
 
 
-def _usable(file: Path, data: dataset.Dataset) -> pd.DataFrame:
-    every = statement_files.read_statements(file)
-    table = statement_files.match_statements(every, data.images)
-    if table.empty:
-        raise ValueError(f"none of the images that {file} names ({every.image[0]}, ...) is in this dataset "
-                         f"({Path(data.images.file.iloc[0]).name}, ...): name the dataset that it is about")
-    return table
+def _captions_by_image(dataset: Dataset, images: pd.DataFrame) -> pd.Series:
+    captions = dataset.captions[dataset.captions.image_id.isin(images.index)]
+    return captions.caption.map(clean_caption).groupby(captions.image_id).agg(list)
 
 
-def _captions_of(data: dataset.Dataset, images: pd.DataFrame) -> pd.Series:
-    rows = data.captions[data.captions.image_id.isin(images.index)]
-    return rows.caption.map(captions.clean).groupby(rows.image_id).agg(list)
+def _instances_of(dataset: Dataset, images: pd.DataFrame, *, smallest: float) -> pd.DataFrame:
+    instances = dataset.instances[dataset.instances.image_id.isin(images.index)]
+    image_area = (images.width * images.height).reindex(instances.image_id).to_numpy()
+    return instances.assign(tiny=instances.area.to_numpy(dtype=float) < smallest * image_area)
 
 
-def _instances_of(data: dataset.Dataset, images: pd.DataFrame, smallest: float) -> pd.DataFrame:
-    rows = data.instances[data.instances.image_id.isin(images.index)]
-    size = (images.width * images.height).reindex(rows.image_id).to_numpy()
-    return rows.assign(tiny=rows.area.to_numpy(dtype=float) < smallest * size)
-
-
-def _categories(data: dataset.Dataset, build: BuildSettings) -> list[str]:
-    """The names that are asked about, or may be."""
-    if build.categories in ("all", "frequent40"):
-        return list(data.categories)
-    names = [build.categories] if isinstance(build.categories, str) else list(build.categories)
-    unknown = [name for name in names if name not in data.categories]
-    if unknown and (data.categories or build.labels_from == "instances"):
-        raise ValueError(f"unknown categories {unknown}: take \"all\", \"frequent40\" or names out of "
-                         f"{', '.join(data.categories) or 'a dataset that has instances'}")
+def _category_names(dataset: Dataset, settings: BuildSettings) -> list[str]:
+    """Return the categories that are asked about, or may be."""
+    if settings.categories in ("all", "frequent40"):
+        return list(dataset.categories)
+    if isinstance(settings.categories, str):
+        names = [settings.categories]
+    else:
+        names = list(settings.categories)
+    unknown_names = [name for name in names if name not in dataset.categories]
+    # Captions may name categories that a dataset without instances does not list.
+    must_be_listed = dataset.categories or settings.labels_from == "instances"
+    if unknown_names and must_be_listed:
+        listed = ", ".join(dataset.categories) or "a dataset that has instances"
+        raise ValueError(
+            f'unknown categories {unknown_names}: take "all", "frequent40" or names out of {listed}'
+        )
     return names
 
 
-def build_examples(build: BuildSettings, folder: Path, data: dataset.Dataset | None = None) -> pd.DataFrame:
-    """Build the examples of all tasks and write them to `folder`.
+# --------------------------------------------------------------------------------- the examples
 
-    They are read back, not made again, where settings, dataset, statements and the tasks' code are what they were.
+
+def build_examples(
+    settings: BuildSettings,
+    folder: Path,
+    *,
+    dataset: Dataset | None = None,
+    home: str | Path | paths.Home | None = None,
+) -> pd.DataFrame:
+    """Build the examples of all tasks and write them to a folder.
+
+    They are read back where the settings, the dataset, the files of statements and the code of the
+    tasks are unchanged.
 
     Parameters
     ----------
-    data : the dataset of the settings, where it has been read already
+    settings : BuildSettings
+        Which images to draw, and what to ask about them.
+    folder : Path
+        Where the table goes, with the instances of its images, the list of unreadable images, and
+        how far captions agree with instances.
+    dataset : Dataset, optional
+        The dataset that `settings` names, where it has been read already.
+    home : str, Path or Home, optional
+        Where relative paths start, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
     DataFrame
-        The examples, those of one image next to each other; ``attrs["tasks"]`` holds kind and classes of each task,
-        ``attrs["settings"]`` the fingerprint of what it was made from, ``attrs["versions"]`` of which libraries.
-    """
-    asked, made_as = find_tasks(build.tasks), _made_as(build)
-    record, file = folder / "build.json", folder / "examples.parquet"
-    if record.exists() and file.exists() and paths.read_json(record)["fingerprint"] == made_as:
-        return load_examples(folder)
-    record.unlink(missing_ok=True)  # it vouches for the table, so it goes first and comes back last
-    data = data or layouts.read_dataset(paths.Home.find().resolve(build.folder), build.coco_splits)
-    _check_needs(asked, build, data)
-    chosen, bad = choose(build, data)
-    tables = []
-    for name, task in asked.items():
-        table = _examples(name, task, chosen)
-        classes = ["match"] if task.kind == "binary" else list(task.classes or chosen.shows_nc.columns)
-        tables.append(table.assign(kind=task.kind, classes=[classes] * len(table), question=task.question))
-    examples = pd.concat(tables, ignore_index=True)
-    place = pd.Series(range(len(chosen.images)), index=chosen.images.index)
-    examples = examples.iloc[np.argsort(place[examples.image_id].to_numpy(), kind="stable")].reset_index(drop=True)
-    examples["file"] = [paths.Home.find().relative(Path(file)) for file in examples.file]
-    paths.write_atomic(file, examples.to_parquet)
-    bad.to_csv(folder / "left_out_images.csv", index=False)
-    there = chosen.instances.join(chosen.images[["width", "height"]], on="image_id")
-    paths.write_atomic(folder / "instances.parquet", there.to_parquet)
-    said = objects.said(chosen.captions, chosen.images.index, chosen.shows_nc.columns)
-    clear = (table.reindex(columns=said.columns, fill_value=False)
-             for table in (chosen.annotated_nc, chosen.annotated_unclear_nc))
-    objects.agreement(said, *clear).to_csv(folder / "caption_words.csv")
-    paths.write_json(record, {"fingerprint": made_as, "settings": asdict(build), "left_out_images": len(bad),
-                              "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow")})
-    return load_examples(folder)
-
-
-def _check_needs(asked: dict[str, Task], build: BuildSettings, data: dataset.Dataset) -> None:
-    """Refuse tasks about what the dataset does not have."""
-    lacks = {"instances": not len(data.instances), "categories": not _categories(data, build)}
-    mends = {"instances": "take other tasks, or a dataset with COCO's instances",
-             "categories": "name them, as in categories: [dog, cup]" if build.labels_from == "captions" else
-             "take caption tasks, or labels_from: captions with categories named"}
-    for name, task in asked.items():
-        needs = task.needs or ("categories" if task.kind == "multilabel" and not task.classes else "")
-        if lacks.get(needs):
-            raise ValueError(f"task {name} asks about {needs}, and {build.folder} has none: {mends[needs]}")
-
-
-def _examples(name: str, task: Task, chosen: Selection) -> pd.DataFrame:
-    """The rows of one task.
+        The examples; those of one image stand next to each other. `kind`, `classes` and `question`
+        say what the task of each row is, see :func:`~probekit.tasks.base.task_infos`.
 
     Raises
     ------
     ValueError
-        A split for which there is nothing to ask.
+        A setting makes no sense, or a task finds nothing to ask; the message names the fix.
+    FileNotFoundError
+        There is no such dataset.
     """
-    rows = task.build(chosen, np.random.default_rng([chosen.build.seed, crc32(name.encode())]))
-    counts = rows.split.value_counts()
-    lacking = [split for split in SPLITS if split in set(chosen.images.split) and split not in counts.index]
-    if lacking:
-        raise TooFew(f"task {name} finds nothing to ask in {', '.join(lacking)} (images there: "
-                     f"{', '.join(str((chosen.images.split == split).sum()) for split in lacking)}): take more "
-                     "images or more categories, or leave it out")
+    home = paths.Home.find(home)
+    tasks = find_tasks(settings.tasks, home)
+    fingerprint = _source_fingerprint(settings, home)
+    record_file = folder / "build.json"
+    examples_file = folder / "examples.parquet"
+    is_built = record_file.exists() and examples_file.exists()
+    if is_built and paths.read_json(record_file)["fingerprint"] == fingerprint:
+        return load_examples(folder)
+    # The record vouches for the other files, so it goes first and is written last.
+    record_file.unlink(missing_ok=True)
+    if dataset is None:
+        dataset = layouts.read_dataset(home.resolve(settings.folder), settings.coco_splits)
+    _check_needs(tasks, settings, dataset=dataset)
+    selection, left_out = select_images(settings, dataset, home=home)
+    examples = _ask_tasks(tasks, selection)
+    examples["file"] = [home.relative(Path(file)) for file in examples.file]
+    paths.write_atomic(examples_file, examples.to_parquet)
+    left_out.to_csv(folder / "left_out_images.csv", index=False)
+    image_sizes = selection.images[["width", "height"]]
+    instances = selection.instances.join(image_sizes, on="image_id")
+    paths.write_atomic(folder / "instances.parquet", instances.to_parquet)
+    _caption_agreement(selection).to_csv(folder / "caption_words.csv")
+    record = {
+        "fingerprint": fingerprint,
+        "settings": asdict(settings),
+        "left_out_images": len(left_out),
+        "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow"),
+    }
+    paths.write_json(record_file, record)
+    return load_examples(folder)
+
+
+def _source_fingerprint(settings: BuildSettings, home: paths.Home) -> str:
+    """Return a fingerprint of the settings, the dataset on disk, the statements and the tasks."""
+    statements = {
+        name: xxhash.xxh3_128_hexdigest(file.read_bytes())
+        for name, file in _statement_files(settings.tasks, home).items()
+    }
+    state = layouts.dataset_state(home.resolve(settings.folder), settings.coco_splits)
+    sources = [task_source(TASKS[name]) for name in settings.tasks if name in TASKS]
+    return paths.fingerprint(VERSION, settings, statements, state, sources)
+
+
+def _check_needs(tasks: dict[str, Task], settings: BuildSettings, *, dataset: Dataset) -> None:
+    """Refuse tasks about what the dataset does not have."""
+    has = {
+        "": True,
+        "instances": len(dataset.instances) > 0,
+        "categories": len(_category_names(dataset, settings)) > 0,
+    }
+    fixes = {
+        "instances": "take other tasks, or a dataset with COCO's instances",
+        "categories": "take caption tasks, or labels_from: captions with categories named",
+    }
+    if settings.labels_from == "captions":
+        fixes["categories"] = "name them, as in categories: [dog, cup]"
+    for name, task in tasks.items():
+        needs = task.needs
+        if not needs and task.kind == "multilabel" and not task.classes:
+            needs = "categories"
+        if not has[needs]:
+            raise ValueError(
+                f"task {name} asks about {needs}, and {settings.folder} has none: {fixes[needs]}"
+            )
+
+
+def _ask_tasks(tasks: dict[str, Task], selection: Selection) -> pd.DataFrame:
+    """Return the examples of all tasks, image by image in the order of the selection."""
+    tables = []
+    for name, task in tasks.items():
+        table = _ask_task(name, task, selection=selection)
+        classes = list(task.classes or selection.shows_nc.columns)
+        if task.kind == "binary":
+            classes = ["match"]
+        tables.append(
+            table.assign(kind=task.kind, classes=[classes] * len(table), question=task.question)
+        )
+    examples = pd.concat(tables, ignore_index=True)
+    positions = selection.images.index.get_indexer(examples.image_id)
+    return examples.iloc[np.argsort(positions, kind="stable")].reset_index(drop=True)
+
+
+def _ask_task(name: str, task: Task, *, selection: Selection) -> pd.DataFrame:
+    """Return the examples of one task.
+
+    Raises
+    ------
+    TooFewImages
+        It finds nothing to ask in a split.
+    """
+    rng = np.random.default_rng([selection.settings.seed, crc32(name.encode())])
+    rows = task.build(selection, rng)
+    image_counts = selection.images.split.value_counts()
+    asked_splits = set(rows.split)
+    empty_splits = [
+        split for split in SPLITS if split in image_counts and split not in asked_splits
+    ]
+    if empty_splits:
+        counts = ", ".join(str(image_counts[split]) for split in empty_splits)
+        raise TooFewImages(
+            f"task {name} finds nothing to ask in {', '.join(empty_splits)} (images there: "
+            f"{counts}): take more images or more categories, or leave it out"
+        )
     return rows.reset_index(names="image_id").assign(task=name)
 
 
+def _caption_agreement(selection: Selection) -> pd.DataFrame:
+    """Measure how far the words of captions agree with the instances."""
+    named_nc = objects.categories_from_captions(
+        selection.captions, selection.images.index, names=selection.shows_nc.columns
+    )
+    shows_nc = selection.annotated_nc.reindex(columns=named_nc.columns, fill_value=False)
+    unclear_nc = selection.annotated_unclear_nc.reindex(columns=named_nc.columns, fill_value=False)
+    return objects.measure_caption_labels(named_nc, shows_nc, unclear_nc=unclear_nc)
+
+
+# ------------------------------------------------------------------------- the files of a build
+
+
 def load_examples(folder: Path) -> pd.DataFrame:
-    """Read the examples that :func:`build_examples` wrote."""
-    file = folder / "examples.parquet"
+    """Read the examples that :func:`build_examples` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        They have not been built.
+    """
+    return _read_table(folder / "examples.parquet")
+
+
+def load_instances(folder: Path) -> pd.DataFrame:
+    """Read the instances of the images that :func:`build_examples` drew.
+
+    Returns
+    -------
+    DataFrame
+        `image_id`, `category`, the box `x`, `y`, `w`, `h`, `area`, `iscrowd`, `colour`, `tiny`, and
+        `width` and `height` of the image; all in pixels of the image file.
+
+    Raises
+    ------
+    FileNotFoundError
+        The examples have not been built.
+    """
+    return _read_table(folder / "instances.parquet")
+
+
+def _read_table(file: Path) -> pd.DataFrame:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: run 01_build_data for this run first")
     return pd.read_parquet(file)
 
 
-def load_instances(folder: Path) -> pd.DataFrame:
-    """The instances of a run's images: `image_id, category, x, y, w, h, area, iscrowd`, the image's `width, height`.
-
-    All in pixels of the image file.
-    """
-    file = folder / "instances.parquet"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: run 01_build_data again, this run is of an older version")
-    return pd.read_parquet(file)
-
-
 def input_fingerprint(examples: pd.DataFrame) -> str:
-    """Fingerprint of what a model is given: images and prompts, in their order."""
+    """Return a fingerprint of what a model is given: images and prompts, in their order."""
     return paths.fingerprint(examples.file.tolist(), examples.prompt.tolist())
 
 
 def table_fingerprint(examples: pd.DataFrame) -> str:
-    """Fingerprint of the whole table, labels and splits included."""
-    return paths.fingerprint(input_fingerprint(examples), [examples[c].tolist() for c in ("task", "split", "labels", "mask")],
-                             [[name, asdict(info)] for name, info in task_infos(examples).items()])
+    """Return a fingerprint of the whole table, labels and splits included."""
+    columns = [examples[name].tolist() for name in ("task", "split", "labels", "mask")]
+    infos = [[name, asdict(info)] for name, info in task_infos(examples).items()]
+    return paths.fingerprint(input_fingerprint(examples), columns, infos)

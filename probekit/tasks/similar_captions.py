@@ -1,228 +1,382 @@
-"""Captions that mean nearly the same: by their words, or by a sentence-embedding model."""
+"""The most similar captions of other images: by their words, or by a sentence-embedding model."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from functools import cache
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from sys import intern
+from typing import Protocol
 
 import numpy as np
-import scipy.sparse
 import torch
 from huggingface_hub import snapshot_download
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from sklearn import config_context
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
 from probekit import paths
-from probekit.tasks.balance import mixed, without
+from probekit.tasks.balance import balanced_assignment, ordered_chunks
+from probekit.tasks.paraphrases import CaptionJudge
 
-STOP = ENGLISH_STOP_WORDS
-NUMBERS = frozenset(("two", "three", "four", "five", "six", "eight", "nine", "ten"))  # stop words that say something
-NEAREST = 30  # captions that are looked at for each
-HEAVIEST = 6  # words that others are looked up by
-CHUNK = 256  # captions that are compared with all others at a time
-ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a sentence-embedding model on the hub
-BLOCK = 65_536  # of which others so many at a time are taken in full precision
-PARAPHRASE = 0.75  # share of content words from which on a caption may be true of the other's image, too
-COVERED = 0.8  # share of a caption's content words that another one has, from which on it says nothing else
-
-
-def content(caption: str) -> frozenset[str]:
-    """Stems of its words, without words that any caption may have."""
-    return frozenset(_stem(word) for word in re.findall(r"[\w']+", caption.lower())
-                     if word in NUMBERS or word not in STOP)
-
-
-@cache
-def _stem(word: str) -> str:
-    """A word without the endings of plurals and verbs: rides, riding and ride are the same."""
-    for ending in ("ing", "ed", "es", "s"):
-        if word.endswith(ending) and not word.endswith("ss") and len(word) >= len(ending) + 3:
-            word = word.removesuffix(ending)
-            break
-    word = word.removesuffix("e") if len(word) > 3 else word
-    return intern(word[:-1] if len(word) > 3 and word[-1] == word[-2] else word)
+TFIDF = "tfidf"
+# Similar captions that are looked at for each caption, the caption itself included.
+NEAREST = 31
+# Captions that are compared by their words are looked for among so many others at most: time then
+# grows with their number, and not with its square.
+SEARCHED = 200_000
+# Captions that are looked up at a time, between two steps of the progress bar.
+QUERIES = 4_096
+# MiB that scikit-learn may use for the similarities of some captions with all others.
+WORKING_MEMORY = 256
+# Captions that are exchanged among themselves where each pair of them is judged.
+CAPTION_CHUNK = 500
+# Pairs of captions that are looked at together.
+PAIRS = 100_000
+# Texts that are encoded before they are stored in half precision, and compared at a time.
+ENCODED = 65_536
+ENCODER_BATCH = 256
+# Files of a sentence-embedding model on the hub; others may hold code.
+ENCODER_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
-def contents(own: Sequence[Sequence[str]]) -> list[list[frozenset[str]]]:
-    """The content words of each image's captions; images that stand there several times share them."""
-    found = {id(said): said for said in own}
-    words = {key: [content(text) for text in said] for key, said in found.items()}
-    return [words[id(said)] for said in own]
+class CaptionVectors(Protocol):
+    """Captions as vectors, among which the nearest ones can be found."""
+
+    def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the captions that are most similar to each of some captions, among these.
+
+        Parameters
+        ----------
+        numbers : ndarray of int
+            Shape (n,): which captions to compare.
+
+        Returns
+        -------
+        neighbours : ndarray of int
+            Shape (n, k): numbers of captions; -1 where there are fewer, and for the caption itself.
+        cosines : ndarray of float
+            Shape (n, k): how similar they are, 0 where there is none.
+        """
 
 
-def paraphrases(words: frozenset[str], known: Sequence[frozenset[str]]) -> bool:
-    """Does a caption (its content words) say nearly what one of the known ones says, and so may be true with it?"""
-    return any(both >= PARAPHRASE * len(words | other) or both >= COVERED * len(words)
-               for other in known if (both := len(words & other)))
-
-
-def judge(right: Sequence[str], own: Sequence[Sequence[str]]) -> Callable[[int, int], bool]:
-    """May caption j of `right` be true of image i? As one of its own, in whatever case, or as a paraphrase of one."""
-    known, words = contents(own), [content(text) for text in right]
-    texts = {id(said): frozenset(text.lower() for text in said) for said in own}
-    lower = [text.lower() for text in right]
-    return lambda i, j: lower[j] in texts[id(own[i])] or paraphrases(words[j], known[i])
-
-
-# ------------------------------------------------------------------------------------------------------------- nearest
-
-
-def nearest(captions: Sequence[str], k: int = NEAREST) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar other captions of each by TF-IDF: places (n, k), -1 where there are fewer, and cosines (n, k).
-
-    Looked up are those that share one of the :data:`HEAVIEST` words of a caption, 4 k of them are compared in full.
-    Captions are compared in chunks, so memory grows with their number and not with its square.
-    """
-    x = TfidfVectorizer(stop_words="english", sublinear_tf=True, dtype=np.float32).fit_transform(captions)
-    xt = scipy.sparse.csc_matrix(x.T)
-    places, cosines = np.full((len(captions), k), -1, np.int32), np.zeros((len(captions), k), np.float32)
-    for at in tqdm(range(0, len(captions), CHUNK), "similar captions", unit_scale=CHUNK, unit="caption", delay=5):
-        rows, found = _looked_up(x[at : at + CHUNK], xt, at, 4 * k)
-        value = np.asarray(x[at + rows].multiply(x[found]).sum(1)).ravel()
-        order = np.lexsort((-value, rows))
-        rows, found, value = rows[order], found[order], value[order]
-        rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        top = rank < k
-        places[at + rows[top], rank[top]], cosines[at + rows[top], rank[top]] = found[top], value[top]
-    return places, cosines
-
-
-def _looked_up(x: scipy.sparse.csr_matrix, xt: scipy.sparse.csc_matrix, at: int, k: int
-               ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `x` and numbers of the captions that are closest to each by its heaviest words, without itself."""
-    of = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
-    order = np.lexsort((-x.data, of))
-    heavy = order[np.arange(len(of)) - x.indptr[of] < HEAVIEST]
-    light = scipy.sparse.csr_matrix((x.data[heavy], (of[heavy], x.indices[heavy])), shape=x.shape)
-    product, rows, found = (light @ xt).tocsr(), [], []
-    for i, (start, end) in enumerate(zip(product.indptr[:-1], product.indptr[1:], strict=True)):
-        index, value = product.indices[start:end], product.data[start:end]
-        if len(index) > k + 1:
-            index = index[np.argpartition(-value, k)[: k + 1]]
-        index = index[index != at + i]
-        rows.append(np.full(len(index), i))
-        found.append(index)
-    return np.concatenate(rows), np.concatenate(found)
-
-
-def nearest_embedded(captions: Sequence[str], own: Sequence[Sequence[str]], model: str, k: int = NEAREST
-                     ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`nearest`, by the vectors of a sentence-embedding model (https://sbert.net).
-
-    What is at least as similar to a caption as another one of its own image says too nearly the same, and is left out.
+class WordVectors:
+    """Captions as TF-IDF vectors of their words.
 
     Parameters
     ----------
-    own : all captions of the image of each caption
-    model : hub id, ``id@revision``, or folder
+    captions : sequence of str
+        The n captions.
+
+    Notes
+    -----
+    Beside the vectors, a search holds :data:`WORKING_MEMORY` MiB of similarities, a few times over
+    while they are sorted. Where there are more than :data:`SEARCHED` captions, each is compared
+    with an equal part of the others.
+    """
+
+    def __init__(self, captions: Sequence[str]) -> None:
+        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True, dtype=np.float32)
+        self._vectors_nv = vectorizer.fit_transform(captions)
+
+    def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the most similar captions, see :meth:`CaptionVectors.nearest`."""
+        neighbours = np.full((len(numbers), NEAREST), -1)
+        cosines = np.zeros((len(numbers), NEAREST), np.float32)
+        part_count = -(-len(numbers) // SEARCHED)
+        with (
+            config_context(working_memory=WORKING_MEMORY),
+            tqdm(total=len(numbers), desc="similar captions", unit="caption", delay=5) as progress,
+        ):
+            for first in range(part_count):
+                rows = np.arange(first, len(numbers), part_count)
+                k = min(NEAREST, len(rows))
+                search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
+                search.fit(self._vectors_nv[numbers[rows]])
+                for queries in ordered_chunks(rows, size=QUERIES):
+                    distances, places = search.kneighbors(self._vectors_nv[numbers[queries]])
+                    neighbours[queries, :k] = numbers[rows[places]]
+                    cosines[queries, :k] = 1 - distances
+                    progress.update(len(queries))
+        is_none = (cosines <= 0) | (neighbours == numbers[:, None])
+        neighbours[is_none] = -1
+        cosines[is_none] = 0
+        return neighbours, cosines
+
+
+class SentenceVectors:
+    """Captions as vectors of a sentence-embedding model (https://sbert.net).
+
+    What is at least as similar to a caption as another caption of the same image says too nearly
+    the same, and is never among its nearest ones.
+
+    Parameters
+    ----------
+    captions, owners : sequence
+        The n captions, and the image that each belongs to.
+    captions_by_image : mapping
+        All captions of each image.
+    model : str
+        A hub id, ``id@revision``, or a folder.
+
+    Raises
+    ------
+    ImportError
+        The package sentence-transformers is not installed.
+    ValueError
+        There is no such model, or its weights are not safetensors.
+
+    Notes
+    -----
+    Vectors are held in half precision, so cosines are within 1e-3 of the exact ones. All of COCO's
+    591,000 captions with d = 768 take 0.9 GB, and as much again while they are compared.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[str],
+        owners: Sequence[Hashable],
+        *,
+        captions_by_image: Mapping[Hashable, Sequence[str]],
+        model: str,
+    ) -> None:
+        encoder = load_sentence_encoder(model)
+        rows: dict[str, int] = {}
+        for caption in captions:
+            rows.setdefault(caption, len(rows))
+        for owner in dict.fromkeys(owners):
+            for caption in captions_by_image[owner]:
+                rows.setdefault(caption, len(rows))
+        vectors_nd = encode_texts(encoder, list(rows))
+        self._vectors_nd = vectors_nd[[rows[caption] for caption in captions]]
+        self._limits_n = vectors_nd.new_full((len(captions),), torch.inf, dtype=torch.float32)
+        for number, (caption, owner) in enumerate(zip(captions, owners, strict=True)):
+            others = [rows[other] for other in captions_by_image[owner] if other != caption]
+            if others:
+                cosines = vectors_nd[others].float() @ self._vectors_nd[number].float()
+                self._limits_n[number] = cosines.max()
+
+    def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the most similar captions, see :meth:`CaptionVectors.nearest`."""
+        from sentence_transformers.util import semantic_search
+
+        neighbours = np.full((len(numbers), NEAREST), -1)
+        cosines = np.zeros((len(numbers), NEAREST), np.float32)
+        searched_nd = self._vectors_nd[numbers]
+        limits_n1 = self._limits_n[numbers, None]
+        with tqdm(total=len(numbers), desc="similar captions", unit="caption", delay=5) as progress:
+            for queries in ordered_chunks(range(len(numbers)), size=QUERIES):
+                results = semantic_search(
+                    torch.cat([searched_nd[queries].float(), limits_n1[queries]], dim=1),
+                    searched_nd,
+                    query_chunk_size=ENCODER_BATCH,
+                    corpus_chunk_size=ENCODED,
+                    top_k=NEAREST,
+                    score_function=_cosines_below_limit,
+                )
+                for row, result in zip(queries, results, strict=True):
+                    for rank, neighbour in enumerate(result):
+                        place = int(neighbour["corpus_id"])
+                        if place != row and np.isfinite(neighbour["score"]):
+                            neighbours[row, rank] = numbers[place]
+                            cosines[row, rank] = neighbour["score"]
+                progress.update(len(queries))
+        return neighbours, cosines
+
+
+def _cosines_below_limit(queries_qe: torch.Tensor, searched_nd: torch.Tensor) -> torch.Tensor:
+    """Return cosines (q, n), minus infinity where they reach the limit that ends each query."""
+    cosines_qn = queries_qe[:, :-1] @ searched_nd.float().T
+    limits_q1 = queries_qe[:, -1:]
+    return cosines_qn.masked_fill(cosines_qn >= limits_q1, -torch.inf)
+
+
+def load_sentence_encoder(model: str):
+    """Load a sentence-embedding model from safetensors alone: other weights can run code.
+
+    Parameters
+    ----------
+    model : str
+        A hub id, ``id@revision``, or a folder.
+
+    Returns
+    -------
+    sentence_transformers.SentenceTransformer
+
+    Raises
+    ------
+    ImportError
+        The package sentence-transformers is not installed.
+    ValueError
+        There is no such model, or its weights are not safetensors.
     """
     try:
-        encoder = _sentence_encoder(model)
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"similarity={model!r} needs the package sentence-transformers: "
+            "pip install -e '.[similar]'"
+        ) from error
+    try:
+        folder = _encoder_folder(model)
+        return SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
-        raise ValueError(f"similarity={model!r} is no sentence-embedding model that can be loaded: take \"tfidf\", or "
-                         f"the hub id or folder of one that has its weights in safetensors ({error})") from error
-    texts = {text: i for i, text in enumerate(dict.fromkeys(text for said in [captions, *own] for text in said))}
-    vector_nd, at_n = _encoded(encoder, list(texts)), torch.tensor([texts[text] for text in captions])
-    places, cosines = np.full((len(captions), k), -1, np.int32), np.zeros((len(captions), k), np.float32)
-    for at in tqdm(range(0, len(captions), CHUNK), "similar captions", unit_scale=CHUNK, unit="caption", delay=5):
-        v = vector_nd[at_n[at : at + CHUNK]].float()
-        cosine = torch.cat([v @ vector_nd[part].float().T for part in at_n.split(BLOCK)], 1)
-        for i, row in enumerate(cosine, at):
-            others = [texts[text] for text in own[i] if text != captions[i]]
-            if others:
-                row[row >= (vector_nd[others].float() @ v[i - at]).max()] = -torch.inf
-            row[i] = -torch.inf
-        top = cosine.topk(min(k, len(captions)))
-        value, place = top.values.cpu().numpy(), top.indices.cpu().numpy()
-        places[at : at + CHUNK, : value.shape[1]] = np.where(np.isfinite(value), place, -1)
-        cosines[at : at + CHUNK, : value.shape[1]] = np.where(np.isfinite(value), value, 0)
-    return places, cosines
+        raise ValueError(
+            f"similarity={model!r} is no sentence-embedding model that can be loaded: take "
+            '"tfidf", or the hub id or folder of one that has its weights in safetensors '
+            f"({error})"
+        ) from error
 
 
-def _sentence_encoder(model: str):
-    """The model, out of safetensors alone: other weights can run code when they are loaded."""
-    from sentence_transformers import SentenceTransformer
-
+def _encoder_folder(model: str) -> Path:
     folder = paths.Home.find().resolve(model)
     if not folder.is_dir():
-        source, _, revision = model.partition("@")
-        folder = Path(snapshot_download(source, revision=revision or None, allow_patterns=ENCODER_FILES))
-    others = [str(file) for file in folder.rglob("pytorch_model*.bin")
-               if not any(file.parent.glob("model*.safetensors"))]
-    if others:
-        raise OSError(f"{', '.join(others)} can run code when loaded, and there is no model.safetensors beside it")
-    return SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
+        hub_id, _, revision = model.partition("@")
+        folder = Path(
+            snapshot_download(hub_id, revision=revision or None, allow_patterns=ENCODER_FILES)
+        )
+    for file in folder.rglob("pytorch_model*.bin"):
+        if not any(file.parent.glob("model*.safetensors")):
+            raise OSError(
+                f"{file} can run code when it is loaded, and no model.safetensors is beside it"
+            )
+    return folder
 
 
-def _encoded(encoder, texts: list[str]) -> torch.Tensor:
-    """Unit vectors (n, d) in half precision, made block by block.
-
-    Cosines are within 1e-3 of the exact ones. All of COCO's 591,000 captions with d = 768 take 591,000 x 768 x 2 bytes
-    = 0.9 GB; a chunk's cosines with all take 256 x 591,000 x 4 bytes = 0.6 GB, twice while they are put together.
-    """
-    out = None
-    for at in range(0, len(texts), BLOCK):
-        part = encoder.encode(texts[at : at + BLOCK], batch_size=CHUNK, normalize_embeddings=True,
-                              convert_to_tensor=True)
-        out = part.new_empty((len(texts), part.shape[1]), dtype=torch.float16) if out is None else out
-        out[at : at + BLOCK] = part
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------- dealing
-
-
-def similar(right: Sequence[str], own: Sequence[Sequence[str]], rng: np.random.Generator, by: str = "tfidf"
-            ) -> np.ndarray:
-    """A permutation (n,) that gives each image the most similar caption of another one that is left; -1 left out.
-
-    The closest pairs are dealt out first; what is left over is compared once more, among itself, and what then is left
-    is exchanged with others until all share a content word with what they get. Captions that may be true of the image,
-    being those of its own or paraphrases of them, are passed over. Where nothing is found, image and caption are left
-    out, and that is said.
+def encode_texts(encoder, texts: Sequence[str]) -> torch.Tensor:
+    """Return the unit vectors of texts, shape (n, d), in half precision.
 
     Parameters
     ----------
-    right : one caption an image
-    own : all captions of each image
-    by : ``"tfidf"``, or a sentence-embedding model, see :func:`nearest_embedded`
+    encoder : sentence_transformers.SentenceTransformer
+        The model.
+    texts : sequence of str
+        The n texts. Only :data:`ENCODED` of them are held in full precision at a time.
     """
-    true, given = judge(right, own), np.full(len(right), -1)
-    left = np.arange(len(right))
+    parts = []
+    for start in range(0, len(texts), ENCODED):
+        vectors = encoder.encode(
+            texts[start : start + ENCODED],
+            batch_size=ENCODER_BATCH,
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+        )
+        parts.append(vectors.half())
+    return torch.cat(parts)
+
+
+def assign_similar(
+    captions: Sequence[str],
+    owners: Sequence[Hashable],
+    *,
+    captions_by_image: Mapping[Hashable, Sequence[str]],
+    rng: np.random.Generator,
+    similarity: str = TFIDF,
+) -> np.ndarray:
+    """Exchange each caption for a similar one of another image.
+
+    The most similar pairs come first. What is left over is compared once more, among itself. What
+    then is left is exchanged with others, so that each caption has a content word in common with
+    those of the image that receives it. Where this is impossible, captions are left out.
+
+    Parameters
+    ----------
+    captions, owners : sequence
+        The n captions, and the image that each belongs to.
+    captions_by_image : mapping
+        All captions of each image. No image receives one of these, or a paraphrase of one.
+    rng : Generator
+        Source of the random numbers.
+    similarity : str
+        ``"tfidf"`` (:class:`WordVectors`), or a sentence-embedding model
+        (:class:`SentenceVectors`).
+
+    Returns
+    -------
+    ndarray of int
+        Shape (n,): the number of the caption that each is exchanged for, -1 where it is left out.
+
+    Warns
+    -----
+    UserWarning
+        Captions are left out; the message says how many.
+    """
+    vectors: CaptionVectors
+    if similarity == TFIDF:
+        vectors = WordVectors(captions)
+    else:
+        vectors = SentenceVectors(
+            captions, owners, captions_by_image=captions_by_image, model=similarity
+        )
+    judge = CaptionJudge(captions, owners, captions_by_image=captions_by_image)
+    everyone = np.arange(len(captions))
+    assigned = np.full(len(captions), -1)
+    numbers = everyone
     for _ in range(2):
-        texts, of = [right[i] for i in left], [own[i] for i in left]
-        _closest(given, left, *(nearest(texts) if by == "tfidf" else nearest_embedded(texts, of, by)), true)
-        free = np.setdiff1d(np.arange(len(right)), given)
-        if not len(free):
-            break
-        left = np.union1d(np.flatnonzero(given < 0), free)
-    near = given.copy()
-    given[given < 0] = rng.permutation(free)
-
-    def clashes(i: int, j: int) -> bool:
-        shared = near[i] == j or any(content(right[j]) & content(text) for text in own[i])
-        return i == j or not shared or true(i, j)
-
-    given, wrong = mixed(len(right), clashes, rng, given)
-    given = without(given, wrong, clashes)
-    if (given < 0).any():
-        tqdm.write(f"{(given < 0).mean():.1%} of {len(right):,} captions have no similar one that is wrong: left out")
-    return given
+        neighbours, cosines = vectors.nearest(numbers)
+        _assign_closest(assigned, numbers, neighbours, cosines=cosines, judge=judge)
+        left_over = np.setdiff1d(everyone, assigned)
+        if len(left_over) == 0:
+            return assigned
+        numbers = np.union1d(np.flatnonzero(assigned < 0), left_over)
+    _fill_gaps(assigned, judge, rng=rng)
+    is_left_out = assigned < 0
+    if is_left_out.any():
+        warnings.warn(
+            f"{is_left_out.mean():.1%} of {len(captions):,} captions are left out: no other image "
+            "has a similar caption that is not true of theirs, too",
+            stacklevel=2,
+        )
+    return assigned
 
 
-def _closest(given: np.ndarray, numbers: np.ndarray, places: np.ndarray, cosines: np.ndarray,
-             true: Callable[[int, int], bool]) -> None:
-    """Fill `given` (n,) where it is -1, the closest pairs first; `places`, `cosines` (m, k) are of `numbers` (m,)."""
-    taken, width, near = np.zeros(len(given), bool), places.shape[1], places.ravel()
-    taken[given[given >= 0]] = True
+def _assign_closest(
+    assigned: np.ndarray,
+    numbers: np.ndarray,
+    neighbours: np.ndarray,
+    *,
+    cosines: np.ndarray,
+    judge: CaptionJudge,
+) -> None:
+    """Fill `assigned` where it is -1, the most similar pairs first."""
+    is_taken = np.zeros(len(assigned), bool)
+    is_taken[assigned[assigned >= 0]] = True
+    k = neighbours.shape[1]
     order = np.argsort(-cosines.ravel(), kind="stable")
-    order = order[near[order] >= 0]
-    for part in np.array_split(order, len(order) // 100_000 + 1):
-        of, what = numbers[part // width], numbers[near[part]]
-        open_ = (given[of] < 0) & ~taken[what]
-        for i, j in zip(of[open_].tolist(), what[open_].tolist(), strict=True):
-            if given[i] < 0 and not taken[j] and not true(i, j):
-                given[i], taken[j] = j, True
+    order = order[neighbours.ravel()[order] >= 0]
+    for part in ordered_chunks(order, size=PAIRS):
+        receivers = numbers[part // k]
+        offers = neighbours.ravel()[part]
+        is_open = (assigned[receivers] < 0) & ~is_taken[offers]
+        pairs = zip(receivers[is_open].tolist(), offers[is_open].tolist(), strict=True)
+        for i, j in pairs:
+            if assigned[i] < 0 and not is_taken[j] and not judge.may_be_true(i, j):
+                assigned[i] = j
+                is_taken[j] = True
+
+
+def _fill_gaps(assigned: np.ndarray, judge: CaptionJudge, *, rng: np.random.Generator) -> None:
+    """Fill `assigned` where it is -1, in exchange with others.
+
+    A chain begins with a caption that was assigned to nobody, goes on with the caption that was
+    assigned to it, and so on to a caption to which none was assigned. So the members of a chain can
+    exchange among themselves. Where there are few captions, all of them take part.
+    """
+    members = []
+    for start in np.setdiff1d(np.arange(len(assigned)), assigned):
+        i = start
+        while i >= 0:
+            members.append(i)
+            i = assigned[i]
+    if len(assigned) <= CAPTION_CHUNK:
+        members = list(range(len(assigned)))
+    for chunk in ordered_chunks(members, size=CAPTION_CHUNK):
+        cost_nn = rng.random((len(chunk), len(chunk)))
+        for row, i in enumerate(chunk):
+            for column, j in enumerate(chunk):
+                if assigned[i] == j:
+                    cost_nn[row, column] = 0
+                elif not judge.shares_word(i, j) or judge.may_be_true(i, j):
+                    cost_nn[row, column] = np.inf
+        order = balanced_assignment(cost_nn)
+        assigned[chunk] = np.where(order < 0, -1, chunk[order])

@@ -1,8 +1,9 @@
-"""What the boxes of instances know besides categories: where things are, how many, how large, and of which colour.
+"""Tasks about the boxes of instances: where things are, how many, how large, and of which colour.
 
-Every question is asked of two images that have the same things and different answers, so that its text says nothing
-about the answer. Things must be told apart by their names: but for counting, an image is asked about categories
-of which it shows exactly one instance, no crowd, and none that is too small to be asked about.
+Every question is asked about two images that show the same things and have different answers, so
+that its text says nothing about the answer. Things must be told apart by their names. So, except
+for counting, an image is asked only about categories of which it shows exactly one instance that is
+neither a crowd nor too small to be asked about.
 """
 
 from __future__ import annotations
@@ -10,145 +11,272 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from itertools import combinations
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 
-from probekit.tasks.balance import paired
+from probekit.tasks.balance import pair_opposites
 from probekit.tasks.base import Selection, example_rows
 
-COMPARED_PROMPT = "Is the {a} {how} the {b} in this image?"
+COMPARISON_PROMPT = "Is the {a} {how} the {b} in this image?"
 COUNT_PROMPT = "Number of objects of the type {category} in this image:"
 COLOUR_PROMPT = "Colour of the {category} in this image:"
 COUNTS = ("1", "2", "3", "4 or more")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")  # of drawn scenes
-WAYS = {"across": ("to the left of", "to the right of"), "along": ("above", "below"),
-        "size": ("larger than", "smaller than")}
-CLEAR = 1.5  # times as far along the one axis as along the other, as in the captions of drawn scenes
-LARGER = 1.3  # times the area
+# The colours of drawn scenes.
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+# For each axis, what is said of the first thing and of the second one.
+AXES = {
+    "horizontal": ("to the left of", "to the right of"),
+    "vertical": ("above", "below"),
+    "size": ("larger than", "smaller than"),
+}
+# Two things are apart on an axis if they are this many times further apart on it than on the other
+# one, as in the captions of drawn scenes.
+CLEAR_RATIO = 1.5
+# A thing is larger than another one if it has this many times its area.
+LARGER_RATIO = 1.3
 
 
-def alone(instances: pd.DataFrame) -> pd.DataFrame:
-    """Instances that are the only one of their category in their image; neither crowds nor tiny ones are."""
-    one = instances.groupby(["image_id", "category"]).category.transform("size") == 1
-    return instances[one & (instances.iscrowd == 0) & ~instances.tiny]
+class Box(Protocol):
+    """The box of an instance in pixels: its top left corner, width and height, and its area."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+    area: float
 
 
-def relation(a, b) -> tuple[str, int] | None:
-    """The axis on which two boxes lie apart, and which is first on it (0: `a` is left of `b`, or above; 1: `b` is).
+class Comparison(NamedTuple):
+    """How two things compare.
 
-    None where that is ambiguous: they overlap on the axis, or their centres are not :data:`CLEAR` times as far apart on
-    it as on the other one.
-
-    Parameters
+    Attributes
     ----------
-    a, b : anything with `x, y, w, h` in pixels (the top left corner, and the size)
+    axis : str
+        A key of :data:`AXES`.
+    first : int
+        Which of the two comes first on it, 0 or 1: the left one, the upper one, the larger one.
     """
-    dx, dy = (b.x + b.w / 2) - (a.x + a.w / 2), (b.y + b.h / 2) - (a.y + a.h / 2)
-    if abs(dx) > CLEAR * abs(dy) and (a.x + a.w <= b.x or b.x + b.w <= a.x):
-        return "across", int(dx < 0)
-    if abs(dy) > CLEAR * abs(dx) and (a.y + a.h <= b.y or b.y + b.h <= a.y):
-        return "along", int(dy < 0)
+
+    axis: str
+    first: int
+
+
+class Candidate(NamedTuple):
+    """A question that an image can be asked.
+
+    Attributes
+    ----------
+    image : hashable
+        The `image_id`.
+    key : tuple of str
+        What is asked.
+    answer : int
+        The number of the right answer.
+    """
+
+    image: Hashable
+    key: tuple[str, ...]
+    answer: int
+
+
+def single_instances(instances: pd.DataFrame) -> pd.DataFrame:
+    """Return the instances that are the only one of their category in their image.
+
+    Neither crowds nor tiny ones are among them.
+    """
+    count = instances.groupby(["image_id", "category"]).category.transform("size")
+    return instances[(count == 1) & (instances.iscrowd == 0) & ~instances.tiny]
+
+
+def compare_positions(a: Box, b: Box) -> Comparison | None:
+    """Return on which axis two boxes lie apart, and which comes first on it.
+
+    Returns
+    -------
+    Comparison or None
+        None where this is ambiguous: the boxes overlap on the axis, or their centres are not
+        :data:`CLEAR_RATIO` times further apart on it than on the other one.
+    """
+    dx = (b.x + b.w / 2) - (a.x + a.w / 2)
+    dy = (b.y + b.h / 2) - (a.y + a.h / 2)
+    overlaps_in_x = a.x + a.w > b.x and b.x + b.w > a.x
+    overlaps_in_y = a.y + a.h > b.y and b.y + b.h > a.y
+    if abs(dx) > CLEAR_RATIO * abs(dy) and not overlaps_in_x:
+        return Comparison("horizontal", int(dx < 0))
+    if abs(dy) > CLEAR_RATIO * abs(dx) and not overlaps_in_y:
+        return Comparison("vertical", int(dy < 0))
     return None
 
 
-def larger(a, b) -> tuple[str, int] | None:
-    """0 where `a` has :data:`LARGER` times the area of `b`, 1 where `b` has; None in between."""
-    if max(a.area, b.area) < LARGER * min(a.area, b.area):
-        return None
-    return "size", int(b.area > a.area)
+def compare_sizes(a: Box, b: Box) -> Comparison | None:
+    """Return which of two things is larger, None where neither is clearly larger.
 
-
-def _pairs(chosen: Selection, images: pd.DataFrame, judge: Callable) -> list[tuple[Hashable, Hashable, int]]:
-    """Image, key (two categories in alphabetical order, and the kind of answer) and answer, of all pairs of things."""
-    found = alone(chosen.instances)
-    found = found[found.image_id.isin(images.index) & found.category.isin(chosen.shows_nc.columns)]
-    out = []
-    for image, things in found.sort_values("category").groupby("image_id"):
-        for a, b in combinations(things.itertuples(), 2):
-            if (answer := judge(a, b)) is not None:
-                out.append((image, (a.category, b.category, answer[0]), answer[1]))
-    return out
-
-
-def _asked_both_ways(chosen: Selection, rng: np.random.Generator, judge: Callable) -> pd.DataFrame:
-    """Two rows an image: a question about two things, and the same with the things exchanged."""
-    parts = []
-    for images in chosen.of_each_split():
-        found = _pairs(chosen, images, judge)
-        asked, prompts, labels = [], [], []
-        for two in paired(*_columns(found), rng):
-            turn = int(rng.integers(2))
-            for image, (a, b, kind), state in (found[k] for k in two):
-                for order, (one, other) in enumerate(((a, b), (b, a))):
-                    asked.append(image)
-                    prompts.append(COMPARED_PROMPT.format(a=one, b=other, how=WAYS[kind][turn]))
-                    labels.append(int(state ^ order ^ turn == 0))
-        parts.append(example_rows(images.loc[asked], prompts, labels))
-    return pd.concat(parts)
-
-
-def _columns(found: list[tuple]) -> tuple[list, list, list]:
-    return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
-
-
-def relation_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Is the one left of, right of, above, below the other? Asked in both orders; see :func:`relation`."""
-    return _asked_both_ways(chosen, rng, relation)
-
-
-def size_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Is the one larger, or smaller, in the image than the other? Asked in both orders; see :func:`larger`."""
-    return _asked_both_ways(chosen, rng, larger)
-
-
-def _one_of(chosen: Selection, rng: np.random.Generator, answers: dict[Hashable, dict[str, int]], prompt: str,
-            classes: int) -> pd.DataFrame:
-    """One row an image, which answer is right? Its own counts, and that of the image it is paired with.
-
-    Parameters
-    ----------
-    answers : image to category to the number of the right answer
+    It must have :data:`LARGER_RATIO` times the area of the other one.
     """
-    parts = []
-    for images in chosen.of_each_split():
-        found = [(image, name, k) for image in images.index for name, k in answers.get(image, {}).items()]
-        asked, prompts, labels, masks = [], [], [], []
-        for a, b in paired(*_columns(found), rng):
-            for image, name, own in (found[a], found[b]):
-                asked.append(image)
-                prompts.append(prompt.format(category=name))
-                labels.append(np.arange(classes) == own)
-                masks.append(np.isin(np.arange(classes), (found[a][2], found[b][2])))
-        labels, masks = (np.reshape(table, (-1, classes)) for table in (labels, masks))
-        parts.append(example_rows(images.loc[asked], prompts, labels, masks))
-    return pd.concat(parts)
+    if max(a.area, b.area) < LARGER_RATIO * min(a.area, b.area):
+        return None
+    return Comparison("size", int(b.area > a.area))
 
 
-def count_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """How many of a category are there: 1, 2, 3, 4 or more? Not where there is a crowd, or a tiny one, of it."""
-    answers: dict = defaultdict(dict)
-    known = chosen.instances[chosen.instances.category.isin(chosen.shows_nc.columns)]
-    for (image, name), own in known.groupby(["image_id", "category"]):
-        if not own.iscrowd.any() and not own.tiny.any():
-            answers[image][name] = min(len(own), len(COUNTS)) - 1
-    return _one_of(chosen, rng, answers, COUNT_PROMPT, len(COUNTS))
+def relation_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
+    """Ask whether one thing is left of, right of, above or below another one, in both orders."""
+    return _comparison_rows(selection, rng, compare=compare_positions)
 
 
-def attribute_task(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Which colour does a thing have? Only where annotations know it, as those of drawn scenes do.
+def size_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
+    """Ask whether one thing is larger, or smaller, than another one, in both orders."""
+    return _comparison_rows(selection, rng, compare=compare_sizes)
+
+
+def count_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
+    """Ask how many instances of a category an image shows: 1, 2, 3, 4 or more.
+
+    Categories of which an image shows a crowd or a tiny instance are not asked about.
+    """
+    instances = selection.instances
+    instances = instances[instances.category.isin(selection.shows_nc.columns)]
+    answers: dict[Hashable, dict[str, int]] = defaultdict(dict)
+    for (image, category), group in instances.groupby(["image_id", "category"]):
+        if not group.iscrowd.any() and not group.tiny.any():
+            answers[image][category] = min(len(group), len(COUNTS)) - 1
+    return _answer_rows(
+        selection, rng, answers=answers, prompt=COUNT_PROMPT, class_count=len(COUNTS)
+    )
+
+
+def attribute_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
+    """Ask which colour a thing has, where the annotations say so, as those of drawn scenes do.
 
     Raises
     ------
     ValueError
         No instance has a colour.
     """
-    known = alone(chosen.instances)
-    known = known[known.colour.isin(COLOURS) & known.category.isin(chosen.shows_nc.columns)]
-    if known.empty:
-        raise ValueError("the instances of this dataset have no colours (attributes.colour): leave the task attribute "
-                         "out, or take drawn scenes (dataset: scenes)")
-    answers: dict = defaultdict(dict)
-    for row in known.itertuples():
-        answers[row.image_id][row.category] = COLOURS.index(row.colour)
-    return _one_of(chosen, rng, answers, COLOUR_PROMPT, len(COLOURS))
+    instances = single_instances(selection.instances)
+    has_colour = instances.colour.isin(COLOURS)
+    instances = instances[has_colour & instances.category.isin(selection.shows_nc.columns)]
+    if instances.empty:
+        raise ValueError(
+            "the instances of this dataset have no colours (attributes.colour): leave the task "
+            "attribute out, or take drawn scenes (dataset: scenes)"
+        )
+    answers: dict[Hashable, dict[str, int]] = defaultdict(dict)
+    for instance in instances.itertuples():
+        answers[instance.image_id][instance.category] = COLOURS.index(instance.colour)
+    return _answer_rows(
+        selection, rng, answers=answers, prompt=COLOUR_PROMPT, class_count=len(COLOURS)
+    )
+
+
+def _comparison_rows(
+    selection: Selection,
+    rng: np.random.Generator,
+    *,
+    compare: Callable[[Box, Box], Comparison | None],
+) -> pd.DataFrame:
+    """Return two rows per image: a question about two things, and the same with them exchanged."""
+    parts = []
+    for images in selection.images_by_split():
+        candidates = _comparison_candidates(selection, images, compare=compare)
+        asked_images = []
+        prompts = []
+        labels = []
+        for pair in _pair_candidates(candidates, rng):
+            direction = int(rng.integers(2))
+            for image, (a, b, axis), first in pair:
+                how = AXES[axis][direction]
+                for subject, reference, subject_number in ((a, b, 0), (b, a, 1)):
+                    # What is said of the first thing is true of it, its opposite of the other.
+                    is_first = subject_number == first
+                    asked_images.append(image)
+                    prompts.append(COMPARISON_PROMPT.format(a=subject, b=reference, how=how))
+                    labels.append(int(is_first == (direction == 0)))
+        parts.append(example_rows(images.loc[asked_images], prompts, labels))
+    return pd.concat(parts)
+
+
+def _comparison_candidates(
+    selection: Selection,
+    images: pd.DataFrame,
+    *,
+    compare: Callable[[Box, Box], Comparison | None],
+) -> list[Candidate]:
+    """Return all pairs of things that compare; the key is two categories, sorted, and the axis."""
+    instances = single_instances(selection.instances)
+    is_asked = instances.category.isin(selection.shows_nc.columns)
+    instances = instances[is_asked & instances.image_id.isin(images.index)]
+    candidates = []
+    for image, things in instances.sort_values("category").groupby("image_id"):
+        for a, b in combinations(things.itertuples(), 2):
+            comparison = compare(a, b)
+            if comparison is not None:
+                key = (a.category, b.category, comparison.axis)
+                candidates.append(Candidate(image, key, comparison.first))
+    return candidates
+
+
+def _pair_candidates(
+    candidates: list[Candidate], rng: np.random.Generator
+) -> list[tuple[Candidate, Candidate]]:
+    pairs = pair_opposites(
+        [candidate.image for candidate in candidates],
+        [candidate.key for candidate in candidates],
+        answers=[candidate.answer for candidate in candidates],
+        rng=rng,
+    )
+    return [(candidates[a], candidates[b]) for a, b in pairs]
+
+
+def _answer_rows(
+    selection: Selection,
+    rng: np.random.Generator,
+    *,
+    answers: dict[Hashable, dict[str, int]],
+    prompt: str,
+    class_count: int,
+) -> pd.DataFrame:
+    """Return one row per image: which is right, its own answer or that of its partner.
+
+    Parameters
+    ----------
+    selection : Selection
+        The images.
+    rng : Generator
+        Source of the random numbers.
+    answers : dict
+        The number of the right answer by image and category.
+    prompt : str
+        The question, with a place for the `category`.
+    class_count : int
+        How many answers there are.
+    """
+    classes = np.arange(class_count)
+    parts = []
+    for images in selection.images_by_split():
+        candidates = [
+            Candidate(image, (category,), answer)
+            for image in images.index
+            for category, answer in answers.get(image, {}).items()
+        ]
+        asked_images = []
+        prompts = []
+        labels = []
+        masks = []
+        for pair in _pair_candidates(candidates, rng):
+            pair_answers = [candidate.answer for candidate in pair]
+            for image, (category,), answer in pair:
+                asked_images.append(image)
+                prompts.append(prompt.format(category=category))
+                labels.append(classes == answer)
+                masks.append(np.isin(classes, pair_answers))
+        parts.append(
+            example_rows(
+                images.loc[asked_images],
+                prompts,
+                np.reshape(labels, (-1, class_count)),
+                masks=np.reshape(masks, (-1, class_count)),
+            )
+        )
+    return pd.concat(parts)

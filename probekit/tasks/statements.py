@@ -1,4 +1,4 @@
-"""The tasks of files of statements, see :mod:`probekit.data.statement_files`."""
+"""Tasks that ask the statements of a file, see :mod:`probekit.data.statement_files`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from probekit.tasks.base import Selection, Task, example_rows
 
 
 def statement_task(name: str, file: Path) -> Task:
-    """The task that asks a file's statements of those chosen images that they are about."""
+    """Return the task that asks each statement of a file about the image that it names.
 
-    def build(chosen: Selection, rng: np.random.Generator) -> pd.DataFrame:
-        own = chosen.statements[name]
-        own = own[own.image_id.isin(chosen.images.index)]
-        prompts = [
-            captions.PROMPT.format(caption=captions.clean(text)) if is_caption else text
-            for text, is_caption in zip(own.text, own.is_caption, strict=True)
-        ]
-        return example_rows(chosen.images.loc[own.image_id], prompts, own.label)
+    Parameters
+    ----------
+    name : str
+        Name of the task, under which :attr:`Selection.statements` holds the file's statements.
+    file : Path
+        The file of statements.
+    """
+
+    def build(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
+        statements = selection.statements[name]
+        statements = statements[statements.image_id.isin(selection.images.index)]
+        prompts = []
+        for statement in statements.itertuples():
+            prompt = statement.text
+            if statement.is_caption:
+                prompt = captions.PROMPT.format(caption=captions.clean_caption(prompt))
+            prompts.append(prompt)
+        return example_rows(
+            selection.images.loc[statements.image_id], prompts, statements.label.to_numpy()
+        )
 
     return Task("binary", build, f"Is this statement of {file.name} true?")

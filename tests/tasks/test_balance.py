@@ -1,76 +1,112 @@
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 
-from probekit.tasks.balance import completed, dealt, mixed, paired, without
+from probekit.tasks.balance import (
+    TooFewImages,
+    balanced_assignment,
+    pair_opposites,
+    random_assignment,
+    random_chunks,
+)
 
 
-def test_nobody_gets_what_clashes():
+def test_nobody_receives_what_clashes():
     rng = np.random.default_rng(0)
-    kind = rng.integers(3, size=300)
-    order = dealt(300, lambda i, j: kind[i] == kind[j], rng)
-    assert sorted(order) == list(range(300)) and (kind[order] != kind).all()
-
-
-def test_what_cannot_be_dealt_out_is_said_soon():
-    with pytest.raises(ValueError, match="3 of 3 images"):
-        dealt(3, lambda i, j: True, np.random.default_rng(0))
-
-
-def test_what_clashes_is_left_out_and_its_own_with_it():
-    rng = np.random.default_rng(0)
-    kind = np.array([0] * 60 + [1] * 20 + [2] * 20)
+    kind_n = rng.integers(3, size=300)
 
     def clashes(i, j):
-        return kind[i] == kind[j]
+        return kind_n[i] == kind_n[j]
 
-    order, wrong = mixed(100, clashes, rng, rounds=3)
-    assert len(wrong) >= 10  # 60 of a kind have 40 others
-    left = without(order, wrong, clashes)
-    kept = np.flatnonzero(left >= 0)
-    assert sorted(left[kept]) == kept.tolist() and (kind[left[kept]] != kind[kept]).all() and len(kept) >= 60
-    assert (without(order, [], clashes) == order).all()
-    assert (without(np.arange(3), [0, 1, 2], lambda i, j: True) == -1).all()
-    assert without(np.array([1, 0, 3, 4, 2]), [0], lambda i, j: i == j).tolist() == [-1, -1, 3, 4, 2]
-    nobody = without(np.roll(np.arange(50), -1), [8], lambda i, j: j == 9)  # 9 suits nobody: it goes, not all before it
-    assert np.flatnonzero(nobody < 0).tolist() == [8, 9]
+    order = random_assignment(300, clashes, rng=rng)
+    assert sorted(order) == list(range(300))
+    assert (kind_n[order] != kind_n).all()
+
+
+def test_where_everything_clashes_the_images_are_counted():
+    def clashes(i, j):
+        return True
+
+    with pytest.raises(TooFewImages, match="3 of 3 images"):
+        random_assignment(3, clashes, rng=np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_as_few_as_possible_are_left_out(seed):
+def test_as_few_as_possible_are_left_out_and_the_others_cost_least(seed):
     rng = np.random.default_rng(seed)
-    n, c = 40, int(rng.integers(2, 7))
-    allowed = rng.random((n, c)) < rng.uniform(0.1, 0.6)
-    own = rng.integers(c, size=n)
-    allowed[np.arange(n), own] = False
-    cost = np.where(allowed[:, own], 0.0, 1e6)
-    cost[own[:, None] == own] = 1
-    fewest = cost[linear_sum_assignment(cost)].sum()
-    order = rng.permutation(own)
-    start = np.where(allowed[np.arange(n), order], order, -1)
-    for given in (start, np.full(n, -1)):
-        done = completed(given, own, allowed, rng)
-        kept = done >= 0
-        assert (~kept).sum() == fewest and allowed[kept, done[kept]].all()
-        assert Counter(done[kept].tolist()) == Counter(own[kept].tolist())
-    assert (completed(order, own, allowed, rng) == order).all()  # nothing is left to be given
+    n = 6
+    cost_nn = rng.random((n, n))
+    cost_nn[rng.random((n, n)) < rng.uniform(0.2, 0.9)] = np.inf
+    before_nn = cost_nn.copy()
+
+    def judge(order):
+        """How many are left out, and what the others cost."""
+        taking_part = [i for i in range(n) if order[i] != i]
+        return n - len(taking_part), sum(before_nn[i, order[i]] for i in taking_part)
+
+    best = min(judge(order) for order in permutations(range(n)) if np.isfinite(judge(order)[1]))
+    assigned = balanced_assignment(cost_nn)
+    kept = np.flatnonzero(assigned >= 0)
+    assert sorted(assigned[kept]) == kept.tolist()
+    assert np.isfinite(before_nn[kept, assigned[kept]]).all()
+    left_out, cost = judge(np.where(assigned < 0, np.arange(n), assigned))
+    assert left_out == best[0]
+    assert cost == pytest.approx(best[1])
+    np.testing.assert_array_equal(cost_nn, before_nn)
 
 
-def test_pairs_have_one_key_two_states_and_two_images():
+def test_leaving_one_out_costs_more_than_everything_else():
+    n = 400
+    cost_nn = np.ones((n, n))  # the most that everybody else may cost
+    assert (balanced_assignment(cost_nn) >= 0).all()
+    cost_nn[:, 7] = np.inf  # nobody may receive the item of image 7
+    assert np.flatnonzero(balanced_assignment(cost_nn) < 0).tolist() == [7]
+
+
+def test_chunks_are_small_and_hold_each_number_once():
+    numbers = np.arange(100, 1350)
+    chunks = random_chunks(numbers, np.random.default_rng(0), size=500)
+    assert [len(chunk) for chunk in chunks] == [417, 417, 416]
+    assert sorted(np.concatenate(chunks)) == numbers.tolist()
+    assert not (np.concatenate(chunks) == numbers).all()
+    assert random_chunks([], np.random.default_rng(0)) == []
+
+
+def test_pairs_have_one_key_two_answers_and_two_images():
     rng = np.random.default_rng(0)
-    images, keys, states = (rng.integers(high, size=2000).tolist() for high in (700, 12, 3))
-    once = list({(image, key): k for k, (image, key) in enumerate(zip(images, keys, strict=True))}.values())
-    images, keys, states = ([column[k] for k in once] for column in (images, keys, states))
-    pairs = paired(images, keys, states, rng)
-    used = Counter(images[k] for pair in pairs for k in pair)
-    assert len(pairs) > 300 and max(used.values()) == 1
-    assert all(keys[a] == keys[b] and states[a] != states[b] for a, b in pairs)
+    candidates = {}
+    for image, key, answer in zip(
+        rng.integers(700, size=2000).tolist(),
+        rng.integers(12, size=2000).tolist(),
+        rng.integers(3, size=2000).tolist(),
+        strict=True,
+    ):
+        candidates[image, key] = answer
+    images = [image for image, _ in candidates]
+    keys = [key for _, key in candidates]
+    answers = list(candidates.values())
+    pairs = pair_opposites(images, keys, answers=answers, rng=rng)
+    image_counts = Counter(images[number] for pair in pairs for number in pair)
+    assert len(pairs) > 300
+    assert max(image_counts.values()) == 1
+    for a, b in pairs:
+        assert keys[a] == keys[b]
+        assert answers[a] != answers[b]
 
 
-def test_as_many_pairs_as_the_states_allow():
-    states = ["one"] * 6 + ["two"] * 3 + ["three"] * 2
-    assert len(paired(range(11), ["key"] * 11, states, np.random.default_rng(0))) == 5
-    assert not paired(range(6), ["key"] * 6, ["one"] * 6, np.random.default_rng(0))
-    assert not paired([], [], [], np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("answers", "pair_count"),
+    [
+        (["one"] * 6 + ["two"] * 3 + ["three"] * 2, 5),
+        (["one"] * 6 + ["two"] * 2, 2),
+        (["one"] * 6, 0),
+        ([], 0),
+    ],
+)
+def test_there_are_as_many_pairs_as_the_answers_allow(answers, pair_count):
+    images = range(len(answers))
+    keys = ["key"] * len(answers)
+    pairs = pair_opposites(images, keys, answers=answers, rng=np.random.default_rng(0))
+    assert len(pairs) == pair_count

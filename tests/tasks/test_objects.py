@@ -6,156 +6,282 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.data import coco, scenes
-from probekit.probes import controls
-from probekit.tasks import building, objects, registry
-from tests.conftest import REAL_COCO, needs_real_coco
+from probekit.data.coco import read_coco
+from probekit.probes.controls import bag_of_words
+from probekit.tasks.balance import CHUNK
+from probekit.tasks.objects import (
+    SAMPLINGS,
+    categories_from_captions,
+    categories_from_instances,
+    choose_objects,
+    draw_balanced_mask,
+    measure_caption_labels,
+)
+from probekit.tasks.registry import TASKS
+from tests.conftest import needs_real_coco
+from tests.support.selections import binary_labels, most_shown_categories, select
+
+OBJECT_TASKS = ("object", "object_popular", "object_adversarial")
 
 
-def shows(n=600, c=20, seed=0):
-    """Objects in pairs that go together, from frequent to rare; each image shows some and lacks some."""
+def draw_shown(n=600, c=20, seed=0) -> np.ndarray:
+    """Objects in pairs that go together, from frequent to rare; each image shows some of them."""
     rng = np.random.default_rng(seed)
-    chance = np.repeat(np.geomspace(0.6, 0.02, c // 2), 2)
-    first = rng.random((n, c // 2)) < chance[::2]
-    both = np.repeat(first, 2, axis=1) & (rng.random((n, c)) < 0.8)
-    both[~both.any(1), 0] = True
-    return both
+    chance = np.geomspace(0.6, 0.02, c // 2)
+    shows_first = rng.random((n, c // 2)) < chance
+    shows_nc = np.repeat(shows_first, 2, axis=1) & (rng.random((n, c)) < 0.8)
+    shows_nc[~shows_nc.any(1), 0] = True
+    return shows_nc
 
 
-@pytest.mark.parametrize("absent", objects.SAMPLINGS)
-def test_every_object_is_asked_as_often_there_as_not(absent):
-    there = shows()
-    present, missing = objects.asked(there, absent, np.random.default_rng(1))
-    rows = np.arange(len(there))
-    assert there[rows, present].all() and not there[rows, missing].any()
-    assert Counter(present.tolist()) == Counter(missing.tolist())
+# --------------------------------------------------------------------------- one object at a time
 
 
-def test_samplings_are_what_they_say():
-    there = shows()
-    often, rng = there.mean(0), np.random.default_rng(1)
-    together = there.T.astype(float) @ there / there.sum(0)
-    rate, close = {}, {}
-    for absent in objects.SAMPLINGS:
-        _, missing = objects.asked(there, absent, rng)
-        rate[absent] = often[missing].mean()
-        close[absent] = np.mean([together[k, there[i]].max() for i, k in enumerate(missing)])
-    assert rate["popular"] > 1.1 * rate["random"]
-    assert close["adversarial"] > close["popular"] + 0.05
+@pytest.mark.parametrize("absent", SAMPLINGS)
+def test_every_object_is_asked_about_as_often_present_as_absent(absent):
+    shows_nc = draw_shown()
+    present, lacked = choose_objects(shows_nc, absent=absent, rng=np.random.default_rng(1))
+    rows = np.arange(len(shows_nc))
+    assert shows_nc[rows, present].all()
+    assert not shows_nc[rows, lacked].any()
+    assert Counter(present.tolist()) == Counter(lacked.tolist())
+
+
+def test_what_is_left_out_is_left_out_with_both_answers():
+    """Half of the images show one object, so many others lack nothing that could be given."""
+    rng = np.random.default_rng(0)
+    shows_nc = rng.random((CHUNK + 400, 4)) < (0.9, 0.3, 0.2, 0.05)  # two chunks
+    shows_nc = shows_nc[shows_nc.any(1) & ~shows_nc.all(1)]
+    for absent in SAMPLINGS:
+        present, lacked = choose_objects(shows_nc, absent=absent, rng=rng)
+        kept = np.flatnonzero(lacked >= 0)
+        assert 200 < len(kept) < len(shows_nc)
+        assert not shows_nc[kept, lacked[kept]].any()
+        assert Counter(present[kept].tolist()) == Counter(lacked[kept].tolist())
+
+
+def test_samplings_are_what_their_names_say():
+    shows_nc = draw_shown()
+    frequency = shows_nc.mean(0)
+    together_cc = shows_nc.T.astype(float) @ shows_nc / shows_nc.sum(0)
+    rng = np.random.default_rng(1)
+    mean_frequency = {}
+    mean_company = {}
+    for absent in SAMPLINGS:
+        _, lacked = choose_objects(shows_nc, absent=absent, rng=rng)
+        mean_frequency[absent] = frequency[lacked].mean()
+        company = [together_cc[c, shows_nc[i]].max() for i, c in enumerate(lacked)]
+        mean_company[absent] = np.mean(company)
+    assert mean_frequency["popular"] > 1.1 * mean_frequency["random"]
+    assert mean_company["adversarial"] > mean_company["popular"] + 0.05
     with pytest.raises(ValueError, match="take one of random, popular, adversarial"):
-        objects.asked(there, "rare", rng)
+        choose_objects(shows_nc, absent="rare", rng=rng)
 
 
-def test_what_is_too_small_is_not_asked_about():
-    there, rng = shows(), np.random.default_rng(1)
-    unclear = ~there & (rng.random(there.shape) < 0.3)
-    rows = np.arange(len(there))
-    for absent in objects.SAMPLINGS:
-        present, missing = objects.asked(there, absent, rng, unclear)
-        assert there[rows, present].all() and not (there | unclear)[rows, missing].any()
-    mask = objects.balanced_mask(there.astype(int), rng, 3, unclear)
-    assert not (mask.astype(bool) & unclear).any() and (mask.sum(1) == 3).mean() > 0.98
+@pytest.mark.parametrize("absent", SAMPLINGS)
+def test_what_is_too_small_is_not_asked_about(absent):
+    shows_nc = draw_shown()
+    rng = np.random.default_rng(1)
+    unclear_nc = ~shows_nc & (rng.random(shows_nc.shape) < 0.3)
+    present, lacked = choose_objects(shows_nc, absent=absent, rng=rng, unclear_nc=unclear_nc)
+    rows = np.arange(len(shows_nc))
+    assert shows_nc[rows, present].all()
+    assert not (shows_nc | unclear_nc)[rows, lacked].any()
 
 
-def test_images_that_show_nothing_answer_no_where_others_do_not_suffice():
-    there = np.zeros((300, 2), dtype=bool)
-    there[:100, 0] = there[90:120, 1] = True  # 180 show neither
-    unclear = np.zeros_like(there)
-    unclear[120:140, 0] = True
-    mask = objects.balanced_mask(there.astype(int), np.random.default_rng(0), 3, unclear).astype(bool)
-    assert (mask & there).sum(0).tolist() == (mask & ~there).sum(0).tolist() == [100, 30]
-    assert mask[140:].any() and not (mask & unclear).any()
-    always = objects.balanced_mask(np.ones((20, 1), int), np.random.default_rng(0))
-    assert not always.any()  # nobody lacks it, so its name would tell
+@pytest.mark.parametrize("name", OBJECT_TASKS)
+def test_the_prompt_alone_is_at_chance(name, selection):
+    rows = TASKS[name].build(selection, np.random.default_rng(0))
+    y = binary_labels(rows)
+    is_test = (rows.split != "train").to_numpy()
+    is_right = (bag_of_words(rows.prompt.to_numpy(), y, train_n=~is_test) >= 0.5) == y
+    standard_error = (0.25 / is_test.sum()) ** 0.5
+    assert abs(is_right[is_test].mean() - 0.5) <= 3 * standard_error
+
+
+def test_the_prompt_lists_all_categories_in_an_order_drawn_for_each_image(selection):
+    rows = TASKS["object"].build(selection, np.random.default_rng(0))
+    lists = rows.prompt.str.partition(".\n")[0].str.removeprefix("Objects: ")
+    names = sorted(selection.shows_nc.columns)
+    assert all(sorted(text.split(", ")) == names for text in lists)
+    assert lists.nunique() > 0.9 * rows.index.nunique()
+    assert (lists.groupby(level=0).nunique() == 1).all()
 
 
 @needs_real_coco
-@pytest.mark.parametrize("name", ["object", "object_popular", "object_adversarial"])
-def test_few_categories_and_small_splits_leave_images_out_instead_of_stopping(name):
-    data = coco.read_coco(REAL_COCO)
-    often = tuple(data.instances.drop_duplicates(["image_id", "category"]).category.value_counts().index)
-    images = {}
-    for count in (2, 5, 10, 40):
-        build = building.BuildSettings(str(REAL_COCO), train=240, validation=30, test=30, categories=often[:count])
-        chosen = building.choose(build, data)[0]
-        rows = registry.TASKS[name].build(chosen, np.random.default_rng(0))
-        rows["yes"] = [labels[0] for labels in rows.labels]
-        rows["asked"] = rows.prompt.str.extract("Is there a (.*) in this image")[0].to_numpy()
-        assert (rows.groupby(["split", "asked"]).yes.mean() == 0.5).all() and (rows.groupby(level=0).size() == 2).all()
-        assert all(chosen.shows_nc.loc[row.Index, row.asked] == row.yes for row in rows.itertuples())
-        assert not any(chosen.unclear_nc.loc[row.Index, row.asked] for row in rows.itertuples())
-        could = chosen.shows_nc.any(axis=1) & ~(chosen.shows_nc | chosen.unclear_nc).all(axis=1)
-        images[count] = rows.index.nunique() / could.sum()
-    assert images[2] > 0.15 and images[5] > 0.6 and images[10] > 0.85 and images[40] > 0.97, images
+@pytest.mark.parametrize(("count", "fewest_kept"), [(2, 0.15), (5, 0.6), (10, 0.85), (40, 0.97)])
+@pytest.mark.parametrize("name", OBJECT_TASKS)
+def test_few_categories_and_small_splits_leave_images_out_instead_of_stopping(
+    name, count, fewest_kept, real_selection
+):
+    selection = most_shown_categories(real_selection, count)
+    rows = TASKS[name].build(selection, np.random.default_rng(0))
+    rows["label"] = binary_labels(rows)
+    rows["object"] = rows.prompt.str.extract("Is there a (.*) in this image")[0].to_numpy()
+    assert (rows.groupby(["split", "object"]).label.mean() == 0.5).all()
+    assert (rows.groupby(level=0).size() == 2).all()
+    for row in rows.itertuples():
+        assert selection.shows_nc.loc[row.Index, row.object] == row.label
+        assert not selection.unclear_nc.loc[row.Index, row.object]
+    is_barred_nc = selection.shows_nc | selection.unclear_nc
+    can_be_asked = selection.shows_nc.any(axis=1) & ~is_barred_nc.all(axis=1)
+    assert rows.index.nunique() > fewest_kept * can_be_asked.sum()
 
 
-def test_crowds_count_and_tiny_instances_neither_way():
-    instances = pd.DataFrame([("a", "cup", False), ("a", "car", True), ("b", "cup", True), ("b", "cup", False),
-                              ("c", "kite", True)], columns=["image_id", "category", "tiny"])
-    there, unclear = objects.shown(instances, pd.Index(["a", "b", "c", "d"]), ["car", "cup", "kite"])
-    assert there.to_numpy().tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
-    assert unclear.to_numpy().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
+# ----------------------------------------------------------------------------- several categories
 
 
-@pytest.fixture(scope="module")
-def many_scenes(tmp_path_factory):
-    return scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=240, seed=9)
+def test_categories_do_not_give_their_labels_away():
+    rng = np.random.default_rng(0)
+    # As uneven as COCO: the first category is in every second image.
+    frequency = np.geomspace(0.5, 0.02, 20)
+    labels_nc = (rng.random((3000, 20)) < frequency).astype(int)
+    labels_nc = labels_nc[labels_nc.any(1)]
+    mask_nc = draw_balanced_mask(labels_nc, rng=rng)
+    present_count = (labels_nc * mask_nc).sum(0)
+    assert (2 * present_count == mask_nc.sum(0)).all()
+    assert mask_nc.sum() > 2.9 * len(labels_nc)
 
 
-@pytest.mark.parametrize("task", ["category", "category_list", "category_dense", "object", "object_popular",
-                                  "object_adversarial", "relation", "size", "count", "attribute"])
-def test_tiny_instances_and_crowds_go_through_every_task_as_said(task, many_scenes):
-    """Of every third image the first thing is tiny, of every other third it is a crowd."""
-    data = coco.read_coco(many_scenes)
-    rows = data.instances.copy()
-    first = ~rows.image_id.duplicated()
-    tiny, crowd = first & (rows.image_id % 3 == 0), first & (rows.image_id % 3 == 1)
-    rows.loc[tiny, "area"], rows.loc[crowd, "iscrowd"] = 2.0, 1
-    data = replace(data, instances=rows)
-    chosen = building.choose(building.BuildSettings(str(many_scenes), train=240, validation=0, test=0, smallest=0.001), data)[0]
-    assert chosen.instances.tiny.sum() == tiny.sum() == 80
-    only = ~rows.duplicated(["image_id", "category"], keep=False)
-    small, many = (set(zip(rows.image_id[what & only], rows.category[what & only], strict=True))
-                   for what in (tiny, crowd))
-    made = registry.TASKS[task].build(chosen, np.random.default_rng(0))
-    asked = [(image, name, label) for image, row in made.iterrows() for name, label in _asked(task, row, chosen)]
-    about = {(image, name) for image, name, _ in asked}
-    assert len(about) > 15 and not about & small
-    if task in ("relation", "size", "count", "attribute"):
-        assert not about & many
-    else:
-        assert all(label == 1 for image, name, label in asked if (image, name) in many) and about & many
+def test_the_mask_leaves_out_what_is_too_small():
+    shows_nc = draw_shown()
+    rng = np.random.default_rng(1)
+    unclear_nc = ~shows_nc & (rng.random(shows_nc.shape) < 0.3)
+    mask_nc = draw_balanced_mask(shows_nc.astype(int), rng=rng, unclear_nc=unclear_nc)
+    assert not (mask_nc.astype(bool) & unclear_nc).any()
+    assert (mask_nc.sum(1) == 3).mean() > 0.98
 
 
-def _asked(task, row, chosen):
-    """Names and labels that a row asks about."""
-    names = list(chosen.shows_nc.columns)
-    if task.startswith("category"):
-        return [(names[k], row.labels[k]) for k in np.flatnonzero(row["mask"])]
-    text = row.prompt.partition("Is there a ")[2] or row.prompt
-    return [(name, row.labels[0]) for name in names if re.search(rf"\b{name}\b", text)]
+def test_images_that_show_nothing_are_asked_where_the_others_do_not_suffice():
+    shows_nc = np.zeros((300, 2), dtype=bool)
+    shows_nc[:100, 0] = True
+    shows_nc[90:120, 1] = True  # 180 images show neither
+    unclear_nc = np.zeros_like(shows_nc)
+    unclear_nc[120:140, 0] = True
+    mask_nc = draw_balanced_mask(
+        shows_nc.astype(int), rng=np.random.default_rng(0), unclear_nc=unclear_nc
+    ).astype(bool)
+    assert (mask_nc & shows_nc).sum(0).tolist() == [100, 30]
+    assert (mask_nc & ~shows_nc).sum(0).tolist() == [100, 30]
+    assert mask_nc[140:].any()
+    assert not (mask_nc & unclear_nc).any()
 
 
-def test_labels_from_captions_are_whole_words():
-    told = pd.Series({1: ["Two people and a hot dog", "A cat"], 2: ["A catfish", "Knives"], 3: ["A knife. A person"]})
-    names = ["person", "cat", "hot dog", "knife"]
-    first = objects.said(told, pd.Index([1, 2, 3, 4]), names)
+def test_a_category_that_every_image_shows_is_not_asked_about():
+    labels_nc = np.ones((20, 1), int)
+    assert not draw_balanced_mask(labels_nc, rng=np.random.default_rng(0)).any()
+
+
+@needs_real_coco
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 20, 40, 80])
+def test_a_category_s_name_says_nothing_about_its_label_however_few_are_asked(
+    count, real_selection
+):
+    selection = most_shown_categories(real_selection, count)
+    rows = TASKS["category"].build(selection, np.random.default_rng(0))
+    asked_count = 0
+    for _, part in rows.groupby("split"):
+        label_nc = np.array(part.labels.tolist())
+        mask_nc = np.array(part["mask"].tolist())
+        assert mask_nc.any(1).all()
+        assert ((label_nc * mask_nc).sum(0) * 2 == mask_nc.sum(0)).all()
+        asked_count += mask_nc.sum()
+    shown_count = selection.shows_nc.sum()
+    possible_count = np.minimum(shown_count, len(selection.images) - shown_count)
+    assert asked_count >= 1.6 * possible_count.max()  # most of what the data allow
+
+
+# ----------------------------------------------------------------------------- what an image shows
+
+
+def test_a_category_with_tiny_instances_alone_is_unclear():
+    instances = pd.DataFrame(
+        [
+            ("a", "cup", False),
+            ("a", "car", True),
+            ("b", "cup", True),
+            ("b", "cup", False),
+            ("c", "kite", True),
+        ],
+        columns=["image_id", "category", "tiny"],
+    )
+    images = pd.Index(["a", "b", "c", "d"])
+    shows_nc, unclear_nc = categories_from_instances(
+        instances, images, names=["car", "cup", "kite"]
+    )
+    assert shows_nc.to_numpy().tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert unclear_nc.to_numpy().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+NAMES = ["person", "cat", "hot dog", "knife"]
+CAPTIONS = pd.Series(
+    {
+        1: ["Two people and a hot dog", "A cat"],
+        2: ["A catfish", "Knives"],
+        3: ["A knife. A person"],
+    }
+)
+
+
+def test_labels_from_captions_are_whole_words_in_singular_or_plural():
+    images = pd.Index([1, 2, 3, 4])
+    first = categories_from_captions(CAPTIONS, images, names=NAMES)
     assert first.to_numpy().tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]]
-    every = objects.said(told, pd.Index([1, 2, 3, 4]), names, first=False)
-    assert every.cat.tolist() == [1, 0, 0, 0] and every.knife.tolist() == [0, 1, 1, 0]
-    there = pd.DataFrame([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], first.index, names, dtype=bool)
-    told = objects.agreement(first, there, there & False)
-    assert told.loc["all"].tolist() == [4, 0.5, 0.5] and told.precision["person"] == 0.5
+    all_captions = categories_from_captions(CAPTIONS, images, names=NAMES, first_only=False)
+    assert all_captions.cat.tolist() == [1, 0, 0, 0]
+    assert all_captions.knife.tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("name", ["object", "object_popular", "object_adversarial"])
-def test_the_name_alone_is_at_chance(name, tmp_path):
-    folder = scenes.write_scenes(tmp_path / "scenes", n=300, seed=3)
-    chosen = building.choose(building.BuildSettings(str(folder), train=180, validation=60, test=60), coco.read_coco(folder))[0]
-    rows = registry.TASKS[name].build(chosen, np.random.default_rng(0))
-    y, train = np.array([labels[0] for labels in rows.labels]), (rows.split == "train").to_numpy()
-    right = (controls.bag_of_words(rows.prompt.to_numpy(), y, train) >= 0.5) == y
-    assert abs(right[~train].mean() - 0.5) <= 3 * (0.25 / (~train).sum()) ** 0.5
-    listed = rows.prompt.iloc[0].partition(".\n")[0].removeprefix("Objects: ").split(", ")
-    assert sorted(listed) == sorted(chosen.shows_nc.columns)
-    assert rows.prompt.iloc[0].partition(".")[0] != rows.prompt.iloc[1].partition(".")[0]  # shuffled for each image
+def test_labels_from_captions_are_compared_with_instances():
+    named_nc = categories_from_captions(CAPTIONS, pd.Index([1, 2, 3, 4]), names=NAMES)
+    shown = [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    shows_nc = pd.DataFrame(shown, named_nc.index, NAMES, dtype=bool)
+    agreement = measure_caption_labels(named_nc, shows_nc, unclear_nc=shows_nc & False)
+    assert agreement.loc["all"].tolist() == [4, 0.5, 0.5]
+    assert agreement.precision["person"] == 0.5
+    assert np.isnan(agreement.precision["cat"])
+    unclear_nc = shows_nc & False
+    unclear_nc.loc[1, "hot dog"] = True  # named, neither shown nor lacking
+    agreement = measure_caption_labels(named_nc, shows_nc, unclear_nc=unclear_nc)
+    assert agreement.precision["all"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("task", sorted(name for name in TASKS if not name.startswith("caption")))
+def test_tiny_instances_and_crowds_go_through_every_task_as_documented(task, many_scenes):
+    """The first thing is tiny in every third image, and a crowd in every other third."""
+    dataset = read_coco(many_scenes)
+    instances = dataset.instances.copy()
+    is_first = ~instances.image_id.duplicated()
+    is_tiny = is_first & (instances.image_id % 3 == 0)
+    is_crowd = is_first & (instances.image_id % 3 == 1)
+    instances.loc[is_tiny, "area"] = 2.0
+    instances.loc[is_crowd, "iscrowd"] = 1
+    dataset = replace(dataset, instances=instances)
+    selection = select(many_scenes, dataset=dataset, train=300, validation=0, test=0)
+    assert selection.instances.tiny.sum() == is_tiny.sum() == 100
+    is_single = ~instances.duplicated(["image_id", "category"], keep=False)
+    tiny = things(instances[is_tiny & is_single])
+    crowds = things(instances[is_crowd & is_single])
+    examples = TASKS[task].build(selection, np.random.default_rng(0))
+    asked_things = set()
+    for image, row in examples.iterrows():
+        for name, label in names_and_labels(task, row, list(selection.shows_nc.columns)):
+            asked_things.add((image, name))
+            if (image, name) in crowds:
+                assert label == 1
+    assert len(asked_things) > 15
+    assert not asked_things & tiny
+    asks_about_single_things = task in ("relation", "size", "count", "attribute")
+    assert bool(asked_things & crowds) != asks_about_single_things
+
+
+def things(instances: pd.DataFrame) -> set:
+    return set(zip(instances.image_id, instances.category, strict=True))
+
+
+def names_and_labels(task: str, row: pd.Series, names: list[str]) -> list[tuple[str, int]]:
+    """The categories that an example asks about, and their labels."""
+    if task.startswith("category"):
+        return [(names[c], row.labels[c]) for c in np.flatnonzero(row["mask"])]
+    question = row.prompt.partition("Is there a ")[2] or row.prompt
+    return [(name, row.labels[0]) for name in names if re.search(rf"\b{name}\b", question)]

@@ -1,3 +1,4 @@
+import builtins
 import shutil
 from fnmatch import fnmatch
 
@@ -7,135 +8,254 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from probekit.tasks import similar_captions
+from probekit.tasks.paraphrases import content_words
+from probekit.tasks.similar_captions import (
+    NEAREST,
+    SentenceVectors,
+    WordVectors,
+    assign_similar,
+    encode_texts,
+    load_sentence_encoder,
+)
 
-SCENES = [f"a {colour} {thing} on the {place}" for colour in ("red", "blue", "green")
-          for thing in ("cup", "car", "kite") for place in ("table", "grass", "road", "beach")]
+SCENES = [
+    f"a {colour} {thing} on the {place}"
+    for colour in ("red", "blue", "green")
+    for thing in ("cup", "car", "kite")
+    for place in ("table", "grass", "road", "beach")
+]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A tiny sentence-embedding model with random weights, saved as the hub's are."""
-    from sentence_transformers import SentenceTransformer
+def encoder(tmp_path_factory) -> str:
+    """Folder of a tiny sentence-embedding model with random weights, saved as the hub's are."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("encoder")
-    words = sorted({word for text in SCENES for word in text.split()} | {"guy", "man", "horse", "rides", "horseback"})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = sorted({word for text in SCENES for word in text.split()})
+    vocabulary = [*special_tokens, *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=5 + len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, initializer_range=0.5)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.5,
+    )
     BertModel(config).save_pretrained(folder / "bert")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    reader = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[reader, Pooling(32)]).save(str(folder / "whole"))
+    modules = [Transformer(str(folder / "bert")), Pooling(32)]
+    sentence_transformers.SentenceTransformer(modules=modules).save(str(folder / "whole"))
     return str(folder / "whole")
 
 
-def test_nearest_is_the_plain_product():
-    texts = SCENES * 10
-    places, cosines = similar_captions.nearest(texts, 40)
-    x = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
-    for i in (0, 17, 300, len(texts) - 1):
-        full = (x[i] @ x.T).toarray()[0]
-        full[i] = -1
-        np.testing.assert_allclose(cosines[i], np.sort(full)[::-1][:40], atol=1e-5)
-        np.testing.assert_allclose(full[places[i]], cosines[i], atol=1e-5)
+def captions_of_scenes(captions_per_image: int) -> tuple[list[str], list[int], dict]:
+    """The first caption of each image, the images, and all captions by image."""
+    starts = range(0, len(SCENES), captions_per_image)
+    captions_by_image = {
+        image: SCENES[start : start + captions_per_image] for image, start in enumerate(starts)
+    }
+    captions = [image_captions[0] for image_captions in captions_by_image.values()]
+    return captions, list(captions_by_image), captions_by_image
 
 
-def test_nearest_finds_the_closest_of_long_captions_by_their_heaviest_words():
+# ----------------------------------------------------------------------------- nearest, by words
+
+
+def word_cosines(texts: list[str], rows: np.ndarray) -> np.ndarray:
+    """The cosines of some texts with all, 0 with themselves."""
+    vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
+    cosines = (vectors[rows] @ vectors.T).toarray()
+    cosines[np.arange(len(rows)), rows] = 0
+    return cosines
+
+
+def test_the_nearest_captions_are_those_of_the_full_product():
     rng = np.random.default_rng(0)
-    words = np.array([f"w{k}" for k in range(2000)])
-    p = 1 / (np.arange(2000) + 2.7)
-    texts = [" ".join(rng.choice(words, 9, p=p / p.sum())) for _ in range(3000)]
-    places, cosines = similar_captions.nearest(texts, 5)
-    x = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts)
-    full = (x[:300] @ x.T).toarray()
-    full[np.arange(300), np.arange(300)] = -1
-    assert (full.max(1) - cosines[:300, 0] < 1e-5).mean() > 0.95
-    assert (np.take_along_axis(full, places[:300].astype(int), 1) - cosines[:300] < 1e-5).all()
+    words = np.array([f"w{k}" for k in range(500)])
+    chance = 1 / (np.arange(500) + 2.7)
+    texts = [" ".join(rng.choice(words, 6, p=chance / chance.sum())) for _ in range(900)]
+    neighbours, cosines = WordVectors(texts).nearest(np.arange(len(texts)))
+    assert neighbours.shape == cosines.shape == (900, NEAREST)
+    full = word_cosines(texts, np.arange(900))
+    best = -np.sort(-full, axis=1)[:, : NEAREST - 1]
+    np.testing.assert_allclose(-np.sort(-cosines, axis=1)[:, : NEAREST - 1], best, atol=1e-5)
+    assert (neighbours != np.arange(900)[:, None]).all()
+    is_found = neighbours >= 0
+    assert (cosines[~is_found] == 0).all()
+    looked_up = np.take_along_axis(full, np.where(is_found, neighbours, 0), axis=1)
+    np.testing.assert_allclose(looked_up[is_found], cosines[is_found], atol=1e-5)
 
 
-def test_a_model_of_sentences_judges_instead(encoder):
-    own = [[SCENES[k], SCENES[k + 1]] for k in range(0, len(SCENES), 2)]
-    right = [said[0] for said in own]
-    places, cosines = similar_captions.nearest_embedded(right, own, encoder, 4)
+def test_nearest_captions_are_looked_for_among_some_of_them_only():
+    texts = SCENES * 2
+    numbers = np.arange(5, 60)
+    neighbours, _ = WordVectors(texts).nearest(numbers)
+    assert set(np.unique(neighbours)) <= {-1, *numbers.tolist()}
+    twin = np.where(numbers < 36, numbers + 36, numbers - 36)
+    has_twin = np.isin(twin, numbers)
+    assert has_twin.sum() > 30
+    assert (neighbours[has_twin] == twin[has_twin, None]).any(axis=1).all()
+
+
+def test_many_captions_are_searched_in_parts(monkeypatch):
+    texts = SCENES * 4
+    monkeypatch.setattr(similar_captions, "SEARCHED", 50)
+    monkeypatch.setattr(similar_captions, "QUERIES", 20)
+    neighbours, cosines = WordVectors(texts).nearest(np.arange(len(texts)))
+    part = np.arange(len(texts)) % 3  # 144 captions in three parts of at most 50
+    row, rank = np.nonzero(neighbours >= 0)
+    assert len(row) > 1000
+    assert (part[neighbours[row, rank]] == part[row]).all()
+    full = word_cosines(texts, np.arange(len(texts)))
+    full[part[:, None] != part] = 0
+    np.testing.assert_allclose(cosines.max(1), full.max(1), atol=1e-5)
+
+
+# ----------------------------------------------------------------- nearest, by a model of sentences
+
+
+def test_a_model_of_sentences_leaves_out_what_is_nearer_than_another_caption_of_the_image(encoder):
     from sentence_transformers import SentenceTransformer
 
-    v = SentenceTransformer(encoder).encode(SCENES, normalize_embeddings=True)
-    for i in range(len(right)):
-        full = v[2 * i] @ v[::2].T
-        full[(full >= v[2 * i] @ v[2 * i + 1] - 1e-4) | (np.arange(len(right)) == i)] = -np.inf
-        best = np.sort(full)[::-1][:4]
-        np.testing.assert_allclose(cosines[i], np.where(np.isfinite(best), best, 0), atol=1e-3)  # half precision
-        assert ((places[i] >= 0) == np.isfinite(best)).all()
-    given = similar_captions.similar(right, own, np.random.default_rng(0), encoder)
-    assert sorted(given) == list(range(len(right))) and (given != np.arange(len(right))).all()
+    captions, owners, captions_by_image = captions_of_scenes(2)
+    vectors = SentenceVectors(captions, owners, captions_by_image=captions_by_image, model=encoder)
+    neighbours, cosines = vectors.nearest(np.arange(len(captions)))
+    exact_nd = SentenceTransformer(encoder).encode(SCENES, normalize_embeddings=True)
+    compared = 0
+    for i in range(len(captions)):
+        full = exact_nd[2 * i] @ exact_nd[::2].T
+        limit = exact_nd[2 * i] @ exact_nd[2 * i + 1]
+        if np.abs(full - limit).min() < 2e-3:  # half precision may decide either way
+            continue
+        compared += 1
+        full[i] = np.inf
+        expected = np.sort(full[full < limit])[::-1]
+        is_found = neighbours[i] >= 0
+        assert is_found.sum() == len(expected)
+        np.testing.assert_allclose(np.sort(cosines[i][is_found])[::-1], expected, atol=2e-3)
+        np.testing.assert_allclose(full[neighbours[i][is_found]], cosines[i][is_found], atol=2e-3)
+    assert compared > 9
 
 
-def test_a_model_of_sentences_is_read_from_safetensors_alone(encoder, tmp_path, monkeypatch):
-    asked = {}
+def test_vectors_are_held_in_half_precision_block_by_block(encoder, monkeypatch):
+    captions, owners, captions_by_image = captions_of_scenes(1)
+    plain = SentenceVectors(captions, owners, captions_by_image=captions_by_image, model=encoder)
+    whole_neighbours, whole_cosines = plain.nearest(np.arange(36))
+    monkeypatch.setattr(similar_captions, "ENCODED", 7)  # does not divide their number
+    vectors_nd = encode_texts(load_sentence_encoder(encoder), SCENES)
+    assert vectors_nd.dtype == torch.float16
+    assert vectors_nd.shape == (36, 32)
+    blocks = SentenceVectors(captions, owners, captions_by_image=captions_by_image, model=encoder)
+    neighbours, cosines = blocks.nearest(np.arange(36))
+    np.testing.assert_allclose(np.sort(cosines), np.sort(whole_cosines), atol=1e-3)
+    assert (np.sort(neighbours) >= 0).sum() == (whole_neighbours >= 0).sum()
 
-    def fetched(source, **more):
-        asked.update(source=source, **more)
+
+def test_captions_are_exchanged_by_a_model_of_sentences(encoder):
+    captions, owners, captions_by_image = captions_of_scenes(2)
+    rng = np.random.default_rng(0)
+    assigned = assign_similar(
+        captions, owners, captions_by_image=captions_by_image, rng=rng, similarity=encoder
+    )
+    assert sorted(assigned) == list(range(len(captions)))
+    assert (assigned != np.arange(len(captions))).all()
+
+
+def test_a_model_of_sentences_is_fetched_and_read_from_safetensors_alone(
+    encoder, tmp_path, monkeypatch
+):
+    request = {}
+
+    def snapshot_download(source, **options):
+        request.update(options, source=source)
         return encoder
 
-    monkeypatch.setattr(similar_captions, "snapshot_download", fetched)
-    assert similar_captions._sentence_encoder("org/encoder@abc").encode(["a red cup"]).shape == (1, 32)
-    assert asked["source"] == "org/encoder" and asked["revision"] == "abc"
-    assert not any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]
-                   for name in ("pytorch_model.bin", "2_Dense/pytorch_model.bin", "training_args.bin", "a.pkl", "a.pt"))
+    monkeypatch.setattr(similar_captions, "snapshot_download", snapshot_download)
+    assert load_sentence_encoder("org/encoder@abc").encode(["a red cup"]).shape == (1, 32)
+    assert request["source"] == "org/encoder"
+    assert request["revision"] == "abc"
+    for name in ("pytorch_model.bin", "2_Dense/pytorch_model.bin", "args.bin", "a.pkl", "a.pt"):
+        assert not any(fnmatch(name, pattern) for pattern in request["allow_patterns"])
     pickled = tmp_path / "pickled"
     shutil.copytree(encoder, pickled)
-    weights, = pickled.rglob("model.safetensors")
+    (weights,) = pickled.rglob("model.safetensors")
     weights.rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises(ValueError, match=r"in safetensors \(.*pytorch_model.bin can run code"):
-        similar_captions.nearest_embedded(["a", "b"], [["a"], ["b"]], str(pickled))
+        load_sentence_encoder(str(pickled))
 
 
-def test_vectors_of_all_captions_are_held_once_and_in_half_precision(encoder, monkeypatch):
-    from sentence_transformers import SentenceTransformer
-
-    plain = similar_captions.nearest_embedded(SCENES, [[text] for text in SCENES], encoder, 4)
-    monkeypatch.setattr(similar_captions, "BLOCK", 7)  # does not divide their number
-    blocks = similar_captions.nearest_embedded(SCENES, [[text] for text in SCENES], encoder, 4)
-    np.testing.assert_allclose(blocks[1], plain[1], atol=1e-5)
-    vectors = similar_captions._encoded(SentenceTransformer(encoder), SCENES)
-    assert vectors.dtype == torch.float16 and vectors.shape == (36, 32)
-
-
-def test_what_says_nearly_the_same_is_a_paraphrase():
-    def says(text, *known):
-        return similar_captions.paraphrases(similar_captions.content(text), [similar_captions.content(other) for other in known])
-
-    park = "A man on a skateboard performs a trick at the skate park"
-    assert says("a man on a skateboard performing a trick at a skate park", park)
-    assert says("A man on a skateboard", park) and says("Men riding horses", "Two men ride a brown horse on a beach")
-    assert not says("A man on a skateboard", "A man in a car", "A skateboard in a park")  # covered by no single one
-    assert says("a red cup, a kite, a car and a bench", "a cup, a kite, a car and a bench")  # 4 of 5 in either
-    assert says("a cup, a kite, a car and a bench", "a cup, a car and a bench")  # 3 of 4 in both together
-    assert not says("Two cars", "A car and a cup") and not says("", "A car")
-
-
-CHINESE = ["一个男人在沙滩上骑马", "一只狗在草地上", "Un café crème", "It is there", "桌子上有两个杯子"]
-
-
-def test_captions_in_any_script_have_words_and_are_never_wrong_for_their_own_image():
-    assert all(similar_captions.content(text) for text in CHINESE if text != "It is there")
-    own = [[text, text.upper()] for text in CHINESE]
-    true = similar_captions.judge([text.lower() for text in CHINESE], own)
-    assert [[true(i, j) for j in range(5)] for i in range(5)] == np.eye(5, dtype=bool).tolist()
-
-
-def test_what_nothing_similar_is_found_for_is_left_out_and_that_is_said(capsys):
-    right = [*SCENES, "xylophones", "zebras"]
-    given = similar_captions.similar(right, [[text] for text in right], np.random.default_rng(0))
-    kept = np.flatnonzero(given >= 0)
-    assert (given[-2:] == -1).all() and sorted(given[kept]) == kept.tolist() and len(kept) >= 30
-    assert all(similar_captions.content(right[i]) & similar_captions.content(right[given[i]]) for i in kept)
-    assert "of 38 captions have no similar one that is wrong: left out" in capsys.readouterr().out
-
-
-def test_no_model_of_sentences_is_named(tmp_path):
+def test_what_is_no_model_of_sentences_is_refused(tmp_path):
+    pytest.importorskip("sentence_transformers")
     with pytest.raises(ValueError, match=r"take .tfidf., or the hub id or folder"):
-        similar_captions.nearest_embedded(["a", "b"], [["a"], ["b"]], str(tmp_path / "nothing"))
+        load_sentence_encoder(str(tmp_path / "nothing"))
+
+
+def test_where_the_extra_is_not_installed_words_still_do(monkeypatch):
+    import_module = builtins.__import__
+
+    def import_without_extra(name, *arguments, **options):
+        if name.partition(".")[0] == "sentence_transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return import_module(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", import_without_extra)
+    captions, owners, captions_by_image = captions_of_scenes(1)
+    rng = np.random.default_rng(0)
+    assert (
+        assign_similar(captions, owners, captions_by_image=captions_by_image, rng=rng) >= 0
+    ).all()
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[similar\]'"):
+        assign_similar(
+            captions, owners, captions_by_image=captions_by_image, rng=rng, similarity="org/encoder"
+        )
+
+
+# ------------------------------------------------------------------------------------- exchanged
+
+
+def test_what_nothing_similar_is_found_for_is_left_out_and_counted():
+    captions = [*SCENES, "xylophones", "zebras"]
+    captions_by_image = {i: [caption] for i, caption in enumerate(captions)}
+    rng = np.random.default_rng(0)
+    with pytest.warns(UserWarning, match="5.3% of 38 captions are left out"):
+        assigned = assign_similar(captions, range(38), captions_by_image=captions_by_image, rng=rng)
+    assert np.flatnonzero(assigned < 0).tolist() == [36, 37]
+    assert sorted(assigned[:36]) == list(range(36))
+    for i in range(36):
+        assert content_words(captions[i]) & content_words(captions[assigned[i]])
+
+
+def test_the_most_similar_pairs_come_first():
+    captions = ["big red cup tea", "big red cup milk", "big dog runs", "small dog sits"]
+    captions_by_image = {i: [caption] for i, caption in enumerate(captions)}
+    rng = np.random.default_rng(0)
+    assigned = assign_similar(captions, range(4), captions_by_image=captions_by_image, rng=rng)
+    assert assigned.tolist() == [1, 0, 3, 2]
+
+
+def test_gaps_are_filled_in_chunks_by_exchange(monkeypatch):
+    """Everybody may be given anything, so nobody is left out; what fits already stays."""
+    monkeypatch.setattr(similar_captions, "CAPTION_CHUNK", 8)
+
+    class LenientJudge:
+        def may_be_true(self, i, j):
+            return False
+
+        def shares_word(self, i, j):
+            return True
+
+    chain = np.roll(np.arange(30), -1)
+    chain[29] = -1  # caption 0 was assigned to nobody
+    exchanged = np.array([31, 30])
+    assigned = np.concatenate([chain, exchanged])
+    similar_captions._fill_gaps(assigned, LenientJudge(), rng=np.random.default_rng(0))
+    assert sorted(assigned) == list(range(32))
+    assert (assigned != np.arange(32)).all()
+    assert assigned[30:].tolist() == [31, 30]
+    assert (assigned[:30] == chain).sum() >= 22

@@ -5,97 +5,135 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.data import coco, scenes
-from probekit.tasks import building, registry, spatial
-from tests.conftest import REAL_COCO, needs_real_coco
+from probekit.tasks.base import Selection
+from probekit.tasks.registry import TASKS
+from probekit.tasks.spatial import (
+    AXES,
+    Comparison,
+    compare_positions,
+    compare_sizes,
+    single_instances,
+)
+from tests.conftest import needs_real_coco
 
-NAMES = ("relation", "size", "count", "attribute")
-
-
-@pytest.fixture(scope="module")
-def chosen(tmp_path_factory):
-    folder = scenes.write_scenes(tmp_path_factory.mktemp("coco") / "scenes", n=300, seed=5)
-    return building.choose(building.BuildSettings(str(folder), train=200, validation=50, test=50), coco.read_coco(folder))[0]
-
-
-def asked(name: str, chosen) -> pd.DataFrame:
-    task = registry.TASKS[name]
-    rows, classes = task.build(chosen, np.random.default_rng(0)), task.classes or ["match"]
-    entries = [(image, row.split, row.prompt, classes[k], row.labels[k]) for image, row in rows.iterrows()
-               for k in np.flatnonzero(row["mask"])]
-    return pd.DataFrame(entries, columns=["image", "split", "prompt", "class", "label"])
+SPATIAL_TASKS = ("relation", "size", "count", "attribute")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_text_alone_says_exactly_nothing(chosen, name):
-    rows = asked(name, chosen)
-    assert (rows.groupby(["split", "prompt", "class"]).label.mean() == 0.5).all()
+def ask(name: str, selection: Selection) -> pd.DataFrame:
+    """One row for each label that counts: `image, split, prompt, answer, label`."""
+    task = TASKS[name]
+    examples = task.build(selection, np.random.default_rng(0))
+    classes = task.classes or ["match"]
+    entries = []
+    for image, row in examples.iterrows():
+        for c in np.flatnonzero(row["mask"]):
+            entries.append((image, row.split, row.prompt, classes[c], row.labels[c]))
+    return pd.DataFrame(entries, columns=["image", "split", "prompt", "answer", "label"])
+
+
+@pytest.mark.parametrize("name", SPATIAL_TASKS)
+def test_a_text_alone_says_nothing(selection, name):
+    rows = ask(name, selection)
+    assert (rows.groupby(["split", "prompt", "answer"]).label.mean() == 0.5).all()
     assert (rows.groupby("image").size() == 2).all()
-    assert rows.image.nunique() > (0.1 if name == "size" else 0.3) * len(chosen.images)
+    fewest = 0.1 if name == "size" else 0.3
+    assert rows.image.nunique() > fewest * len(selection.images)
 
 
-@pytest.mark.parametrize("name", ["relation", "size"])
-def test_comparisons_are_true_of_the_scene_and_asked_in_both_orders(chosen, name):
-    things = {key: row for key, row in chosen.instances.set_index(["image_id", "category"]).iterrows()}
-    seen = Counter()
-    for image, both in asked(name, chosen).groupby("image"):
-        named = [row.prompt.removeprefix("Is the ").removesuffix(" in this image?") for row in both.itertuples()]
-        for text, label in zip(named, both.label, strict=True):
-            how = next(how for ways in spatial.WAYS.values() for how in ways if f" {how} the " in text)
-            a, b = (things[image, category] for category in text.split(f" {how} the "))
-            truth = {
-                "to the left of": a.x + a.w <= b.x, "to the right of": b.x + b.w <= a.x, "above": a.y + a.h <= b.y,
-                "below": b.y + b.h <= a.y,
-                "larger than": a.area >= 1.3 * b.area, "smaller than": b.area >= 1.3 * a.area,
-            }[how]
-            assert truth == bool(label), text
-            seen[how] += 1
-        assert {tuple(text.split(f" {how} the ")) for text in named} == {
-            tuple(named[0].split(f" {how} the ")), tuple(reversed(named[0].split(f" {how} the ")))}
-    assert set(seen) == set().union(*(spatial.WAYS[k] for k in (("size",) if name == "size" else ("across", "along"))))
+def holds(how: str, a: pd.Series, b: pd.Series) -> bool:
+    """Whether what a comparison says is true of two boxes."""
+    return {
+        "to the left of": a.x + a.w <= b.x,
+        "to the right of": b.x + b.w <= a.x,
+        "above": a.y + a.h <= b.y,
+        "below": b.y + b.h <= a.y,
+        "larger than": a.area >= 1.3 * b.area,
+        "smaller than": b.area >= 1.3 * a.area,
+    }[how]
 
 
-def test_counts_and_colours_are_those_of_the_scene(chosen):
-    found = chosen.instances.groupby(["image_id", "category"])
-    counts, colours = found.size(), found.colour.agg(set)
-    for row in asked("count", chosen).itertuples():
+@pytest.mark.parametrize(
+    ("name", "axes"), [("relation", ("horizontal", "vertical")), ("size", ("size",))]
+)
+def test_comparisons_are_true_of_the_scene_and_asked_in_both_orders(selection, name, axes):
+    hows = [how for axis in axes for how in AXES[axis]]
+    instances = selection.instances.set_index(["image_id", "category"]).sort_index()
+    how_counts = Counter()
+    for image, both in ask(name, selection).groupby("image"):
+        asked_pairs = []
+        for row in both.itertuples():
+            question = row.prompt.removeprefix("Is the ").removesuffix(" in this image?")
+            how = next(how for how in hows if f" {how} the " in question)
+            first, second = question.split(f" {how} the ")
+            a = instances.loc[(image, first)].squeeze()
+            b = instances.loc[(image, second)].squeeze()
+            assert holds(how, a, b) == bool(row.label), row.prompt
+            how_counts[how] += 1
+            asked_pairs.append((how, first, second))
+        (how, first, second), other = asked_pairs
+        assert other == (how, second, first)
+    assert set(how_counts) == set(hows)
+
+
+def test_counts_and_colours_are_those_of_the_scene(selection):
+    groups = selection.instances.groupby(["image_id", "category"])
+    counts = groups.size()
+    colours = groups.colour.agg(set)
+    for row in ask("count", selection).itertuples():
         category = row.prompt.removesuffix(" in this image:").rpartition("type ")[2]
-        assert (str(counts[row.image, category]) == row[4]) == bool(row.label)
-    for row in asked("attribute", chosen).itertuples():
+        assert (str(counts[row.image, category]) == row.answer) == bool(row.label)
+    for row in ask("attribute", selection).itertuples():
         category = row.prompt.removeprefix("Colour of the ").removesuffix(" in this image:")
-        assert (colours[row.image, category] == {row[4]}) == bool(row.label)
+        assert (colours[row.image, category] == {row.answer}) == bool(row.label)
 
 
-def box(x, y, w=10, h=10, area=100):
-    return SimpleNamespace(x=x, y=y, w=w, h=h, area=area)
+def box(x: float, y: float, area: float = 100) -> SimpleNamespace:
+    return SimpleNamespace(x=x, y=y, w=10, h=10, area=area)
 
 
-def test_ambiguous_pairs_are_left_out():
-    assert spatial.relation(box(0, 0), box(20, 2)) == ("across", 0)
-    assert spatial.relation(box(20, 2), box(0, 0)) == ("across", 1)
-    assert spatial.relation(box(0, 30), box(2, 0)) == ("along", 1)
-    assert spatial.relation(box(0, 0), box(20, 18)) is None  # aslant
-    assert spatial.relation(box(0, 0), box(8, 0)) is None  # they overlap
-    assert spatial.relation(box(0, 0), box(0, 0)) is None
-    assert spatial.larger(box(0, 0, area=250), box(0, 0)) == ("size", 0)
-    assert spatial.larger(box(0, 0), box(0, 0, area=120)) is None
+@pytest.mark.parametrize(
+    ("a", "b", "comparison"),
+    [
+        (box(0, 0), box(20, 2), Comparison("horizontal", 0)),
+        (box(20, 2), box(0, 0), Comparison("horizontal", 1)),
+        (box(0, 0), box(2, 30), Comparison("vertical", 0)),
+        (box(0, 30), box(2, 0), Comparison("vertical", 1)),
+        (box(0, 0), box(10, 0), Comparison("horizontal", 0)),  # they touch
+        (box(0, 0), box(20, 18), None),  # diagonally apart
+        (box(0, 0), box(8, 0), None),  # they overlap
+        (box(0, 0), box(0, 0), None),
+    ],
+)
+def test_ambiguous_positions_do_not_compare(a, b, comparison):
+    assert compare_positions(a, b) == comparison
 
 
-def test_crowds_tiny_ones_and_twins_are_not_asked_about():
-    instances = pd.DataFrame([
-        (1, "cup", 0, False), (1, "car", 1, False), (1, "kite", 0, True), (2, "cup", 0, False), (2, "cup", 0, True),
-    ], columns=["image_id", "category", "iscrowd", "tiny"])
-    left = spatial.alone(instances)
-    assert list(zip(left.image_id, left.category, strict=True)) == [(1, "cup")]
+def test_similar_sizes_do_not_compare():
+    assert compare_sizes(box(0, 0, area=250), box(0, 0)) == Comparison("size", 0)
+    assert compare_sizes(box(0, 0), box(0, 0, area=250)) == Comparison("size", 1)
+    assert compare_sizes(box(0, 0), box(0, 0, area=120)) is None
+
+
+def test_crowds_tiny_ones_and_twins_are_no_single_instances():
+    instances = pd.DataFrame(
+        [
+            (1, "cup", 0, False),
+            (1, "car", 1, False),
+            (1, "kite", 0, True),
+            (2, "cup", 0, False),
+            (2, "cup", 0, True),
+        ],
+        columns=["image_id", "category", "iscrowd", "tiny"],
+    )
+    singles = single_instances(instances)
+    assert list(zip(singles.image_id, singles.category, strict=True)) == [(1, "cup")]
 
 
 @needs_real_coco
-def test_real_photographs_have_relations_sizes_and_counts_but_no_colours():
-    build = building.BuildSettings(str(REAL_COCO), train=200, validation=50, test=50)
-    chosen = building.choose(build, coco.read_coco(REAL_COCO))[0]
+def test_real_photographs_have_relations_sizes_and_counts_but_no_colours(real_selection):
     for name in ("relation", "size", "count"):
-        rows = asked(name, chosen)
-        assert (rows.groupby(["split", "prompt", "class"]).label.mean() == 0.5).all()
+        rows = ask(name, real_selection)
+        assert (rows.groupby(["split", "prompt", "answer"]).label.mean() == 0.5).all()
         assert rows.image.nunique() >= 16, name
     with pytest.raises(ValueError, match="leave the task attribute out, or take drawn scenes"):
-        asked("attribute", chosen)
+        ask("attribute", real_selection)
