@@ -19,7 +19,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from probekit.models import presets
-from probekit.models.architectures import count_blocks, has_text_encoder, merge_streams
+from probekit.models.architectures import (
+    SpecialCase,
+    count_blocks,
+    has_text_encoder,
+    merge_streams,
+)
 from probekit.models.forward import States, run_pooled
 from probekit.models.load import Vlm, describe_model, load_vlm
 from probekit.models.processor import PreparedImage
@@ -74,6 +79,18 @@ def test_every_preset_is_of_a_checked_type():
         assert name in text
 
 
+def test_parallel_streams_are_averaged():
+    streams_sntd = torch.arange(48.0).reshape(2, 1, 3, 8)
+    expected = (streams_sntd[0] + streams_sntd[1]) / 2
+    for axis in (0, 2, -1):
+        case = SpecialCase(stream_axis=axis)
+        merged = merge_streams(streams_sntd.movedim(0, axis), case, width=8)
+        assert torch.equal(merged, expected)
+        side_by_side = torch.cat(list(streams_sntd), -1)
+        assert torch.equal(merge_streams(side_by_side, case, width=8), expected)
+    assert merge_streams(expected, SpecialCase(), width=8) is expected
+
+
 # --------------------------------------------------------------------------------- one architecture
 
 
@@ -97,6 +114,8 @@ def measure_architecture(name: str, folder: Path) -> dict[str, str | int]:
     elif verdict.way != "alone":
         plain = run_pooled(vlm, prepared, poolings=POOLINGS, stages=stages, way="plain")
         assert largest_difference(plain, alone) < 1e-5
+    for row in prepared[0].tokens:
+        assert ("mm_token_type_ids" in row) == ("mm_token_type_ids" in vlm.forward_arguments)
     check_stages(vlm, alone, stages)
     check_that_prompt_and_image_are_seen(vlm, alone)
     check_description(vlm, alone, stages, folder)

@@ -28,6 +28,36 @@ def test_the_states_that_come_with_the_verdict_are_those_of_the_batch(vlm, prepa
         assert (states[key] - values).abs().max() <= 1e-5 * values.abs().max()
 
 
+def test_an_error_in_the_last_prompt_of_the_image_with_the_most_is_noticed(
+    vlm, prepared, monkeypatch
+):
+    def spoil_one_row(vlm, prepared, **options):
+        states = run_pooled(vlm, prepared, **options)
+        if options.get("way") == "shared":
+            values = states["lm.02/last"].clone()
+            values[2] *= 1.01  # the last of the first image's three prompts
+            states["lm.02/last"] = values
+        return states
+
+    monkeypatch.setattr("probekit.models.sharing.run_pooled", spoil_one_row)
+    verdict, _ = choose_way(
+        vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"]
+    )
+    assert verdict.way == "plain"
+    assert "not shared: differs by" in verdict.reason
+    assert "lm.02/last" in verdict.reason
+
+
+def test_prompts_may_differ_right_after_the_image(checkpoint, noise_images):
+    """The positions of several axes, which differ at image tokens, go on after the largest."""
+    vlm = load_vlm(str(checkpoint("qwen2_vl")), device="cpu")
+    prepared = [
+        vlm.prompt_processor.prepare(image, ["A dog?", "No cat?"]) for image in noise_images
+    ]
+    verdict, _ = choose_way(vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared"])
+    assert verdict.way == "shared", verdict.reason
+
+
 def test_a_way_that_fails_is_named_and_the_next_one_taken(vlm, prepared, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("no cache here")
