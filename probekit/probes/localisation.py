@@ -294,7 +294,7 @@ def _localise(
     device: str | None,
     home: paths.Home,
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Run one model over the test images: the table, and the tensors of the heat to keep."""
+    """Run one model over the test images; return its table, and the heat to keep as tensors."""
     layers = [layer for layer in activations.layers if layer.startswith("lm.")]
     examples = activations.examples
     is_wanted = (examples.task == question.task) & (examples.split == "test")
@@ -309,7 +309,7 @@ def _localise(
     vlm = _load_model(settings, device, home)
     try:
         heat_maps = _compute_all_heat(vlm, rows, weights=weights, settings=settings, home=home)
-        description = f"heat maps of {activations.meta['model']}"
+        description = f"heat maps of {activations.meta['model']} ({control_name(activations)})"
         for place, heat_map in tqdm(heat_maps, total=len(rows), desc=description, unit="image"):
             image_id = rows.image_id.iloc[place]
             if place < question.keep:
