@@ -58,7 +58,7 @@ def layer_curves(
 ) -> go.Figure:
     """Draw a metric by layer: a colour per model, 95 % intervals, plateaus, and controls dashed.
 
-    A plateau is the layers that cannot be told apart from the best one
+    A plateau consists of the layers that cannot be told apart from the best one
     (:func:`probekit.probes.comparison.compare_layers`).
 
     Parameters

@@ -190,7 +190,7 @@ def _states_to_show(run: SavedRun, model: str) -> list[StateKey]:
 def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tuple[str, int]]:
     """Return `count` examples of each order as (order, place among the test examples).
 
-    Each image occurs once. Where some examples have stored heat, only those are chosen.
+    Each image occurs once. Where some examples have stored heat, only those count.
     """
     rows = run.test_examples(state.task)
     p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
@@ -199,7 +199,7 @@ def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tupl
         return run.stored_heat.get(state, image_id) is not None
 
     needs_heat = any(has_heat(image_id) for image_id in rows.image_id.unique())
-    chosen: list[tuple[str, int]] = []
+    selected: list[tuple[str, int]] = []
     used_images = set()
     for order in SORT_KEYS:
         count_of_order = 0
@@ -208,11 +208,11 @@ def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tupl
             if image_id in used_images or (needs_heat and not has_heat(image_id)):
                 continue
             used_images.add(image_id)
-            chosen.append((order, int(place)))
+            selected.append((order, int(place)))
             count_of_order += 1
             if count_of_order == count:
                 break
-    return chosen
+    return selected
 
 
 # ---------------------------------------------------------------------- what an example looks like

@@ -85,9 +85,9 @@ def test_heat_is_read_where_it_is_stored_and_made_where_it_is_not(small_home, mo
 
     trained = run.heat_map(STATE, rows.iloc[-1])
     run.stored_heat = module.StoredHeat({}, small_home)
-    made = run.heat_map(STATE, rows.iloc[0])
-    np.testing.assert_allclose(made.logit_ltc, stored.logit_ltc, atol=0.02, rtol=2e-3)
-    np.testing.assert_allclose(made.cells_t4, stored.cells_t4)
+    computed = run.heat_map(STATE, rows.iloc[0])
+    np.testing.assert_allclose(computed.logit_ltc, stored.logit_ltc, atol=0.02, rtol=2e-3)
+    np.testing.assert_allclose(computed.cells_t4, stored.cells_t4)
     assert loaded == [False]  # once for all examples
 
     untrained = run.heat_map(STATE._replace(control="untrained"), rows.iloc[-1])
