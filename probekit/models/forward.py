@@ -353,7 +353,7 @@ def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int)
             _repeat_for_prompts(part, owner_n, image_count=image_count) for part in output
         )
     if hasattr(output, "items"):
-        repeated = {}
+        repeated: dict[str, Any] = {}
         for name, value in output.items():
             if name.endswith("hidden_states"):
                 repeated[name] = None
