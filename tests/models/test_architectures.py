@@ -117,6 +117,7 @@ def measure_architecture(name: str, folder: Path) -> dict[str, str | int]:
     for row in prepared[0].tokens:
         assert ("mm_token_type_ids" in row) == ("mm_token_type_ids" in vlm.forward_arguments)
     check_stages(vlm, alone, stages)
+    check_that_the_head_is_gone(vlm)
     check_that_prompt_and_image_are_seen(vlm, alone)
     check_description(vlm, alone, stages, folder)
     check_hidden_states(vlm, untouched_model, prepared[0], alone, name)
@@ -156,6 +157,14 @@ def check_stages(vlm: Vlm, alone: States, stages: Sequence[str]) -> None:
     assert len(vlm.blocks) == count_blocks(vlm.stack.config) == len(vlm.layers) - 1
     announced = {layer for stage in stages for layer in vlm.layers_of_stage[stage]}
     assert {key.rpartition("/")[0] for key in alone} == announced
+
+
+def check_that_the_head_is_gone(vlm: Vlm) -> None:
+    """No module computes the whole vocabulary."""
+    vocabulary_size = len(vlm.processor.tokenizer)
+    for name, module in vlm.model.named_modules():
+        is_head = isinstance(module, torch.nn.Linear) and module.out_features == vocabulary_size
+        assert not is_head, name
 
 
 def check_that_prompt_and_image_are_seen(vlm: Vlm, alone: States) -> None:
