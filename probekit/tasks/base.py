@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from probekit.paths import Home
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -89,6 +91,8 @@ class Selection:
     annotated_nc, annotated_unclear_nc : DataFrame of bool
         As `shows_nc` and `unclear_nc`, but always from the instances, and for all categories of
         the dataset.
+    home : Home
+        Where relative paths of the settings start.
     """
 
     settings: BuildSettings
@@ -100,6 +104,7 @@ class Selection:
     statements: dict[str, pd.DataFrame] = field(default_factory=dict)
     annotated_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
     annotated_unclear_nc: pd.DataFrame = field(default_factory=pd.DataFrame)
+    home: Home = field(default_factory=Home.find)
 
     def images_by_split(self) -> list[pd.DataFrame]:
         """Return the images of each split as a table of its own.

@@ -104,6 +104,7 @@ def select_images(
         statements=statements,
         annotated_nc=annotated_nc,
         annotated_unclear_nc=annotated_unclear_nc,
+        home=paths.Home.find(home),
     )
     return selection, left_out
 

@@ -135,6 +135,7 @@ def _assign(
             captions_by_image=selection.captions,
             rng=rng,
             similarity=selection.settings.similarity,
+            home=selection.home,
         )
     if negatives == "same_categories":
         if selection.instances.empty:

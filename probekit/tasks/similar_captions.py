@@ -118,6 +118,8 @@ class SentenceVectors:
         All captions of each image.
     model : str
         A hub id, ``id@revision``, or a folder.
+    home : str, Path or Home, optional
+        Where a relative folder starts, see :meth:`probekit.paths.Home.find`.
 
     Raises
     ------
@@ -139,8 +141,9 @@ class SentenceVectors:
         *,
         captions_by_image: Mapping[Hashable, Sequence[str]],
         model: str,
+        home: str | Path | paths.Home | None = None,
     ) -> None:
-        encoder = load_sentence_encoder(model)
+        encoder = load_sentence_encoder(model, home)
         rows: dict[str, int] = {}
         for caption in captions:
             rows.setdefault(caption, len(rows))
@@ -191,13 +194,15 @@ def _cosines_below_limit(queries_qe: torch.Tensor, searched_nd: torch.Tensor) ->
     return cosines_qn.masked_fill(cosines_qn >= limits_q1, -torch.inf)
 
 
-def load_sentence_encoder(model: str):
+def load_sentence_encoder(model: str, home: str | Path | paths.Home | None = None):
     """Load a sentence-embedding model from safetensors alone: other weights can run code.
 
     Parameters
     ----------
     model : str
         A hub id, ``id@revision``, or a folder.
+    home : str, Path or Home, optional
+        Where a relative folder starts, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
@@ -218,7 +223,7 @@ def load_sentence_encoder(model: str):
             "pip install -e '.[similar]'"
         ) from error
     try:
-        folder = _encoder_folder(model)
+        folder = _encoder_folder(model, home)
         return SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -228,8 +233,8 @@ def load_sentence_encoder(model: str):
         ) from error
 
 
-def _encoder_folder(model: str) -> Path:
-    folder = paths.Home.find().resolve(model)
+def _encoder_folder(model: str, home: str | Path | paths.Home | None) -> Path:
+    folder = paths.Home.find(home).resolve(model)
     if not folder.is_dir():
         hub_id, _, revision = model.partition("@")
         folder = Path(
@@ -272,6 +277,7 @@ def assign_similar(
     captions_by_image: Mapping[Hashable, Sequence[str]],
     rng: np.random.Generator,
     similarity: str = TFIDF,
+    home: str | Path | paths.Home | None = None,
 ) -> np.ndarray:
     """Exchange each caption for a similar one of another image.
 
@@ -290,6 +296,8 @@ def assign_similar(
     similarity : str
         ``"tfidf"`` (:class:`WordVectors`), or a sentence-embedding model
         (:class:`SentenceVectors`).
+    home : str, Path or Home, optional
+        Where the folder of a model starts, see :meth:`probekit.paths.Home.find`.
 
     Returns
     -------
@@ -306,7 +314,7 @@ def assign_similar(
         vectors = WordVectors(captions)
     else:
         vectors = SentenceVectors(
-            captions, owners, captions_by_image=captions_by_image, model=similarity
+            captions, owners, captions_by_image=captions_by_image, model=similarity, home=home
         )
     judge = CaptionJudge(captions, owners, captions_by_image=captions_by_image)
     everyone = np.arange(len(captions))

@@ -60,6 +60,16 @@ def test_what_is_left_out_is_left_out_with_both_answers():
         assert Counter(present[kept].tolist()) == Counter(lacked[kept].tolist())
 
 
+@pytest.mark.parametrize("absent", SAMPLINGS)
+def test_an_object_that_most_images_show_is_not_asked_more_often_than_others_lack_it(absent):
+    rng = np.random.default_rng(0)
+    shows_nc = rng.random((1000, 10)) < (0.9, *[0.25] * 9)
+    shows_nc = shows_nc[shows_nc.any(1) & ~shows_nc.all(1)]
+    present, lacked = choose_objects(shows_nc, absent=absent, rng=rng)
+    assert (present == 0).sum() <= (~shows_nc[:, 0]).sum()
+    assert (lacked < 0).mean() < 0.02
+
+
 def test_samplings_are_what_their_names_say():
     shows_nc = draw_shown()
     frequency = shows_nc.mean(0)

@@ -1,6 +1,7 @@
 import builtins
 import shutil
 from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,13 +156,20 @@ def test_vectors_are_held_in_half_precision_block_by_block(encoder, monkeypatch)
     neighbours, cosines = blocks.nearest(np.arange(36))
     np.testing.assert_allclose(np.sort(cosines), np.sort(whole_cosines), atol=1e-3)
     assert (np.sort(neighbours) >= 0).sum() == (whole_neighbours >= 0).sum()
+    assert (neighbours != np.arange(36)[:, None]).all()
 
 
 def test_captions_are_exchanged_by_a_model_of_sentences(encoder):
     captions, owners, captions_by_image = captions_of_scenes(2)
     rng = np.random.default_rng(0)
+    folder = Path(encoder)
     assigned = assign_similar(
-        captions, owners, captions_by_image=captions_by_image, rng=rng, similarity=encoder
+        captions,
+        owners,
+        captions_by_image=captions_by_image,
+        rng=rng,
+        similarity=folder.name,
+        home=folder.parent,
     )
     assert sorted(assigned) == list(range(len(captions)))
     assert (assigned != np.arange(len(captions))).all()
@@ -259,3 +267,18 @@ def test_gaps_are_filled_in_chunks_by_exchange(monkeypatch):
     assert (assigned != np.arange(32)).all()
     assert assigned[30:].tolist() == [31, 30]
     assert (assigned[:30] == chain).sum() >= 22
+
+
+def test_few_captions_are_exchanged_with_those_that_were_assigned_already():
+    class StrictJudge:
+        """Image i may receive the caption of image i + 1 alone, the last image that of the first."""
+
+        def may_be_true(self, i, j):
+            return j != (i + 1) % 3
+
+        def shares_word(self, i, j):
+            return True
+
+    assigned = np.array([-1, 2, 1])
+    similar_captions._fill_gaps(assigned, StrictJudge(), rng=np.random.default_rng(0))
+    assert assigned.tolist() == [1, 2, 0]
