@@ -271,7 +271,7 @@ def test_gaps_are_filled_in_chunks_by_exchange(monkeypatch):
 
 def test_few_captions_are_exchanged_with_those_that_were_assigned_already():
     class StrictJudge:
-        """Image i may receive the caption of image i + 1 alone, the last image that of the first."""
+        """Each image may receive the next one's caption alone, the last one that of the first."""
 
         def may_be_true(self, i, j):
             return j != (i + 1) % 3
