@@ -82,10 +82,11 @@ class Runner:
         list of int
             The places of those that were made.
         """
-        if not any(not self.job.shards[place].is_done for place in places):
+        missing = [place for place in places if not self.job.shards[place].is_done]
+        if not missing:
             return []
         self.load()
-        return self._make_missing(places)
+        return self._make_missing(missing)
 
     def release(self) -> None:
         """Drop the model and give its memory back."""

@@ -126,7 +126,7 @@ def test_a_changed_image_is_extracted_again(extract, examples, computed, tmp_pat
         extract(rows)
 
 
-def test_a_damaged_shard_is_noticed_and_made_again(extract, examples):
+def test_a_damaged_shard_is_noticed_and_made_again(extract, examples, capsys):
     activations = extract(examples, shard_images=25)
     before = activations["lm.05", "mean"]
     path = sorted(activations.folder.path.glob("shards-*/shard-*"))[1]
@@ -134,7 +134,9 @@ def test_a_damaged_shard_is_noticed_and_made_again(extract, examples):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(FileNotFoundError, match="100 of 240 examples have no lm/mean"):
         Activations.open(activations.record, examples)
+    capsys.readouterr()
     again = extract(examples, shard_images=25)
+    assert "25/25 images" in capsys.readouterr().err  # progress is about what is missing
     assert path.read_bytes() == content
     np.testing.assert_array_equal(again["lm.05", "mean"], before)
 
