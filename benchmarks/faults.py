@@ -608,8 +608,10 @@ def main() -> None:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         rows = try_all(set_up(Path(temporary), options.images), options.kills)
-    table = pd.DataFrame(rows)
-    print(table.assign(message=table.message.str[:200]).to_string(index=False, justify="left"))
+    for row in rows:
+        print(f"{row.times:3} x {row.fault}: lost: {row.lost}")
+        if row.message:
+            print(f"      {row.message}")
     save_json(options.json, [row._asdict() for row in rows])
 
 

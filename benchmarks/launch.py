@@ -4,8 +4,8 @@
 
 Each starts from an empty home in new processes, and all must leave the same bytes, or this fails.
 Times are from the start of the processes to their end, imports and loading of the model included,
-with one thread per process. `start_seconds` is the same with nothing left to do: what the launcher
-itself takes.
+with one thread per process. `idle_seconds` is the same once more, with nothing left to do: imports,
+and a look at what is there.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def compare_launchers(root: Path, images: int, *, names: list[str]) -> list[dict
         stored = read_shards(home)
         expected = expected or stored
         assert stored == expected, f"{name} made other shards"
-        start_seconds = time_processes(home, launchers)
+        idle_seconds = time_processes(home, launchers)
         rows.append(
             {
                 "launcher": name,
                 "shards": len(stored),
                 "seconds": round(seconds, 1),
-                "start_seconds": round(start_seconds, 1),
+                "idle_seconds": round(idle_seconds, 1),
             }
         )
     return rows
