@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes on the same cores wait
@@ -63,12 +66,33 @@ def data(tmp_path, monkeypatch) -> Path:
     return tmp_path / "data"
 
 
+def copy_of_shared_home(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """Have the first of several workers make a home, and give each worker a copy of it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    shared = root / f"shared-{name}"
+    with FileLock(root / f"{name}.lock"):
+        if not shared.exists():
+            partial = root / f"partial-{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "data").mkdir(parents=True)
+            make(partial)
+            partial.rename(shared)
+    return shutil.copytree(shared, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+
+
 @pytest.fixture(scope="session")
-def small_home(scene_folder, tmp_path_factory) -> Path:
+def small_home(tmp_path_factory) -> Path:
     """A home with the run "small" by the real steps: a model and its untrained twin."""
+    return copy_of_shared_home(tmp_path_factory, "small", make_small_run)
+
+
+def make_small_run(home: Path) -> None:
+    """Make the run "small" in a home."""
     from probekit import workflow
 
-    home = tmp_path_factory.mktemp("small")
+    scene_folder = write_scenes(home / "data" / "coco" / "scenes", n=60, seed=7)
     examples = workflow.build_examples(scene_folder, run="small", home=home, **SPLIT_SIZES)
     activations = [
         workflow.extract(
@@ -93,7 +117,6 @@ def small_home(scene_folder, tmp_path_factory) -> Path:
         device="cpu",
         home=home,
     )
-    return home
 
 
 @pytest.fixture
@@ -113,6 +136,8 @@ SMALL_PARAMETERS = {
     "validation": 20,
     "test": 20,
     "shard_images": 40,
+    "strengths": [0.001, 0.1],
+    "epochs": 3,
     "resamples": 50,
     "heat_images": 15,
     "pictures": False,
@@ -141,23 +166,32 @@ def run_notebooks(
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    """A home for whole runs; notebooks and demo models are the checkout's."""
-    root = tmp_path_factory.mktemp("home")
-    (root / "data").mkdir()
-    return root
+def demo(tmp_path_factory) -> Path:
+    """A home after a small run of all notebooks; notebooks and demo models are the checkout's."""
+    return copy_of_shared_home(tmp_path_factory, "demo", make_demo)
 
 
-@pytest.fixture(scope="session")
-def demo(home) -> Path:
-    """The home after a small run of all notebooks."""
+def make_demo(home: Path) -> None:
+    """Run all notebooks in a home."""
     result = run_notebooks(home, run="small")
     assert result.returncode == 0, result.stderr[-3000:]
-    return home
+
+
+# Files that take minutes, in the order in which they start. At the end they keep one worker idle.
+LONG_FILES = (
+    "test_notebooks.py",
+    "test_benchmarks.py",
+    "test_launch.py",
+    "test_browser.py",
+    "test_worked_examples.py",
+    "test_extracting.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick what is not marked as slow."""
+    """Mark as quick what is not marked as slow, and put the longest files first."""
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -64,6 +64,7 @@ def test_unreadable_images_are_named_with_a_reason(tmp_path):
     assert unreadable_images(images.loc[[3]]).empty
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150,
     deadline=None,

@@ -24,7 +24,12 @@ from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
 from probekit.tasks.building import table_fingerprint
 
-PROBES = ("logreg", "linear", "mlp")
+# The kinds of probe, and the words for them.
+PROBES = {
+    "logreg": "logistic-regression",
+    "linear": "linear (Adam)",
+    "mlp": "one-hidden-layer",
+}
 LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 
 # Controls whose test predictions are kept, and whose layers are compared.

@@ -12,15 +12,11 @@ from probekit.probes.bootstrap import Curve
 from probekit.probes.comparison import curve_difference, holm, plateau_sentence
 from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
 from probekit.probes.labels import LabelledTask
+from probekit.probes.probing import PROBES
 from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, select_curve
 from probekit.report.style import capitalise, metric_words
 from probekit.tasks.base import TaskInfo
 
-PROBE_WORDS = {
-    "logreg": "logistic-regression",
-    "linear": "linear (Adam)",
-    "mlp": "one-hidden-layer",
-}
 WIDE_INTERVAL = 0.1
 LARGE_SPREAD = 0.01  # of the seeds' scores at a layer
 COMPARISON_COLUMNS = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm"]
@@ -63,7 +59,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         if several_poolings:
             name += f", {best_row.pooling} pooling"
         sentences = [
-            f"{name}: of the {PROBE_WORDS[probe]} probes on {len(curve)} layers, the one on "
+            f"{name}: of the {PROBES[probe]} probes on {len(curve)} layers, the one on "
             f"{best_row['best layer']} (chosen on validation images) has a test "
             f"{metric_words(best_row.metric)} of {_with_interval(best_row)}, "
             f"n = {best_row.n:,.0f} labels."

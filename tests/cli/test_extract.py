@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from probekit import workflow
 from probekit.cli.main import main
 from tests.conftest import REPOSITORY, SPLIT_SIZES
@@ -17,6 +19,7 @@ OVERRIDES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_rank_is_a_command(data, scene_folder, capsys):
     command = ["extract", "--params", DEMO]
     for override in OVERRIDES:

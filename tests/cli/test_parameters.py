@@ -73,6 +73,7 @@ def test_a_file_that_is_not_there_names_those_that_are(capsys):
     assert "notebooks/params/demo.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_parameter_of_a_notebook_that_does_not_run_is_reported(data, capsys):
     arguments = ["run", "--params", DEMO, "-p", "train=5", "-p", "run=none"]
     assert main([*arguments, "--from", "04", "--to", "04"]) == 1

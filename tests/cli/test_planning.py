@@ -61,6 +61,7 @@ def test_a_plan_that_makes_no_sense_is_refused_with_a_fix(change, message, capsy
     assert "taking twice as many" not in error
 
 
+@pytest.mark.slow
 def test_more_images_are_taken_where_a_task_finds_nothing_to_ask(capsys):
     options = ["--sample", "12", "--flops", "1e10", *ONE_MODEL, "-p", "controls=[]"]
     assert main(["plan", "--params", str(PARAMETERS / "tasks.yaml"), *options]) == 0

@@ -23,6 +23,7 @@ def train():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_models_tell_right_from_wrong_captions_of_unseen_scenes(train, name):
     accuracy = train.zero_shot(MODELS / name, n=40)

@@ -171,6 +171,7 @@ def annotations(scene_folder) -> dict[str, dict]:
     return contents
 
 
+@pytest.mark.slow
 @settings(FUZZING, max_examples=100)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=4), removes=st.booleans())
 @example(changes=[], removes=False)

@@ -30,6 +30,7 @@ def first_images(examples, count):
     return examples[examples.image_id.isin(images)].reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_extraction_is_read_back_layer_by_layer(extract, examples):
     activations = extract(examples, poolings=("mean", "last"), shard_images=25)
     values = activations["lm.03", "last"]
@@ -50,6 +51,7 @@ def test_labels_travel_with_the_activations(extract, examples):
     assert list(activations.examples.labels) == list(first_images(examples, 4).labels)
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_computed(extract, examples, computed):
     captions = examples[examples.task == "caption"].reset_index(drop=True)
     settings = {"shard_images": 25}
@@ -90,6 +92,7 @@ def test_only_what_is_missing_is_computed(extract, examples, computed):
             assert gap <= 2e-3 * np.abs(expected).max(), (layer, pooling)
 
 
+@pytest.mark.slow
 def test_what_another_run_planned_and_could_not_make_is_not_taken_up(
     extract, examples, computed, tmp_path
 ):
@@ -109,6 +112,7 @@ def test_what_another_run_planned_and_could_not_make_is_not_taken_up(
     extract(examples, shard_images=25)
 
 
+@pytest.mark.slow
 def test_a_changed_image_is_extracted_again(extract, examples, computed, tmp_path):
     rows = examples.head(8).copy()
     copies = {file: tmp_path / Path(file).name for file in rows.file.unique()}
@@ -126,6 +130,7 @@ def test_a_changed_image_is_extracted_again(extract, examples, computed, tmp_pat
         extract(rows)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_noticed_and_made_again(extract, examples, capsys):
     activations = extract(examples, shard_images=25)
     before = activations["lm.05", "mean"]
@@ -152,6 +157,7 @@ def test_a_flipped_bit_is_refused_where_it_is_read(extract, examples):
             activations[layer, "mean"]
 
 
+@pytest.mark.slow
 def test_a_lost_record_is_written_anew_and_shards_stay(extract, examples):
     activations = extract(examples.head(60), shard_images=25)
     before = {path: path.stat().st_mtime_ns for path in activations.folder.path.rglob("shard-*")}
@@ -161,12 +167,14 @@ def test_a_lost_record_is_written_anew_and_shards_stay(extract, examples):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_no_model_is_loaded_when_nothing_is_missing(extract, examples, no_loading):
     extract(examples.head(60), shard_images=25)
     no_loading()
     extract(examples.head(60), shard_images=25)
 
 
+@pytest.mark.slow
 def test_vision_alone_does_not_run_the_decoder(extract, examples, monkeypatch):
     def load_without_decoder(*args, **kwargs):
         vlm = load_vlm(*args, **kwargs)
@@ -193,6 +201,7 @@ extract_tables(settings, {"none": pd.read_parquet(table)}, device="cpu", home=ho
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
     examples.to_parquet(tmp_path / "examples.parquet")
 
@@ -221,6 +230,7 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
     assert resumed_bytes == [path.read_bytes() for path in list_shards(whole)]
 
 
+@pytest.mark.slow
 def test_shared_and_plain_extractions_agree(extract, examples):
     poolings = ("mean", "max", "cls", "last", "image_mean", "text_mean")
     shared = extract(examples, poolings=poolings, sharing="on")
@@ -235,6 +245,7 @@ def test_shared_and_plain_extractions_agree(extract, examples):
             assert gap <= 2e-3 * np.abs(expected).max(), (layer, pooling)  # stored in float16
 
 
+@pytest.mark.slow
 def test_controls_of_the_inputs_are_extracted_beside_the_examples(extract, examples, computed):
     some = first_images(examples, 12)
     tables = {name: change_inputs(some, name) for name in INPUT_CONTROLS}
@@ -275,6 +286,7 @@ def test_prompts_without_an_image_need_something_to_read(extract, examples):
         extract(few, tables={"no_image": few.assign(file="")}, poolings=("image_mean",))
 
 
+@pytest.mark.slow
 def test_activations_behind_a_url_are_read_on_another_machine(
     examples, tmp_path, object_store, monkeypatch, no_loading
 ):

@@ -52,6 +52,7 @@ def test_operations_are_those_of_the_forward_passes(examples, name, way):
     assert result.hours == pytest.approx(operations / 1e9 / 3600)
 
 
+@pytest.mark.slow
 def test_tokens_bytes_and_examples_are_those_of_the_extraction(extract, examples):
     controls = ("no_image", "wrong_image")
     settings = {"stages": ("lm", "vision", "projector"), "poolings": ("mean", "max")}

@@ -33,6 +33,7 @@ def change_states(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_name_layer_and_example(extract, examples, change_states):
     change_states(lambda states: states["lm.04/mean"][0].fill_(np.nan))
     message = r"tiny-qwen2-vl, lm\.04/mean: not finite .*\.jpg with 'This image"
@@ -40,6 +41,7 @@ def test_values_that_are_not_finite_name_layer_and_example(extract, examples, ch
         extract(examples, sharing="off")
 
 
+@pytest.mark.slow
 def test_prompts_that_are_not_seen_stop_the_run_at_its_first_shard(
     extract, data, examples, change_states
 ):
@@ -57,6 +59,7 @@ def test_prompts_that_are_not_seen_stop_the_run_at_its_first_shard(
         extract(one_each, "tiny-fast-vlm", sharing="off")
 
 
+@pytest.mark.slow
 def test_sharing_that_is_not_exact_is_noticed(extract, examples, change_states):
     change_states(lambda states: states["lm.03/last"].mul_(1.01), "shared")
     verdict = extract(examples.head(40)).meta["sharing"]
@@ -67,6 +70,7 @@ def test_sharing_that_is_not_exact_is_noticed(extract, examples, change_states):
         extract(examples.head(50), sharing="on")
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_large_names_the_fix(extract, examples, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -77,6 +81,7 @@ def test_a_prompt_that_is_too_large_names_the_fix(extract, examples, monkeypatch
         extract(examples)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_and_the_states_stay_the_same(
     extract, examples, monkeypatch, tmp_path
 ):
@@ -99,6 +104,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_states_stay_the_same(
     np.testing.assert_allclose(halved, expected, atol=2e-3 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_one_model_is_gone_before_the_next_is_loaded(extract, examples, monkeypatch):
     parameters: list[weakref.ref] = []
 

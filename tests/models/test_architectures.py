@@ -53,6 +53,7 @@ PROMPTS = (
 WITHOUT_FINAL_NORM = ("gemma3n",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_layers_padding_sharing_and_stages(name, checkpoint):
     row = measure_architecture(name, checkpoint(name))

@@ -93,6 +93,7 @@ def test_half_precision_stays_within_its_tolerance(examples):
         assert (states[key] - values).abs().max() <= 0.05 * values.abs().max(), key
 
 
+@pytest.mark.slow
 def test_one_prompt_per_image_does_not_settle_how_several_are_run(
     checkpoint, noise_images, tmp_path, data
 ):

@@ -169,6 +169,7 @@ def test_the_gap_to_a_selected_best_is_covered_where_a_plain_difference_is_not()
     assert np.mean(plain_held) < 0.9
 
 
+@pytest.mark.slow
 def test_equal_layers_raise_no_more_false_alarms_than_stated():
     tables = []
     for seed in range(150):
@@ -179,6 +180,7 @@ def test_equal_layers_raise_no_more_false_alarms_than_stated():
         assert alarms <= stats.binom.ppf(0.995, 150, alpha), column
 
 
+@pytest.mark.slow
 def test_the_planted_plateau_is_found_exactly():
     planted = list(range(5, 10))
     strength = np.where(np.isin(np.arange(20), planted), 0.9, 0.5)

@@ -95,6 +95,7 @@ def test_multilabel_scores_count_masked_entries_alone(rng):
     assert (table.n[table["class"] == "w"] == mask_nc[:, 1].sum()).all()
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_value_and_resample_whole_images(rng):
     p_lnc, y_nc, mask_nc, image_n = binary_data(rng, n=400)
     table = binary_table(p_lnc, y_nc, mask_nc, image_n)

@@ -55,6 +55,7 @@ def test_shuffled_labels_score_at_chance(planted, tmp_path):
         assert (accuracy(results, probe) - 0.5).abs().max() < 0.12
 
 
+@pytest.mark.slow
 def test_test_labels_do_not_reach_the_probe(planted, tmp_path):
     examples = planted.examples
     flipped_labels = [
@@ -71,6 +72,7 @@ def test_test_labels_do_not_reach_the_probe(planted, tmp_path):
     assert score == pytest.approx(1 - accuracy(flipped_results, "logreg")["lm.02"])
 
 
+@pytest.mark.slow
 def test_results_are_read_back_until_settings_states_or_labels_change(small, tmp_path, monkeypatch):
     first = probe_activations(small, settings=QUICK, folder=tmp_path)
     monkeypatch.setattr(
@@ -92,6 +94,7 @@ def test_results_are_read_back_until_settings_states_or_labels_change(small, tmp
             probe_activations(activations, settings=settings, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_tables(small, tmp_path):
     settings = replace(QUICK, controls=("control_task",), codelength=True)
     one = probe_activations(small, settings=settings, folder=tmp_path / "one")

@@ -13,7 +13,10 @@ from tests.conftest import small_parameters
 from tests.support import lab
 
 pytest.importorskip("playwright")
-pytestmark = pytest.mark.skipif(not lab.CHROME, reason="no Chrome or Chromium on this machine")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not lab.CHROME, reason="no Chrome or Chromium on this machine"),
+]
 
 
 @pytest.fixture(scope="module")

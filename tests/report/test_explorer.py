@@ -71,7 +71,7 @@ def test_heat_and_boxes_can_be_taken_off_the_photo(explorer):
     explorer.boxes_checkbox.value = False
     explorer.heat_checkbox.value = False
     file = explorer.saved.test_examples("category").file[0]
-    original = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    original = np.asarray(Image.open(explorer.saved.home.resolve(file)).convert("RGB")).astype(int)
     assert np.abs(pixels(explorer.photo.value) - original).mean() < 3
 
 

@@ -92,6 +92,7 @@ needs_chrome = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_chrome
 def test_pictures_show_the_figure(figures, tmp_path):
     message = write_images(figures, tmp_path)

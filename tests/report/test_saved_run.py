@@ -68,6 +68,7 @@ def test_boxes_are_shares_of_the_image_and_leave_crowds_out(saved_run):
     assert saved_run.boxes(row.image_id, "no such category").shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_heat_is_read_where_it_is_stored_and_made_where_it_is_not(small_home, monkeypatch):
     run = SavedRun.open("small", small_home)
     rows = run.test_examples(STATE.task)
