@@ -90,7 +90,7 @@ def test_real_photographs_go_the_whole_way(tmp_path):
         controls="[wrong_image, shuffled]",
         codelength="no",
         stages="[lm]",
-        longest_side=150,
+        longest_side=100,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     table = pd.read_csv(tmp_path / "figures" / "photos" / "metrics.csv")
