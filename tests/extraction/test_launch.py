@@ -215,7 +215,8 @@ def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(
     assert first.wait(400) != 0
     assert 10 <= len(left) < SHARDS
     assert shard_bytes(home).items() <= alone.items()
-    assert start(home).wait() == 0
+    second = start(home, **how, environment={"RAY_ADDRESS": begin()})
+    assert second.wait(400) == 0
     assert is_complete(home, alone)
     assert {file: file.stat().st_mtime_ns for file in left} == left
 
