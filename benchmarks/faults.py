@@ -519,7 +519,7 @@ def spoil_images(bench: Bench) -> list[FaultRow]:
         ImageFault("image truncated", original[:500]),
         ImageFault("image of 30,000 x 30,000 pixels", png_header(30_000)),
         ImageFault("no image (HTML)", b"<html>Not found</html>"),
-        ImageFault("PNG named .jpg", png(), is_readable=True),
+        ImageFault("PNG named .jpg", png(Image.open(file).size), is_readable=True),
         ImageFault("EPS named .jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n"),
     ]
     rows = []
@@ -563,9 +563,9 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return len(content).to_bytes(4, "big") + kind + content + checksum
 
 
-def png() -> bytes:
+def png(size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (128, 128), "red").save(buffer, "PNG")
+    Image.new("RGB", size, "red").save(buffer, "PNG")
     return buffer.getvalue()
 
 

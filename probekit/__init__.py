@@ -17,6 +17,7 @@ probes) or patches (of image encoders). A tensor whose rank is not obvious carri
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from probekit.workflow import build_examples, extract, open_run, probe
 
 __version__ = "0.2.0"
+
+# Threads that wait for each other sleep instead of spinning, which takes the cores from whatever
+# else runs on the machine. It is read when torch is imported, and changes no number.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Imported when they are used: torch and transformers take seconds.
 _HOMES = {

@@ -16,6 +16,8 @@ import xxhash
 
 DISTRIBUTION = "probekit-vlm"  # the name that the package is installed under
 CHECKOUT = Path(__file__).resolve().parents[1]
+FIRST_NOTEBOOK = "01_build_data.ipynb"
+NUMBERED_NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,17 @@ class Home:
 
     @classmethod
     def find(cls, home: str | Path | Home | None = None) -> Home:
-        """Return the named home, else ``PROBEKIT_HOME``, the checkout, the working directory."""
+        """Return the named home, else ``PROBEKIT_HOME``, the checkout, the working directory.
+
+        The checkout is the one that this package lies in, else the one around the working
+        directory.
+        """
         if isinstance(home, Home):
             return home
         named = home or os.environ.get("PROBEKIT_HOME")
         if named:
             return cls(Path(named).expanduser().resolve())
-        return cls(CHECKOUT if is_checkout() else Path.cwd())
+        return cls(find_checkout() or Path.cwd())
 
     @property
     def data(self) -> Path:
@@ -54,8 +60,10 @@ class Home:
     @property
     def notebooks(self) -> Path:
         """The folder of the numbered notebooks: this home's own, else the checkout's."""
-        own = self.root / "notebooks"
-        return own if own.is_dir() or not is_checkout() else CHECKOUT / "notebooks"
+        checkout = find_checkout()
+        if _has_notebooks(self.root) or checkout is None:
+            return self.root / "notebooks"
+        return checkout / "notebooks"
 
     def resolve(self, path: str | Path) -> Path:
         """Return the absolute path of `path`; a relative one starts at the home."""
@@ -67,9 +75,17 @@ class Home:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
-def is_checkout() -> bool:
-    """Tell whether this package lies in a checkout of the project, not in site-packages."""
-    return (CHECKOUT / "pyproject.toml").is_file() and (CHECKOUT / "notebooks").is_dir()
+def find_checkout() -> Path | None:
+    """Return the checkout that this package lies in, else the one around the working directory."""
+    working = Path.cwd()
+    for folder in (CHECKOUT, working, *working.parents):
+        if (folder / "notebooks" / FIRST_NOTEBOOK).is_file():
+            return folder
+    return None
+
+
+def _has_notebooks(folder: Path) -> bool:
+    return any((folder / "notebooks").glob(NUMBERED_NOTEBOOKS))
 
 
 def fingerprint(*settings: object) -> str:

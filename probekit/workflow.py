@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from probekit import paths
+from probekit import parameters, paths
 from probekit.data.scenes import write_scenes
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.store import Activations
+from probekit.models.presets import short_name
 from probekit.probes.adam import AdamSettings
 from probekit.probes.controls import check_controls
 from probekit.probes.localisation import add_localisation
@@ -68,17 +69,28 @@ def build_examples(
         fix.
     """
     home = paths.Home.find(home)
-    build = _build_settings(dataset, home, settings)
+    if run is not None:
+        parameters.read_parameter("run", run)
+    build = build_settings(dataset, settings, home=home)
     run = run or f"run-{paths.fingerprint(build)}"
     examples = building.build_examples(build, examples_folder(run, home), home=home)
     return examples.assign(run=run)
 
 
-def _build_settings(
-    dataset: str | Path, home: paths.Home, settings: dict[str, Any]
+def build_settings(
+    dataset: str | Path, settings: dict[str, Any], *, home: HomeLike = None
 ) -> BuildSettings:
-    values = tuples_for_lists(settings)
-    if str(dataset) != "scenes":
+    """Return the settings of an examples table; ``"scenes"`` are drawn where they are not yet.
+
+    Raises
+    ------
+    ValueError
+        There is no such setting, or a value is not allowed.
+    """
+    home = paths.Home.find(home)
+    values = parameters.read_settings(BuildSettings, settings)
+    dataset = parameters.read_parameter("dataset", dataset)
+    if dataset != "scenes":
         return BuildSettings(home.relative(home.resolve(dataset)), **values)
     sizes = BuildSettings("scenes", **values)
     count = sizes.train + sizes.validation + sizes.test
@@ -87,15 +99,15 @@ def _build_settings(
     return BuildSettings(home.relative(folder), **values)
 
 
-def tuples_for_lists(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with tuples for lists, as frozen settings hold them."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
-
-
 def examples_folder(run: str, home: HomeLike = None) -> Path:
-    """Return the folder of a run's examples."""
+    """Return the folder of a run's examples.
+
+    Raises
+    ------
+    ValueError
+        The run's name is no name of one folder.
+    """
+    parameters.read_parameter("run", run)
     return paths.Home.find(home).data / "tasks" / run
 
 
@@ -169,6 +181,8 @@ def extract(
     Activations
         ``activations["lm.12", "mean"]`` is (n examples, d). The labels travel with them.
     """
+    controls = parameters.read_parameter("controls", controls)
+    parameters.read_parameters({"engine": engine, "copies": copies})
     return extract_tables(
         extraction_settings(model, settings),
         tables_with_controls(examples, controls),
@@ -180,9 +194,62 @@ def extract(
 
 
 def extraction_settings(model: str, settings: dict[str, Any]) -> ExtractionSettings:
-    """Return the settings of an extraction, with tuples for lists."""
-    values = tuples_for_lists(settings)
-    return ExtractionSettings(model, **values)
+    """Return the settings of an extraction.
+
+    Raises
+    ------
+    ValueError
+        There is no such setting, or a value is not allowed.
+    """
+    model = parameters.read_parameter("model", model)
+    return ExtractionSettings(model, **parameters.read_settings(ExtractionSettings, settings))
+
+
+def check_models(
+    models: Sequence[str], untrained: Sequence[str], *, home: HomeLike = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Check the models of a run, and which of them are read with random weights too.
+
+    Parameters
+    ----------
+    models, untrained : sequence of str
+        As 02_extract declares them.
+    home : str, Path, Home or None
+        See :func:`build_examples`.
+
+    Returns
+    -------
+    tuple of str, tuple of str
+        The same names; a single name is read as a list of one.
+
+    Raises
+    ------
+    ValueError
+        None is named, two have the same name in tables, or an untrained one is none of the run's.
+    FileNotFoundError
+        There is no such model.
+    """
+    models = parameters.read_parameter("models", models)
+    untrained = parameters.read_parameter("untrained", untrained)
+    if not models:
+        raise ValueError("models=[]: name at least one")
+    for parameter, names in (("models", models), ("untrained", untrained)):
+        short_names = [short_name(name, home) for name in names]
+        for position, name in enumerate(short_names):
+            if name in short_names[:position]:
+                first = names[short_names.index(name)]
+                raise ValueError(
+                    f"{parameter}={list(names)}: {first} and {names[position]} are both called "
+                    f"{name} in tables: name each model once, or rename a folder"
+                )
+    trained = {short_name(name, home) for name in models}
+    for name in untrained:
+        if short_name(name, home) not in trained:
+            raise ValueError(
+                f"untrained={list(untrained)}: {name} is no model of this run, and random weights "
+                f"are the control of one: take names out of models={list(models)}, or [] for none"
+            )
+    return tuple(models), tuple(untrained)
 
 
 def tables_with_controls(
@@ -208,6 +275,7 @@ def record_activations(
     Path
         ``data/activations/<run>.json``.
     """
+    parameters.read_parameter("run", run)
     records = [view.record for view in with_controls(activations)]
     file = paths.Home.find(home).data / "activations" / f"{run}.json"
     return paths.write_json(file, {"stores": records})
@@ -284,13 +352,11 @@ def probe(
         raise ValueError("there are no activations to probe: extract some first")
     examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
     run = run_of(examples)
-    values = tuples_for_lists(settings)
-    probe_settings = ProbeSettings(
-        training=AdamSettings(epochs=epochs, patience=patience), **values
-    )
+    parameters.read_parameters({"localise": localise, "heat_images": heat_images})
+    settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
     folder = results_folder(run, home)
     results = ProbeResults.join(
-        [probe_activations(view, settings=probe_settings, folder=folder) for view in views]
+        [probe_activations(view, settings=settings_of_probes, folder=folder) for view in views]
     )
     if localise:
         results = add_localisation(
@@ -300,7 +366,7 @@ def probe(
             task=localise,
             folder=folder,
             keep=heat_images,
-            resamples=probe_settings.resamples,
+            resamples=settings_of_probes.resamples,
             device=device,
             home=home,
         )
@@ -308,8 +374,30 @@ def probe(
     return Results.of(results, examples)
 
 
+def probe_settings(
+    settings: dict[str, Any], *, epochs: int = 10, patience: int | None = None
+) -> ProbeSettings:
+    """Return the settings of the probes.
+
+    Raises
+    ------
+    ValueError
+        There is no such setting, or a value is not allowed.
+    """
+    training = parameters.read_parameters({"epochs": epochs, "patience": patience})
+    values = parameters.read_settings(ProbeSettings, settings)
+    return ProbeSettings(training=AdamSettings(**training), **values)
+
+
 def results_folder(run: str, home: HomeLike = None) -> Path:
-    """Return the folder of a run's results."""
+    """Return the folder of a run's results.
+
+    Raises
+    ------
+    ValueError
+        The run's name is no name of one folder.
+    """
+    parameters.read_parameter("run", run)
     return paths.Home.find(home).data / "probes" / run
 
 
@@ -321,6 +409,7 @@ def open_run(run: str, *, home: HomeLike = None) -> SavedRun:
     FileNotFoundError, ValueError
         A step of the run has not been done, or belongs to other examples.
     """
+    parameters.read_parameter("run", run)
     return SavedRun.open(run, home)
 
 
@@ -332,6 +421,7 @@ def split_controls(controls: Sequence[str]) -> tuple[tuple[str, ...], tuple[str,
     ValueError
         A name is neither.
     """
+    controls = parameters.read_parameter("controls", controls)
     check_controls(controls)
     of_inputs = tuple(name for name in controls if name in INPUT_CONTROLS)
     of_labels = tuple(name for name in controls if name not in INPUT_CONTROLS)

@@ -11,7 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from probekit.images import IMAGE_FORMATS, load_rgb, unreadable_images
+from probekit.images import (
+    EXIF_ORIENTATION,
+    IMAGE_FORMATS,
+    image_size,
+    load_rgb,
+    unreadable_images,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
 
@@ -33,6 +39,69 @@ def test_images_of_every_mode_become_rgb(tmp_path, kind, mode):
     assert image.mode == "RGB"
     assert image.size == (60, 40)
     assert np.asarray(image).std() > 20
+
+
+def grey_levels(tmp_path, values: np.ndarray) -> np.ndarray:
+    file = tmp_path / "grey.tif"
+    Image.fromarray(values.reshape(40, 60)).save(file)
+    return np.asarray(load_rgb(file))[:, :, 0].ravel()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(0, 65535, 2400).astype(np.uint16),
+        np.linspace(0, 65535, 2400).astype(np.int32),
+        np.linspace(0, 1, 2400).astype(np.float32),
+        np.linspace(0, 255, 2400).astype(np.float32),
+    ],
+    ids=["16 bit", "32 bit", "up to 1", "up to 255"],
+)
+def test_more_levels_of_grey_keep_their_range(tmp_path, values):
+    levels = grey_levels(tmp_path, values)
+    assert np.abs(levels - np.linspace(0, 255, 2400)).max() <= 1
+
+
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, np.nan], [0.0, 1e6]])
+def test_grey_without_a_known_white_is_refused(tmp_path, values):
+    with pytest.raises(OSError, match=r"grey\.tif .*convert it to 8 bits"):
+        grey_levels(tmp_path, np.resize(np.array(values, np.float32), 2400))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    file = tmp_path / "disc.png"
+    pixels = np.zeros((40, 60, 4), np.uint8)
+    pixels[10:20, 10:20, 3] = 255
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image = Image.new("P", (60, 40), 0)
+        image.putpalette([0, 0, 0] * 256)
+        image.paste(1, (10, 10, 20, 20))
+        image.save(file, transparency=0)
+    else:
+        image.convert(mode).save(file)
+    is_white_hw = (np.asarray(load_rgb(file)) == 255).all(-1)
+    assert is_white_hw.sum() == 40 * 60 - 100
+    assert not is_white_hw[10:20, 10:20].any()
+
+
+def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.new("RGB", (60, 40)).save(file, exif=exif)
+    assert load_rgb(file).size == (40, 60)
+    size = image_size(file)
+    assert size == (40, 60, 6)
+    assert size.stored == (60, 40)
+
+
+def test_strips_are_named(tmp_path):
+    file = tmp_path / "strip.png"
+    Image.new("RGB", (1000, 4)).save(file)
+    unreadable = unreadable_images(pd.DataFrame({"file": [str(file)]}))
+    assert "strip of 1000 x 4 pixels" in unreadable.reason[0]
 
 
 def test_longest_side_bounds_large_images_and_leaves_small_ones(tmp_path):

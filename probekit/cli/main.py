@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from probekit.parameters import Remark
+
 DESCRIPTION = "What each layer of a vision-language model knows."
+GOES_ON = "Run the same command again: it goes on where it stopped"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,12 +24,19 @@ def main(arguments: list[str] | None = None) -> int:
     -------
     int
         The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is
-        wrong.
+        wrong, 130 where it was stopped with Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not have all characters
+            stream.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run_command
     try:
-        return command(options)
+        with _remarks_as_lines():
+            return command(options)
+    except KeyboardInterrupt:
+        print(f"\nprobekit: stopped. {options.after_stop}", file=sys.stderr)
+        return 130
     except (
         ArithmeticError,
         MemoryError,
@@ -34,9 +47,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+@contextlib.contextmanager
+def _remarks_as_lines() -> Iterator[None]:
+    """Show remarks without the line of code that they come from, each once."""
+    show_others = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, Remark):
+            print(f"probekit: {message}", file=sys.stderr)
+        else:
+            show_others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", Remark)
+        warnings.showwarning = show
+        yield
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Describe all commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m probekit", description=DESCRIPTION)
+    parser.set_defaults(after_stop="Run it again when you like")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_extract(commands)
@@ -72,7 +103,7 @@ def _add_run(commands) -> None:
         "--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03"
     )
     parser.add_argument("--to", dest="end", default="99", metavar="NN", help="last notebook to run")
-    parser.set_defaults(run_command=run_notebooks)
+    parser.set_defaults(run_command=run_notebooks, after_stop=GOES_ON)
 
 
 def _add_extract(commands) -> None:
@@ -84,7 +115,7 @@ def _add_extract(commands) -> None:
         "--rank", type=int, help="number of this process from 0; torchrun and SLURM say it"
     )
     parser.add_argument("--world-size", type=int, help="how many processes there are")
-    parser.set_defaults(run_command=run_extract)
+    parser.set_defaults(run_command=run_extract, after_stop=GOES_ON)
 
 
 def _add_plan(commands) -> None:
@@ -126,7 +157,7 @@ def _add_download(commands) -> None:
     parser.add_argument("--folder", default="data/coco")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--archive", help="another address of the annotation archive")
-    parser.set_defaults(run_command=run_download)
+    parser.set_defaults(run_command=run_download, after_stop=GOES_ON)
 
 
 def _add_verify(commands) -> None:

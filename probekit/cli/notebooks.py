@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import difflib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,20 +14,36 @@ from typing import Any
 
 import papermill
 import yaml
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
+from traitlets import default
 
-from probekit.paths import Home
+from probekit.parameters import PARAMETERS, TYPES, Kind, read_parameter, remark, suggest
+from probekit.paths import NUMBERED_NOTEBOOKS, Home
 
 # A kernel warns that it listens on the loopback interface.
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40"]
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "list": (list,),
-    "str|list": (str, list),
+
+# Endings that JupyterLab, browsers, editors and file managers give to copies.
+COPY_ENDING = re.compile(r"(-Copy\d*|[ _-]copy( ?\d+)?|-checkpoint| ?\(\d+\))+", re.IGNORECASE)
+
+# What takes less memory, by the notebook's number.
+SMALLER = {
+    "02": "with a smaller batch_tokens, which goes on where this stopped",
+    "03": "with a smaller memory_gb",
 }
+
+
+class _KernelOfThisPython(AsyncKernelManager):
+    """Starts kernels of this interpreter, whatever kernelspecs the machine has.
+
+    A kernelspec "python3" may be that of another environment, which lacks this package.
+    """
+
+    @default("kernel_spec_manager")
+    def _without_kernelspecs(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
 
 
 class NotebookFailedError(RuntimeError):
@@ -40,7 +57,7 @@ class Parameter:
     Attributes
     ----------
     kind : str
-        Out of :data:`PYTHON_TYPES`.
+        ``str``, ``int``, ``float``, ``bool``, ``list`` or ``str|list``.
     default : object
     notebook : str
     """
@@ -51,8 +68,32 @@ class Parameter:
 
 
 def list_notebooks() -> list[Path]:
-    """Return the numbered notebooks in their order."""
-    return sorted(Home.find().notebooks.glob("[0-9][0-9]_*.ipynb"))
+    """Return the numbered notebooks in their order, without copies that Jupyter made of them.
+
+    Raises
+    ------
+    FileNotFoundError
+        There are none.
+    """
+    folder = Home.find().notebooks
+    notebooks = sorted(folder.glob(NUMBERED_NOTEBOOKS))
+    if not notebooks:
+        raise FileNotFoundError(
+            f"there are no numbered notebooks in {folder}, and neither here nor beside the package "
+            "is a checkout of probekit: start in a checkout, or set PROBEKIT_HOME to one"
+        )
+    names = {notebook.stem for notebook in notebooks}
+    return [notebook for notebook in notebooks if not _is_copy(notebook.stem, names)]
+
+
+def list_copies() -> list[Path]:
+    """Return the copies of numbered notebooks, which are not run."""
+    notebooks = list_notebooks()
+    return sorted(set(Home.find().notebooks.glob(NUMBERED_NOTEBOOKS)) - set(notebooks))
+
+
+def _is_copy(stem: str, stems: Collection[str]) -> bool:
+    return any(stem != other and COPY_ENDING.fullmatch(stem.removeprefix(other)) for other in stems)
 
 
 def find_notebook(name: str) -> Path:
@@ -67,8 +108,7 @@ def find_notebook(name: str) -> Path:
         if notebook.stem == name:
             return notebook
     raise FileNotFoundError(
-        f"{Home.find().notebooks} has no notebook {name}: start in a checkout of probekit, or name "
-        "one in PROBEKIT_HOME"
+        f"{Home.find().notebooks} has no notebook {name}: copy it there from a checkout of probekit"
     )
 
 
@@ -93,81 +133,124 @@ def all_declared_parameters() -> dict[str, Parameter]:
     return parameters
 
 
-# -------------------------------------------------------------------------------- files of
-# parameters
+# ------------------------------------------------------------------------------ parameter files
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Reads YAML; a key that stands twice in a mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[object, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if isinstance(key, Hashable):
+                if key in lines:
+                    raise ValueError(
+                        f"{key!r} stands twice, in line {lines[key]} and in line {line}: keep one"
+                    )
+                lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: bytes | str, source: str) -> Any:
+    """Parse YAML; bytes are UTF-8, or UTF-16 with a byte order mark."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"{source} is not YAML in UTF-8 ({error.reason}): save it as UTF-8"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{source}{place} is not YAML: {error.problem}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def read_parameters(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Read the parameters of a YAML file, changed by ``key=value`` texts whose values are YAML.
 
+    Parameters
+    ----------
+    file : Path
+        A relative one starts at the working directory, else beside the notebooks' folder.
+    overrides : sequence of str
+        Of two for the same key the last counts.
+
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; broken YAML; an override without ``=``.
+        No such file; broken YAML, or a key twice; an override without ``=``.
     """
-    home = Home.find()
-    if not file.is_file():
-        shipped = sorted((home.notebooks / "params").glob("*.yaml"))
-        names = ", ".join(home.relative(one) for one in shipped)
-        raise FileNotFoundError(f"{file} does not exist; there are {names}")
-    try:
-        parameters = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if not isinstance(parameters, dict):
-            raise ValueError(f"{file} must hold lines of name: value")
-        for override in overrides:
-            key, sign, value = override.partition("=")
-            if not sign:
-                raise ValueError(f"-p {override}: write -p {override}=VALUE")
-            parameters[key.strip()] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} or a -p value is not YAML: {error}") from None
+    file = _find_parameter_file(file)
+    parameters = _load_yaml(file.read_bytes(), str(file)) or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{file} must hold lines of name: value")
+    overridden = set()
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        key = key.strip()
+        if not sign:
+            raise ValueError(f"-p {override}: write -p {override}=VALUE")
+        if key in overridden:
+            remark(f"-p {key} is named twice: {override} counts")
+        overridden.add(key)
+        parameters[key] = _load_yaml(value, f"-p {override}")
     return parameters
 
 
-def check_parameters(parameters: dict[str, object], declared: dict[str, Parameter]) -> None:
-    """Refuse names that no notebook declares, and values of another type than declared.
+def _find_parameter_file(file: Path) -> Path:
+    notebooks = Home.find().notebooks
+    for candidate in (file, notebooks.parent / file):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted((notebooks / "params").glob("*.yaml"))
+    names = ", ".join(map(str, shipped)) or "none that are shipped"
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder: name a file of parameters; there are {names}")
+    raise FileNotFoundError(f"{file} does not exist; there are {names}")
+
+
+def check_parameters(
+    parameters: Mapping[str, Any], declared: Mapping[str, Parameter]
+) -> dict[str, Any]:
+    """Return parameters as they are meant.
 
     Raises
     ------
     ValueError
-        The message names the parameter and the fix.
+        No notebook declares a name, or a value is not allowed; the message names the parameter and
+        the fix.
+
+    Warns
+    -----
+    Remark
+        A value is read as something else than it says.
     """
+    values = {}
     for name, value in parameters.items():
         if name not in declared:
-            raise ValueError(_unknown_parameter(str(name), declared))
-        if not _has_declared_type(value, declared[name]):
-            raise ValueError(_wrong_type(name, value, declared[name]))
+            unknown = f"no notebook declares the parameter {name!r}"
+            raise ValueError(unknown + suggest(str(name), declared))
+        value = read_parameter(name, value, _kind_of(name, declared[name]))
+        values[name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
-def _unknown_parameter(name: str, declared: dict[str, Parameter]) -> str:
-    similar = difflib.get_close_matches(name, declared, 1)
-    suggestion = f" (did you mean {similar[0]!r}?)" if similar else ""
-    names = ", ".join(sorted(declared))
-    return f"no notebook declares the parameter {name!r}{suggestion}; there are {names}"
-
-
-def _has_declared_type(value: object, parameter: Parameter) -> bool:
-    if value is None:
-        return parameter.default is None
-    if isinstance(value, bool) and parameter.kind != "bool":
-        return False
-    if not isinstance(value, PYTHON_TYPES[parameter.kind]):
-        return False
-    if isinstance(value, list) and isinstance(parameter.default, list) and parameter.default:
-        wants_text = isinstance(parameter.default[0], str)
-        return all(isinstance(entry, str) == wants_text for entry in value)
-    return True
-
-
-def _wrong_type(name: str, value: object, parameter: Parameter) -> str:
-    example = "or null" if parameter.default is None else f"like {parameter.default!r}"
-    message = (
-        f"parameter {name!r} of {parameter.notebook} is {value!r}, expected {parameter.kind}, "
-        f"{example}"
-    )
-    if isinstance(value, str | list):
-        message += " (in YAML a list is [a, b], and 1e-3 is text, 1.0e-3 a number)"
-    return message
+def _kind_of(name: str, parameter: Parameter) -> Kind:
+    """Return what a parameter may be; of one that a user's notebook adds, the declared type."""
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    may_be_none = parameter.default is None
+    if parameter.kind in TYPES:
+        return Kind(parameter.kind, may_be_none=may_be_none)
+    entries = parameter.default if isinstance(parameter.default, list) else []
+    entry_types = [kind for kind in TYPES if all(Kind(kind).allows(one) for one in entries)]
+    entry_type = entry_types[0] if entries else "anything"
+    is_either = parameter.kind == "str|list"
+    return Kind(entry_type, is_list=not is_either, may_be_list=is_either, may_be_none=may_be_none)
 
 
 def read_notebook_parameters(
@@ -180,16 +263,11 @@ def read_notebook_parameters(
     FileNotFoundError, ValueError
         As :func:`read_parameters` and :func:`check_parameters` raise them.
     """
-    given = read_parameters(file, overrides)
-    check_parameters(given, all_declared_parameters())
-    return {
-        name: given.get(name, parameter.default)
-        for name, parameter in declared_parameters(notebook).items()
-    }
+    values = check_parameters(read_parameters(file, overrides), all_declared_parameters())
+    return _values_of(notebook, values)
 
 
-# -----------------------------------------------------------------------------------------
-# execution
+# ------------------------------------------------------------------------------------ execution
 
 
 def execute_notebooks(
@@ -216,18 +294,33 @@ def execute_notebooks(
     if not notebooks:
         names = ", ".join(notebook.stem for notebook in list_notebooks())
         raise ValueError(f"--from {start} --to {end}: there are {names}")
-    parameters = read_parameters(file, overrides)
     declared = all_declared_parameters()
-    check_parameters(parameters, declared)
-    _report_unused_overrides(overrides, notebooks, declared)
+    parameters = check_parameters(read_parameters(file, overrides), declared)
+    from probekit.cli.planning import check_steps  # loads torch: what is wrong so far is quick
+
+    check_steps({notebook.stem: _values_of(notebook, parameters) for notebook in notebooks})
     home = Home.find()
+    if not home.notebooks.is_relative_to(home.root):
+        remark(f"{home.root} has no notebooks: those of {home.notebooks.parent} are run")
+    for copy in list_copies():
+        remark(f"{copy.name} is a copy of a notebook and is not run")
+    _report_unused_overrides(overrides, notebooks, declared)
     folder = home.data / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
     folder.mkdir(parents=True)
+    os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
     for notebook in notebooks:
         declared = declared_parameters(notebook)
         values = {name: value for name, value in parameters.items() if name in declared}
         _execute(notebook, folder / notebook.name, values, home)
     return folder
+
+
+def _values_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all parameters of a notebook: those that are set, else what it declares."""
+    return {
+        name: parameters.get(name, parameter.default)
+        for name, parameter in declared_parameters(notebook).items()
+    }
 
 
 def _report_unused_overrides(
@@ -239,10 +332,9 @@ def _report_unused_overrides(
     for override in overrides:
         name = override.partition("=")[0].strip()
         if name not in used:
-            print(
-                f"probekit: -p {name} is for {declared[name].notebook}, which is not run now: it "
-                "changes nothing here",
-                file=sys.stderr,
+            remark(
+                f"-p {name} is for {declared[name].notebook}, which is not run now: it changes "
+                "nothing here"
             )
 
 
@@ -253,6 +345,7 @@ def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home
             str(target),
             values,
             kernel_name="python3",
+            kernel_manager_class=_KernelOfThisPython,
             cwd=str(home.root),
             progress_bar={"desc": notebook.stem},
             extra_arguments=KERNEL_ARGUMENTS,
@@ -263,8 +356,13 @@ def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home
             f"{error.evalue}\n\nThe notebook as far as it came: {target}"
         ) from error
     except DeadKernelError as error:
+        remedy = SMALLER.get(notebook.stem[:2], "with fewer images")
         raise NotebookFailedError(
             f"The kernel of {notebook.stem} died, most likely for want of memory: run it again "
-            "with a smaller batch_tokens, which goes on where this stopped. The notebook as far "
-            f"as it came: {target}"
+            f"{remedy}. The notebook as far as it came: {target}"
+        ) from error
+    except RuntimeError as error:
+        raise NotebookFailedError(
+            f"{notebook.stem} could not be started with {sys.executable} ({error}): "
+            "pip install -e . again, in the checkout and with this Python"
         ) from error

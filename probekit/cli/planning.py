@@ -11,20 +11,26 @@ import pandas as pd
 
 from probekit import paths
 from probekit.data import layouts, scenes
+from probekit.extraction.launch import Launcher
 from probekit.extraction.planning import Estimate, estimate_extraction
 from probekit.extraction.settings import ExtractionSettings
+from probekit.parameters import read_parameters, read_settings
+from probekit.probes.probing import PROBES
 from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import SPLITS, build_examples
+from probekit.tasks.registry import find_tasks
 from probekit.workflow import (
+    check_models,
     extraction_settings,
+    probe_settings,
     split_controls,
     tables_with_controls,
-    tuples_for_lists,
 )
 
 # Parameters of the notebooks that are settings of what they run.
 BUILD_PARAMETERS = (
+    "coco_splits",
     "tasks",
     "categories",
     "seed",
@@ -44,6 +50,7 @@ EXTRACTION_PARAMETERS = (
     "workers",
     "trust_remote_code",
 )
+PROBE_PARAMETERS = ("probes", "seeds", "strengths", "codelength", "resamples", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -85,29 +92,22 @@ def build_sample(
         As notebook 01 raises them.
     """
     home = paths.Home.find(home)
+    parameters = read_parameters(parameters)
     split_sizes = {split: parameters[split] for split in SPLITS}
     all_images = sum(split_sizes.values())
-    if min(split_sizes.values()) < 1:
-        sizes_text = ", ".join(f"{split}={size}" for split, size in split_sizes.items())
-        raise ValueError(f"{sizes_text}: each split needs images")
     sample_sizes = {
         split: min(size, max(1, round(size * images / all_images)))
         for split, size in split_sizes.items()
     }
     sampled = sum(sample_sizes.values())
     draws_scenes = parameters["dataset"] == "scenes"
-    dataset_folder = str(parameters["dataset"])
+    dataset_folder = parameters["dataset"]
     if draws_scenes:
         dataset_folder = str(folder / f"scenes-{images}")
         scenes.write_scenes(dataset_folder, n=sampled, seed=parameters["seed"])
-    settings = tuples_for_lists({name: parameters[name] for name in BUILD_PARAMETERS})
-    build = BuildSettings(
-        dataset_folder,
-        coco_splits=tuple(parameters["coco_splits"]),
-        max_bad=1.0,
-        **sample_sizes,
-        **settings,
-    )
+    settings = {name: parameters[name] for name in BUILD_PARAMETERS}
+    settings |= {"max_bad": 1.0, **sample_sizes}
+    build = BuildSettings(dataset_folder, **read_settings(BuildSettings, settings))
     dataset = layouts.read_dataset(home.resolve(dataset_folder), build.coco_splits)
     if all_images > len(dataset.images) and not draws_scenes:
         raise ValueError(
@@ -134,17 +134,65 @@ def extractions(parameters: dict) -> list[tuple[ExtractionSettings, tuple[str, .
 
     Raises
     ------
-    ValueError
-        No model is named, or a control that is none.
+    FileNotFoundError, ValueError
+        No model is named, there is no such model or control, or an untrained model is none of the
+        run's.
     """
-    if not parameters["models"]:
-        raise ValueError("models=[]: name at least one")
+    models, untrained = check_models(parameters["models"], parameters["untrained"])
     of_inputs, _ = split_controls(parameters["controls"])
     settings = {name: parameters[name] for name in EXTRACTION_PARAMETERS}
-    wanted = [(extraction_settings(model, settings), of_inputs) for model in parameters["models"]]
-    for model in parameters["untrained"]:
+    wanted = [(extraction_settings(model, settings), of_inputs) for model in models]
+    for model in untrained:
         wanted.append((extraction_settings(model, settings | {"untrained": True}), ()))
     return wanted
+
+
+def check_steps(parameters: dict[str, dict]) -> None:
+    """Refuse what a step of a run would refuse, before any of them runs.
+
+    Parameters
+    ----------
+    parameters : dict of str to dict
+        The parameters of each notebook that is to run, by its name, such as "01_build_data".
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A setting makes no sense, or there is no such task, model, control or probe; the message
+        names the fix.
+    """
+    for notebook, values in parameters.items():
+        if notebook in _STEP_CHECKS:
+            _STEP_CHECKS[notebook](values)
+
+
+def _check_build(parameters: dict) -> None:
+    find_tasks(parameters["tasks"])
+
+
+def _check_extraction(parameters: dict) -> None:
+    for settings, _ in extractions(parameters):
+        settings.check()
+    Launcher(parameters["engine"], copies=parameters["copies"])
+
+
+def _check_probes(parameters: dict) -> None:
+    _, of_labels = split_controls(parameters["controls"])
+    settings = {name: parameters[name] for name in PROBE_PARAMETERS}
+    probe_settings(settings | {"controls": of_labels}).check()
+
+
+def _check_plots(parameters: dict) -> None:
+    if parameters["probe"] not in PROBES:
+        raise ValueError(f"probe={parameters['probe']!r}: take one of {', '.join(PROBES)}")
+
+
+_STEP_CHECKS = {
+    "01_build_data": _check_build,
+    "02_extract": _check_extraction,
+    "03_probe": _check_probes,
+    "04_layer_plots": _check_plots,
+}
 
 
 def estimate_run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
+
+from probekit.data.report import empty_report
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,12 @@ class Dataset:
         pixels, ``area`` in square pixels, ``iscrowd``, and ``colour`` (of drawn scenes only).
     categories : tuple of str
         Names, in the order of their COCO ids.
+    report : DataFrame
+        What was read, corrected and left out, see :class:`probekit.data.report.ReadingReport`.
     """
 
     images: pd.DataFrame
     captions: pd.DataFrame
     instances: pd.DataFrame
     categories: tuple[str, ...]
+    report: pd.DataFrame = field(default_factory=empty_report)

@@ -1,43 +1,66 @@
-"""Statements that others wrote: SugarCrepe's and POPE's files, and any table of image, text, label.
+"""Statements that others wrote: files of benchmarks, and any table of image, text and label.
 
 A file is one of
 
-* a CSV file (``*.csv``) with the columns ``image``, ``text``, ``label``;
-* JSON (``*.jsonl``, ``*.json``), one object per line with these keys, as POPE's files [1]_;
-* JSON of SugarCrepe [2]_ (``*.json``), objects with ``filename``, ``caption``,
-  ``negative_caption``: each caption becomes a statement that is asked with the prompt of the
-  caption tasks.
+* a table with an image, a text and a label (``*.csv``, ``*.tsv``, ``*.json``, ``*.jsonl``,
+  ``*.parquet``), as POPE's files [1]_ and VSR's [2]_;
+* SugarCrepe's [3]_: an image, a caption and a negative caption;
+* Winoground's [4]_: two images and their two captions.
 
-``text`` is the whole prompt; ``label`` is yes or no, true or false, 1 or 0.
-
-Images are named by their file name in the dataset, or by the end of their path where several have
-that name. COCO's older names (``COCO_val2014_000000310196.jpg``) are matched by their number.
+A text in a column ``text``, ``statement``, ``question`` or ``prompt`` is the whole prompt; a
+``caption``, ``sentence`` or ``description`` is asked with the prompt of the caption tasks. A label
+is yes or no, true or false, 1 or 0. :mod:`probekit.data.tables` says which forms of tables are
+read, and :mod:`probekit.data.image_names` how images may be named.
 
 References
 ----------
 .. [1] Li et al. (2023), https://arxiv.org/abs/2305.10355
-.. [2] Hsieh et al. (2023), https://arxiv.org/abs/2306.14610
+.. [2] Liu et al. (2023), https://arxiv.org/abs/2205.00363
+.. [3] Hsieh et al. (2023), https://arxiv.org/abs/2306.14610
+.. [4] Thrush et al. (2022), https://arxiv.org/abs/2204.03162
 """
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
-from collections import defaultdict
-from collections.abc import Hashable
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.data.image_names import NameMatches, match_names
+from probekit.data.report import ReadingReport
+from probekit.data.tables import (
+    CAPTION_NAMES,
+    FORMATS,
+    LABELS,
+    TABLE_SUFFIXES,
+    Table,
+    UnknownColumns,
+    image_name,
+    is_empty,
+    listed,
+    means_any,
+    read_table,
+)
 
-SUFFIXES = (".csv", ".jsonl", ".json")
-LABELS = {"yes": 1, "true": 1, "1": 1, "1.0": 1, "no": 0, "false": 0, "0": 0, "0.0": 0}
-STATEMENT_COLUMNS = ["image", "text", "label"]
-SUGARCREPE_COLUMNS = ["filename", "caption", "negative_caption"]
+# Files in a folder of statements; other texts there may be about them.
+SUFFIXES = (".csv", ".tsv", *FORMATS["json"], *FORMATS["parquet"])
+# The columns of a file ▶ its statements: image, text, and the label or the column that has it.
+# The first line whose columns a file has is what it is.
+STATEMENT_FORMS: tuple[tuple[tuple[str, str, int | str], ...], ...] = (
+    (
+        ("image 0", "caption 0", 1),
+        ("image 0", "caption 1", 0),
+        ("image 1", "caption 1", 1),
+        ("image 1", "caption 0", 0),
+    ),
+    (
+        ("image", "caption", 1),
+        ("image", "negative caption", 0),
+    ),
+    (("image", "text", "label"),),
+)
 
 
 def find_statement_files(name: str, home: str | Path | paths.Home | None = None) -> dict[str, Path]:
@@ -54,19 +77,41 @@ def find_statement_files(name: str, home: str | Path | paths.Home | None = None)
     -------
     dict of str to Path
         Files by the name of their task; empty if there is no such file or folder.
+
+    Raises
+    ------
+    ValueError
+        Two files differ in their ending alone.
     """
     path = paths.Home.find(home).resolve(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.stem: file for file in files if file.suffix in SUFFIXES and file.is_file()}
+    if path.is_dir():
+        candidates = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        suffixes = SUFFIXES
+    else:
+        candidates = [path]
+        suffixes = TABLE_SUFFIXES
+    files: dict[str, Path] = {}
+    for file in candidates:
+        if file.suffix.lower() not in suffixes or not file.is_file():
+            continue
+        if file.stem in files:
+            raise ValueError(
+                f"{files[file.stem]} and {file} would be one task: rename one of them, or put it "
+                "elsewhere"
+            )
+        files[file.stem] = file
+    return files
 
 
-def read_statements(file: str | Path) -> pd.DataFrame:
+def read_statements(file: str | Path, report: ReadingReport | None = None) -> pd.DataFrame:
     """Read the statements of a file.
 
     Parameters
     ----------
     file : str or Path
-        In one of the formats above.
+        In one of the forms above.
+    report : ReadingReport, optional
+        Receives what was not read as it stands there.
 
     Returns
     -------
@@ -76,93 +121,154 @@ def read_statements(file: str | Path) -> pd.DataFrame:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ValueError
-        The file has none of the formats, or a row lacks something. The message names file and row.
+        The file has none of the forms, or a row lacks something. The message names file and row.
     """
     file = Path(file)
-    table = parse_table(file)
-    is_sugarcrepe = set(SUGARCREPE_COLUMNS) <= set(table.columns)
-    columns = SUGARCREPE_COLUMNS if is_sugarcrepe else STATEMENT_COLUMNS
-    missing = [name for name in columns if name not in table.columns]
-    if missing or table.empty:
-        lacking = ", ".join(missing) or "rows"
-        raise ValueError(
-            f"{file} has no {lacking}: it needs the columns {', '.join(STATEMENT_COLUMNS)}"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: name a file of statements")
+    table = read_table(file)
+    statements = statements_of(table)
+    if report is not None and table.encoding:
+        report.note(
+            file,
+            "statements",
+            outcome="corrected",
+            count=len(statements),
+            reason=f"the file is not UTF-8, and is read as {table.encoding}",
         )
-    table = table[columns]
-    is_missing = table.isna()  # looked at before missing values become the text "nan"
-    table = table.astype(str)
-    for name in columns:
-        is_empty = is_missing[name] | (table[name].str.strip() == "")
-        _refuse_rows(file, table, is_empty, reason=f"{name} is empty")
-    if is_sugarcrepe:
-        table = _split_sugarcrepe(table)
-    labels = table.label.str.strip().str.lower().map(LABELS)
-    _refuse_rows(file, table, labels.isna(), reason="label is none of yes, no, true, false, 1, 0")
-    table = table[STATEMENT_COLUMNS].assign(label=labels.astype(int), is_caption=is_sugarcrepe)
-    return table.reset_index(drop=True)
+    return statements
 
 
-def _split_sugarcrepe(table: pd.DataFrame) -> pd.DataFrame:
-    """Return two statements per row, the right caption first."""
-    right = pd.DataFrame({"image": table.filename, "text": table.caption, "label": "1"})
-    negative = pd.DataFrame({"image": table.filename, "text": table.negative_caption, "label": "0"})
-    return pd.concat([right, negative]).sort_index(kind="stable")
-
-
-def _refuse_rows(file: Path, table: pd.DataFrame, is_invalid: pd.Series, *, reason: str) -> None:
-    if is_invalid.any():
-        row = int(np.flatnonzero(is_invalid)[0])
-        raise ValueError(f"{file}, row {row + 1}: {reason}: {table.iloc[row].to_dict()}")
-
-
-def parse_table(file: Path, **csv_options: Any) -> pd.DataFrame:
-    """Read a table as it is, from JSON objects (``*.json``, ``*.jsonl``) or from delimited text.
+def usable_statements(
+    file: str | Path, images: pd.DataFrame, report: ReadingReport
+) -> pd.DataFrame:
+    """Read the statements of a file whose images the dataset has.
 
     Parameters
     ----------
-    file : Path
-        The table.
-    **csv_options
-        Passed to :func:`pandas.read_csv` if the file is delimited text.
+    file : str or Path
+        In one of the forms above.
+    images : DataFrame
+        Of a :class:`~probekit.data.dataset.Dataset`.
+    report : ReadingReport
+        Receives what became of all statements.
 
     Returns
     -------
     DataFrame
-        All fields of delimited text are strings.
+        As :func:`match_statements` returns them.
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ValueError
-        The file is no table, or a row has more fields than there are columns. The message names
-        the file.
+        As :func:`read_statements` raises it, a name is that of several images, or the dataset has
+        none of the images.
     """
-    try:
-        if file.suffix in (".json", ".jsonl"):
-            return pd.DataFrame(_parse_objects(file.read_text(encoding="utf-8-sig")))
-        with warnings.catch_warnings():
-            # pandas only warns when it drops fields that are too many.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                file, dtype=str, keep_default_na=False, index_col=False, **csv_options
-            )
-    except (ValueError, AttributeError, TypeError, pd.errors.ParserWarning) as error:
+    statements = read_statements(file, report)
+    matches = match_names(statements.image, images)
+    matches.note(report, Path(file))
+    is_unknown = statements.image.isin(matches.unmatched)
+    if is_unknown.all():
         raise ValueError(
-            f"{file} cannot be read as a table ({str(error).strip()}): write it as CSV, with "
-            "quotation marks around texts that have commas, or as one JSON object per line"
-        ) from error
+            f"none of the images that {file} names ({statements.image[0]}, ...) is in this dataset "
+            f"({Path(images.file.iloc[0]).name}, ...): name the dataset that it is about"
+        )
+    usable = _with_image_ids(statements, matches, images)
+    report.note(file, "statements", outcome="read", count=len(statements))
+    report.note(
+        file,
+        "statements",
+        outcome="left out",
+        count=is_unknown.sum(),
+        reason="the name fits no image of the dataset, or several",
+        first=listed(statements.image[is_unknown].unique()),
+    )
+    report.note(file, "statements", outcome="used", count=len(usable))
+    _say_contradictions(file, usable)
+    return usable
 
 
-def _parse_objects(text: str) -> list[dict]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(content, list):
-        return content
-    if isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
-        return list(content.values())  # SugarCrepe numbers its objects
-    return [content]
+def _say_contradictions(file: str | Path, statements: pd.DataFrame) -> None:
+    """Say which statements have both labels beside the same image."""
+    label_counts = statements.groupby(["image_id", "text"], sort=False).label.nunique()
+    texts = label_counts.index[label_counts > 1].get_level_values("text")
+    if not texts.empty:
+        tqdm.write(
+            f"{file}: {len(texts):,} statements are said to be both true and false of an image "
+            f"({listed(texts)}): no probe can tell which they are"
+        )
+
+
+def statements_of(table: Table) -> pd.DataFrame:
+    """Return the statements of a table, as :func:`read_statements` does.
+
+    Raises
+    ------
+    UnknownColumns
+        It has no columns of statements.
+    ValueError
+        A row lacks something.
+    """
+    form = next((form for form in STATEMENT_FORMS if _fits(table, form)), None)
+    if form is None:
+        raise UnknownColumns(table.missing(("image", "text", "label")))
+    if table.rows.empty:
+        raise ValueError(f"{table.file} has no rows: it needs an image, a text and a label in each")
+    parts = []
+    for image, text, label in form:
+        texts = _filled_column(table, text)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "image": _filled_column(table, image).map(image_name),
+                    "text": texts,
+                    "label": _read_labels(table, label) if isinstance(label, str) else label,
+                    "is_caption": text != "text" or means_any(texts.name, CAPTION_NAMES),
+                }
+            )
+        )
+    return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+
+
+def has_statements(table: Table) -> bool:
+    """Tell whether a table has the columns of statements, and labels that are yes or no."""
+    form = next((form for form in STATEMENT_FORMS if _fits(table, form)), None)
+    if form is None:
+        return False
+    columns = [label for _, _, label in form if isinstance(label, str)]
+    labels = [str(label).strip().casefold() for name in columns for label in table.column(name)]
+    return all(label in LABELS for label in labels)
+
+
+def _fits(table: Table, form: tuple[tuple[str, str, int | str], ...]) -> bool:
+    meanings = {meaning for statement in form for meaning in statement if isinstance(meaning, str)}
+    return all(map(table.has, meanings))
+
+
+def _filled_column(table: Table, meaning: str) -> pd.Series:
+    """Return a column as text; no field of it may be empty."""
+    column = table.column(meaning)
+    _refuse_rows(table, column.map(is_empty), reason=f"{column.name} is empty")
+    return column.map(str).str.strip()
+
+
+def _read_labels(table: Table, meaning: str) -> pd.Series:
+    labels = _filled_column(table, meaning).str.casefold().map(LABELS)
+    reason = f"{meaning} is none of yes, no, true, false, 1, 0"
+    _refuse_rows(table, labels.isna(), reason=reason)
+    return labels.astype(int)
+
+
+def _refuse_rows(table: Table, is_invalid: pd.Series, *, reason: str) -> None:
+    if is_invalid.any():
+        row = is_invalid.idxmax()
+        content = table.rows.loc[row].to_dict()
+        raise ValueError(f"{table.file}, row {row}: {reason}: {content}")
 
 
 def match_statements(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
@@ -183,74 +289,15 @@ def match_statements(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataF
     Raises
     ------
     ValueError
-        A name fits several images.
+        A name is that of several images.
     """
-    finder = ImageFinder(images)
-    image_ids = [finder.find(name, by_number=True) for name in statements.image]
+    return _with_image_ids(statements, match_names(statements.image, images), images)
+
+
+def _with_image_ids(
+    statements: pd.DataFrame, matches: NameMatches, images: pd.DataFrame
+) -> pd.DataFrame:
+    image_ids = statements.image.map(matches.image_of.get)
     table = statements.assign(image_id=image_ids)[["image_id", "text", "label", "is_caption"]]
-    table = table[table.image_id.notna()]
+    table = table[image_ids.notna()]
     return table.astype({"image_id": images.index.dtype}).reset_index(drop=True)
-
-
-class ImageFinder:
-    """Find the images of a dataset by the names that other files use for them.
-
-    Parameters
-    ----------
-    images : DataFrame
-        Of a :class:`~probekit.data.dataset.Dataset`.
-    """
-
-    def __init__(self, images: pd.DataFrame):
-        self._images_of_name: dict[str, list[tuple[Hashable, tuple[str, ...]]]] = defaultdict(list)
-        self._image_of_number: dict[int, Hashable] = {}
-        for image_id, file in images.file.items():
-            path = Path(file)
-            self._images_of_name[path.name].append((image_id, path.parts))
-            number = _coco_number(path.name)
-            if number is not None:
-                self._image_of_number[number] = image_id
-
-    def find(self, name: str, *, by_number: bool = False) -> Hashable | None:
-        """Return the id of the image that a name stands for.
-
-        Parameters
-        ----------
-        name : str
-            File name, or the end of a path, such as ``val/1.jpg``.
-        by_number : bool
-            Whether a COCO name of another release finds the image of the same number.
-
-        Returns
-        -------
-        Hashable or None
-            None if the dataset has no such image.
-
-        Raises
-        ------
-        ValueError
-            The name fits several images.
-        """
-        path = PurePosixPath(name.strip())
-        depth = len(path.parts)
-        matches = [
-            image_id
-            for image_id, parts in self._images_of_name.get(path.name, [])
-            if parts[-depth:] == path.parts
-        ]
-        if len(matches) > 1:
-            raise ValueError(
-                f"{name} is the name of {len(matches)} images: write the folders before it, too"
-            )
-        if matches:
-            return matches[0]
-        number = _coco_number(path.name)
-        if number is None or not by_number:
-            return None
-        return self._image_of_number.get(number)
-
-
-def _coco_number(name: str) -> int | None:
-    """Return the number in the file names that COCO gives its images, old and new."""
-    match = re.fullmatch(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg", name)
-    return int(match[1]) if match else None

@@ -7,10 +7,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from probekit.extraction.shards import unit_numbers
@@ -19,6 +21,7 @@ from probekit.models.batches import input_shape
 from probekit.models.processor import PreparedImage, PromptProcessor
 from probekit.paths import Home
 
+PLAIN_SIZE = (224, 224)  # pixels of an image that every processor should take
 WAITING_BUDGETS = 4  # batches' worth of tokens that may wait for images of their shape
 
 
@@ -42,6 +45,11 @@ class WorkItem:
     image: int
     rows: np.ndarray
     prepared: PreparedImage
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompts have an image."""
+        return bool(self.prepared.image_inputs)
 
     def count_tokens(self, way: str) -> int:
         """Count the tokens that the decoder computes for it, going one of the `WAYS`."""
@@ -94,10 +102,29 @@ class _ImageDataset(Dataset):
         except Exception as error:
             return ValueError(
                 f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: "
-                f"{error} (if it is the image: take it out of the dataset and run 01_build_data "
-                "again)"
+                f"{error} ({self._find_fault(item)})"
             )
         return WorkItem(item.table, item.image, item.rows, prepared)
+
+    def _find_fault(self, item: _ImageRow) -> str:
+        """Say whether it is the image that cannot be processed, and the fix.
+
+        It is where the same prompts go through with a plain grey image.
+        """
+        if not item.file:
+            return "the model's processor cannot take this prompt without an image"
+        plain = Image.new("RGB", PLAIN_SIZE, "grey")
+        try:
+            self.processor.prepare(plain, item.prompts)
+        except Exception:
+            return (
+                "it is not the image, a plain grey one fails too: the model's processor cannot "
+                "take these prompts"
+            )
+        return (
+            "it is the image, a plain grey one goes through: take it out of the dataset and run "
+            "01_build_data again"
+        )
 
     def _load(self, item: _ImageRow):
         if not item.file:
@@ -171,24 +198,49 @@ def prepare_images(
         dataset,
         batch_size=None,
         num_workers=workers,
+        collate_fn=_pack if workers else _leave,
         worker_init_fn=_silence_tokenizers,
         sampler=_TableOrder(dataset.table_starts, order),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    for item in loader:
+    for item in _name_the_fix(loader):
         if isinstance(item, Exception):
             raise item
-        yield _copied_out_of_shared_memory(item) if workers else item
+        yield _with_inputs(item, torch.from_numpy) if workers else item
+
+
+def _name_the_fix(loader: DataLoader) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}: take workers=0, which prepares images in this process, or fewer workers"
+        ) from error
+
+
+def _leave(item: Any) -> Any:
+    return item
+
+
+def _pack(item: Any) -> Any:
+    """Make a worker send an item through its pipe: as arrays.
+
+    Tensors would go through shared memory, of which containers have little: where it is full, the
+    item is lost and waited for.
+    """
+    return _with_inputs(item, torch.Tensor.numpy) if isinstance(item, WorkItem) else item
+
+
+def _with_inputs(item: WorkItem, change: Callable[[Any], Any]) -> WorkItem:
+    """Return an item with each of the image's inputs changed."""
+    inputs = {name: change(value) for name, value in item.prepared.image_inputs.items()}
+    return replace(item, prepared=replace(item.prepared, image_inputs=inputs))
 
 
 def _silence_tokenizers(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _copied_out_of_shared_memory(item: WorkItem) -> WorkItem:
-    """Free the worker's shared memory and its file handle."""
-    copies = {key: value.clone() for key, value in item.prepared.image_inputs.items()}
-    return replace(item, prepared=replace(item.prepared, image_inputs=copies))
 
 
 def fill_batches(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,9 @@ SEEING_POOLINGS = (
     "text_mean",
 )  # first tokens never see a causal model's prompt
 
+# Images of rare shapes make small batches: so many are looked at for one with several images.
+TRIED_BATCHES = 8
+
 States = dict[TensorKey, torch.Tensor]
 
 
@@ -53,6 +57,7 @@ class Runner:
         self.token_budget = job.settings.token_budget
         self._vlm: Vlm | None = None
         self._verdict: SharingVerdict | None = None
+        self._way_without_image = "plain"
 
     @property
     def vlm(self) -> Vlm:
@@ -121,6 +126,7 @@ class Runner:
         self._report_other_versions()
         self._report_what_is_missing()
         self._verdict = self._settle_way()
+        self._way_without_image = self._settle_way_without_image()
 
     def _check_stages(self) -> None:
         stages = self.job.settings.stages
@@ -163,33 +169,80 @@ class Runner:
     # ------------------------------------------------------------------------------------- the way
 
     def _settle_way(self) -> SharingVerdict:
-        """Find out which way the model goes, or read what was found before.
+        """Find out which way the model goes, or look whether what was found before still holds.
 
-        It is settled on the first images of the job that have several prompts, whoever asks, so all
-        who work on a job come to the same verdict; ``meta.json`` keeps it. Images with one prompt
-        cannot tell: the prompt is all prefix. Where there are no others, they run plainly, or alone
-        where batches are not exact, and nothing is kept.
+        It is settled on the first and on the last images of the job that have several prompts,
+        whoever asks, so all who work on a job come to the same verdict; ``meta.json`` keeps it, by
+        device and dtype. A verdict that is kept is tried again on the last images. Images with one
+        prompt cannot tell: the prompt is all prefix. Where there are no others, they run plainly,
+        or alone where batches are not exact, and nothing is kept.
         """
         recorded = self._recorded_verdict()
-        if recorded is not None:
-            return self._accept(recorded)
-        shard = self._first_shard(lambda prompts: prompts > 1)
-        if shard is not None:
-            verdict = self._try_ways(
-                shard, lambda prompts: prompts > 1, SHARING_WAYS[self.job.settings.sharing]
-            )
+        ways = SHARING_WAYS[self.job.settings.sharing]
+        verdict = self._try_both_ends(_has_several, ways, recorded=recorded)
+        if verdict is not None:
             verdict = self._recorded_verdict() or verdict  # another runner may have been faster
             self._accept(verdict)
             self._write_meta(verdict)
             return verdict
         self._write_meta(None)
-        shard = self._first_shard(lambda prompts: prompts > 0)
-        if shard is None:
-            return SharingVerdict("plain", "there is no prompt with an image")
-        return self._try_ways(shard, lambda prompts: prompts > 0, ("plain",))
+        verdict = self._try_both_ends(_has_any, ("plain",))
+        return verdict or SharingVerdict("plain", "there is no prompt with an image")
+
+    def _settle_way_without_image(self) -> str:
+        """Find out whether prompts without an image can run in one batch."""
+        verdict = self._try_both_ends(_has_no_image, ("plain",))
+        if verdict is None:
+            return "plain"
+        if verdict.way != "plain":
+            tqdm.write(f"{self.vlm.name}, without an image: {verdict.reason}")
+        return verdict.way
+
+    def _try_both_ends(
+        self,
+        select: Callable[[pd.DataFrame], pd.Series],
+        ways: Sequence[str],
+        *,
+        recorded: SharingVerdict | None = None,
+    ) -> SharingVerdict | None:
+        """Try ways on a batch from each end of the job's rows; None where it has no such rows.
+
+        Raises
+        ------
+        ValueError
+            What was found before is not exact on the last images.
+        """
+        shards = [shard for shard in self.job.shards if "lm" in shard.shard_set.stages]
+        first = self._first_batch(shards, select)
+        last = self._first_batch(shards[::-1], select, from_end=True)
+        if first is None or last is None:
+            return None
+        verdict = recorded or self._try_ways(first, ways)
+        if verdict.way == "alone":
+            return verdict
+        left = ways[ways.index(verdict.way) :] if verdict.way in ways else ways
+        on_last = self._try_ways(last, left)
+        if on_last.way == verdict.way:
+            return verdict
+        if recorded is not None:
+            raise ValueError(
+                f"{self.job.folder.url} has shards of {self.vlm.name} that were made the way "
+                f"{recorded.way!r}, which is not exact on the images of this run "
+                f'({on_last.reason}): take sharing="off", which makes all of them anew'
+            )
+        return on_last
+
+    @property
+    def _verdict_name(self) -> str:
+        """Device and dtype, by which ``meta.json`` keeps verdicts."""
+        device = self.vlm.device.partition(":")[0]
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self.vlm.device)
+        return f"{device} {self.vlm.dtype}"
 
     def _recorded_verdict(self) -> SharingVerdict | None:
-        recorded = (self.job.folder.read_meta() or {}).get("sharing")
+        verdicts = (self.job.folder.read_meta() or {}).get("sharing") or {}
+        recorded = verdicts.get(self._verdict_name)
         return SharingVerdict(**recorded) if recorded else None
 
     def _accept(self, verdict: SharingVerdict) -> SharingVerdict:
@@ -202,44 +255,64 @@ class Runner:
         return verdict
 
     def _write_meta(self, verdict: SharingVerdict | None) -> None:
+        """Write what the folder holds; of each job, what may differ between jobs."""
+        earlier = self.job.folder.read_meta() or {}
         meta = describe_extraction(self.vlm, self.job.settings)
-        self.job.folder.write_meta(meta | {"sharing": asdict(verdict) if verdict else None})
+        verdicts = dict(earlier.get("sharing") or {})
+        if verdict is not None:
+            verdicts[self._verdict_name] = asdict(verdict)
+        job = self.job.settings.of_job | {"device": self.vlm.device, "versions": meta["versions"]}
+        job = json.loads(json.dumps(job))  # as it is read again
+        jobs = [one for one in earlier.get("jobs", []) if one != job]
+        self.job.folder.write_meta(meta | {"sharing": verdicts, "jobs": [*jobs, job]})
 
-    def _first_shard(self, is_enough: Callable[[pd.Series], pd.Series]) -> Shard | None:
-        """Find the first shard of decoder states with an image that has enough prompts."""
-        for shard in self.job.shards:
-            if "lm" in shard.shard_set.stages and len(_rows_with(shard.rows, is_enough)):
-                return shard
+    def _first_batch(
+        self,
+        shards: Sequence[Shard],
+        select: Callable[[pd.DataFrame], pd.Series],
+        *,
+        from_end: bool = False,
+    ) -> _TrialBatch | None:
+        """Make a batch of the first, or last, selected rows, of several images where it can be."""
+        for shard in shards:
+            rows = shard.rows[select(shard.rows)]
+            if not len(rows):
+                continue
+            rows = (rows[::-1] if from_end else rows).reset_index(drop=True)
+            items = prepare_images(
+                self.vlm.prompt_processor,
+                [rows],
+                longest_side=self.job.settings.longest_side,
+                home=self.job.home,
+            )
+            batches = fill_batches(
+                items, token_budget=lambda: self.token_budget, way=lambda: "plain"
+            )
+            tried = []
+            for batch in islice(batches, TRIED_BATCHES):
+                tried.append(batch)
+                if len(batch) > 1:
+                    break
+            return _TrialBatch(shard, [item.prepared for item in max(tried, key=len)])
         return None
 
-    def _try_ways(
-        self, shard: Shard, is_enough: Callable[[pd.Series], pd.Series], ways: Sequence[str]
-    ) -> SharingVerdict:
-        rows = _rows_with(shard.rows, is_enough)
-        items = prepare_images(
-            self.vlm.prompt_processor,
-            [rows],
-            longest_side=self.job.settings.longest_side,
-            home=self.job.home,
-        )
-        batch = next(
-            fill_batches(items, token_budget=lambda: self.token_budget, way=lambda: "plain")
-        )
+    def _try_ways(self, batch: _TrialBatch, ways: Sequence[str]) -> SharingVerdict:
         verdicts: list[SharingVerdict] = []
 
         def try_batch(prepared: Sequence[PreparedImage]) -> States:
             verdict, states = choose_way(
                 self.vlm,
                 prepared,
-                poolings=shard.shard_set.poolings,
-                stages=shard.shard_set.stages,
+                poolings=batch.shard.shard_set.poolings,
+                stages=batch.shard.shard_set.stages,
                 ways=ways,
             )
             verdicts.append(verdict)
             return _with_tensor_keys(states)
 
-        self._run_what_fits([item.prepared for item in batch], try_batch)
-        return verdicts[0]
+        self._run_what_fits(batch.prepared, try_batch)
+        order = [*ways, "alone"]
+        return max(verdicts, key=lambda verdict: order.index(verdict.way))
 
     # ---------------------------------------------------------------------------------- the shards
 
@@ -309,6 +382,7 @@ class Runner:
             progress.update(len(batch))
         if in_flight is not None:
             assembled.add(in_flight)
+        assembled.check_filled(self.vlm)
         return assembled.states
 
     def _run_batch(self, batch: Sequence[WorkItem], shard: Shard) -> States:
@@ -318,7 +392,7 @@ class Runner:
                 prepared,
                 poolings=shard.shard_set.poolings,
                 stages=shard.shard_set.stages,
-                way=self.way,
+                way=self.way if batch[0].has_image else self._way_without_image,
             )
             return _with_tensor_keys(states)
 
@@ -369,6 +443,13 @@ class Runner:
         )
 
 
+class _TrialBatch(NamedTuple):
+    """Images with their prompts that ways are tried on, and the shard that they are from."""
+
+    shard: Shard
+    prepared: list[PreparedImage]
+
+
 class _Transfer(NamedTuple):
     """States of a batch on their way to the host."""
 
@@ -382,9 +463,11 @@ class _ShardStates:
 
     def __init__(self, shard: Shard) -> None:
         rows = shard.rows
+        self.shard = shard
         self.row_count = len(rows)
         self.image_count = rows.file.nunique()
         self.states: dict[TensorKey, np.ndarray] = {}
+        self._is_filled: dict[TensorKey, np.ndarray] = {}
 
     def add(self, transfer: _Transfer) -> None:
         transfer.wait()
@@ -395,18 +478,45 @@ class _ShardStates:
             count = self.row_count if is_decoder else self.image_count
             places = rows if is_decoder else images
             if key not in self.states:
-                self.states[key] = np.empty((count, values.shape[1]), np.float32)
+                self.states[key] = np.full((count, values.shape[1]), np.nan, np.float32)
+                self._is_filled[key] = np.zeros(count, bool)
             self.states[key][places] = values.numpy()
+            self._is_filled[key][places] = True
+
+    def check_filled(self, vlm: Vlm) -> None:
+        """Raise ValueError where a layer was not read for every row."""
+        rows = self.shard.rows
+        for content in self.shard.shard_set.contents:
+            for layer in vlm.layers_of_stage[content.stage]:
+                key = TensorKey(layer, content.pooling)
+                is_filled = self._is_filled.get(key, np.zeros(1, bool))
+                if is_filled.all():
+                    continue
+                examples = _examples_of(key, rows)
+                first = examples.iloc[int(np.argmin(is_filled))]
+                raise ValueError(
+                    f"{vlm.name}, {key.tensor_name}: this layer did not run for "
+                    f"{np.sum(~is_filled):,} of {len(is_filled):,} rows, the first is "
+                    f"{first['file'] or 'no image'} with {first.prompt[:80]!r}, so there is "
+                    "nothing to store: leave these rows out"
+                )
 
 
 def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
     return {TensorKey.of(name): values for name, values in states.items()}
 
 
-def _rows_with(rows: pd.DataFrame, is_enough: Callable[[pd.Series], pd.Series]) -> pd.DataFrame:
-    """Select the rows of images whose number of prompts is enough."""
-    prompts = rows.groupby("file").prompt.transform("size")
-    return rows[(rows.file != "") & is_enough(prompts)].reset_index(drop=True)
+def _has_several(rows: pd.DataFrame) -> pd.Series:
+    """(n,) True where an image has several prompts."""
+    return _has_any(rows) & (rows.groupby("file").prompt.transform("size") > 1)
+
+
+def _has_any(rows: pd.DataFrame) -> pd.Series:
+    return rows.file != ""
+
+
+def _has_no_image(rows: pd.DataFrame) -> pd.Series:
+    return rows.file == ""
 
 
 def _split_in_halves(
@@ -460,13 +570,16 @@ def check_finite(states: dict[TensorKey, np.ndarray], rows: pd.DataFrame, model:
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if not len(bad):
             continue
-        is_of_images = key.stage != "lm"
-        examples = rows[rows.file.ne(rows.file.shift())] if is_of_images else rows
-        first = examples.iloc[bad[0]]
+        first = _examples_of(key, rows).iloc[bad[0]]
         raise FloatingPointError(
             f"{model}, {key.tensor_name}: not finite for {len(bad)} of {len(values)}, the first is "
             f'{first["file"]} with {first.prompt[:80]!r}; try dtype="float32" or "bfloat16"'
         )
+
+
+def _examples_of(key: TensorKey, rows: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows that a tensor has values for: all, or the first of each image."""
+    return rows if key.stage == "lm" else rows[rows.file.ne(rows.file.shift())]
 
 
 def check_prompts_are_seen(
@@ -515,7 +628,7 @@ def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
         "dtype": vlm.dtype,
         "device": vlm.device,
         "layers": vlm.layers_of_stage,
-        "settings": asdict(settings),
+        "settings": settings.naming,
         "prompt": vlm.prompt_processor.wrap("{prompt}"),
         "image_processor": type(vlm.processor.image_processor).__name__,
         "versions": paths.versions(*VERSIONED_PACKAGES),

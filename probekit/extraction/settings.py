@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
-from probekit import paths
+from probekit import parameters, paths
 from probekit.extraction.shards import STAGES, Content
-from probekit.models.load import best_dtype
+from probekit.models.checkpoints import resolve_commit
+from probekit.models.load import IMAGE_ADAPTERS, best_dtype, read_dtype
 from probekit.models.pooling import check_pooling
-from probekit.models.presets import locate, resolve_commit, short_name
-from probekit.models.sharing import TOLERANCE
+from probekit.models.presets import locate, short_name
 
 SHARING_WAYS = {
     "auto": ("shared", "encoded", "plain"),
@@ -71,6 +72,9 @@ class ExtractionSettings:
     workers: int | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
+
     @property
     def contents(self) -> list[Content]:
         """What is to be stored of each stage; text is no part of an image."""
@@ -92,19 +96,15 @@ class ExtractionSettings:
         ValueError
             The message names the setting and what can be chosen.
         """
+        parameters.read_settings(
+            type(self), {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        )
         if not self.poolings:
             raise ValueError("poolings=(): name at least one, such as mean")
         for pooling in self.poolings:
             check_pooling(pooling)
         _check_choice("sharing", [self.sharing], list(SHARING_WAYS))
         _check_choice("stages", self.stages, STAGES)
-        _check_choice("dtype", [self.dtype], (None, *TOLERANCE))
-        if self.shard_images < 1:
-            raise ValueError(f"shard_images={self.shard_images}: it is a number from 1")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens={self.batch_tokens}: it is a number from 1")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers={self.workers}: it is a number from 0")
 
     def fill_in(self, device: str, home: paths.Home) -> ExtractionSettings:
         """Return the settings with defaults that suit the device, and the commit on the hub.
@@ -153,27 +153,35 @@ class ExtractionSettings:
             )
         return replace(self, stages=("lm",), poolings=poolings)
 
+    @property
+    def naming(self) -> dict[str, Any]:
+        """Those settings that decide the hidden states, and so name the folder."""
+        names = ("model", "revision", "dtype", "untrained", "seed", "longest_side")
+        naming = {name: getattr(self, name) for name in (*names, "trust_remote_code")}
+        return naming | {"plain_passes": self.sharing == "off"}
+
+    @property
+    def of_job(self) -> dict[str, Any]:
+        """Those settings that may differ between the jobs of one folder."""
+        return {name: value for name, value in asdict(self).items() if name not in self.naming}
+
     def folder_name(self, home: paths.Home) -> str:
         """Return ``<model>/<fingerprint>``, the folder of a checkpoint run with these settings.
 
-        Images, prompts, poolings and stages do not matter. The settings must be filled in.
+        Images, prompts, poolings and stages do not matter, nor does a patch release of
+        transformers. The settings must be filled in.
         """
         source = Path(locate(self.model, home=home))
         weights = []
         if source.is_absolute():  # a hub id has its commit instead
-            files = sorted(file for file in source.glob("*") if file.is_file())
-            weights = [(file.name, file.stat().st_size, _sampled_hash(file)) for file in files]
-        deciding = {
-            "model": self.model,
-            "revision": self.revision,
-            "dtype": self.dtype,
-            "untrained": self.untrained,
-            "seed": self.seed,
-            "longest_side": self.longest_side,
-            "trust_remote_code": self.trust_remote_code,
-            "plain_passes": self.sharing == "off",
-            "transformers": version("transformers"),
-        }
+            folders = (source, *[source / adapter for adapter in IMAGE_ADAPTERS.values()])
+            files = sorted(file for one in folders for file in one.glob("*") if file.is_file())
+            weights = [
+                (str(file.relative_to(source)), file.stat().st_size, _sampled_hash(file))
+                for file in files
+            ]
+        release = ".".join(version("transformers").split(".")[:2])
+        deciding = self.naming | {"transformers": release}
         suffix = "-untrained" if self.untrained else ""
         return f"{short_name(self.model, home=home)}{suffix}/{paths.fingerprint(deciding, weights)}"
 

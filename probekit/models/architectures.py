@@ -34,6 +34,10 @@ class SpecialCase:
         Why its image encoder is not read although it is a stack of blocks.
     has_projector : bool
         Whether ``get_image_features`` returns the vectors that the decoder gets.
+    runs_without_image : bool
+        Whether its forward pass takes prompts without an image; else its decoder runs by itself.
+    skips_blocks : bool
+        Whether blocks that read the image are passed over where there is none.
     """
 
     prompt_format: str = "{image}{prompt}"
@@ -43,17 +47,19 @@ class SpecialCase:
     one_text_per_call: bool = False
     why_no_vision: str | None = None
     has_projector: bool = True
+    runs_without_image: bool = True
+    skips_blocks: bool = False
 
 
 # By `model_type` of config.json. The processors of the first four place image tokens themselves.
 SPECIAL_CASES: dict[str, SpecialCase] = {
-    "blip-2": SpecialCase(prompt_format="Question: {prompt} Answer:"),
-    "instructblip": SpecialCase(prompt_format="{prompt}"),
-    "kosmos-2": SpecialCase(prompt_format="{prompt}"),
+    "blip-2": SpecialCase(prompt_format="Question: {prompt} Answer:", runs_without_image=False),
+    "instructblip": SpecialCase(prompt_format="{prompt}", runs_without_image=False),
+    "kosmos-2": SpecialCase(prompt_format="{prompt}", runs_without_image=False),
     "florence2": SpecialCase(prompt_format="{prompt}"),
     "llama4": SpecialCase(has_projector=False),
     "step3p7": SpecialCase(why_no_vision="runs twice"),
-    "mllama": SpecialCase(why_no_vision="pads inside"),
+    "mllama": SpecialCase(why_no_vision="pads inside", skips_blocks=True),
     "aria": SpecialCase(one_text_per_call=True),
     "minicpmv4_6": SpecialCase(pixel_axis=-1),
     "minicpmv4_7": SpecialCase(pixel_axis=-1),
@@ -61,6 +67,19 @@ SPECIAL_CASES: dict[str, SpecialCase] = {
     "gemma3n": SpecialCase(stream_axis=0),
     "qwen4_exp": SpecialCase(stream_axis=-1),
     "glm5_next": SpecialCase(stream_axis=2),
+}
+
+# Why architectures cannot be read that transformers lists for images and text, by `model_type`.
+REFUSED = {
+    "shieldgemma2": "its processor asks about policies of its own instead of the prompt",
+    "hunyuan_vl": "what its processor makes of a prompt depends on the prompts beside it",
+    "got_ocr2": "its processor takes no images that belong to several prompts",
+    "unlimited_ocr": "its processor takes no images that belong to several prompts",
+    "fuyu": "its processor makes no inputs of the image that are apart from those of the prompt",
+    "idefics": "its processor takes no prompts whose images are given beside them",
+    "blip": "its layers that read image and prompt are not those that transformers returns",
+    "git": "it does not say which of its layers read the prompt",
+    "instructblipvideo": "it takes videos, and an example is one image",
 }
 
 
@@ -72,7 +91,18 @@ class LayerStack(NamedTuple):
 
 
 def find_special_case(config: Any) -> SpecialCase:
-    """Return what the architecture of a config needs besides the generic rule."""
+    """Return what the architecture of a config needs besides the generic rule.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read (:data:`REFUSED`).
+    """
+    if config.model_type in REFUSED:
+        raise ValueError(
+            f"models of the type {config.model_type} cannot be read: {REFUSED[config.model_type]}; "
+            "python -m probekit models lists those that can"
+        )
     return SPECIAL_CASES.get(config.model_type, SpecialCase())
 
 
@@ -161,8 +191,23 @@ def _find_stack(
     return None
 
 
-def width_of(blocks: nn.ModuleList) -> int:
-    """Return d, the width of the hidden states between blocks: that of a block's outermost norm."""
+def width_of(blocks: nn.ModuleList, config: Any = None) -> int:
+    """Return d, the width of the hidden states between blocks.
+
+    Parameters
+    ----------
+    blocks : ModuleList
+    config : transformers.PreTrainedConfig or None
+        Of a decoder, which states it. The configs of image encoders mean different things by the
+        same names: there, the width is that of a block's outermost norm.
+
+    Returns
+    -------
+    int
+    """
+    width = getattr(config, "hidden_size", None)
+    if isinstance(width, int):
+        return width
     norms = [
         (name.count("."), len(parameter))
         for name, parameter in blocks[0].named_parameters()

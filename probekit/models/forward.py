@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
 from probekit.models.pooling import Pooler, Prefix
 from probekit.models.processor import PreparedImage
+
+# Types of tokens, 0 for text: what attends to what may depend on them.
+TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
+
+Tokens = TypeVar("Tokens", np.ndarray, torch.Tensor)
 
 # From "<layer>/<pooling>" to float32: (n, d) of the decoder, (b, d) of image encoder and projector.
 States = dict[str, torch.Tensor]
@@ -61,7 +66,7 @@ def run_pooled(
     stages : sequence of {"lm", "vision", "projector"}
         Without "lm" the decoder does not run.
     way : str
-        Out of :data:`WAYS`.
+        Out of :data:`WAYS`. Prompts without an image have nothing to share, and run plainly.
 
     Returns
     -------
@@ -79,11 +84,12 @@ def run_pooled(
     if way == "alone" and not encoder_is_enough:
         return _run_alone(vlm, prepared, poolings=poolings, stages=stages)
     forward_pass = _PooledPass(vlm, prepared, poolings=poolings, stages=stages)
+    has_image = bool(prepared[0].image_inputs)
     if encoder_is_enough:
         forward_pass.run_encoder()
-    elif way == "shared":
+    elif way == "shared" and has_image:
         forward_pass.run_shared()
-    elif way == "encoded":
+    elif way == "encoded" and has_image:
         forward_pass.run_encoded()
     else:
         forward_pass.run_plain()
@@ -161,11 +167,27 @@ class _PooledPass:
         tokens = batch_tokens(vlm, self.rows)
         images = batch_images(vlm, self.prepared, counts=self.prompt_counts)
         options = _forward_options(vlm, len(self.rows))
+        if not images:
+            self._run_without_image(tokens)
+            return
         with (
             tap_decoder(vlm, self._pool_whole_prompts(tokens)),
             self._pool_encoder(self.prompt_counts),
         ):
             vlm.model(**tokens, **images, **options)
+
+    def _run_without_image(self, tokens: Mapping[str, torch.Tensor]) -> None:
+        vlm = self.vlm
+        with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
+            if not vlm.special_case.runs_without_image:
+                vlm.stack(**_text_inputs(tokens))
+                return
+            types = {
+                name: torch.zeros_like(tokens["input_ids"])
+                for name in TOKEN_TYPE_INPUTS
+                if name in vlm.forward_arguments
+            }
+            vlm.model(**{**types, **tokens}, **_forward_options(vlm, len(self.rows)))
 
     def run_encoded(self) -> None:
         """Run the image encoder once per image, then every prompt from its start."""
@@ -196,9 +218,12 @@ class _PooledPass:
                 for image in self.prepared
             ],
         )
-        text_inputs = [name for name in ("input_ids", "attention_mask") if name in self.rows[0]]
         suffix_tokens = batch_tokens(
-            vlm, [{name: row[name][prefix_length:] for name in text_inputs} for row in self.rows]
+            vlm,
+            [
+                {name: values[prefix_length:] for name, values in _text_inputs(row).items()}
+                for row in self.rows
+            ],
         )
         image_bt = pad_masks(
             [image.image_masks[0] for image in self.prepared],
@@ -318,6 +343,11 @@ class _PooledPass:
         mask_bp = mask_bp.to(hidden_bpd.device)
         poolings = [pooling for pooling in self.poolings if pooling != "text_mean"]
         return Pooler(poolings, mask_bp, image_nt=mask_bp)
+
+
+def _text_inputs(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+    """Select what a decoder takes that knows nothing of images."""
+    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
 
 
 def _forward_options(vlm: Vlm, n: int) -> dict[str, Any]:

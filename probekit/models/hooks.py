@@ -27,9 +27,19 @@ def tap_decoder(vlm: Vlm, take: Take) -> Iterator[None]:
     take : callable
         Called as ``take(layer, hidden_ntd)`` for each of `vlm.layers`, in their order.
     """
+    latest: dict[str, torch.Tensor] = {}
 
     def take_merged(layer: str, hidden: torch.Tensor) -> None:
-        take(layer, merge_streams(hidden, vlm.special_case, width=vlm.width))
+        hidden_ntd = merge_streams(hidden, vlm.special_case, width=vlm.width)
+        if vlm.special_case.skips_blocks:
+            # What enters a block that does not run leaves it unchanged.
+            for entered, entering_ntd in latest.items():
+                start = vlm.layers.index(entered) + 1
+                for skipped in vlm.layers[start : vlm.layers.index(layer)]:
+                    take(skipped, entering_ntd)
+            latest.clear()
+            latest[layer] = hidden_ntd
+        take(layer, hidden_ntd)
 
     handles = _add_hooks(vlm.blocks, take_merged, last_module=vlm.stack, layers=vlm.layers)
     try:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.models.architectures import (
@@ -21,8 +27,24 @@ from probekit.models.architectures import (
     remove_head,
     width_of,
 )
-from probekit.models.presets import locate, pinned_revision, short_name
+from probekit.models.checkpoints import Checkpoint, broken_files_named, open_checkpoint
+from probekit.models.presets import short_name
 from probekit.models.processor import PromptProcessor
+
+# What each type is called elsewhere.
+DTYPE_NAMES = {
+    "float32": ("float32", "fp32", "float", "single"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "float16": ("float16", "fp16", "half"),
+}
+# By `model_type`: the subfolder of an adapter that a checkpoint reads images with.
+IMAGE_ADAPTERS = {"phi4_multimodal": "vision-lora"}
+# Counted in training, and read by nothing else.
+UNREAD_BUFFERS = re.compile(r"(^|\.)num_batches_tracked$")
+PROCESSOR_FIX = (
+    "Training often saves the weights alone: save the processor of the model that it began with "
+    "beside them (AutoProcessor.from_pretrained(base).save_pretrained(folder))"
+)
 
 
 def best_device() -> str:
@@ -44,6 +66,31 @@ def best_dtype(device: str) -> str:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
     return "float16" if device == "mps" else "float32"
+
+
+def read_dtype(dtype: str | torch.dtype | None) -> str | None:
+    """Return the name of a floating type, however it is spelled: ``bf16`` is ``bfloat16``.
+
+    Parameters
+    ----------
+    dtype : str, torch.dtype or None
+        None stays None.
+
+    Raises
+    ------
+    ValueError
+        It is none of the types that models are run in.
+    """
+    if dtype is None:
+        return None
+    spelling = str(dtype).strip().lower().removeprefix("torch.")
+    for name, spellings in DTYPE_NAMES.items():
+        if spelling in spellings:
+            return name
+    raise ValueError(
+        f"dtype={str(dtype)!r}: take out of {', '.join(DTYPE_NAMES)}, or leave it out for the one "
+        "that suits the device"
+    )
 
 
 class Vlm:
@@ -111,7 +158,7 @@ class Vlm:
             needs_token_types="mm_token_type_ids" in self.forward_arguments,
         )
         self.stack, self.blocks = find_text_stack(model)
-        self.width = width_of(self.blocks)
+        self.width = width_of(self.blocks, getattr(self.stack, "config", None))
         self.layers = _name_layers("lm", self.blocks)
         self.vision = None
         if self.special_case.why_no_vision is None:
@@ -189,7 +236,8 @@ def load_vlm(
     revision : str, optional
         A commit, tag or branch on the hub; by default that of the preset, else the newest.
     dtype : {"float32", "bfloat16", "float16"}, optional
-        By default what suits the device (:func:`best_dtype`).
+        Also as other libraries spell it (:data:`DTYPE_NAMES`). By default what suits the device
+        (:func:`best_dtype`).
     device : str, optional
         "cpu", "cuda", "cuda:1", "mps"; by default the fastest one (:func:`best_device`).
     untrained : bool
@@ -209,56 +257,286 @@ def load_vlm(
     ------
     FileNotFoundError, OSError
         There is no such folder, or no such checkpoint on the hub or in its cache, or it has no
-        safetensors.
+        safetensors, or a file is cut off.
     ValueError
-        Its layers cannot be found, or this machine has no such device.
+        Weights are missing, are left over, or have another shape; it is an adapter; it reads no
+        images; its layers cannot be found; this machine has no such device.
     """
-    from transformers import AutoConfig, AutoProcessor  # takes seconds
-
     device = device or best_device()
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: take cpu, cuda, cuda:1 or mps") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f'device={device!r}, but torch finds no GPU here: take device="cpu", or install a '
             "torch for the GPU"
         )
-    dtype = dtype or best_dtype(device)
-    source = locate(model, home)
-    hub_options = {
-        "revision": pinned_revision(model, revision, home=home),
-        "trust_remote_code": trust_remote_code,
-    }
-    config = AutoConfig.from_pretrained(source, **hub_options)
-    processor = AutoProcessor.from_pretrained(source, **hub_options)
+    dtype = read_dtype(dtype) or best_dtype(device)
+    checkpoint = open_checkpoint(
+        model, revision=revision, trust_remote_code=trust_remote_code, home=home
+    )
+    config = checkpoint.config
+    processor = _load_processor(checkpoint)
     if untrained:
         full_model = _make_random(
             config, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
         )
+        read_model = remove_head(full_model)
     else:
-        full_model = _load_weights(source, config, dtype=dtype, hub_options=hub_options)
-    frozen = remove_head(full_model).eval().requires_grad_(False).to(device)
-    return Vlm(
+        read_model = _load_weights(checkpoint, dtype=dtype)
+    vlm = Vlm(
         short_name(model, home),
-        frozen,
+        read_model.eval().requires_grad_(False).to(device),
         processor=processor,
         device=device,
         dtype=dtype,
-        revision=getattr(config, "_commit_hash", None),
+        revision=checkpoint.commit,
     )
+    remark = vlm.prompt_processor.describe_format()
+    if remark:
+        tqdm.write(remark)
+    return vlm
 
 
-def _load_weights(source: str, config: Any, *, dtype: str, hub_options: Mapping[str, Any]) -> Any:
-    try:
-        return auto_class(config).from_pretrained(
-            source, dtype=getattr(torch, dtype), use_safetensors=True, **hub_options
+# --------------------------------------------------------------------------------------- processor
+
+
+def _load_processor(checkpoint: Checkpoint) -> Any:
+    """Load a checkpoint's processor, with its chat template.
+
+    Raises
+    ------
+    ValueError
+        It reads no images, or has no tokenizer; the message says what is missing.
+    """
+    from transformers import AutoProcessor  # takes seconds
+
+    source, _, hub_options, config = checkpoint
+    is_remote_code = hasattr(config, "auto_map")
+    if not is_remote_code and not _reads_images(config):
+        raise ValueError(
+            f"{source} is not a vision-language model: {config.model_type} reads text only, or "
+            "writes none; give a checkpoint that reads images and text"
         )
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        raise OSError(
-            f"{source} has no weights in safetensors, and weights in other formats can run code "
-            "when they are loaded: take a revision that has them (id@revision; refs/pr/... where "
-            f"one is proposed on the hub) ({error})"
-        ) from error
+    with broken_files_named(source):
+        try:
+            processor = AutoProcessor.from_pretrained(source, **hub_options)
+        except (OSError, TypeError, ValueError, AttributeError) as error:
+            raise type(error)(
+                f"{source}: its processor cannot be loaded ({_one_line(error)}). {PROCESSOR_FIX}"
+            ) from error
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ValueError(
+                f"{source} has no {part.replace('_', ' ')} that transformers finds: there is a "
+                f"{type(processor).__name__} alone. {PROCESSOR_FIX}"
+            )
+    tokenizer = processor.tokenizer
+    read_ids = set(tokenizer("Is there a dog?", add_special_tokens=False)["input_ids"])
+    if not read_ids - {tokenizer.unk_token_id}:  # transformers makes an empty one without its files
+        raise ValueError(f"{source} has no tokenizer: its vocabulary is empty. {PROCESSOR_FIX}")
+    # Some classes pass over the template that lies beside them, others have one of their own, which
+    # is for checkpoints that have none.
+    described, _ = processor.get_processor_dict(source, **hub_options)
+    templates = (described.get("chat_template"), tokenizer.chat_template, processor.chat_template)
+    processor.chat_template = next((template for template in templates if template), None)
+    return processor
+
+
+def _reads_images(config: Any) -> bool:
+    """Tell whether transformers has a class for an architecture that writes text about images."""
+    from transformers import AutoModelForCausalLM  # takes seconds
+
+    if auto_class(config) is not AutoModelForCausalLM:
+        return any(type(config) in candidate._model_mapping for candidate in _candidates())
+    return any("vision" in part for part in getattr(config, "sub_configs", {}))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+def _load_weights(checkpoint: Checkpoint, *, dtype: str) -> Any:
+    """Load a model with all its weights, without its head.
+
+    Raises
+    ------
+    OSError
+        It has no safetensors, or a file is broken.
+    ValueError
+        Weights are missing, are left over, or have another shape.
+    """
+    source, _, hub_options, config = checkpoint
+    with broken_files_named(source), _LoadingReport() as printed:
+        try:
+            full_model, report = auto_class(config).from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **hub_options,
+            )
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{source} has no weights in safetensors, and weights in other formats can run "
+                "code when they are loaded: take a revision that has them (id@revision; "
+                f"refs/pr/... where one is proposed on the hub) ({error})"
+            ) from error
+        except RuntimeError as error:
+            if not printed.unconverted:
+                raise
+            raise ValueError(
+                f"{source}: weights of {len(printed.unconverted):,} modules cannot be put together "
+                f"({_first_of(printed.unconverted)}), because some are missing or have another "
+                "shape: take a whole checkpoint of this architecture"
+            ) from error
+    head_names = _find_head(full_model)
+    read_model = remove_head(full_model)
+    faults = _find_weight_faults(full_model, read_model, report, head_names)
+    if faults:
+        raise ValueError(
+            f"{source} does not fit {type(full_model).__name__} of transformers "
+            f"{version('transformers')}: {'; '.join(faults)}"
+        )
+    _add_image_adapter(full_model, checkpoint)
+    return read_model
+
+
+class _LoadingReport(logging.Filter):
+    """Keeps the table that transformers logs of a model's weights: what matters is said in words.
+
+    Attributes
+    ----------
+    unconverted : list of str
+        Names of weights that could not be put together from those of the files.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unconverted: list[str] = []
+        self._logger = logging.getLogger("transformers.modeling_utils")
+        self._level = self._logger.level
+        self._threshold = self._logger.getEffectiveLevel()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        rows = [line.split("|") for line in message.splitlines() if "| CONVERSION" in line]
+        self.unconverted += [row[0].strip() for row in rows]
+        return "LOAD REPORT" not in message and record.levelno >= self._threshold
+
+    def __enter__(self) -> _LoadingReport:
+        self._logger.addFilter(self)
+        # That of the table, and one less: at a logger's level of WARNING transformers checks more.
+        self._logger.setLevel(min(self._threshold, logging.WARNING - 1))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._logger.removeFilter(self)
+        self._logger.setLevel(self._level)
+
+
+def _find_head(full_model: Any) -> list[str]:
+    """Names of the language-model head."""
+    head = full_model.get_output_embeddings()
+    modules = full_model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if module is head]
+
+
+def _find_weight_faults(
+    full_model: Any, read_model: Any, report: Mapping[str, Any], head_names: Collection[str]
+) -> list[str]:
+    """Say what is wrong with weights that are read, and what to do.
+
+    Tied weights, and what transformers itself declares ignorable, are not in the report.
+    """
+    of_head = tuple(f"{head}." for head in head_names)
+    tensors_read = {id(one) for one in chain(read_model.parameters(), read_model.buffers())}
+    tensors = chain(
+        full_model.named_parameters(remove_duplicate=False),
+        full_model.named_buffers(remove_duplicate=False),
+    )
+    names = {
+        name: id(tensor) in tensors_read and not name.startswith(of_head)
+        for name, tensor in tensors
+    }
+    missing = [
+        name
+        for name in report["missing_keys"]
+        if names.get(name, False) and not UNREAD_BUFFERS.search(name)
+    ]
+    left_over = [
+        name
+        for name in report["unexpected_keys"]
+        if name not in names and not name.startswith(of_head)
+    ]
+    misshapen = [
+        f"{name} ({_shape(in_file)} instead of {_shape(in_model)})"
+        for name, in_file, in_model in report["mismatched_keys"]
+        if names.get(name, False)
+    ]
+    faults = []
+    if missing:
+        faults.append(
+            f"{len(missing):,} of its {sum(names.values()):,} weights are missing, and would be "
+            f"drawn at random ({_first_of(missing)}): take a whole checkpoint of this "
+            "architecture, or save the model again with save_pretrained"
+        )
+    if misshapen:
+        faults.append(
+            f"{len(misshapen):,} have another shape than in config.json ({_first_of(misshapen)}): "
+            "parts of them are missing, or they and config.json are of different models"
+        )
+    if left_over:
+        faults.append(
+            f"{len(left_over):,} have no place in it, and would be left out "
+            f"({_first_of(left_over)}): merge an adapter first (merge_and_unload); weights that "
+            "nothing needs go when transformers loads the model and saves it with save_pretrained"
+        )
+    return faults
+
+
+def _first_of(names: Collection[str]) -> str:
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more:,} more" if more else "")
+
+
+def _shape(sizes: Collection[int]) -> str:
+    return " × ".join(map(str, sizes))
+
+
+def _add_image_adapter(full_model: Any, checkpoint: Checkpoint) -> None:
+    """Switch on the adapter without which a model does not read images as it was trained to.
+
+    Raises
+    ------
+    ValueError
+        There is one, and peft, which runs it, is not installed.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    subfolder = IMAGE_ADAPTERS.get(checkpoint.config.model_type)
+    if subfolder is None:
+        return
+    source, _, hub_options, _ = checkpoint
+    files = {name: hub_options[name] for name in ("revision", "local_files_only")}
+    if find_adapter_config_file(source, subfolder=subfolder, **files) is None:
+        tqdm.write(f"{source} has no {subfolder}: its weights are taken as merged with it")
+        return
+    if find_spec("peft") is None:
+        raise ValueError(
+            f"{source} reads images with the adapter in its folder {subfolder}, which needs peft: "
+            "pip install peft"
+        )
+    full_model.load_adapter(source, adapter_kwargs={"subfolder": subfolder, **files})
+    tqdm.write(f"{source}: with its adapter {subfolder}")
 
 
 def _make_random(config: Any, *, dtype: str, seed: int, trust_remote_code: bool) -> Any:
@@ -274,17 +552,21 @@ def auto_class(config: Any) -> Any:
 
     Some vision-language models are listed as causal language models only.
     """
+    candidates = _candidates()
+    for candidate in candidates:
+        if type(config) in candidate._model_mapping:
+            return candidate
+    return candidates[0]
+
+
+def _candidates() -> tuple[Any, ...]:
     from transformers import (  # takes seconds
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
     )
 
-    candidates = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
-    for candidate in candidates:
-        if type(config) in candidate._model_mapping:
-            return candidate
-    return AutoModelForImageTextToText
+    return AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM
 
 
 class Skeleton(NamedTuple):
@@ -325,18 +607,13 @@ def load_skeleton(
     -------
     Skeleton
     """
-    from transformers import AutoConfig, AutoProcessor  # takes seconds
-
-    source = locate(model, home)
-    hub_options = {
-        "revision": pinned_revision(model, revision, home=home),
-        "trust_remote_code": trust_remote_code,
-    }
-    config = AutoConfig.from_pretrained(source, **hub_options)
-    processor = AutoProcessor.from_pretrained(source, **hub_options) if with_processor else None
+    checkpoint = open_checkpoint(
+        model, revision=revision, trust_remote_code=trust_remote_code, home=home
+    )
+    processor = _load_processor(checkpoint) if with_processor else None
     with torch.device("meta"):
-        full_model = auto_class(config).from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+        full_model = auto_class(checkpoint.config).from_config(
+            checkpoint.config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
         )
     parameters = sum(parameter.numel() for parameter in full_model.parameters())
     vlm = Vlm(

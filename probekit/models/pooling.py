@@ -226,7 +226,8 @@ def _token_index(pooling: str) -> int:
 
 
 def _reduce(hidden_ntd: torch.Tensor, mask_nt: torch.Tensor, *, pooling: str) -> torch.Tensor:
-    """(n, d) the maximum or the sum over the tokens of a mask."""
+    """(n, d) the maximum or the sum over the tokens of a mask, whatever the others hold."""
     if pooling == "max":
         return hidden_ntd.masked_fill(~mask_nt[..., None], -torch.inf).amax(1).float()
-    return torch.einsum("ntd,nt->nd", hidden_ntd.float(), mask_nt.float())
+    left_in_ntd = hidden_ntd.float().masked_fill(~mask_nt[..., None], 0)
+    return torch.einsum("ntd,nt->nd", left_in_ntd, mask_nt.float())

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
 from probekit import paths
 
 ARCHITECTURES_CSV = Path(__file__).with_name("architectures.csv")
+ADAPTER_CONFIG = "adapter_config.json"
+HUB_PAGE = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<id>[^/]+/[^/@]+)(?:/tree/(?P<revision>.+?))?/?"
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,8 @@ def locate(model: str, home: str | Path | paths.Home | None = None) -> str:
     Parameters
     ----------
     model : str
-        The name of a preset, a folder (a relative one starts at the home), a hub id, or
-        ``id@revision``.
+        The name of a preset, a folder (a relative one starts at the home), a hub id,
+        ``id@revision``, or the address of its page on the hub.
     home : str, Path or Home, optional
         See :meth:`probekit.paths.Home.find`. The folder of a preset that is not below the home is
         looked for in the checkout.
@@ -139,19 +146,33 @@ def locate(model: str, home: str | Path | paths.Home | None = None) -> str:
     ------
     FileNotFoundError
         There is no such preset, or no checkpoint in the folder.
+    ValueError
+        The folder has an adapter, which is to be merged first.
     """
     name, _ = _split_revision(model, home)
     source = PRESETS[name].source if name in PRESETS else name
     folder = paths.Home.find(home).resolve(source)
+    if (folder / ADAPTER_CONFIG).is_file():
+        refuse_adapter(str(folder), folder / ADAPTER_CONFIG)
     if _is_checkpoint(folder):
         return str(folder)
     in_checkout = paths.CHECKOUT / source
     if name in PRESETS and _looks_like_folder(source) and _is_checkpoint(in_checkout):
         return str(in_checkout)
     if folder.is_dir() or _looks_like_folder(source):
+        configs = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+        inside = sorted(str(config.parent) for config in configs)
+        suggestion = f"did you mean {' or '.join(inside[:3])}? Else " if inside else ""
         raise FileNotFoundError(
-            f"{folder} is not a checkpoint folder (it has no config.json): give a folder with one, "
-            f"a hub id, or one of {', '.join(PRESETS)}"
+            f"{folder} is not a checkpoint folder (it has no config.json): {suggestion}give a "
+            f"folder with one, a hub id, or one of {', '.join(PRESETS)}"
+        )
+    if source in read_checked_architectures().index:
+        examples = [preset.source for preset in PRESETS.values() if preset.type == source]
+        suggestion = f", such as {examples[0]}" if examples else ""
+        raise FileNotFoundError(
+            f"{source} is a type of models, not a checkpoint: give a checkpoint of that type by "
+            f"its folder or hub id (owner/name){suggestion}"
         )
     if "/" not in source:
         similar = difflib.get_close_matches(source, PRESETS, n=1, cutoff=0.4)
@@ -176,10 +197,14 @@ def short_name(model: str, home: str | Path | paths.Home | None = None) -> str:
     Returns
     -------
     str
-        The last part of its id or folder, with the revision where `model` names one.
+        The last part of its id or folder, with the revision where `model` names one. The folder of
+        a training's checkpoint has the name of the training's before it: ``run-checkpoint-500``.
     """
     _, revision = _split_revision(model, home)
-    name = Path(locate(model, home)).name
+    path = Path(locate(model, home))
+    name = path.name
+    if re.fullmatch(r"checkpoint-\d+", name):
+        name = f"{path.parent.name}-{name}"
     if revision is None:
         return name
     return f"{name}@{revision.replace('/', '-')}"
@@ -209,42 +234,55 @@ def pinned_revision(
     return revision or named_revision or preset_revision
 
 
-def resolve_commit(
-    model: str,
-    revision: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    home: str | Path | paths.Home | None = None,
-) -> str | None:
-    """Return the commit that a hub id and a revision stand for at present.
+def check_names(models: Sequence[str], home: str | Path | paths.Home | None = None) -> None:
+    """Refuse different checkpoints that would have one name in tables and folders.
 
     Parameters
     ----------
-    model : str
+    models : sequence of str
         See :func:`locate`.
-    revision : str, optional
-        See :func:`pinned_revision`.
-    trust_remote_code : bool
-        Run code that comes with the checkpoint.
     home : str, Path or Home, optional
         See :func:`locate`.
 
-    Returns
-    -------
-    str or None
-        None for a folder.
+    Raises
+    ------
+    ValueError
+        The message names them.
     """
-    from transformers import AutoConfig  # takes seconds
+    first_by_name: dict[str, str] = {}
+    for model in models:
+        name = short_name(model, home)
+        first = first_by_name.setdefault(name, model)
+        is_same = locate(first, home) == locate(model, home)
+        if not is_same or pinned_revision(first, home=home) != pinned_revision(model, home=home):
+            raise ValueError(
+                f"{first} and {model} would both be called {name}, and could not be told apart: "
+                "rename one of the folders, or name hub ids with their revision (id@revision)"
+            )
 
-    source = locate(model, home)
-    if Path(source).is_absolute():
-        return None
-    config = AutoConfig.from_pretrained(
-        source,
-        revision=pinned_revision(model, revision, home=home),
-        trust_remote_code=trust_remote_code,
+
+def refuse_adapter(source: str, adapter_config: Path) -> NoReturn:
+    """Raise ValueError: an adapter is not applied, and is never passed over.
+
+    Parameters
+    ----------
+    source : str
+        The folder or hub id that has it.
+    adapter_config : Path
+        Its ``adapter_config.json``.
+    """
+    described = paths.read_json(adapter_config)
+    base = described.get("base_model_name_or_path") or "its base model"
+    raise ValueError(
+        f"{source} has an adapter ({adapter_config.name}, {described.get('peft_type', 'PEFT')} for "
+        f"{base}), and an adapter is neither applied nor passed over: merge it into its base "
+        "model,\n"
+        "    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("
+        f"{base!r}), {source!r})\n"
+        f"    model.merge_and_unload().save_pretrained({f'{Path(source).name}-merged'!r})\n"
+        "(from peft import PeftModel), save the processor of the base model beside it, and name "
+        "that folder; or, where the weights are merged already, take adapter_config.json out"
     )
-    return config._commit_hash
 
 
 def read_checked_architectures() -> pd.DataFrame:
@@ -289,7 +327,10 @@ def list_models() -> str:
 
 
 def _split_revision(model: str, home: str | Path | paths.Home | None) -> tuple[str, str | None]:
-    """Id and revision of ``id@revision``. A folder may have an @ in its name."""
+    """Id and revision of ``id@revision``, or of a page of the hub; a folder may have an @."""
+    page = HUB_PAGE.fullmatch(model)
+    if page is not None:
+        return page["id"], page["revision"]
     if paths.Home.find(home).resolve(model).is_dir():
         return model, None
     name, _, revision = model.partition("@")

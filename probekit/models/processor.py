@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from probekit.models.architectures import find_special_case
 
 IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index", "image_patch_id")
+# By `model_type`: where a processor keeps the word that stands for an image, if it is not the token
+# that stands for a part of one.
+IMAGE_WORD_NAMES = {"gemma3": "boi_token", "t5gemma2": "boi_token", "llama4": "fake_image_token"}
+# How image and prompt can be handed to a chat template.
+FORMS = ("parts", "word in parts", "word")
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,41 @@ class PromptProcessor:
                     "take it out"
                 )
 
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The checkpoint's chat template; of several the one called "default".
+
+        Raises
+        ------
+        ValueError
+            None of several is called "default".
+        """
+        template = self.processor.chat_template
+        if isinstance(template, list):
+            template = {named["name"]: named["template"] for named in template}
+        if isinstance(template, dict):
+            template = self._select_template(template)
+        return template or None
+
+    def _select_template(self, templates: Mapping[str, str]) -> str | None:
+        if len(templates) > 1 and "default" not in templates:
+            raise ValueError(
+                f"{self.name} has several chat templates ({', '.join(templates)}) and none called "
+                "default: save the one that is meant as chat_template.jinja"
+            )
+        return templates.get("default", next(iter(templates.values()), None))
+
+    @cached_property
+    def _image_word(self) -> str:
+        """The word that a processor replaces by an image; empty where it places images itself."""
+        name = IMAGE_WORD_NAMES.get(self.config.model_type, "image_token")
+        return str(getattr(self.processor, name, None) or "")
+
+    @property
+    def _places_images(self) -> bool:
+        """Whether the processor places images itself, wherever the text has none."""
+        return "{image}" not in find_special_case(self.config).prompt_format
+
     def wrap(self, prompt: str, *, with_image: bool = True) -> str:
         """Return the text that the model reads: image and prompt in the chat template.
 
@@ -185,16 +226,88 @@ class PromptProcessor:
         prompt : str
         with_image : bool
             False leaves the image out.
+
+        Raises
+        ------
+        ValueError
+            The chat template does not place images.
         """
-        if getattr(self.processor, "chat_template", None) is None:
-            image_token = getattr(self.processor, "image_token", None) or ""
-            before, _, after = find_special_case(self.config).prompt_format.partition("{prompt}")
-            before = before.replace("{image}", str(image_token) if with_image else "")
-            return before + prompt + after
-        content = [{"type": "image"}] if with_image else []
-        content.append({"type": "text", "text": prompt})
+        if self.chat_template is not None:
+            return self._fill_template(self._content_form, prompt, with_image=with_image)
+        before, _, after = find_special_case(self.config).prompt_format.partition("{prompt}")
+        before = before.replace("{image}", self._image_word if with_image else "")
+        return before + prompt + after
+
+    def _fill_template(self, form: str, prompt: str, *, with_image: bool) -> str:
+        """Return image and prompt in the chat template, handed over in one of the `FORMS`."""
+        with_image = with_image and not self._places_images
+        word = self._image_word if with_image else ""
+        content: str | list[dict[str, str]] = word + prompt
+        if form == "word in parts":
+            content = [{"type": "text", "text": word + prompt}]
+        if form == "parts":
+            content = [{"type": "image"}] if with_image else []
+            content.append({"type": "text", "text": prompt})
         messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        if form == "parts":
+            return self.processor.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=True
+            )
+        return self.processor.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+        )
+
+    @cached_property
+    def _content_form(self) -> str:
+        """The first of the `FORMS` in which the chat template shows both image and prompt.
+
+        Templates of processors take parts; many that only the tokenizer has take text.
+
+        Raises
+        ------
+        ValueError
+            There is none.
+        """
+        prompt = "Is there a dog?"
+        for form in FORMS:
+            try:
+                text = self._fill_template(form, prompt, with_image=True)
+                text_alone = self._fill_template(form, prompt, with_image=False)
+            except (TemplateError, TypeError, ValueError):
+                continue  # the template wants the content in another form
+            shows_prompt = prompt in text and "'type'" not in text
+            shows_image = text != text_alone
+            if form != "parts":
+                shows_image = bool(self._image_word) and text.count(self._image_word) == 1
+            if shows_prompt and (shows_image or self._places_images):
+                return form
+        raise ValueError(
+            f"{self.name}: the chat template of this checkpoint does not show one image and the "
+            "prompt: take that of the model it was trained from (save its processor beside the "
+            "weights), or delete the template"
+        )
+
+    def describe_format(self) -> str | None:
+        """Say what the model is given where the checkpoint leaves that open, in one line.
+
+        Returns
+        -------
+        str or None
+            None with a chat template that takes images, and for architectures that are known to
+            have none.
+        """
+        has_known_format = find_special_case(self.config).prompt_format != "{image}{prompt}"
+        if self.chat_template is None and not has_known_format:
+            return (
+                f"{self.name} has no chat template: it is given {self.wrap('{prompt}')!r}; where "
+                "it was trained with one, save that beside it as chat_template.jinja"
+            )
+        if self.chat_template is not None and self._content_form != "parts":
+            return (
+                f"{self.name} has a chat template for text: the image comes right before the "
+                f"prompt, {self.wrap('{prompt}')!r}"
+            )
+        return None
 
     def prepare(self, image: Image.Image | None, prompts: Sequence[str]) -> PreparedImage:
         """Put one image and each of k prompts through the processor; the image is processed once.
@@ -215,20 +328,50 @@ class PromptProcessor:
             A prompt is longer than the model's positions, has special tokens, or changes the number
             of image tokens; or the chat template places no image.
         """
-        texts = [self.wrap(self.escape(prompt), with_image=image is not None) for prompt in prompts]
+        escaped = [self.escape(prompt) for prompt in prompts]
+        texts = [self.wrap(prompt, with_image=image is not None) for prompt in escaped]
         options = self._tokenizer_options(texts[0])
         if image is None:
             image_inputs: dict[str, torch.Tensor] = {}
-            rows = self.processor.tokenizer(texts, **options)["input_ids"]
-            tokens = [{"input_ids": np.array(row)} for row in rows]
-            image_masks = [np.zeros(len(row), dtype=bool) for row in rows]
+            tokens = [
+                {"input_ids": np.array(self._tokenize_alone(text, options))} for text in texts
+            ]
+            image_masks = [np.zeros(len(row["input_ids"]), dtype=bool) for row in tokens]
         else:
             image_inputs, tokens = self._process(image, texts, options)
             image_masks = [self._find_image_tokens(row) for row in tokens]
         self._check_lengths(tokens, prompts)
+        self._check_that_prompts_are_in(tokens, image_masks, escaped)
         if image is not None:
             self._check_image_tokens(image_masks, prompts)
         return PreparedImage(image_inputs, tokens, image_masks)
+
+    def show(self, image: Image.Image, prompt: str) -> str:
+        """Return a prompt as the model gets it, for people to read.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+        prompt : str
+
+        Returns
+        -------
+        str
+            All its tokens as text, with a run of image tokens as ``<image> × 256``, and their
+            numbers.
+        """
+        prepared = self.prepare(image, [prompt])
+        ids = prepared.tokens[0]["input_ids"]
+        is_image = prepared.image_masks[0]
+        starts = np.flatnonzero(is_image[1:] != is_image[:-1]) + 1
+        pieces = []
+        for run, of_image in zip(np.split(ids, starts), np.split(is_image, starts), strict=True):
+            if of_image.any():
+                word = self.processor.tokenizer.decode(run[:1].tolist()) or "<image>"
+                pieces.append(f"{word} × {len(run)}")
+            else:
+                pieces.append(self.processor.tokenizer.decode(run.tolist()))
+        return f"{''.join(pieces)}\n({len(ids):,} tokens, {is_image.sum():,} of them the image's)"
 
     def _tokenizer_options(self, text: str) -> dict[str, bool]:
         """Keep the tokenizer from adding a first token where the chat template has written it."""
@@ -236,6 +379,16 @@ class PromptProcessor:
         if first_token and text.startswith(str(first_token)):
             return {"add_special_tokens": False}
         return {}
+
+    def _tokenize_alone(self, text: str, options: Mapping[str, bool]) -> list[int]:
+        """Return the token ids of a text without an image.
+
+        Some processors write a first token that their tokenizer does not; some want an image.
+        """
+        try:
+            return self.processor(text=[text], **options)["input_ids"][0]
+        except (TypeError, ValueError, AttributeError):
+            return self.processor.tokenizer([text], **options)["input_ids"][0]
 
     def _process(
         self, image: Image.Image, texts: Sequence[str], options: Mapping[str, bool]
@@ -263,6 +416,11 @@ class PromptProcessor:
                 # A mask of the image processor gives way to the tokenizer's mask of the same name.
                 image_names = set(single.output) - {"attention_mask"}
                 image_inputs = {name: single.output[name] for name in batch if name in image_names}
+                if len(batch["input_ids"]) != len(group):
+                    raise ValueError(
+                        f"the processor of {self.name} makes {len(batch['input_ids'])} rows of "
+                        f"{len(group)} prompts, so this checkpoint cannot be probed"
+                    )
                 of_tokens = {
                     name: values.numpy()
                     for name, values in batch.items()
@@ -292,6 +450,23 @@ class PromptProcessor:
                 "longest_side"
             )
 
+    def _check_that_prompts_are_in(
+        self,
+        tokens: Sequence[Mapping[str, np.ndarray]],
+        image_masks: Sequence[np.ndarray],
+        prompts: Sequence[str],
+    ) -> None:
+        """Refuse tokens that do not contain their prompt."""
+        tokenizer = self.processor.tokenizer
+        for row, mask, prompt in zip(tokens, image_masks, prompts, strict=True):
+            prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            text = "".join(tokenizer.decode(row["input_ids"][~mask]).split())
+            if "".join(tokenizer.decode(prompt_ids).split()) not in text:
+                raise ValueError(
+                    f"the processor or the chat template of {self.name} leaves out the prompt "
+                    f"{prompt[:80]!r}: what it makes of it is {text[:200]!r}"
+                )
+
     def _check_image_tokens(
         self, image_masks: Sequence[np.ndarray], prompts: Sequence[str]
     ) -> None:
@@ -305,8 +480,9 @@ class PromptProcessor:
                 )
         if self.image_id is not None and fewest == 0:
             raise ValueError(
-                f"{self.name} gets no image token with the prompt {prompts[0][:80]!r}: the chat "
-                "template of this checkpoint does not place images"
+                f"{self.name} gets no image token with {self.wrap(prompts[0][:80])!r}: its chat "
+                "template does not name an image as its processor expects it; take template and "
+                "processor of one model"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +12,46 @@ from probekit.models.forward import WAYS, States, run_pooled
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
 
-# Largest difference to plain passes, relative to a layer's largest value, by floating type.
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 
-# What torch says on MPS and on a CPU; only CUDA has an exception of its own.
-OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
+class Precision(NamedTuple):
+    """What a floating type lets two right passes differ by.
+
+    Attributes
+    ----------
+    spread : float
+        In standard deviations of a channel over examples.
+    rounding : float
+        Relative to a channel's mean magnitude.
+    padding : float
+        Likewise `spread`, but between a padded batch and passes alone, whose difference is the
+        measure of all others.
+    """
+
+    spread: float
+    rounding: float
+    padding: float
+
+
+PRECISIONS = {
+    "float32": Precision(spread=1e-3, rounding=1e-5, padding=1e-3),
+    "float16": Precision(spread=1e-2, rounding=5e-4, padding=0.1),
+    "bfloat16": Precision(spread=2e-2, rounding=4e-3, padding=0.3),
+}
+NOISE_FACTOR = 3  # how much more than the noise of another batching a sound way may differ
+
+# A channel that hardly varies is measured by this part of the layer's median one.
+SMALLEST_SPREAD = 0.01
+TINY = 1e-30  # in place of a zero that something is divided by
+
+# What torch says on MPS, on a CPU and in CUDA's libraries; only CUDA itself has an exception.
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "invalid buffer size",
+    "status_alloc_failed",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -24,7 +60,8 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+    text = str(error).lower()
+    return any(message in text for message in OUT_OF_MEMORY_MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -51,10 +88,12 @@ def choose_way(
     stages: Sequence[str],
     ways: Sequence[str],
 ) -> tuple[SharingVerdict, States]:
-    """Choose the first way in which a batch has the states of passes alone, in every layer.
+    """Choose the first way in which a batch has the states of plain passes in all decoder layers.
 
-    The last prompt of the image with the most prompts, to which the most could have happened, is
-    compared with a pass of its own.
+    Every example is compared with the plain batch, channel by channel. What counts is a difference
+    in standard deviations over examples, since that is what a probe sees. The plain batch itself is
+    compared with passes alone, for the first and the last prompt of the first and the last image.
+    What they differ by is noise of batching; a sound way may have somewhat more of it.
 
     Parameters
     ----------
@@ -79,48 +118,152 @@ def choose_way(
         A way does not fit the memory (:func:`is_out_of_memory`).
     """
     poolings = list(dict.fromkeys([*poolings, "mean", "last"]))
-    compared_image, compared_row = _find_compared_prompt(prepared)
-    failures: list[str] = []
-    states_alone: States | None = None
+    trial = _Trial(vlm, prepared, poolings=poolings, stages=stages)
+    failures = []
     for way in ways:
-        try:
-            states = run_pooled(vlm, prepared, poolings=poolings, stages=stages, way=way)
-        except Exception as error:  # whatever an architecture makes of it, the next way is tried
-            if is_out_of_memory(error):
-                raise
-            failures.append(f"{way}: {type(error).__name__} ({str(error)[:160]})")
+        states = trial.run(way)
+        if isinstance(states, Exception):
+            failures.append(f"{way}: {type(states).__name__} ({str(states)[:160]})")
             continue
-        if states_alone is None:
-            states_alone = run_pooled(vlm, [compared_image.with_prompt(-1)], poolings=poolings)
-        key, difference = _largest_difference(states, states_alone, row=compared_row)
-        if difference <= TOLERANCE[vlm.dtype]:
-            success = f"{WAYS[way]}, largest difference to plain passes {difference:.1e} ({key})"
+        difference = trial.compare(way, states)
+        if difference.excess <= 1:
+            success = f"{WAYS[way]}, largest difference to plain passes {difference}"
             return SharingVerdict(way, _join_reasons(success, failures)), states
-        failures.append(f"{way}: differs by {difference:.1e} ({key})")
+        times = f"{difference.excess:.1f} times what rounding explains"
+        failures.append(f"{way}: differs by {difference}, {times}")
     verdict = SharingVerdict("alone", _join_reasons(WAYS["alone"], failures))
     states = run_pooled(vlm, prepared, poolings=poolings, stages=stages, way="alone")
     return verdict, states
 
 
-def _find_compared_prompt(prepared: Sequence[PreparedImage]) -> tuple[PreparedImage, int]:
-    """Return the last image with the most prompts, and the row of its last prompt."""
-    prompt_counts = [len(image.tokens) for image in prepared]
-    place = max(range(len(prepared)), key=lambda i: (prompt_counts[i], i))
-    return prepared[place], sum(prompt_counts[: place + 1]) - 1
+class _Difference(NamedTuple):
+    """Where states differ the most.
 
-
-def _largest_difference(states: States, states_alone: States, *, row: int) -> tuple[str, float]:
-    """Find where one row differs the most from a pass alone, and by how much.
-
-    Differences are relative to the layer's largest value.
+    `excess` is relative to what is tolerated, `deviations` in standard deviations over examples.
     """
-    differences = {}
-    for key, alone_1d in states_alone.items():
-        alone_d = alone_1d[0]
-        difference = (states[key][row] - alone_d).abs().max() / alone_1d.abs().max()
-        differences[key] = float(difference.nan_to_num(torch.inf))
-    worst = max(differences, key=lambda key: differences[key])
-    return worst, differences[worst]
+
+    excess: float
+    deviations: float
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.deviations:.1e} standard deviations ({self.key})"
+
+
+class _Trial:
+    """One batch, run in several ways.
+
+    Plain passes are at hand in two batchings: all prompts in one batch, and some prompts alone.
+    """
+
+    def __init__(
+        self,
+        vlm: Vlm,
+        prepared: Sequence[PreparedImage],
+        *,
+        poolings: Sequence[str],
+        stages: Sequence[str],
+    ) -> None:
+        self.vlm = vlm
+        self.prepared = prepared
+        self.poolings = poolings
+        self.stages = stages
+        self.precision = PRECISIONS[vlm.dtype]
+        self.prompts = _find_compared_prompts(prepared)
+        self._states_by_way: dict[str, States | Exception] = {}
+        self.run("plain")
+        each = [
+            run_pooled(vlm, [prepared[image].with_prompt(k)], poolings=poolings)
+            for image, k in self.prompts
+        ]
+        self.states_alone = {key: torch.cat([states[key] for states in each]) for key in each[0]}
+
+    def run(self, way: str) -> States | Exception:
+        """Run the batch, once in each way; an error is a result, too, whatever raises it."""
+        if way not in self._states_by_way:
+            try:
+                self._states_by_way[way] = run_pooled(
+                    self.vlm, self.prepared, poolings=self.poolings, stages=self.stages, way=way
+                )
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._states_by_way[way] = error
+        return self._states_by_way[way]
+
+    def compare(self, way: str, states: States) -> _Difference:
+        """Compare a way with the plain batch, and that with passes alone."""
+        plain = states if way == "plain" else self.run("plain")
+        if isinstance(plain, Exception):
+            return self._compare_with_alone(states)
+        of_padding = self._compare_with_alone(plain)
+        if way == "plain":
+            return of_padding
+        if of_padding.excess > 1:
+            return self._compare_with_alone(states)
+        noise = {}
+        for key, values in self._select_compared(plain).items():
+            noise[key] = (values - self.states_alone[key]).square().mean(0).sqrt()
+        return _find_largest_difference(
+            states,
+            {key: plain[key] for key in self.states_alone},
+            spread_part=self.precision.spread,
+            rounding=self.precision.rounding,
+            noise=noise,
+        )
+
+    def _compare_with_alone(self, states: States) -> _Difference:
+        return _find_largest_difference(
+            self._select_compared(states),
+            self.states_alone,
+            spread_part=self.precision.padding,
+            rounding=self.precision.rounding,
+        )
+
+    def _select_compared(self, states: States) -> States:
+        """Select the rows of the compared prompts, of the decoder's layers."""
+        counts = [len(image.tokens) for image in self.prepared]
+        rows = [sum(counts[:image]) + k for image, k in self.prompts]
+        return {key: states[key][rows] for key in self.states_alone}
+
+
+def _find_compared_prompts(prepared: Sequence[PreparedImage]) -> list[tuple[int, int]]:
+    """Find the first and last prompts of the first and last image and of the one with the most.
+
+    Each is the number of an image, and that of a prompt.
+    """
+    counts = [len(image.tokens) for image in prepared]
+    images = {0, len(counts) - 1, counts.index(max(counts))}
+    return sorted({(image, k) for image in images for k in (0, counts[image] - 1)})
+
+
+def _find_largest_difference(
+    states: States,
+    expected: States,
+    *,
+    spread_part: float,
+    rounding: float,
+    noise: States | None = None,
+) -> _Difference:
+    """Find the example and layer that differ the most, relative to what is tolerated.
+
+    Each channel is measured by what it may differ by; the root mean square over channels counts,
+    so neither a channel that is large nor one that never changes hides the others.
+    """
+    differences = []
+    for key, expected_nd in expected.items():
+        spread_d = expected_nd.std(0, correction=0)
+        spread_d = spread_d.clamp(min=float(spread_d.median()) * SMALLEST_SPREAD)
+        tolerated_d = spread_part * spread_d + rounding * expected_nd.abs().mean(0)
+        if noise is not None:
+            tolerated_d = tolerated_d + NOISE_FACTOR * noise[key]
+        smallest = max(float(tolerated_d.median()) * SMALLEST_SPREAD, TINY)
+        error_nd = (states[key] - expected_nd).abs().nan_to_num(torch.inf)
+        excess_n = (error_nd / tolerated_d.clamp(min=smallest)).square().mean(1).sqrt()
+        row = int(excess_n.argmax())
+        deviations = float((error_nd[row] / spread_d.clamp(min=TINY)).median())
+        differences.append(_Difference(float(excess_n[row]), deviations, key))
+    return max(differences)
 
 
 def _join_reasons(result: str, failures: Sequence[str]) -> str:

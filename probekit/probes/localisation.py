@@ -43,6 +43,10 @@ VERSION = 3
 LEAVE_OUT = 'localise="" leaves it out'
 
 
+class _NothingToLocalise(ValueError):
+    """Too few test images show a category in a box."""
+
+
 # ---- one image ----
 
 
@@ -305,7 +309,7 @@ def _localise(
     stored: dict[str, np.ndarray] = {}
     image_n = []
     scores: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    settings = activations.meta["settings"]
+    settings = activations.meta["jobs"][-1] | activations.meta["settings"]
     vlm = _load_model(settings, device, home)
     try:
         heat_maps = _compute_all_heat(vlm, rows, weights=weights, settings=settings, home=home)
@@ -328,9 +332,9 @@ def _localise(
     finally:
         vlm.release()
     if len(set(image_n)) < 2:
-        raise ValueError(
-            "fewer than two test images show a category of the task in a box that covers a part of "
-            f"them: take more test images; {LEAVE_OUT}"
+        raise _NothingToLocalise(
+            f"no heat maps of {activations.meta['model']}: fewer than two test images show a "
+            "category of the task in a box that covers a part of them; more test images may"
         )
     table = localisation_table(
         {metric: np.array(scores_nl) for metric, scores_nl in scores.items()},
@@ -409,7 +413,8 @@ def add_localisation(
 
     The models run once more, over the test images. Heat that `folder` holds for these settings is
     read back. What can have no heat (activations without ``"logreg"`` probes of decoder layers, a
-    model whose tokens have no known place in the image) is passed over with a line that says so.
+    model whose tokens have no known place in the image, test images without boxes) is passed over
+    with a line that says so.
 
     Parameters
     ----------
@@ -441,8 +446,6 @@ def add_localisation(
     ------
     OSError
         A model cannot be loaded again.
-    ValueError
-        Fewer than two test images show a category of the task in a box.
     """
     home = paths.Home.find(home)
     info = results.tasks.get(task)
@@ -513,7 +516,7 @@ def _store_heat(
     reason = ""
     try:
         table, tensors = _localise(activations, question, weights=weights, device=device, home=home)
-    except NoTokenGrid as error:
+    except (NoTokenGrid, _NothingToLocalise) as error:
         reason = str(error)
     else:
 

@@ -22,7 +22,7 @@ from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
-from probekit.tasks.building import table_fingerprint
+from probekit.tasks.building import SPLITS, table_fingerprint
 
 # The kinds of probe, and the words for them.
 PROBES = {
@@ -247,17 +247,38 @@ def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[_Label
     """Make the true labels, then those of each control and seed.
 
     Warns of controls that the task cannot have.
+
+    Raises
+    ------
+    ValueError
+        The true labels cannot be scored.
     """
+    _check_scorable(task.true, f"task {task.name}")
     label_sets = {_LabelKey("none", settings.seeds[0]): task.true}
     for name in settings.controls:
         try:
             of_control = {_LabelKey(name, seed): task.labels(name, seed) for seed in settings.seeds}
+            for labels in of_control.values():
+                _check_scorable(labels, "it")
         except ValueError as error:
             message = f"{task.name} has no {controls.CONTROL_WORDS[name]}: {error}"
             warnings.warn(message, stacklevel=3)
             continue
         label_sets.update(of_control)
     return label_sets
+
+
+def _check_scorable(labels: LabelSet, name: str) -> None:
+    """Refuse labels that a split has nothing of, before any probe is fitted to them."""
+    for split in SPLITS:
+        _, mask_nc, image_n = labels.select(split)
+        images = len(np.unique(image_n[mask_nc.any(1)]))
+        needed = 1 if split == "train" else 2  # resamples of one image are all the same
+        if images < needed:
+            raise ValueError(
+                f"{name} has labels of {images} images in {split}, and needs those of {needed} or "
+                "more: take more images, or other categories, in 01_build_data"
+            )
 
 
 def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,12 @@ from probekit.report.style import DARK, LIGHT
 from probekit.report.templates import render
 
 PLOTLY_CONFIG = {"displaylogo": False, "responsive": True}
+LONGEST_PICTURE = 60.0  # seconds without a further picture, after which Chrome is given up
+LONGEST_ENDING = 10.0  # seconds to wait for what is left of it
+PICTURES_NEED = (
+    "they need a Chrome that starts, kaleido and psutil (pip install kaleido psutil, or "
+    "pip install -e '.[export]' in the checkout)"
+)
 
 
 class _Paragraph(NamedTuple):
@@ -66,6 +75,7 @@ def write_page(
     summary: Sequence[str],
     settings: Mapping[str, object] | None = None,
     files: Mapping[str, str] | None = None,
+    reading: Sequence[Mapping[str, object]] | None = None,
 ) -> Path:
     """Write ``index.html``, which shows all figures in light or dark, and a page for each figure.
 
@@ -87,6 +97,8 @@ def write_page(
         What the run was made with, by name.
     files : mapping of str to str, optional
         What each table in the folder holds, by file name.
+    reading : sequence of mapping, optional
+        Rows of a table, all with the same names: what was read of the dataset, and what was not.
 
     Returns
     -------
@@ -107,6 +119,7 @@ def write_page(
         sections=sections,
         settings=settings,
         files=files,
+        reading=reading,
         light_theme=_theme_values(LIGHT),
         dark_theme=_theme_values(DARK),
     )
@@ -155,29 +168,104 @@ def write_images(
     Returns
     -------
     str
-        One line that says what was written, or what is missing.
+        One line that says what was written, and names what could not be.
     """
-    stills = [_without_controls(figure.figure) for figure in figures.values()] * len(formats)
-    files = [folder / f"{name}.{suffix}" for suffix in formats for name in figures]
-    try:
-        plotly.io.write_images(
-            stills,
-            files,
-            scale=scale,
-            width=[still.layout.meta["width"] for still in stills],
-            height=[still.layout.height for still in stills],
-        )
-    except (ValueError, RuntimeError) as error:  # a missing kaleido, and a missing Chrome
-        reason = str(error).strip().splitlines()[0]
-        return (
-            f"no pictures ({reason}): they need kaleido (pip install kaleido, or "
-            "pip install -e '.[export]' in the checkout) and a Chrome"
-        )
-    if "png" in formats:
-        for name in figures:
-            _reduce_colours(folder / f"{name}.png")
+    stills = {name: _without_controls(figure.figure) for name, figure in figures.items()}
+    pictures = {folder / f"{name}.{suffix}": stills[name] for suffix in formats for name in figures}
+    for file in pictures:
+        file.unlink(missing_ok=True)
+    reason = _draw(pictures, scale)
+    lost = _lost(pictures)
+    if 1 < len(lost) < len(pictures):
+        # Pictures are drawn in their order: what Chrome ended or froze at is the first that lacks.
+        first, *others = lost
+        reason = _draw({file: pictures[file] for file in others}, scale) or reason
+        lost = [first, *_lost(others)]
+    if len(lost) == len(pictures):
+        return f"no pictures ({reason or 'Chrome drew none'}): {PICTURES_NEED}"
     format_words = " and ".join(suffix.upper() for suffix in formats)
-    return f"{len(figures)} pictures in {folder}, as {format_words}"
+    if not lost:
+        return f"{len(figures)} pictures in {folder}, as {format_words}"
+    names = ", ".join(file.name for file in lost)
+    return (
+        f"{len(pictures) - len(lost)} of {len(pictures)} pictures in {folder}, without {names}: "
+        f"{reason or 'Chrome could not draw them'}; the page shows all figures"
+    )
+
+
+def _draw(pictures: Mapping[Path, go.Figure], scale: float) -> str:
+    """Write pictures as far as Chrome comes, and return why it stopped: "" where it did not.
+
+    Chrome may freeze, and kaleido then waits for good: a thread waits for it instead, and Chrome is
+    ended once no further picture appears for :data:`LONGEST_PICTURE` seconds.
+    """
+    errors: list[Exception] = []
+
+    def write() -> None:
+        try:
+            plotly.io.write_images(
+                list(pictures.values()),
+                list(pictures),
+                scale=scale,
+                width=[still.layout.meta["width"] for still in pictures.values()],
+                height=[still.layout.height for still in pictures.values()],
+            )
+        except Exception as error:  # kaleido's, its browser's, asyncio's, the disk's
+            errors.append(error)
+
+    try:
+        import psutil
+    except ImportError as error:
+        return str(error)
+    this_process = psutil.Process()
+    older_children = set(this_process.children(recursive=True))
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    written = 0
+    deadline = time.monotonic() + LONGEST_PICTURE
+    try:
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.1)
+            if _count_written(pictures) > written:
+                written = _count_written(pictures)
+                deadline = time.monotonic() + LONGEST_PICTURE
+        if thread.is_alive():
+            return f"Chrome drew nothing for {LONGEST_PICTURE:.0f} s"
+    finally:
+        if thread.is_alive():
+            for child in set(this_process.children(recursive=True)) - older_children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            thread.join(LONGEST_ENDING)
+    return _first_line(errors[0]) if errors else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_written(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
+def _count_written(files: Iterable[Path]) -> int:
+    return sum(_is_written(file) for file in files)
+
+
+def _lost(files: Iterable[Path]) -> list[Path]:
+    """Return the files that are missing or broken, and remove what is left of them."""
+    lost = []
+    for file in files:
+        try:
+            if not _is_written(file):
+                raise FileNotFoundError(file)
+            if file.suffix == ".png":
+                _reduce_colours(file)
+        except OSError:
+            lost.append(file)
+            file.unlink(missing_ok=True)
+    return lost
 
 
 def _without_controls(figure: go.Figure) -> go.Figure:

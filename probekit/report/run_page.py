@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from probekit.paths import read_json
 from probekit.report.figures import Figure
 from probekit.report.page import write_page
 from probekit.report.page_explorer import page_explorers
@@ -46,4 +47,12 @@ def write_run_page(
         summary=run.results.summary(probe=probe),
         settings=run.settings,
         files=run.write_tables(folder),
+        reading=_reading_report(run),
     )
+
+
+def _reading_report(run: SavedRun) -> list[dict]:
+    """Return what a build says about the dataset that it read; nothing of an older build."""
+    record = read_json(run.home.data / "tasks" / run.name / "build.json")
+    rows = record.get("report", [])
+    return [{name: "" if value is None else value for name, value in row.items()} for row in rows]

@@ -37,7 +37,8 @@ class BuildSettings:
     seed : int
         Seed of the drawn images, captions and categories.
     max_bad : float
-        Largest share of unreadable images that is left out without stopping.
+        Largest share of unreadable images that is left out without stopping; also of images that
+        lose their captions because the names in a table fit none.
     labels_from : str
         ``"instances"``, or ``"captions"``: the words of an image's first caption.
     smallest : float

@@ -8,18 +8,21 @@ A row is one example: `image_id, file, split, task, prompt, labels, mask`, and w
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
 import xxhash
+from tqdm.auto import tqdm
 
-from probekit import paths
+from probekit import parameters, paths
 from probekit.data import layouts, statement_files
+from probekit.data.boxes import fit_to_files
 from probekit.data.dataset import Dataset
-from probekit.images import unreadable_images
+from probekit.data.report import ReadingReport, join_reports
+from probekit.images import check_images
 from probekit.tasks import objects
 from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings, Selection, Task, task_infos, task_source
@@ -28,7 +31,7 @@ from probekit.tasks.registry import TASKS, find_tasks
 
 SPLITS = ("train", "validation", "test")
 # Version of the files that a build leaves. Files of another version are built again.
-VERSION = 8
+VERSION = 9
 FREQUENT = 40
 LISTED_IMAGES = 50
 
@@ -40,6 +43,7 @@ def select_images(
     settings: BuildSettings,
     dataset: Dataset,
     *,
+    report: ReadingReport,
     home: str | Path | paths.Home | None = None,
 ) -> tuple[Selection, pd.DataFrame]:
     """Draw images, leave out those that cannot be read, and split the others.
@@ -53,6 +57,8 @@ def select_images(
         How many images to draw, and what to read from their annotations.
     dataset : Dataset
         The dataset that `settings` names.
+    report : ReadingReport
+        Is told of what is corrected, left out and used.
     home : str, Path or Home, optional
         Where relative paths start, see :meth:`probekit.paths.Home.find`.
 
@@ -61,7 +67,8 @@ def select_images(
     selection : Selection
         The images, and all that tasks may ask about them.
     left_out : DataFrame
-        The images that cannot be read: `image_id`, `file`, `reason`.
+        The images that cannot be read, or whose boxes cannot be placed: `image_id`, `file`,
+        `reason`.
 
     Raises
     ------
@@ -69,23 +76,21 @@ def select_images(
         A setting makes no sense, there are too few images, or more images than `max_bad` allows
         cannot be read; the message lists them.
     """
-    _check_settings(settings)
     statements = {
-        name: _read_usable_statements(file, dataset)
+        name: statement_files.usable_statements(file, dataset.images, report)
         for name, file in _statement_files(settings.tasks, home).items()
     }
     images = _draw_images(settings, dataset, statements=statements)
-    left_out = unreadable_images(images)
-    _check_unreadable(left_out, len(images), settings=settings)
-    images = images.drop(index=left_out.image_id)[["file", "split", "width", "height"]]
+    images, instances, left_out = _check_files(images, dataset, settings=settings, report=report)
     captions = _captions_by_image(dataset, images)
-    instances = _instances_of(dataset, images, smallest=settings.smallest)
+    instances = _mark_tiny(instances, images, smallest=settings.smallest)
     annotated_nc, annotated_unclear_nc = objects.categories_from_instances(
         instances, images.index, names=dataset.categories
     )
     names = _category_names(dataset, settings)
     if settings.labels_from == "captions":
         shows_nc = objects.categories_from_captions(captions, images.index, names=names)
+        objects.check_named(shows_nc)
         unclear_nc = pd.DataFrame(False, index=images.index, columns=shows_nc.columns)
     else:
         shows_nc = annotated_nc.reindex(columns=names, fill_value=False)
@@ -106,21 +111,13 @@ def select_images(
         annotated_unclear_nc=annotated_unclear_nc,
         home=paths.Home.find(home),
     )
+    report.note("this run", "images", outcome="used", count=len(images))
+    report.note("this run", "captions", outcome="used", count=int(captions.map(len).sum()))
+    report.note("this run", "instances", outcome="used", count=len(instances))
+    for name, table in statements.items():
+        is_used = table.image_id.isin(images.index)
+        report.note(name, "statements", outcome="used", count=int(is_used.sum()))
     return selection, left_out
-
-
-def _check_settings(settings: BuildSettings) -> None:
-    if not 1 <= settings.captions <= 5:
-        raise ValueError(
-            f"captions={settings.captions}: take 1 to 5 captions per image; as many captions of "
-            "other images are added"
-        )
-    if settings.labels_from not in ("instances", "captions"):
-        raise ValueError(f"labels_from={settings.labels_from!r}: take instances or captions")
-    if not 0 <= settings.smallest < 1:
-        raise ValueError(
-            f"smallest={settings.smallest}: take a share of the image's area, from 0 to below 1"
-        )
 
 
 def _statement_files(names: Sequence[str], home: str | Path | paths.Home | None) -> dict[str, Path]:
@@ -131,18 +128,6 @@ def _statement_files(names: Sequence[str], home: str | Path | paths.Home | None)
     return files
 
 
-def _read_usable_statements(file: Path, dataset: Dataset) -> pd.DataFrame:
-    """Return the statements of a file whose images the dataset has."""
-    statements = statement_files.read_statements(file)
-    usable = statement_files.match_statements(statements, dataset.images)
-    if usable.empty:
-        raise ValueError(
-            f"none of the images that {file} names ({statements.image[0]}, ...) is in this dataset "
-            f"({Path(dataset.images.file.iloc[0]).name}, ...): name the dataset that it is about"
-        )
-    return usable
-
-
 def _draw_images(
     settings: BuildSettings, dataset: Dataset, *, statements: dict[str, pd.DataFrame]
 ) -> pd.DataFrame:
@@ -151,6 +136,8 @@ def _draw_images(
     for table in statements.values():
         statement_images.update(table.image_id)
     has_caption = dataset.images.index.isin(dataset.captions.image_id)
+    if dataset.captions.empty and len(dataset.instances):
+        has_caption[:] = True  # a dataset of objects: every image counts
     has_statement = dataset.images.index.isin(list(statement_images))
     usable = dataset.images[has_caption | has_statement].sort_index()
     sizes = [settings.train, settings.validation, settings.test]
@@ -169,6 +156,30 @@ def _draw_images(
     return images[:count].assign(split=np.repeat(SPLITS, sizes))
 
 
+def _check_files(
+    images: pd.DataFrame, dataset: Dataset, *, settings: BuildSettings, report: ReadingReport
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Decode the images, and bring their instances into the pixels of the files.
+
+    Returns images, their instances, and the images that are left out.
+    """
+    checked = check_images(images)
+    reasons = checked.reason.dropna()
+    readable = images.drop(index=reasons.index)[["file", "split", "width", "height"]]
+    instances = dataset.instances[dataset.instances.image_id.isin(readable.index)]
+    fitted = fit_to_files(readable, instances, sizes=checked, report=report)
+    for line in report.lines():
+        tqdm.write(line)
+    reasons = pd.concat([reasons, pd.Series(fitted.reasons, dtype=object)])
+    left_out = images.file[reasons.index].to_frame().assign(reason=reasons)
+    left_out = left_out.rename_axis("image_id").reset_index()
+    _check_unreadable(left_out, len(images), settings=settings)
+    for reason, count in left_out.reason.value_counts().items():
+        report.note("image files", "images", outcome="left out", count=count, reason=str(reason))
+    images = fitted.images.drop(index=list(fitted.reasons))
+    return images, fitted.instances[fitted.instances.image_id.isin(images.index)], left_out
+
+
 def _check_unreadable(unreadable: pd.DataFrame, count: int, *, settings: BuildSettings) -> None:
     if len(unreadable) <= settings.max_bad * count:
         return
@@ -184,8 +195,7 @@ def _captions_by_image(dataset: Dataset, images: pd.DataFrame) -> pd.Series:
     return captions.caption.map(clean_caption).groupby(captions.image_id).agg(list)
 
 
-def _instances_of(dataset: Dataset, images: pd.DataFrame, *, smallest: float) -> pd.DataFrame:
-    instances = dataset.instances[dataset.instances.image_id.isin(images.index)]
+def _mark_tiny(instances: pd.DataFrame, images: pd.DataFrame, *, smallest: float) -> pd.DataFrame:
     image_area = (images.width * images.height).reindex(instances.image_id).to_numpy()
     return instances.assign(tiny=instances.area.to_numpy(dtype=float) < smallest * image_area)
 
@@ -249,6 +259,7 @@ def build_examples(
     FileNotFoundError
         There is no such dataset.
     """
+    settings = replace(settings, **parameters.read_parameters(asdict(settings)))
     home = paths.Home.find(home)
     tasks = find_tasks(settings.tasks, home)
     fingerprint = _source_fingerprint(settings, home)
@@ -260,9 +271,12 @@ def build_examples(
     # The record vouches for the other files, so it goes first and is written last.
     record_file.unlink(missing_ok=True)
     if dataset is None:
-        dataset = layouts.read_dataset(home.resolve(settings.folder), settings.coco_splits)
+        dataset = layouts.read_dataset(
+            home.resolve(settings.folder), settings.coco_splits, max_bad=settings.max_bad
+        )
     _check_needs(tasks, settings, dataset=dataset)
-    selection, left_out = select_images(settings, dataset, home=home)
+    report = ReadingReport()
+    selection, left_out = select_images(settings, dataset, report=report, home=home)
     examples = _ask_tasks(tasks, selection)
     examples["file"] = [home.relative(Path(file)) for file in examples.file]
     paths.write_atomic(examples_file, examples.to_parquet)
@@ -275,6 +289,7 @@ def build_examples(
         "fingerprint": fingerprint,
         "settings": asdict(settings),
         "left_out_images": len(left_out),
+        "report": join_reports([dataset.report, report.table()]).to_dict("records"),
         "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow"),
     }
     paths.write_json(record_file, record)
@@ -348,9 +363,11 @@ def _ask_task(name: str, task: Task, *, selection: Selection) -> pd.DataFrame:
     ]
     if empty_splits:
         counts = ", ".join(str(image_counts[split]) for split in empty_splits)
+        # Where no image of any split gives a question, more of them rarely would.
+        more = "other or more" if len(empty_splits) == len(image_counts) else "more images or more"
         raise TooFewImages(
             f"task {name} finds nothing to ask in {', '.join(empty_splits)} (images there: "
-            f"{counts}): take more images or more categories, or leave it out"
+            f"{counts}): take {more} categories, or leave it out"
         )
     return rows.reset_index(names="image_id").assign(task=name)
 

@@ -7,19 +7,26 @@ of its split, in a balanced assignment (:mod:`probekit.tasks.balance`).
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from probekit.tasks.balance import balanced_assignment, random_assignment, random_chunks
+from probekit.tasks.balance import (
+    TooFewImages,
+    balanced_assignment,
+    random_assignment,
+    random_chunks,
+)
 from probekit.tasks.base import Selection, example_rows
 from probekit.tasks.paraphrases import CaptionJudge
 from probekit.tasks.similar_captions import CAPTION_CHUNK, assign_similar
 from probekit.tasks.swapped_captions import WordStatistics, swap_words
 
 PROMPT = "This image contains: {caption}.\nIs this right?"
+# Also that of Chinese and Japanese, of Hindi, and of Arabic and Urdu.
+FINAL_PUNCTUATION = " .,;:!?。．，、；：！？।؟۔،"
 NEGATIVES = ("random", "similar", "same_categories", "swapped")
 
 
@@ -31,7 +38,7 @@ def clean_caption(caption: str) -> str:
     text = re.sub(r"\s+", " ", caption).strip()
     text = re.sub(r"\s+([.,;:!?])", r"\1", text)
     text = re.sub(r"([.,;:!?])[.,;:!?]+", r"\1", text)
-    return text.rstrip(" .,;:!?")
+    return text.rstrip(FINAL_PUNCTUATION)
 
 
 def caption_task(
@@ -61,11 +68,21 @@ def caption_task(
             The image's own captions with two words exchanged. Captions in which nothing can be
             exchanged are left out.
 
+    Raises
+    ------
+    ValueError
+        No image has a caption.
+
     Notes
     -----
     A caption alone says nothing about its label: each one is asked once with label 1 and once with
     label 0 (swapped ones: with the same words), within its split.
     """
+    if selection.captions.empty:
+        raise ValueError(
+            f"{selection.settings.folder} has no captions: take tasks about objects, or a dataset "
+            "with captions"
+        )
     parts = []
     for split_images in selection.images_by_split():
         images = split_images[split_images.index.isin(selection.captions.index)]
@@ -111,6 +128,11 @@ def _swap_each(
 ) -> list[str | None]:
     all_captions = [text for image in dict.fromkeys(owners) for text in selection.captions[image]]
     statistics = WordStatistics.from_captions(all_captions, selection.annotated_nc.columns)
+    if captions and not statistics.nouns:
+        raise ValueError(
+            f"no caption of {selection.settings.folder} has an English noun, after a word such as "
+            f"“a” or “the” ({captions[0]!r}, ...): leave caption_swapped out"
+        )
     return [
         swap_words(caption, selection.captions[owner], statistics=statistics, rng=rng)
         for caption, owner in zip(captions, owners, strict=True)
@@ -168,7 +190,21 @@ def _assign_random(
     def clashes(i: int, j: int) -> bool:
         return texts[j] in image_texts[owners[i]]
 
+    _refuse_common_caption(captions, texts)
     return random_assignment(len(captions), clashes, rng=rng)
+
+
+def _refuse_common_caption(captions: list[str], texts: list[str]) -> None:
+    """Refuse captions of which more than half are the same: half of them need another one."""
+    if not texts:
+        return
+    ((text, count),) = Counter(texts).most_common(1)
+    if 1 < len(texts) < 2 * count:
+        raise TooFewImages(
+            f"{count} of {len(texts)} captions of a split are the same, "
+            f"{captions[texts.index(text)]!r}, so there are not enough others that do not belong "
+            "to their images: remove these captions from the dataset"
+        )
 
 
 def _category_groups(selection: Selection, owners: list[Hashable]) -> list[bytes | None]:

@@ -8,14 +8,15 @@ and is never asked about it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from probekit.tasks.balance import balanced_assignment, random_chunks
 from probekit.tasks.base import Selection, example_rows
+from probekit.tasks.words import whole_word_pattern
 
 PROMPT = "This image contains the following types of object:"
 LIST_PROMPT = PROMPT + " {categories}"
@@ -23,6 +24,8 @@ QUERY_PROMPT = "Objects: {categories}.\nIs there a {category} in this image?"
 # Categories that each image is asked about, as in the study.
 ASKED_CATEGORIES = 3
 SAMPLINGS = ("random", "popular", "adversarial")
+# Names of categories in a line.
+LISTED_NAMES = 10
 # Endings of names and of their plurals, besides “s” and “es”.
 PLURAL_ENDINGS = (("y", "ies"), ("fe", "ves"), ("person", "people"), ("mouse", "mice"))
 
@@ -93,20 +96,47 @@ def categories_from_captions(
         texts.append(" . ".join(image_captions).lower())
     columns = {}
     for name in names:
-        pattern = re.compile(_name_pattern(name))
+        pattern = whole_word_pattern(_name_forms(name))
         columns[name] = [pattern.search(text) is not None for text in texts]
     return pd.DataFrame(columns, index=images, columns=list(names), dtype=bool)
 
 
-def _name_pattern(name: str) -> str:
-    """Return a regular expression for the name of a category or its plural, as whole words."""
+def check_named(named_nc: pd.DataFrame) -> None:
+    """Say in a line which categories no caption names; refuse if it is none of them.
+
+    Parameters
+    ----------
+    named_nc : DataFrame of bool
+        Images by categories, as :func:`categories_from_captions` returns them.
+
+    Raises
+    ------
+    ValueError
+        No caption names any category.
+    """
+    unnamed = [str(name) for name in named_nc.columns[~named_nc.any()]]
+    if not unnamed:
+        return
+    listed = ", ".join(unnamed[:LISTED_NAMES]) + (", ..." if len(unnamed) > LISTED_NAMES else "")
+    if len(unnamed) == len(named_nc.columns):
+        raise ValueError(
+            f"no first caption of an image names any of the categories ({listed}): write them as "
+            "the captions do, in the singular, or take labels_from: instances"
+        )
+    tqdm.write(
+        f"labels_from captions: {len(unnamed)} of {len(named_nc.columns)} categories are in no "
+        f"first caption of an image ({listed})"
+    )
+
+
+def _name_forms(name: str) -> set[str]:
+    """Return the name of a category and its plurals."""
     name = name.lower()
     forms = {name, f"{name}s", f"{name}es"}
     for singular, plural in PLURAL_ENDINGS:
         if name.endswith(singular):
             forms.add(name.removesuffix(singular) + plural)
-    alternatives = "|".join(sorted(re.escape(form) for form in forms))
-    return rf"\b(?:{alternatives})\b"
+    return forms
 
 
 def measure_caption_labels(

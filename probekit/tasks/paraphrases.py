@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 
 import snowballstemmer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from probekit.tasks.words import split_words
 
 # Numbers that are stop words, but say something about an image.
 NUMBERS = frozenset(("two", "three", "four", "five", "six", "eight", "nine", "ten"))
@@ -24,8 +25,9 @@ def content_words(caption: str) -> frozenset[str]:
     """Return the stems of a caption's words, without words that any caption may have.
 
     Stems are those of the Snowball stemmer for English: *rides*, *riding* and *ride* are the same.
+    In scripts without spaces, words are pairs of characters.
     """
-    words = re.findall(r"[\w']+", caption.lower())
+    words = split_words(caption.lower(), short_forms=True)
     return frozenset(
         _stem(word) for word in words if word in NUMBERS or word not in ENGLISH_STOP_WORDS
     )

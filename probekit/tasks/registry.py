@@ -136,6 +136,7 @@ def _tasks_from_files(name: str, home: str | Path | paths.Home | None) -> dict[s
     if not files:
         raise ValueError(
             f"unknown tasks ['{name}']: take names out of {', '.join(TASKS)}, or a file of "
-            f"statements ({', '.join(statement_files.SUFFIXES)}) or a folder of them"
+            f"statements ({', '.join(statement_files.SUFFIXES)}) or a folder of them "
+            f"({paths.Home.find(home).resolve(name)} does not exist, or holds none)"
         )
     return {stem: statement_task(stem, file) for stem, file in files.items()}

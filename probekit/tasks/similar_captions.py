@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from probekit import paths
 from probekit.tasks.balance import balanced_assignment, ordered_chunks
 from probekit.tasks.paraphrases import CaptionJudge
+from probekit.tasks.words import split_words
 
 TFIDF = "tfidf"
 # Similar captions that are looked at for each caption, the caption itself included.
@@ -76,7 +77,13 @@ class WordVectors:
     """
 
     def __init__(self, captions: Sequence[str]) -> None:
-        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True, dtype=np.float32)
+        vectorizer = TfidfVectorizer(
+            tokenizer=_longer_words,
+            token_pattern=None,
+            stop_words="english",
+            sublinear_tf=True,
+            dtype=np.float32,
+        )
         self._vectors_nv = vectorizer.fit_transform(captions)
 
     def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +109,11 @@ class WordVectors:
         neighbours[is_none] = -1
         cosines[is_none] = 0
         return neighbours, cosines
+
+
+def _longer_words(caption: str) -> list[str]:
+    """Return the words of a caption that have two characters or more."""
+    return [word for word in split_words(caption) if len(word) > 1]
 
 
 class SentenceVectors:

@@ -25,6 +25,7 @@ def statement_task(name: str, file: Path) -> Task:
     def build(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
         statements = selection.statements[name]
         statements = statements[statements.image_id.isin(selection.images.index)]
+        _check_labels(file, statements)
         prompts = []
         for statement in statements.itertuples():
             prompt = statement.text
@@ -36,3 +37,13 @@ def statement_task(name: str, file: Path) -> Task:
         )
 
     return Task("binary", build, f"Is this statement of {file.name} true?")
+
+
+def _check_labels(file: Path, statements: pd.DataFrame) -> None:
+    labels = statements.label.unique()
+    if len(labels) == 1 and len(statements) > 1:
+        answer = "yes" if labels[0] else "no"
+        raise ValueError(
+            f"the label of all {len(statements):,} statements of {file} is {answer}, so there is "
+            "nothing to tell apart: add statements with the other label, or leave the file out"
+        )

@@ -68,6 +68,14 @@ def test_faults_cost_the_shard_in_flight_and_nothing_else(run):
         assert message in rows[fault]["message"], fault
 
 
+def test_faults_of_sharing_are_noticed(run):
+    arguments = ["--architectures", "llava", "--dtypes", "float32", "--alarms", "llava", "mllama"]
+    result = run("sharing_check", *arguments)
+    assert len(result["faults"]) == 18
+    for row in (*result["faults"], *result["alarms"]):
+        assert row["is_right"], row
+
+
 def test_launchers_make_the_same_shards(run):
     names = ["one process", "two processes"]
     rows = run("launch", "--images", 100, "--launchers", *names)

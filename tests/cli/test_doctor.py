@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from probekit.cli import doctor
@@ -37,3 +40,13 @@ def test_coco_is_looked_for_in_the_home(data, has_coco):
     finding = doctor.check_coco()
     assert finding.is_fine is has_coco
     assert ("val2017" in finding.text) is has_coco
+
+
+def test_a_terminal_that_lacks_a_character_gets_another(monkeypatch):
+    missing_chrome = Finding(False, "none", "install it")
+    monkeypatch.setattr(doctor, "CHECKS", {"Chrome": lambda: missing_chrome})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["doctor"]) == 0
+    terminal.flush()
+    assert b"none  ? install it" in terminal.buffer.getvalue()

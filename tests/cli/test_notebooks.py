@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import nbformat
 import pandas as pd
 import pytest
 
-from tests.conftest import DEMO_MODELS, REAL_COCO, needs_real_coco, run_notebooks
+from probekit.cli.notebooks import _KernelOfThisPython
+from tests.conftest import (
+    DEMO_MODELS,
+    REAL_COCO,
+    REPOSITORY,
+    needs_real_coco,
+    run_notebooks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +122,57 @@ def test_real_photographs_go_the_whole_way(tmp_path):
         "category_localisation",
         "explorer_tiny-qwen2-vl",
     }
+
+
+def test_a_kernelspec_of_another_environment_is_passed_over(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    other = {"argv": ["/nowhere/python"], "display_name": "other", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(other), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    kernel = _KernelOfThisPython(kernel_name="python3")
+    assert kernel.kernel_spec.argv[0] == sys.executable
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
+def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
+    home = tmp_path
+    command = [sys.executable, "-m", "probekit", "run", "--to", "01"]
+    command += ["--params", str(REPOSITORY / "notebooks" / "params" / "demo.yaml")]
+    command += ["-p", "run=cut", "-p", "train=3000"]
+    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        scenes = home / "data" / "coco" / "scenes-3600-seed0"
+        while process.poll() is None and not scenes.exists():
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().splitlines()[-1].startswith("probekit: stopped. Run the same command")
+    assert "Traceback" not in errors
+    assert _processes_of(home) == []
+
+
+def _processes_of(home):
+    """Numbers of the processes whose home it is."""
+    numbers = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = file.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"PROBEKIT_HOME={home}".encode() in variables:
+            numbers.append(file.parent.name)
+    return numbers
+
+
+def test_names_of_files_do_not_depend_on_the_locale(tmp_path):
+    (tmp_path / "Läufe.yaml").write_text("run: ü/ü\n", encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "probekit", "run", "--params", "Läufe.yaml"]
+    environment = os.environ | locale | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"probekit: run='?/?': expected str that names one folder")

@@ -40,9 +40,9 @@ def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
         (("-p", "poolings=[]"), "poolings=(): name at least one"),
         (("-p", "poolings=[median]"), "unknown pooling 'median'"),
         (("-p", "stages=[vison]"), "stages=['vison']: take out of"),
-        (("-p", "dtype=fp16"), "dtype=['fp16']: take out of"),
-        (("-p", "test=0"), "each split needs images"),
-        (("-p", "shard_images=0"), "shard_images=0: it is a number from 1"),
+        (("-p", "dtype=int8"), "dtype='int8': take out of"),
+        (("-p", "test=0"), "test=0: expected int from 1"),
+        (("-p", "shard_images=0"), "shard_images=0: expected int from 1"),
         (("-p", "controls=[blurred]"), "unknown controls ['blurred']"),
         (("--flops", "0"), "numbers from 1"),
         (

@@ -76,8 +76,9 @@ def test_what_is_missing_or_broken_is_named(folder, tmp_path):
     instances_file.write_text('{"images": [')
     with pytest.raises(ValueError, match="instances_some"):
         read_coco(folder)
+    annotation_file(folder, "captions").unlink()
     instances_file.unlink()
-    with pytest.raises(FileNotFoundError, match="instances_some"):
+    with pytest.raises(FileNotFoundError, match="no captions_<split>"):
         read_coco(folder)
 
 
@@ -104,13 +105,15 @@ def test_what_is_no_annotation_file_is_named(folder, kind, content):
 @pytest.mark.parametrize(
     ("kind", "rows", "key", "value", "message"),
     [
-        ("captions", "annotations", "caption", 7, "caption 7 is not text"),
-        ("captions", "images", "width", "60", "width '60' is not a whole number"),
-        ("captions", "images", "height", True, "height True is not a whole number"),
-        ("captions", "images", "id", 10**400, "image_id 10+ is not a whole number"),
-        ("instances", "annotations", "area", float("nan"), "area nan is not a finite number"),
-        ("instances", "annotations", "bbox", [1, 2, 3, 1e999], "h inf is not a finite number"),
-        ("instances", "categories", "name", None, "category (None|nan) is not text"),
+        ("captions", "annotations", "caption", 7, "caption 7 is no text"),
+        ("captions", "images", "width", "wide", "width 'wide' is no number of pixels"),
+        ("captions", "images", "height", True, "height True is no number of pixels"),
+        ("captions", "images", "id", 10**400, "id 10+ is neither a whole number nor text"),
+        ("instances", "annotations", "area", float("nan"), "area nan is no number of square"),
+        ("instances", "annotations", "bbox", [1, 2, 3, 1e999], "does not have four finite numbers"),
+        ("instances", "annotations", "bbox", [], "does not have four numbers"),
+        ("instances", "annotations", "category_id", None, "category_id None is neither"),
+        ("instances", "categories", "name", None, "name None is no text"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(folder, kind, rows, key, value, message):
@@ -118,8 +121,8 @@ def test_a_value_of_the_wrong_kind_is_named(folder, kind, rows, key, value, mess
     content = json.loads(file.read_text())
     content[rows][0][key] = value
     write_json(file, content)
-    with pytest.raises(ValueError, match=message):
-        read_coco(folder)
+    with pytest.raises(ValueError, match=rf"{kind}_some\.json .*max_bad=1.0%(?s:.)*{message}"):
+        read_coco(folder, max_bad=0.01)
 
 
 def test_outlines_are_not_held_in_memory(folder):
@@ -136,11 +139,12 @@ def test_outlines_are_not_held_in_memory(folder):
 
 def files_if_renamed(folder: Path, *names: str) -> list[str]:
     """Return where the images lie if the annotations give them other names."""
-    file = annotation_file(folder, "captions")
-    content = json.loads(file.read_text())
-    for image, name in zip(content["images"], names, strict=False):
-        image["file_name"] = name
-    write_json(file, content)
+    for kind in ("captions", "instances"):
+        file = annotation_file(folder, kind)
+        content = json.loads(file.read_text())
+        for image, name in zip(content["images"], names, strict=False):
+            image["file_name"] = name
+        write_json(file, content)
     files = read_coco(folder).images.file[: len(names)]
     return [file.removeprefix(str(folder)) for file in files]
 
@@ -185,6 +189,156 @@ def test_splits_are_joined_unless_they_share_an_image(folder):
     assert dataset.captions.image_id.tolist() == [0, 1, 2, 3, 4, 5]
     assert dataset.instances.image_id.tolist() == [0, 3]
     assert read_coco(folder, ["twin"]).images.index.tolist() == [3, 4, 5]
+
+
+# ------------------------------------------------------------------------- as exporters write it
+
+
+def change(folder: Path, kind: str, edit) -> None:
+    file = annotation_file(folder, kind)
+    content = json.loads(file.read_text())
+    edit(content)
+    write_json(file, content)
+
+
+def outcomes(dataset, kind: str) -> list[tuple[str, int]]:
+    rows = dataset.report[dataset.report.kind == kind]
+    return list(zip(rows.outcome, rows["count"], strict=True))
+
+
+VALUES_READ = {
+    "320.0": lambda c: c["images"][0].update(width=60.0, height="40"),
+    "false": lambda c: c["annotations"][0].update(iscrowd=False),
+    "no crowd": lambda c: c["annotations"][0].update(iscrowd=None),
+    "ids as text": lambda c: [a.update(image_id="0", category_id="9") for a in c["annotations"]],
+    "no area": lambda c: c["annotations"][0].pop("area"),
+    "area 0": lambda c: c["annotations"][0].update(area=0),
+    "relative area": lambda c: c["annotations"][0].update(area=12 / 2400),
+    "attributes": lambda c: c["annotations"][0].update(attributes=[]),
+    "corners": lambda c: c["annotations"].append(BOX | {"id": 1, "bbox": [50, 30, 55, 38]}),
+}
+
+
+@pytest.mark.parametrize("name", VALUES_READ)
+def test_what_can_only_mean_one_thing_is_read(folder, name):
+    if name == "corners":
+        change(folder, "instances", lambda c: c["annotations"][0].update(bbox=[1, 2, 4, 6]))
+    change(folder, "instances", VALUES_READ[name])
+    dataset = read_coco(folder)
+    assert dataset.instances.iloc[0].tolist() == [0, "cup", 1, 2, 3, 4, 12, 0, None]
+
+
+def test_shares_of_the_image_are_boxes_in_pixels(folder):
+    box = [1 / 60, 2 / 40, 3 / 60, 4 / 40]
+    change(folder, "instances", lambda c: c["annotations"][0].update(bbox=box))
+    dataset = read_coco(folder)
+    assert dataset.instances[["x", "y", "w", "h"]].iloc[0].tolist() == pytest.approx([1, 2, 3, 4])
+    assert ("corrected", 1) in outcomes(dataset, "instances")
+
+
+def test_a_box_beyond_its_image_is_cut_off_or_left_out(folder):
+    boxes = [[0, 0, 10, 10]] * 40 + [[50, 30, 40, 5], [70, 50, 5, 5]]
+    rows = [BOX | {"id": i, "bbox": box} for i, box in enumerate(boxes)]
+    change(folder, "instances", lambda c: c.update(annotations=rows))
+    dataset = read_coco(folder)
+    assert len(dataset.instances) == 41
+    assert dataset.instances[["x", "y", "w", "h"]].iloc[-1].tolist() == [50, 30, 10, 5]
+    assert outcomes(dataset, "instances") == [("read", 42), ("corrected", 1), ("left out", 1)]
+
+
+def test_sizes_that_no_annotation_states_are_those_of_the_files(folder):
+    for kind, size in (("captions", {"width": -1, "height": 0}), ("instances", {"width": None})):
+        change(folder, kind, lambda c, size=size: [image.update(size) for image in c["images"]])
+    dataset = read_coco(folder)
+    assert dataset.images[["width", "height"]].to_numpy().tolist() == [[60, 40]] * 3
+
+
+def test_one_bad_record_among_many_is_left_out_and_counted(folder):
+    rows = [BOX | {"id": i} for i in range(200)]
+    rows[7] = {"id": 7, "image_id": 0, "category_id": 9}
+    change(folder, "instances", lambda c: c.update(annotations=rows))
+    dataset = read_coco(folder, max_bad=0.01)
+    assert len(dataset.instances) == 199
+    left_out = dataset.report[dataset.report.outcome == "left out"].iloc[0]
+    assert left_out["count"] == 1
+    assert left_out["first"] == "record 8 (id 7): bbox is missing"
+
+
+def test_captions_without_words_are_left_out(folder):
+    change(folder, "captions", lambda c: c["annotations"][0].update(caption=" . "))
+    dataset = read_coco(folder)
+    assert dataset.captions.image_id.tolist() == [1, 2]
+    assert outcomes(dataset, "captions") == [("read", 3), ("left out", 1)]
+
+
+def test_one_file_may_have_boxes_and_captions(folder):
+    both = {}
+    for kind in ("captions", "instances"):
+        content = json.loads(annotation_file(folder, kind).read_text())
+        both |= content | {"annotations": both.get("annotations", []) + content["annotations"]}
+    expected = read_coco(folder)
+    for kind in ("captions", "instances"):
+        write_json(annotation_file(folder, kind), both)
+    together = read_coco(folder)
+    annotation_file(folder, "captions").unlink()
+    alone = read_coco(folder)
+    for dataset in (together, alone):
+        assert dataset.captions.equals(expected.captions)
+        assert dataset.instances.equals(expected.instances)
+
+
+def test_layouts_of_exporters(folder):
+    expected = read_coco(folder)
+    annotation_file(folder, "captions").unlink()
+    cvat = folder / "annotations" / "instances_default.json"
+    annotation_file(folder, "instances").rename(cvat)
+    (folder / "images").mkdir()
+    (folder / "some").rename(folder / "images" / "default")
+    dataset = read_coco(folder)
+    assert dataset.instances.equals(expected.instances)
+    assert all(Path(file).is_file() for file in dataset.images.file)
+    (folder / "images" / "default").rename(folder / "train")
+    cvat.rename(folder / "train" / "_annotations.coco.json")
+    dataset = read_coco(folder, ["train"])
+    assert dataset.instances.equals(expected.instances)
+    assert dataset.captions.empty
+    assert all(Path(file).is_file() for file in dataset.images.file)
+
+
+def test_a_root_that_no_box_belongs_to_is_no_category(folder):
+    root = {"id": 0, "name": "my-dataset", "supercategory": "none"}
+    change(folder, "instances", lambda c: c["categories"].insert(0, root))
+    assert read_coco(folder).categories == ("cup",)
+
+
+def test_categories_of_all_splits_are_joined_and_ids_that_begin_anew_are_numbered_on(folder):
+    for kind in ("captions", "instances"):
+        content = json.loads(annotation_file(folder, kind).read_text())
+        for image in content["images"]:
+            image["file_name"] = f"other_{image['file_name']}"
+        if kind == "instances":
+            content["categories"] = [{"id": 9, "name": "plate"}, {"id": 10, "name": "cup"}]
+        write_json(annotation_file(folder, kind, "more"), content)
+    (folder / "more").mkdir()
+    for name, colour in (("red", "green"), ("grey", "black"), ("blue", "white")):
+        Image.new("RGB", (60, 40), colour).save(folder / "more" / f"other_{name}.jpg")
+    dataset = read_coco(folder, ["some", "more"])
+    assert dataset.categories == ("cup", "plate")
+    assert dataset.images.index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert dataset.instances.category.tolist() == ["cup", "plate"]
+    assert dataset.instances.image_id.tolist() == [0, 3]
+    assert dataset.images.file[3].endswith("more/other_red.jpg")
+
+
+def test_instances_of_other_images_than_the_captions_are_refused(folder):
+    def move(content):
+        for image in content["images"]:
+            image["id"] += 5000
+        content["annotations"][0]["image_id"] += 5000
+
+    change(folder, "instances", move)
+    with pytest.raises(ValueError, match="take the two files of the same split"):
+        read_coco(folder)
 
 
 @needs_real_coco

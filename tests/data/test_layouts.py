@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,196 @@ def test_a_table_that_cannot_be_read_is_named(photos, name, content, message):
         read_dataset(photos)
 
 
+# --------------------------------------------------------------------- several tables, and no table
+
+
+@pytest.mark.parametrize("other", ["Flickr8k.lemma.token.txt", "A.lemma.csv"])
+def test_lemmas_beside_captions_are_left_out_with_a_line(photos, capsys, other):
+    lemmas = FLICKR8K if other.endswith("csv") else caption_lines("{number}.jpg#{i}\t{caption}")
+    (photos / other).write_text(lemmas.replace("A red cup", "red cup"))
+    (photos / "Flickr8k.token.txt").write_text(caption_lines("{number}.jpg#{i}\t{caption}"))
+    dataset = read_dataset(photos)
+    check_captions(dataset)
+    assert dataset.captions.caption.str.startswith("A ").all()
+    said = capsys.readouterr().out
+    assert f"{other}: 60 captions left out: they are lemmas" in said
+    assert dataset.report.groupby("outcome")["count"].sum()["read"] == 30 + 120
+
+
+def test_the_lists_of_flickr8k_are_no_captions(photos, capsys):
+    pairs = "".join(f"{n}.jpg\t{n + 1}.jpg#2\t0.0\t0\t3\n" for n in NUMBERS)
+    (photos / "CrowdFlowerAnnotations.txt").write_text(pairs)
+    (photos / "Flickr_8k.trainImages.txt").write_text("".join(f"{n}.jpg\n" for n in NUMBERS))
+    (photos / "readme.txt").write_text("If you use this, please cite us, and write: a, b\n")
+    (photos / "Flickr8k.token.txt").write_text(caption_lines("{number}.jpg#{i}\t{caption}"))
+    check_captions(read_dataset(photos))
+    said = capsys.readouterr().out
+    assert "3 tables and texts left out: they have no captions, such as CrowdFlower" in said
+
+
+def test_all_tables_of_captions_are_read(photos, capsys):
+    lines = FLICKR8K.splitlines()
+    (photos / "train.csv").write_text("\n".join(lines[:41]))
+    (photos / "val.csv").write_text("\n".join([lines[0], *lines[41:]]))
+    check_captions(read_dataset(photos))
+    assert capsys.readouterr().out == ""
+    (photos / "all.tsv").write_text(FLICKR8K.replace(",", "\t", 1).replace(".jpg,", ".jpg\t"))
+    check_captions(read_dataset(photos))
+    assert (
+        "train.csv: 40 captions left out: another table has captions of the image, too"
+        in capsys.readouterr().out
+    )
+
+
+def test_tables_that_contradict_each_other_are_refused(photos):
+    (photos / "captions.csv").write_text(FLICKR8K)
+    (photos / "captions.de.csv").write_text("image,caption\n1003.jpg,Eine rote Tasse\n")
+    message = r"captions\.csv and .*captions\.de\.csv have different captions .*\(1 of them, .*1003"
+    with pytest.raises(ValueError, match=message):
+        read_dataset(photos)
+
+
+def test_captions_of_an_unreadable_table_are_not_passed_over(photos):
+    (photos / "a.csv").write_text(FLICKR8K)
+    (photos / "b.csv").write_text("image,caption\n1003.jpg,a cup, red\n")
+    with pytest.raises(ValueError, match=r"b\.csv cannot be read .*row 1 has 3 fields"):
+        read_dataset(photos)
+
+
+def test_karpathys_json_is_read(photos):
+    rows = [
+        {
+            "filepath": "val2014",
+            "filename": f"{number}.jpg",
+            "imgid": number,
+            "split": "train",
+            "sentences": [{"raw": caption, "tokens": caption.split()} for caption in CAPTIONS],
+        }
+        for number in NUMBERS
+    ]
+    (photos / "dataset_flickr30k.json").write_text(json.dumps({"images": rows, "dataset": "x"}))
+    check_captions(read_dataset(photos))
+
+
+def test_a_table_about_other_images_is_named(photos, capsys):
+    (photos / "a.csv").write_text("image,caption\n1.jpg,x\n")
+    with pytest.raises(ValueError, match=r"a\.csv names none of the 30 images .*\(1\.jpg\)"):
+        read_dataset(photos)
+    (photos / "b.csv").write_text(FLICKR8K)
+    check_captions(read_dataset(photos, max_bad=0))
+    assert "a.csv: 1 captions left out: the name fits no image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write_list", [json.dumps, str])
+def test_a_list_in_a_field_is_several_captions(photos, write_list):
+    field = write_list(CAPTIONS).replace('"', '""')
+    (photos / "metadata.csv").write_text(
+        "file_name,captions\n" + "".join(f'{number}.jpg,"{field}"\n' for number in NUMBERS)
+    )
+    dataset = read_dataset(photos)
+    check_captions(dataset)
+    assert set(dataset.captions.caption) == set(CAPTIONS)
+
+
+def test_tables_may_lie_in_a_folder_of_their_own(photos):
+    (photos / "text").mkdir()
+    (photos / "text" / "captions.txt").write_text(FLICKR8K)
+    (photos / "text" / "README.txt").write_text("Captions, and images")
+    (photos / "README.txt").write_text("Captions, and images")
+    check_captions(read_dataset(photos))
+
+
+def test_metadata_may_point_to_another_folder(photos):
+    (photos / "meta").mkdir()
+    (photos / "meta" / "metadata.csv").write_text(
+        caption_lines('../{number}.jpg,"{caption}"', header="file_name,text")
+    )
+    check_captions(read_dataset(photos))
+
+
+def test_images_behind_links_are_read_once(photos, tmp_path_factory):
+    shared = tmp_path_factory.mktemp("shared")
+    (shared / "Images").symlink_to(photos)
+    (shared / "Images again").symlink_to(photos)
+    (shared / "captions.csv").write_text(FLICKR8K)
+    (photos / "back").symlink_to(shared)  # a ring
+    check_captions(read_dataset(shared))
+    (shared / "real").mkdir()
+    (shared / "real" / "x.jpg").symlink_to(photos / "1000.jpg")
+    (shared / "a link").symlink_to(shared / "real")
+    files = [Path(file) for file in read_dataset(shared).images.file]
+    assert [file for file in files if file.name == "x.jpg"] == [shared / "real" / "x.jpg"]
+
+
+def test_hidden_files_are_no_images(photos):
+    (photos / "._1000.jpg").write_bytes(b"made by a Mac")
+    (photos / ".ipynb_checkpoints").mkdir()
+    shutil.copy(photos / "1000.jpg", photos / ".ipynb_checkpoints" / "1000-checkpoint.jpg")
+    assert len(read_dataset(photos).images) == 30
+
+
+# -------------------------------------------------------------------------- names, rows, and counts
+
+
+def with_other_names(photos: Path, first_names: list[str]) -> None:
+    lines = FLICKR8K.splitlines()
+    for k, name in enumerate(first_names):
+        for i in (1 + 2 * k, 2 + 2 * k):
+            lines[i] = lines[i].replace(f"{NUMBERS[k]}.jpg", name)
+    (photos / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_names_that_differ_are_matched_and_counted(photos, capsys):
+    with_other_names(photos, [f"{number}.JPG" for number in NUMBERS[:10]])
+    check_captions(read_dataset(photos, max_bad=0))
+    said = capsys.readouterr().out
+    assert "10 names of images corrected: they differ from the files' in: capitals" in said
+    assert "1000.JPG, read as 1000.jpg" in said
+
+
+def test_names_that_fit_nothing_stop_where_images_lose_their_captions(photos, capsys):
+    with_other_names(photos, [f"picture {number}" for number in NUMBERS[:10]])
+    message = (
+        r"10 of the names .*picture 1000, .*, and 10 of 30 images have no caption \(1000\.jpg,"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_dataset(photos, max_bad=0.3)
+    dataset = read_dataset(photos, max_bad=0.34)
+    assert dataset.captions.image_id.nunique() == 20
+    line = "20 captions left out: the name fits no image, or several, such as picture 1000, "
+    assert line in capsys.readouterr().out
+
+
+def test_names_of_images_that_are_elsewhere_do_not_stop(photos, capsys):
+    for number in NUMBERS[12:]:
+        (photos / f"{number}.jpg").unlink()
+    (photos / "captions.csv").write_text(FLICKR8K)
+    check_captions(read_dataset(photos, max_bad=0), n_images=12)
+    assert "36 captions left out: the name fits no image" in capsys.readouterr().out
+
+
+def test_rows_that_lack_something_are_counted(photos, capsys):
+    lines = FLICKR8K.splitlines()
+    lines[1] = "1000.jpg,"
+    lines[3] = "1001.jpg, ."
+    lines[5] = ",A cup without an image"
+    (photos / "captions.csv").write_text("\n".join(lines))
+    assert len(read_dataset(photos).captions) == 57
+    said = capsys.readouterr().out
+    assert "2 captions left out: the row has no caption, such as 1000.jpg, 1001.jpg" in said
+    assert "1 captions left out: the row names no image" in said
+    (photos / "captions.csv").write_text("image,caption\n1000.jpg,\n1001.jpg, .\n")
+    message = r"captions\.csv has no captions: none of its 2 rows has both image and caption"
+    with pytest.raises(ValueError, match=message):
+        read_dataset(photos)
+
+
+def test_an_encoding_that_is_guessed_is_said(photos, capsys):
+    (photos / "captions.csv").write_bytes(FLICKR8K.replace("cup", "Café").encode("cp1252"))
+    assert read_dataset(photos).captions.caption.str.contains("Café").sum() == 30
+    assert "the table is not UTF-8, and is read as cp1252" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_named(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist: name a folder"):
         read_dataset(tmp_path / "nowhere")
@@ -201,7 +392,7 @@ def test_what_is_missing_is_named(photos, tmp_path):
         read_dataset(tmp_path / "empty")
     (photos / "metadata.csv").write_text("picture,words\n1000.jpg,x\n")
     with pytest.raises(
-        ValueError, match="has the columns picture, words: it needs one of file_name"
+        ValueError, match=r"has the columns picture, words, and needs one of .*file_name"
     ):
         read_dataset(photos)
     (photos / "metadata.csv").write_text("file_name,text\n7.png,x\n")
@@ -228,7 +419,7 @@ def test_the_state_changes_with_captions_and_images(photos):
     assert dataset_state(photos / "nowhere") == []
 
 
-# ------------------------------------------------------------------------------ tasks on such data
+# ------------------------------------------------------------------------------- tasks on such data
 
 
 def build(folder: Path, *tasks: str, out: Path, **settings):
@@ -265,6 +456,15 @@ def test_categories_can_be_named_for_captions(photos, tmp_path):
         categories=("cup", "car"),
     )
     assert examples.labels.map(list).tolist() == [[1, 0]] * 30
+
+
+def test_a_build_stops_where_names_are_lost_unless_it_may_lose_them(photos, tmp_path):
+    with_other_names(photos, ["x.jpg"])
+    settings = BuildSettings(str(photos), train=15, validation=5, test=5, tasks=("caption",))
+    with pytest.raises(ValueError, match=r"1 of the names .*x\.jpg.* more than max_bad=1\.0%"):
+        build_examples(settings, tmp_path / "out")
+    examples = build_examples(replace(settings, max_bad=0.1), tmp_path / "out")
+    assert "1000.jpg" not in {Path(file).name for file in examples.file}
 
 
 def test_examples_are_built_again_when_captions_change(photos, tmp_path):

@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 
 from probekit.data.coco import read_coco
+from probekit.data.report import ReadingReport
 from probekit.data.statement_files import (
     find_statement_files,
     match_statements,
     read_statements,
+    usable_statements,
 )
 from probekit.tasks import captions
 from probekit.tasks.base import BuildSettings, task_infos
@@ -83,6 +85,60 @@ def test_a_table_is_read(tmp_path):
     ]
 
 
+def test_vsr_is_read(tmp_path):
+    row = {
+        "image": "000000000007.jpg",
+        "image_link": "http://images.cocodataset.org/train2017/000000000007.jpg",
+        "caption": "The cup is left of the car.",
+        "label": 0,
+        "relation": "left of",
+        "annotator_id": 2,
+        "vote_true_validator_id": [1],
+    }
+    table = read_statements(write(tmp_path, "some.jsonl", json.dumps(row)))
+    expected = [["000000000007.jpg", "The cup is left of the car.", 0, True]]
+    assert table.to_numpy().tolist() == expected
+
+
+def test_winoground_becomes_four_statements_per_row(tmp_path):
+    row = {
+        "id": 0,
+        "image_0": "ex_0_img_0",
+        "image_1": "ex_0_img_1",
+        "caption_0": "a cup on a car",
+        "caption_1": "a car on a cup",
+        "tag": "",
+    }
+    table = read_statements(write(tmp_path, "examples.jsonl", json.dumps(row)))
+    assert table.to_numpy().tolist() == [
+        ["ex_0_img_0", "a cup on a car", 1, True],
+        ["ex_0_img_0", "a car on a cup", 0, True],
+        ["ex_0_img_1", "a car on a cup", 1, True],
+        ["ex_0_img_1", "a cup on a car", 0, True],
+    ]
+    images = pd.DataFrame({"file": ["/d/ex_0_img_0.png", "/d/ex_0_img_1.png"]}, index=[4, 5])
+    assert match_statements(table, images).image_id.tolist() == [4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("column", ["text", "Statement", "question", "prompt"])
+@pytest.mark.parametrize("label", ["label", "Answer"])
+def test_a_text_is_a_whole_prompt_however_its_column_is_called(tmp_path, column, label):
+    file = write(tmp_path, "some.csv", f"image;{column};{label}\n1.jpg;{QUESTION};No\n")
+    assert read_statements(file).to_numpy().tolist() == [["1.jpg", QUESTION, 0, False]]
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        *((text, 1) for text in ("yes", "Yes ", "TRUE", "1", "1.0", True, 1, 1.0)),
+        *((text, 0) for text in ("no", "NO", "False", "0", "0.0", False, 0, 0.0)),
+    ],
+)
+def test_labels_mean_yes_or_no(tmp_path, written, label):
+    row = {"image": "1.jpg", "text": "x", "label": written}
+    assert read_statements(write(tmp_path, "some.json", json.dumps(row))).label.tolist() == [label]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # editors of Windows add a mark
 def test_a_single_object_is_read(tmp_path, encoding):
     file = tmp_path / "some.jsonl"
@@ -97,12 +153,19 @@ def test_a_single_object_is_read(tmp_path, encoding):
         ("a.csv", "image,text,label\n", "has no rows"),
         (
             "a.csv",
+            "image,sentence1,sentence2,label\n1.jpg,x,y,yes\n",
+            "has no text: it has the columns image, sentence1, sentence2, label, .*statement",
+        ),
+        ("a.csv", "image,caption,question,label\n1.jpg,x,y,yes\n", "both name the text and differ"),
+        ("a.csv", "image,text,label\n1.jpg,x,-1\n", "row 1: label is none of yes, no"),
+        (
+            "a.csv",
             "image,text,label\n1.jpg,x,yes\n1.jpg,y,maybe\n",
             "row 2: label is none of yes, no",
         ),
         ("a.csv", "image,text,label\n1.jpg,,yes\n", "row 1: text is empty"),
         ("a.jsonl", '{"image": "1.jpg", "text"', "cannot be read"),
-        ("a.json", "[1, 2]", "has no image, text, label"),
+        ("a.json", "[1, 2]", "row 1 is no object"),
         ("a.csv", "", "cannot be read"),
         (
             "a.csv",
@@ -148,7 +211,23 @@ def test_files_are_found_by_name_or_by_folder(tmp_path):
     assert find_statement_files("some", home=tmp_path) == {"first": first, "second": second}
     assert find_statement_files("some/first.csv", home=tmp_path) == {"first": first}
     assert find_statement_files("some/README.md", home=tmp_path) == {}
+    third = write(folder, "third.TXT", "")
+    assert find_statement_files("some", home=tmp_path) == {"first": first, "second": second}
+    assert find_statement_files("some/third.TXT", home=tmp_path) == {"third": third}
     assert find_statement_files("some/third.csv", home=tmp_path) == {}
+
+
+def test_two_files_of_one_task_are_refused(tmp_path):
+    write(tmp_path, "first.csv", "")
+    write(tmp_path, "first.json", "")
+    write(tmp_path, ".first.csv", "")
+    with pytest.raises(ValueError, match=r"first\.csv and .*first\.json would be one task"):
+        find_statement_files(str(tmp_path))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"some\.csv does not exist"):
+        read_statements(tmp_path / "some.csv")
 
 
 # --------------------------------------------------------------------------------------- matching
@@ -173,6 +252,24 @@ def test_images_are_found_by_name_by_path_and_by_number():
     assert match_statements(statements, images).image_id.tolist() == [2, 1, 3, 3]
     with pytest.raises(ValueError, match=r"7\.jpg is the name of 2 images: write the folders"):
         match_statements(statements_about("7.jpg"), images)
+
+
+def test_what_is_left_out_is_counted_and_said(tmp_path, capsys):
+    rows = "1.jpg,x,yes\n1.JPG,y,yes\n1.jpg,z,yes\n1.jpg,z,no\n3.jpg,x,no\n2.jpg,Café,no\n"
+    file = tmp_path / "some.csv"
+    file.write_bytes(f"image,text,label\n{rows}".encode("cp1252"))
+    images = pd.DataFrame({"file": ["/d/1.jpg", "/d/2.jpg"]}, index=[7, 8])
+    report = ReadingReport()
+    statements = usable_statements(file, images, report)
+    assert statements.image_id.tolist() == [7, 7, 7, 8]
+    assert statements.text.tolist() == ["x", "z", "z", "Café"]
+    counts = report.table().groupby(["kind", "outcome"])["count"].sum()
+    assert counts["statements"].to_dict() == {"corrected": 6, "left out": 2, "read": 6, "used": 4}
+    assert "1 statements are said to be both true and false" in capsys.readouterr().out
+    said = "\n".join(report.lines())
+    assert "2 statements left out: the name fits no image of the dataset" in said
+    assert "such as 1.JPG, 3.jpg" in said
+    assert "is not UTF-8, and is read as cp1252" in said
 
 
 # ---------------------------------------------------------------------------------- as tasks
@@ -208,9 +305,10 @@ def test_files_become_tasks_about_the_images_they_name(scene_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "image_ids", "message"),
     [
-        ("nothing.csv", [], "unknown tasks"),
+        ("nothing.csv", [], r"unknown tasks .*/nothing\.csv does not exist"),
         ("caption.jsonl", range(10), "two tasks of the name 'caption'"),
         ("other.jsonl", range(900, 910), r"none of the images that .*other\.jsonl names"),
+        ("same.jsonl", [4] * 9, "label of all 9 statements of .*same.jsonl is no"),
         ("few.jsonl", [1], "task few finds nothing to ask in"),
     ],
 )
@@ -219,7 +317,8 @@ def test_names_that_clash_or_fit_nothing_are_refused(
 ):
     file = tmp_path / name
     if image_ids:
-        file.write_text(pope(image_ids))
+        content = pope(image_ids)
+        file.write_text(content.replace("yes", "no") if name == "same.jsonl" else content)
     settings = BuildSettings(str(scene_folder), tasks=(str(file),), **SPLIT_SIZES)
     with pytest.raises(ValueError, match=message):
         build_examples(settings, tmp_path / "out")

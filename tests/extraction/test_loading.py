@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
 from probekit.extraction.loading import fill_batches, prepare_images
 from probekit.extraction.shards import model_inputs
+from probekit.images import load_rgb
 from probekit.paths import Home
 
 
@@ -44,6 +49,45 @@ def test_an_image_that_a_worker_cannot_read_is_named(rows, vlm, tmp_path):
     assert "Traceback" not in str(caught.value)
 
 
+def test_workers_use_no_shared_memory(rows, vlm, tmp_path, monkeypatch):
+    """Where it is full, as in small containers, items would be lost and waited for."""
+    marker = tmp_path / "shared"
+
+    def share(tensor):
+        marker.touch()
+        return reduce_tensor(tensor)
+
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, share)
+    items = list(prepare(vlm, rows.head(60), workers=1))
+    expected = list(prepare(vlm, rows.head(60), workers=0))
+    assert len(items) == len(expected)
+    for item, one in zip(items, expected, strict=True):
+        for name, values in one.prepared.image_inputs.items():
+            assert torch.equal(item.prepared.image_inputs[name], values)
+    assert not marker.exists()
+
+
+def test_an_error_of_the_processor_is_not_blamed_on_the_image(rows, vlm, monkeypatch):
+    rows = rows.head(1)
+
+    def fail(image, prompts):
+        raise KeyError("patch_size")
+
+    monkeypatch.setattr(type(vlm.prompt_processor), "prepare", lambda self, *given: fail(*given))
+    with pytest.raises(ValueError, match=r"patch_size.*it is not the image"):
+        list(prepare(vlm, rows, workers=0))
+
+    def fail_on_photographs(image, prompts):
+        if np.array(image).std() > 0:
+            raise ValueError("odd shape")
+
+    monkeypatch.setattr(
+        type(vlm.prompt_processor), "prepare", lambda self, *given: fail_on_photographs(*given)
+    )
+    with pytest.raises(ValueError, match=r"odd shape.*it is the image, .*: take it out"):
+        list(prepare(vlm, rows, workers=0))
+
+
 def test_an_image_that_changed_since_the_plan_is_refused(rows, vlm, tmp_path):
     rows = rows.head(2).copy()
     (tmp_path / "changed.jpg").write_bytes(b"0123456789")
@@ -52,3 +96,27 @@ def test_an_image_that_changed_since_the_plan_is_refused(rows, vlm, tmp_path):
         ValueError, match=r"changed\.jpg has changed since this extraction was plan"
     ):
         list(prepare(vlm, rows, workers=0))
+
+
+class FailingProcessor:
+    """Fails for every image, or for those of a size."""
+
+    def __init__(self, processor, size=None):
+        self.processor = processor
+        self.size = size
+
+    def prepare(self, image, prompts):
+        if self.size in (None, image.size):
+            raise RuntimeError("cannot take it")
+        return self.processor.prepare(image, prompts)
+
+
+def test_an_error_of_the_processor_is_blamed_on_what_causes_it(rows, vlm):
+    rows = rows.head(2)
+    size = load_rgb(Home.find().resolve(rows.file.iloc[0]), None).size
+    for processor, blamed in (
+        (FailingProcessor(vlm.prompt_processor), "not the image, a plain grey one fails too"),
+        (FailingProcessor(vlm.prompt_processor, size), "it is the image, a plain grey one goes"),
+    ):
+        with pytest.raises(ValueError, match=blamed):
+            list(prepare_images(processor, [rows], longest_side=None, home=Home.find()))

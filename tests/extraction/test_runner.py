@@ -62,12 +62,99 @@ def test_prompts_that_are_not_seen_stop_the_run_at_its_first_shard(
 @pytest.mark.slow
 def test_sharing_that_is_not_exact_is_noticed(extract, examples, change_states):
     change_states(lambda states: states["lm.03/last"].mul_(1.01), "shared")
-    verdict = extract(examples.head(40)).meta["sharing"]
+    verdict = extract(examples.head(40)).meta["sharing"]["cpu float32"]
     assert verdict["way"] == "encoded"
     assert "shared: differs by" in verdict["reason"]
     assert "lm.03/last" in verdict["reason"]
     with pytest.raises(ValueError, match="take sharing="):
         extract(examples.head(50), sharing="on")
+
+
+def test_an_error_that_only_the_last_images_have_is_noticed(extract, examples, monkeypatch):
+    tried = []
+    original = forward.run_pooled
+
+    def spoil_last_images(vlm, prepared, **options):
+        states = original(vlm, prepared, **options)
+        if options.get("way") == "shared":
+            tried.append(len(prepared))
+            if len(tried) > 1:
+                states = {key: values + values.std(0) for key, values in states.items()}
+        return states
+
+    monkeypatch.setattr(sharing, "run_pooled", spoil_last_images)
+    verdict = extract(examples.head(60), shard_images=4).meta["sharing"]["cpu float32"]
+    assert len(tried) == 2
+    assert verdict["way"] == "encoded"
+    assert "shared: differs by" in verdict["reason"]
+
+
+def test_a_verdict_of_an_earlier_run_is_tried_again(extract, examples, change_states):
+    extract(examples.head(20))
+    change_states(lambda states: states["lm.03/last"].mul_(1.1), "shared")
+    with pytest.raises(ValueError, match=r"the way 'shared', which is not exact .*sharing=.off"):
+        extract(examples.head(40))
+
+
+def test_a_verdict_is_kept_for_its_device(extract, examples, data):
+    few = examples.head(20)
+    folder = extract(few).folder
+    meta = folder.read_meta()
+    verdict = meta["sharing"].pop("cpu float32")
+    meta["sharing"]["NVIDIA A100 float32"] = {"way": "plain", "reason": "as it was there"}
+    folder.write_meta(meta)
+    now = extract(examples.head(40)).meta["sharing"]
+    assert now["cpu float32"]["way"] == verdict["way"] == "shared"
+    assert now["NVIDIA A100 float32"]["reason"] == "as it was there"
+
+
+def test_meta_names_the_settings_of_each_job(extract, examples):
+    extract(examples.head(20), poolings=("mean",), batch_tokens=999)
+    meta = extract(examples.head(20), poolings=("last",), batch_tokens=777).meta
+    assert meta["settings"]["model"] == "tiny-qwen2-vl"
+    assert "poolings" not in meta["settings"]
+    jobs = [(job["poolings"], job["batch_tokens"]) for job in meta["jobs"]]
+    assert jobs == [(["mean"], 999), (["last"], 777)]
+
+
+def test_a_layer_that_does_not_run_stops_the_shard_with_its_name(
+    extract, examples, data, monkeypatch
+):
+    original = forward.run_pooled
+
+    def lose_a_layer(vlm, prepared, **options):
+        states = original(vlm, prepared, **options)
+        if not prepared[0].image_inputs:
+            states = {key: values for key, values in states.items() if "lm.03" not in key}
+        return states
+
+    monkeypatch.setattr(forward, "run_pooled", lose_a_layer)
+    few = examples.head(12)
+    tables = {"no_image": few.assign(file="")}
+    message = r"lm\.03/mean: this layer did not run for \d+ of \d+ rows, the first is no image"
+    with pytest.raises(ValueError, match=message):
+        extract(few, tables=tables)
+
+
+def test_prompts_without_an_image_run_alone_where_their_batch_is_wrong(
+    extract, examples, monkeypatch
+):
+    original = forward.run_pooled
+    few = examples.head(12)
+    expected = extract(few, tables={"no_image": few.assign(file="")}).controls["no_image"]
+    expected_nd = expected["lm.03", "mean"]
+
+    def pad_wrongly(vlm, prepared, **options):
+        states = original(vlm, prepared, **options)
+        if len(prepared) > 1 and not prepared[0].image_inputs and options.get("way") != "alone":
+            states = {key: values + values.std(0) for key, values in states.items()}
+        return states
+
+    monkeypatch.setattr(forward, "run_pooled", pad_wrongly)
+    monkeypatch.setattr(sharing, "run_pooled", pad_wrongly)
+    again = extract(few, tables={"no_image": few.assign(file="")}, longest_side=4000)
+    values_nd = again.controls["no_image"]["lm.03", "mean"]
+    np.testing.assert_allclose(values_nd, expected_nd, atol=2e-3 * np.abs(expected_nd).max())
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from probekit.extraction import settings
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
 
@@ -37,15 +38,24 @@ def test_what_does_not_change_them_names_the_same_folder(change):
     assert replace(BASE, **change).folder_name(home) == BASE.folder_name(home)
 
 
+def test_a_patch_release_of_transformers_names_the_same_folder(monkeypatch):
+    home = Home.find()
+    names = []
+    for release in ("5.23.0", "5.23.1", "5.24.0"):
+        monkeypatch.setattr(settings, "version", lambda package, release=release: release)
+        names.append(BASE.folder_name(home))
+    assert names[0] == names[1] != names[2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "fp16"}, "dtype=.*float16"),
+        ({"dtype": "int8"}, "dtype=.*float16"),
         ({"stages": ("llm",)}, "stages=.*projector"),
         ({"stages": ()}, "stages="),
-        ({"shard_images": 0}, "shard_images=0: it is a number from 1"),
-        ({"batch_tokens": 0}, "batch_tokens=0: it is a number from 1"),
-        ({"workers": -1}, "workers=-1: it is a number from 0"),
+        ({"shard_images": 0}, "shard_images=0: expected int from 1"),
+        ({"batch_tokens": 0}, "batch_tokens=0: expected int from 1"),
+        ({"workers": -1}, "workers=-1: expected int from 0"),
         ({"poolings": ("median",)}, "unknown pooling 'median'"),
         ({"poolings": ()}, "name at least one"),
         ({"sharing": "sure"}, "take out of auto, on, off"),
@@ -63,3 +73,8 @@ def test_a_setting_that_makes_no_sense_is_refused_before_anything_is_loaded(
 def test_an_absent_gpu_wants_a_dtype():
     with pytest.raises(ValueError, match="name one, such as dtype=bfloat16"):
         ExtractionSettings("tiny-qwen2-vl").fill_in("cuda", Home.find())
+
+
+def test_a_type_names_the_same_folder_however_it_is_spelled():
+    home = Home.find()
+    assert replace(BASE, dtype="fp32").folder_name(home) == BASE.folder_name(home)

@@ -17,11 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from probekit.models import presets
 from probekit.models.architectures import (
+    REFUSED,
     SpecialCase,
     count_blocks,
+    find_special_case,
     has_text_encoder,
     merge_streams,
 )
@@ -90,6 +93,22 @@ def test_parallel_streams_are_averaged():
         side_by_side = torch.cat(list(streams_sntd), -1)
         assert torch.equal(merge_streams(side_by_side, case, width=8), expected)
     assert merge_streams(expected, SpecialCase(), width=8) is expected
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_an_architecture_that_cannot_be_read_is_refused_in_one_line(model_type):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"type {model_type} cannot be read: .*lists those that"):
+        find_special_case(config)
+
+
+def test_streams_that_stand_side_by_side_are_those_of_the_config(checkpoint):
+    """Each is as wide as the embeddings, which are repeated for them."""
+    vlm = load_vlm(str(checkpoint("qwen4_exp")), device="cpu")
+    assert vlm.width == vlm.model.get_input_embeddings().embedding_dim
+    hidden = torch.cat([torch.full((1, 2, vlm.width), float(k)) for k in range(4)], -1)
+    merged = merge_streams(hidden, vlm.special_case, width=vlm.width)
+    assert torch.equal(merged, torch.full((1, 2, vlm.width), 1.5))
 
 
 # --------------------------------------------------------------------------------- one architecture

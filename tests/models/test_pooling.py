@@ -42,6 +42,24 @@ def test_each_pooling_sees_the_real_tokens_alone(side):
         torch.testing.assert_close(pool(hidden, mask, name), torch.stack(vectors))
 
 
+@pytest.mark.parametrize("padding", [torch.inf, -torch.inf, torch.nan])
+def test_padding_may_hold_anything(padding):
+    hidden, mask, real = pad_states("right")
+    hidden[mask == 0] = padding
+    image = torch.zeros(3, 7, dtype=torch.bool)
+    image[:, 0] = True
+    hidden_prefix = torch.randn(3, 2, 4)
+    prefix = Prefix(torch.tensor([[False, True]] * 3), torch.arange(3))
+    for name in NAMED_POOLINGS:
+        pooled = Pooler([name], mask, image_nt=image).pool(hidden)[name]
+        assert pooled.isfinite().all(), name
+        pooler = Pooler([name], mask, prefix=prefix)
+        assert pooler.pool(hidden, pooler.pool_prefix(hidden_prefix))[name].isfinite().all(), name
+    text = torch.stack([states[1:].mean(0) for states in real])
+    pooled = Pooler(["text_mean"], mask, image_nt=image).pool(hidden)["text_mean"]
+    torch.testing.assert_close(pooled, text)
+
+
 def test_half_precision_is_summed_in_float32():
     hidden = torch.full((1, 4096, 2), 1.001, dtype=torch.bfloat16)
     pooled = pool(hidden, torch.ones(1, 4096), "mean")

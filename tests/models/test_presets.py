@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from probekit import paths
-from probekit.models.presets import locate, pinned_revision, resolve_commit, short_name
+from probekit.models.checkpoints import resolve_commit
+from probekit.models.presets import check_names, locate, pinned_revision, short_name
 
 
 def test_a_hub_id_stays_one():
@@ -24,6 +25,19 @@ def test_a_revision_stands_behind_an_id():
     assert len(pinned_revision("qwen2-vl-2b")) == 40
     assert short_name("org/model@refs/pr/1") == "model@refs-pr-1"
     assert short_name("org/model") == "model"
+
+
+@pytest.mark.parametrize(
+    "page, revision",
+    [
+        ("https://huggingface.co/org/model", None),
+        ("https://hf.co/org/model/", None),
+        ("https://huggingface.co/org/model/tree/refs/pr/1", "refs/pr/1"),
+    ],
+)
+def test_a_page_of_the_hub_names_a_checkpoint(page, revision):
+    assert locate(page) == "org/model"
+    assert pinned_revision(page) == revision
 
 
 def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path):
@@ -60,3 +74,38 @@ def test_a_name_that_is_unknown_gets_a_suggestion():
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "clip", "llama", "bert"])
+def test_a_name_like_no_other_is_refused(name):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint with the name {name}.*hub id"):
+        locate(name)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_type_is_not_a_checkpoint(name):
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a type of models.*owner/name"):
+        locate(name)
+
+
+def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
+    for name in ("checkpoint-500", "checkpoint-900"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*checkpoint-500 or .*point-900\?"):
+        locate(str(tmp_path))
+
+
+def test_checkpoints_of_one_name_are_refused_or_told_apart(tmp_path):
+    folders = {}
+    for name in ("a/final", "b/final", "a/checkpoint-500", "b/checkpoint-500"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir(parents=True)
+        (folders[name] / "config.json").touch()
+    assert short_name(str(folders["a/checkpoint-500"])) == "a-checkpoint-500"
+    check_names([str(folder) for name, folder in folders.items() if name != "b/final"])
+    check_names(["qwen2-vl-2b", "qwen2-vl-2b", "qwen2-vl-2b@main"])
+    with pytest.raises(ValueError, match=r"a/final and .*b/final would both be called final"):
+        check_names([str(folders["a/final"]), str(folders["b/final"])])
+    with pytest.raises(ValueError, match="would both be called model"):
+        check_names(["one/model", "two/model"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from probekit import paths
 from probekit.data import coco
 from probekit.images import load_rgb
-from probekit.models.load import load_vlm
+from probekit.models.load import load_skeleton, load_vlm
+from probekit.models.processor import PromptProcessor
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +76,131 @@ def test_a_template_that_writes_the_first_token_gets_no_second_one(image):
     ids = prepared.tokens[0]["input_ids"]
     assert np.array_equal(ids, expected["input_ids"][0])
     assert (ids[:2] == first_id).sum() == 1
+
+
+# ------------------------------------------------------------------------------------- templates
+
+PARTS_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}<|im_end|>"
+)
+TEXT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+PARTS_WITHOUT_IMAGE = (
+    "{% for m in messages %}<|im_start|>{% for part in m['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}{% endfor %}<|im_end|>"
+)
+
+
+@pytest.fixture
+def bare_checkpoint(checkpoint, tmp_path):
+    """A LLaVA checkpoint without a chat template, which a test may change."""
+    folder = shutil.copytree(checkpoint("llava"), tmp_path / "llava")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def prompts_of(folder: Path) -> PromptProcessor:
+    return load_skeleton(str(folder), with_processor=True).vlm.prompt_processor
+
+
+def save_as_jinja(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def save_as_json(folder: Path, template: str) -> None:
+    paths.write_json(folder / "chat_template.json", {"chat_template": template})
+
+
+def save_in_tokenizer(folder: Path, template: object) -> None:
+    file = folder / "tokenizer_config.json"
+    paths.write_json(file, paths.read_json(file) | {"chat_template": template})
+
+
+def save_with_others_in_tokenizer(folder: Path, template: str) -> None:
+    others = [{"name": "rag", "template": "other"}, {"name": "default", "template": template}]
+    save_in_tokenizer(folder, others)
+
+
+def save_with_others_beside(folder: Path, template: str) -> None:
+    save_as_jinja(folder, template)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("other", encoding="utf-8")
+
+
+@pytest.mark.parametrize("template", [PARTS_TEMPLATE, TEXT_TEMPLATE, PARTS_WITHOUT_IMAGE])
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_as_jinja,
+        save_as_json,
+        save_in_tokenizer,
+        save_with_others_in_tokenizer,
+        save_with_others_beside,
+    ],
+)
+def test_a_chat_template_is_used_wherever_it_is(bare_checkpoint, save, template, image):
+    save(bare_checkpoint, template)
+    prompts = prompts_of(bare_checkpoint)
+    assert prompts.wrap("A dog.") == "<|im_start|><image>A dog.<|im_end|>"
+    assert prompts.wrap("A dog.", with_image=False) == "<|im_start|>A dog.<|im_end|>"
+    assert prompts.prepare(image, ["A dog."]).image_masks[0].sum() == 16
+
+
+@pytest.mark.parametrize("save", [save_as_jinja, save_as_json, save_in_tokenizer])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("phi4_multimodal", "<|im_start|><image>A dog.<|im_end|>"),  # its processor takes none
+        ("llama4", "<|im_start|><|image|>A dog.<|im_end|>"),  # its processor has one of its own
+        ("blip-2", "<|im_start|>A dog.<|im_end|>"),  # its processor places the image
+    ],
+)
+def test_no_processor_loses_the_template(checkpoint, tmp_path, save, name, expected):
+    folder = shutil.copytree(checkpoint(name), tmp_path / "copy")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    save(folder, TEXT_TEMPLATE)
+    assert prompts_of(folder).wrap("A dog.") == expected
+
+
+def test_a_template_without_the_prompt_or_the_image_is_refused(bare_checkpoint):
+    for template in ("{{ bos_token }}", "{% for m in messages %}<image>{% endfor %}"):
+        save_as_jinja(bare_checkpoint, template)
+        with pytest.raises(ValueError, match="does not show one image and the prompt"):
+            prompts_of(bare_checkpoint).wrap("A dog.")
+
+
+def test_what_a_model_without_a_template_is_given_is_said(bare_checkpoint, checkpoint, capsys):
+    load_vlm(str(bare_checkpoint), device="cpu")
+    message = capsys.readouterr().out
+    assert "llava has no chat template: it is given '<image>{prompt}'" in message
+    save_as_jinja(bare_checkpoint, TEXT_TEMPLATE)
+    load_vlm(str(bare_checkpoint), device="cpu")
+    assert "'<|im_start|><image>{prompt}<|im_end|>'" in capsys.readouterr().out
+    for known in ("blip-2", "kosmos-2", "llava"):
+        load_vlm(str(checkpoint(known)), device="cpu")
+        assert "template" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gemma3", "t5gemma2", "llama4"])
+def test_the_word_for_an_image_is_the_one_that_the_processor_replaces(
+    name, checkpoint, tmp_path, image
+):
+    expected = prompts_of(checkpoint(name)).prepare(image, ["A dog."]).image_masks[0].sum()
+    folder = shutil.copytree(checkpoint(name), tmp_path / "copy")
+    (folder / "chat_template.jinja").unlink()
+    assert prompts_of(folder).prepare(image, ["A dog."]).image_masks[0].sum() == expected > 1
+
+
+def test_a_prompt_is_shown_as_the_model_gets_it(vlm, image):
+    prompts = vlm.prompt_processor
+    prepared = prompts.prepare(image, ["A dog."])
+    count = int(prepared.image_masks[0].sum())
+    shown = prompts.show(image, "A dog.")
+    assert shown.count(f" × {count}") == 1
+    assert f"({len(prepared.tokens[0]['input_ids'])} tokens, {count} of them" in shown
+    word = vlm.processor.image_token
+    whole = vlm.processor.tokenizer.decode(prepared.tokens[0]["input_ids"])
+    assert shown.replace(f"{word} × {count}", word * count).startswith(whole)

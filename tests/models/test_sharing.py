@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.settings import ExtractionSettings
@@ -15,6 +16,7 @@ from probekit.models.forward import run_pooled
 from probekit.models.load import load_vlm
 from probekit.models.sharing import choose_way, is_out_of_memory
 from tests.models.test_architectures import PROMPTS
+from tests.support.planted_faults import FAULTS, OUTLIERS, plant_fault, plant_outlier
 
 
 @pytest.mark.parametrize("poolings", [("max",), ("last", "image_mean")])
@@ -48,6 +50,52 @@ def test_an_error_in_the_last_prompt_of_the_image_with_the_most_is_noticed(
     assert "lm.02/last" in verdict.reason
 
 
+@pytest.fixture(scope="module")
+def three_images(checkpoint):
+    """A tiny model by floating type, with three images and seven prompts."""
+    vlms = {
+        dtype: load_vlm(str(checkpoint("qwen2_vl")), device="cpu", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    rng = np.random.default_rng(0)
+    prepared = []
+    for prompts in (*PROMPTS, ("Is there a bird in it?", "Nothing at all")):
+        image = Image.fromarray(rng.integers(0, 255, (100, 120, 3), np.uint8))
+        prepared.append(vlms["float32"].prompt_processor.prepare(image, prompts))
+    return vlms, prepared
+
+
+@pytest.mark.parametrize("outlier", OUTLIERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planted_faults_are_noticed_and_nothing_else(three_images, dtype, outlier):
+    vlms, prepared = three_images
+    vlm = vlms[dtype]
+    for fault in (None, *FAULTS):
+        with plant_outlier(outlier), plant_fault(vlm, fault):
+            verdict, _ = choose_way(
+                vlm, prepared, poolings=("mean",), stages=("lm",), ways=("shared",)
+            )
+        assert verdict.way == ("shared" if fault is None else "alone"), (fault, verdict.reason)
+
+
+def test_a_batch_that_changes_its_examples_is_not_taken(three_images, monkeypatch):
+    """A batch is measured by passes alone, not by itself."""
+    vlms, prepared = three_images
+
+    def pad_wrongly(vlm, prepared, **options):
+        states = run_pooled(vlm, prepared, **options)
+        if len(prepared) > 1:
+            return {key: values + values.std(0) for key, values in states.items()}
+        return states
+
+    monkeypatch.setattr("probekit.models.sharing.run_pooled", pad_wrongly)
+    for vlm in vlms.values():
+        verdict, _ = choose_way(
+            vlm, prepared, poolings=("mean",), stages=("lm",), ways=("shared", "plain")
+        )
+        assert verdict.way == "alone", verdict.reason
+
+
 def test_prompts_may_differ_right_after_the_image(checkpoint, noise_images):
     """The positions of several axes, which differ at image tokens, go on after the largest."""
     vlm = load_vlm(str(checkpoint("qwen2_vl")), device="cpu")
@@ -79,6 +127,20 @@ def test_a_full_memory_is_no_verdict(vlm, prepared, monkeypatch):
         choose_way(vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"])
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Invalid buffer size: 12.20 GB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17 GB)",
+    ],
+)
+def test_the_words_of_devices_for_a_full_memory(words):
+    assert is_out_of_memory(RuntimeError(words))
 
 
 def test_half_precision_stays_within_its_tolerance(examples):
@@ -118,7 +180,7 @@ def test_one_prompt_per_image_does_not_settle_how_several_are_run(
     one_each = several.groupby("file").head(1).reset_index(drop=True)
     extract_tables(settings, {"none": one_each}, device="cpu")
     activations = extract_tables(settings, {"none": several}, device="cpu")
-    assert activations.meta["sharing"]["way"] == "plain"
+    assert activations.meta["sharing"]["cpu float32"]["way"] == "plain"
     expected = extract_tables(replace(settings, sharing="off"), {"none": several}, device="cpu")
     for layer in activations.layers:
         values = expected[layer, "mean"]

@@ -174,6 +174,26 @@ def test_word_order_tells_what_a_bag_of_words_cannot():
     assert accuracy == {"bag_of_words": 0.5, "word_order": 1.0}
 
 
+@pytest.mark.parametrize(
+    "phrases",
+    [
+        ["一只猫在草地{}上", "一只狗在草地{}上"],
+        ["犬がボールを{}追う", "猫がボールを{}追う"],
+        ["แมววิ่ง{}ในสวน", "หมาวิ่ง{}ในสวน"],
+        ["एक बिल्ली {}", "एक बिल्ला {}"],
+        ["大人和小狗{}", "小人和大狗{}"],  # the same characters, other pairs of them
+    ],
+)
+def test_a_leak_of_words_is_seen_in_every_script(phrases):
+    y_n = np.arange(200) % 2
+    train_n = np.arange(200) < 100
+    digits = "零一二三四五六七八九"
+    numbers = ["".join(digits[int(d)] for d in str(k // 2)) for k in range(200)]
+    prompts = np.array([phrases[k % 2].format(numbers[k]) for k in range(200)])
+    p_n = controls.bag_of_words(prompts, y_n, train_n=train_n)
+    assert ((p_n >= 0.5) == y_n)[~train_n].mean() == 1.0
+
+
 def test_unknown_controls_are_named():
     with pytest.raises(ValueError, match=r"unknown controls .'no_picture'"):
         controls.check_controls(["no_picture"])

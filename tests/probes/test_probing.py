@@ -253,3 +253,31 @@ def test_every_table_says_what_it_was_made_with(small_run, tmp_path):
     assert "settings.json" in files
     assert written[untrained]["meta"]["versions"]["transformers"]
     assert written[untrained]["settings"]["seeds"] == [0]
+
+
+def test_a_control_without_anything_to_score_is_named_and_left_out(tmp_path):
+    # A category's label is drawn by the other categories of its image, and here it has none.
+    activations = planted_categories(images=60)
+    is_test = activations.examples.split == "test"
+    shown = [
+        [0] * len(label) if nothing else label
+        for label, nothing in zip(activations.examples["labels"], is_test, strict=True)
+    ]
+    activations = activations.with_examples(labels=shown)
+    settings = replace(ONLY_LOGREG, controls=("shuffled", "control_task"))
+    with pytest.warns(UserWarning, match="category has no control task: it has labels of 0 images"):
+        results = probe_activations(activations, settings=settings, folder=tmp_path)
+    assert set(results.metrics.control) == {"none", "shuffled", "majority", "name_alone"}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_task_without_anything_to_score_is_refused_before_the_work(
+    split, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(logreg, "solve_logreg", lambda *args, **kwargs: pytest.fail("was fitted"))
+    is_of_split = small.examples.split == split
+    image = small.examples.image_id[is_of_split].iloc[0]
+    counts = ~is_of_split | (small.examples.image_id == image)
+    one_image = small.with_examples(mask=[[int(one)] for one in counts])
+    with pytest.raises(ValueError, match=f"task caption has labels of 1 images in {split}"):
+        probe_activations(one_image, settings=QUICK, folder=tmp_path)

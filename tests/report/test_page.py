@@ -1,9 +1,12 @@
 import re
 import shutil
+import subprocess
+import time
 
 import pytest
 from PIL import Image
 
+from probekit.report import page
 from probekit.report.curves import layer_curves, loss_curves
 from probekit.report.figures import Figure
 from probekit.report.page import write_images, write_page
@@ -35,6 +38,10 @@ def folder(figures, tmp_path_factory):
         summary=SUMMARY,
         settings={"data: folder": "scenes <60>"},
         files={"metrics.csv": "a row per <layer>"},
+        reading=[
+            {"source": "a.json", "outcome": "read", "count": 60},
+            {"source": "a.json", "outcome": "left out", "count": "<3>"},
+        ],
     )
     return folder / "new"
 
@@ -72,11 +79,19 @@ def test_every_link_leads_somewhere(folder, html):
         assert (folder / f"{name}.html").exists()
 
 
+def test_what_was_read_is_a_table_that_unfolds(html):
+    table = html.partition('<details id="reading">')[2].partition("</details>")[0]
+    assert re.findall("<th>(.*?)</th>", table) == ["source", "outcome", "count"]
+    rows = [["a.json", "read", "60"], ["a.json", "left out", "&lt;3&gt;"]]
+    assert re.findall("<td>(.*?)</td>", table) == rows[0] + rows[1]
+
+
 def test_headings_of_what_a_page_lacks_are_left_out(figures, tmp_path):
     file = write_page(figures, tmp_path, title="t", lead="l", summary=[])
     html = file.read_text(encoding="utf-8")
     assert 'id="settings"' not in html
     assert 'id="tables"' not in html
+    assert 'id="reading"' not in html
 
 
 def test_pages_need_no_network(folder):
@@ -120,3 +135,73 @@ def test_without_a_chrome_one_line_says_what_is_missing(figures, tmp_path, monke
     assert "pip install kaleido" in message
     assert "install 'probekit" not in message  # which is another project on the package index
     assert "\n" not in message
+
+
+def write_stand_ins(lost=(), error=None, waits=()):
+    """A writer in place of plotly's, which loses some files, raises, or never comes back."""
+
+    def write(stills, files, **options):
+        for file in files:
+            if file.name in waits:
+                time.sleep(60)
+            if file.name in lost:
+                file.touch()  # as kaleido claims a name
+            elif file.suffix == ".png":
+                Image.new("RGB", (8, 8)).save(file)
+            else:
+                file.write_text("<svg/>", encoding="utf-8")
+        if error:
+            raise error
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("lost", "error"),
+    [
+        (["losses.png"], None),
+        (["losses.svg"], None),
+        (["curves.png", "losses.svg"], None),
+        (["losses.png"], RuntimeError("")),
+        (["losses.png"], OSError("the browser is gone")),
+    ],
+)
+def test_a_picture_that_chrome_loses_is_named_and_the_others_are_written(
+    figures, tmp_path, monkeypatch, lost, error
+):
+    monkeypatch.setattr("plotly.io.write_images", write_stand_ins(lost, error))
+    for file in lost:
+        (tmp_path / file).write_text("of an earlier run", encoding="utf-8")
+    message = write_images(figures, tmp_path)
+    assert "\n" not in message
+    assert f"without {', '.join(lost)}: " in message
+    wanted = {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
+    assert {file.name for file in tmp_path.iterdir()} == wanted - set(lost)
+    if error:
+        assert (str(error) or "RuntimeError") in message
+
+
+def test_a_frozen_chrome_is_given_up_and_the_pictures_after_it_are_drawn(
+    figures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("plotly.io.write_images", write_stand_ins(waits=["losses.png"]))
+    monkeypatch.setattr(page, "LONGEST_PICTURE", 0.5)
+    monkeypatch.setattr(page, "LONGEST_ENDING", 0.1)
+    message = write_images(figures, tmp_path)
+    assert "3 of 4 pictures" in message
+    assert "without losses.png: Chrome drew nothing for" in message
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == {"curves.png", "curves.svg", "losses.svg"}
+
+
+def test_no_process_of_a_frozen_chrome_is_left(figures, tmp_path, monkeypatch):
+    started = []
+
+    def freeze(stills, files, **options):
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        started[0].wait()
+
+    monkeypatch.setattr("plotly.io.write_images", freeze)
+    monkeypatch.setattr(page, "LONGEST_PICTURE", 0.5)
+    assert write_images(figures, tmp_path).startswith("no pictures (Chrome drew nothing for")
+    assert started[0].wait(10) != 0

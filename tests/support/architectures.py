@@ -480,6 +480,7 @@ RECIPES: dict[str, Recipe] = {
             }
         },
         image_processor=square(64, image_seq_length=5, crop_size={"height": 64, "width": 64}),
+        image_placeholder=None,
     ),
     "chameleon": Recipe(
         config={

@@ -10,6 +10,7 @@ import pandas as pd
 
 from probekit.data.coco import read_coco
 from probekit.data.dataset import Dataset
+from probekit.data.report import ReadingReport
 from probekit.tasks.base import BuildSettings, Selection
 from probekit.tasks.building import select_images
 
@@ -18,7 +19,9 @@ def select(folder: Path, *, dataset: Dataset | None = None, **settings) -> Selec
     """Draw images from a COCO folder; `settings` are attributes of BuildSettings."""
     if dataset is None:
         dataset = read_coco(folder)
-    selection, _ = select_images(BuildSettings(str(folder), **settings), dataset)
+    selection, _ = select_images(
+        BuildSettings(str(folder), **settings), dataset, report=ReadingReport()
+    )
     return selection
 
 

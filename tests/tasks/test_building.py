@@ -140,9 +140,9 @@ def test_the_instances_of_the_images_are_kept_with_the_sizes_of_images(scene_fol
         ({"tasks": ("riddle",)}, r"unknown tasks .'riddle'"),
         ({"tasks": ()}, r"tasks=\[\]: take one or more of caption"),
         ({"tasks": ("caption", "caption")}, "two tasks of the name 'caption'"),
-        ({"labels_from": "tags"}, "take instances or captions"),
-        ({"captions": 6}, "captions=6: take 1 to 5 captions per image"),
-        ({"smallest": 1.0}, "smallest=1.0: take a share of the image's area"),
+        ({"labels_from": "tags"}, "labels_from='tags': expected str out of instances, captions"),
+        ({"captions": 6}, "captions=6: expected int from 1 to 5"),
+        ({"smallest": 1.0}, "smallest=1.0: expected float from 0 to below 1: a share"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(scene_folder, tmp_path, settings, message):

@@ -8,6 +8,7 @@ import pytest
 
 from probekit.data.coco import read_coco
 from probekit.probes.controls import bag_of_words
+from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings, Selection
 from probekit.tasks.captions import assign_within_groups, caption_task, clean_caption
 from probekit.tasks.paraphrases import content_words, is_paraphrase
@@ -37,6 +38,7 @@ def count_words(text: str) -> Counter:
         ("Is it,, really?", "Is it, really"),
         ("What?? A cat!!", "What? A cat"),
         ("No. 5 bus", "No. 5 bus"),
+        ("一只狗。", "一只狗"),
     ],
 )
 def test_clean_caption(caption, cleaned):
@@ -188,7 +190,10 @@ def test_a_group_is_exchanged_in_chunks_of_bounded_size(monkeypatch):
 def test_captions_of_an_image_in_another_script_are_never_asked_as_false(kind):
     images = pd.DataFrame({"file": "x", "split": "train"}, index=range(20))
     captions = pd.Series(
-        [[f"一只狗 {k} 号 {letter}" for letter in "甲乙丙丁"] + ["It is there"] for k in range(20)]
+        [
+            [f"一只狗 {k} 和 {7 * k} {letter}" for letter in "甲乙丙丁"] + ["It is there"]
+            for k in range(20)
+        ]
     )
     shows_nc = pd.DataFrame({"dog": np.ones(20, bool)})
     selection = Selection(
@@ -206,6 +211,46 @@ def test_captions_of_an_image_in_another_script_are_never_asked_as_false(kind):
     assert len(false_captions) > 40
     for image, caption in false_captions.items():
         assert caption.lower() not in [text.lower() for text in captions[image]]
+
+
+def selection_of(captions: list[list[str]]) -> Selection:
+    """Images that have captions and nothing else."""
+    images = pd.DataFrame({"file": "x", "split": "train"}, index=range(len(captions)))
+    nothing = pd.DataFrame(index=images.index)
+    return Selection(
+        settings=BuildSettings("photos"),
+        images=images,
+        captions=pd.Series(captions),
+        shows_nc=nothing,
+        unclear_nc=nothing,
+        instances=pd.DataFrame(),
+        annotated_nc=nothing,
+    )
+
+
+def test_a_caption_that_most_images_have_is_named():
+    captions = [["Not to be seen"]] * 6 + [[f"A cup {k}"] for k in range(5)]
+    message = r"6 of 11 captions of a split are the same, 'Not to be seen'.*remove these"
+    with pytest.raises(TooFewImages, match=message):
+        ask(selection_of(captions), "random")
+    rows = ask(selection_of(captions[1:]), "random")
+    assert (rows.label == 0).sum() == 10
+
+
+def test_captions_without_english_nouns_are_not_swapped():
+    captions = [[f"一只狗在草地{k}上"] for k in range(5)]
+    with pytest.raises(ValueError, match=r"no caption of photos has an English noun.*leave"):
+        ask(selection_of(captions), "swapped")
+
+
+@pytest.mark.filterwarnings("ignore:.*captions are left out")
+def test_similar_captions_are_similar_in_scripts_without_spaces():
+    places = ["草地", "沙滩", "公园", "马路"]
+    captions = [[f"一只{thing}在{place}上"] for thing in ("猫", "狗") for place in places]
+    rows = ask(selection_of(captions), "similar")
+    assert (rows.label == 0).sum() == 8
+    for image, caption in rows.caption[rows.label == 0].items():
+        assert caption[3:5] == captions[image][0][3:5] or caption[2] == captions[image][0][2]
 
 
 def test_unknown_negatives_are_refused(selection):

@@ -13,6 +13,7 @@ from probekit.tasks.objects import (
     SAMPLINGS,
     categories_from_captions,
     categories_from_instances,
+    check_named,
     choose_objects,
     draw_balanced_mask,
     measure_caption_labels,
@@ -240,6 +241,22 @@ def test_labels_from_captions_are_whole_words_in_singular_or_plural():
     all_captions = categories_from_captions(CAPTIONS, images, names=NAMES, first_only=False)
     assert all_captions.cat.tolist() == [1, 0, 0, 0]
     assert all_captions.knife.tolist() == [0, 1, 1, 0]
+
+
+def test_labels_from_captions_in_scripts_without_spaces():
+    captions = pd.Series({1: ["一只狗在草地上"], 2: ["A cat, 两只猫"], 3: ["कुत्ता"]})
+    named = categories_from_captions(captions, captions.index, names=["狗", "猫", "cat", "कुत्ता"])
+    assert named.to_numpy().tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_categories_that_no_caption_names_are_said(capsys):
+    named = pd.DataFrame({"cup": [True, False], "car": False, "kite": False})
+    check_named(named[["cup"]])
+    assert capsys.readouterr().out == ""
+    check_named(named)
+    assert "2 of 3 categories are in no first caption" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"names any of the categories \(car, kite\)"):
+        check_named(named[["car", "kite"]])
 
 
 def test_labels_from_captions_are_compared_with_instances():
