@@ -129,12 +129,18 @@ class _ImageDataset(Dataset):
     def _load(self, item: _ImageRow):
         if not item.file:
             return None
-        file = self.home.resolve(item.file)
-        if file.stat().st_size != item.size:
+        if not is_unchanged(item.file, item.size, self.home):
             raise ValueError(
-                f"{item.file} has changed since this extraction was planned: run 02_extract again"
+                f"{item.file} is gone or has changed since this extraction was planned: run "
+                "02_extract again"
             )
-        return load_rgb(file, self.longest_side)
+        return load_rgb(self.home.resolve(item.file), self.longest_side)
+
+
+def is_unchanged(file: str, size: int, home: Home) -> bool:
+    """Return whether an image file is there and has the size in bytes that it was planned with."""
+    path = home.resolve(file)
+    return path.is_file() and path.stat().st_size == size
 
 
 def _image_rows(number: int, table: pd.DataFrame) -> list[_ImageRow]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction.jobs import Job
-from probekit.extraction.loading import WorkItem, fill_batches, prepare_images
+from probekit.extraction.loading import WorkItem, fill_batches, is_unchanged, prepare_images
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units
 from probekit.models import forward
@@ -276,6 +276,7 @@ class Runner:
         """Make a batch of the first, or last, selected rows, of several images where it can be."""
         for shard in shards:
             rows = shard.rows[select(shard.rows)]
+            rows = rows[self._are_unchanged(rows)]
             if not len(rows):
                 continue
             rows = (rows[::-1] if from_end else rows).reset_index(drop=True)
@@ -295,6 +296,15 @@ class Runner:
                     break
             return _TrialBatch(shard, [item.prepared for item in max(tried, key=len)])
         return None
+
+    def _are_unchanged(self, rows: pd.DataFrame) -> pd.Series:
+        """(n,) False where the image was changed or removed after its shard was made."""
+        images = rows[["file", "size"]].drop_duplicates()
+        unchanged = {
+            image.file: image.file == "" or is_unchanged(image.file, image.size, self.job.home)
+            for image in images.itertuples()
+        }
+        return rows.file.map(unchanged).astype(bool)
 
     def _try_ways(self, batch: _TrialBatch, ways: Sequence[str]) -> SharingVerdict:
         verdicts: list[SharingVerdict] = []

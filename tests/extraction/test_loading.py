@@ -93,7 +93,7 @@ def test_an_image_that_changed_since_the_plan_is_refused(rows, vlm, tmp_path):
     (tmp_path / "changed.jpg").write_bytes(b"0123456789")
     rows[["file", "size"]] = str(tmp_path / "changed.jpg"), 9
     with pytest.raises(
-        ValueError, match=r"changed\.jpg has changed since this extraction was plan"
+        ValueError, match=r"changed\.jpg is gone or has changed since this extraction was plan"
     ):
         list(prepare(vlm, rows, workers=0))
 
