@@ -37,8 +37,9 @@ class BuildSettings:
     seed : int
         Seed of the drawn images, captions and categories.
     max_bad : float
-        Largest share of unreadable images that is left out without stopping; also of images that
-        lose their captions because the names in a table fit none.
+        Largest share that may be left out: of images that cannot be read, of the records of an
+        annotation file that cannot be read, of images that lose their captions because the names
+        in a table fit none.
     labels_from : str
         ``"instances"``, or ``"captions"``: the words of an image's first caption.
     smallest : float
