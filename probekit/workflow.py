@@ -240,7 +240,8 @@ def check_models(
                 first = names[short_names.index(name)]
                 raise ValueError(
                     f"{parameter}={list(names)}: {first} and {names[position]} are both called "
-                    f"{name} in tables: name each model once, or rename a folder"
+                    f"{name} in tables: name each model once, rename a folder, or name hub ids "
+                    "with their revision (id@revision)"
                 )
     trained = {short_name(name, home) for name in models}
     for name in untrained:

@@ -9,6 +9,7 @@ import pytest
 
 import probekit as pk
 from probekit.extraction.settings import ExtractionSettings
+from probekit.models.presets import short_name
 from probekit.parameters import PARAMETERS, Remark, read_settings
 from probekit.probes.probing import ProbeSettings
 from probekit.tasks.base import BuildSettings
@@ -98,3 +99,19 @@ def test_models_of_a_run_are_named_once_and_untrained_ones_are_among_them(data):
         check_models(["tiny-qwen2-vl"], ["tiny-fast-vlm"])
     with pytest.raises(ValueError, match="both called llava in tables"):
         check_models(["one/llava", "another/llava"], [])
+    with pytest.raises(ValueError, match="both called Qwen2-VL-2B-Instruct in tables"):
+        check_models(["qwen2-vl-2b", "qwen2-vl-2b"], [])
+    revisions = ("qwen2-vl-2b", "qwen2-vl-2b@main")
+    assert check_models(list(revisions), []) == (revisions, ())
+
+
+def test_checkpoints_of_one_name_are_refused_or_told_apart(tmp_path):
+    folders = {}
+    for name in ("a/final", "b/final", "a/checkpoint-500", "b/checkpoint-500"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir(parents=True)
+        (folders[name] / "config.json").touch()
+    assert short_name(str(folders["a/checkpoint-500"])) == "a-checkpoint-500"
+    check_models([str(folder) for name, folder in folders.items() if name != "b/final"], [])
+    with pytest.raises(ValueError, match=r"a/final and .*b/final are both called final"):
+        check_models([str(folders["a/final"]), str(folders["b/final"])], [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -232,33 +231,6 @@ def pinned_revision(
     name, named_revision = _split_revision(model, home)
     preset_revision = PRESETS[name].revision if name in PRESETS else None
     return revision or named_revision or preset_revision
-
-
-def check_names(models: Sequence[str], home: str | Path | paths.Home | None = None) -> None:
-    """Refuse different checkpoints that would have one name in tables and folders.
-
-    Parameters
-    ----------
-    models : sequence of str
-        See :func:`locate`.
-    home : str, Path or Home, optional
-        See :func:`locate`.
-
-    Raises
-    ------
-    ValueError
-        The message names them.
-    """
-    first_by_name: dict[str, str] = {}
-    for model in models:
-        name = short_name(model, home)
-        first = first_by_name.setdefault(name, model)
-        is_same = locate(first, home) == locate(model, home)
-        if not is_same or pinned_revision(first, home=home) != pinned_revision(model, home=home):
-            raise ValueError(
-                f"{first} and {model} would both be called {name}, and could not be told apart: "
-                "rename one of the folders, or name hub ids with their revision (id@revision)"
-            )
 
 
 def refuse_adapter(source: str, adapter_config: Path) -> NoReturn:

@@ -8,7 +8,7 @@ import pytest
 
 from probekit import paths
 from probekit.models.checkpoints import resolve_commit
-from probekit.models.presets import check_names, locate, pinned_revision, short_name
+from probekit.models.presets import locate, pinned_revision, short_name
 
 
 def test_a_hub_id_stays_one():
@@ -94,18 +94,3 @@ def test_a_folder_of_checkpoints_names_those_inside(tmp_path):
         (tmp_path / name / "config.json").touch()
     with pytest.raises(FileNotFoundError, match=r"did you mean .*checkpoint-500 or .*point-900\?"):
         locate(str(tmp_path))
-
-
-def test_checkpoints_of_one_name_are_refused_or_told_apart(tmp_path):
-    folders = {}
-    for name in ("a/final", "b/final", "a/checkpoint-500", "b/checkpoint-500"):
-        folders[name] = tmp_path / name
-        folders[name].mkdir(parents=True)
-        (folders[name] / "config.json").touch()
-    assert short_name(str(folders["a/checkpoint-500"])) == "a-checkpoint-500"
-    check_names([str(folder) for name, folder in folders.items() if name != "b/final"])
-    check_names(["qwen2-vl-2b", "qwen2-vl-2b", "qwen2-vl-2b@main"])
-    with pytest.raises(ValueError, match=r"a/final and .*b/final would both be called final"):
-        check_names([str(folders["a/final"]), str(folders["b/final"])])
-    with pytest.raises(ValueError, match="would both be called model"):
-        check_names(["one/model", "two/model"])
