@@ -63,8 +63,13 @@ def image_size(file: str | Path) -> ImageSize:
         with Image.open(file, formats=IMAGE_FORMATS) as opened:
             return _size_of(opened)
     except Exception as error:  # a decoder raises more than OSError on a broken file
-        reason = str(error) or type(error).__name__
-        raise OSError(f"{file} cannot be read as an image: {reason}") from error
+        raise OSError(f"{file} cannot be read as an image: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return str(error) or type(error).__name__
 
 
 def size_or_zero(file: str | Path) -> tuple[int, int]:
@@ -115,8 +120,7 @@ def load_rgb(file: str | Path, longest_side: int | None = None) -> Image.Image:
             image.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
         return image
     except Exception as error:  # a decoder raises more than OSError on a broken file
-        reason = str(error) or type(error).__name__
-        raise OSError(f"{file} cannot be read as an image: {reason}") from error
+        raise OSError(f"{file} cannot be read as an image: {_reason(error)}") from error
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:

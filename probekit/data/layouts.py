@@ -82,8 +82,9 @@ def read_dataset(
     inner = sorted(one.name for one in folder.iterdir() if coco.split_names(one))
     if inner:
         raise FileNotFoundError(
-            f"{folder} is no dataset: put COCO there ({coco.LAYOUT}), or name a dataset that lies "
-            f"inside it ({', '.join(inner)})"
+            f"{folder} is no dataset: put COCO there ({coco.LAYOUT}), fetch a sample of it "
+            "(python -m probekit download coco --help), or name a dataset that lies inside "
+            f"({', '.join(inner)})"
         )
     all_files = _files_in(folder)
     files = _image_files(all_files)

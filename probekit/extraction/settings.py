@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -103,8 +102,13 @@ class ExtractionSettings:
             raise ValueError("poolings=(): name at least one, such as mean")
         for pooling in self.poolings:
             check_pooling(pooling)
-        _check_choice("sharing", [self.sharing], list(SHARING_WAYS))
-        _check_choice("stages", self.stages, STAGES)
+        if self.sharing not in SHARING_WAYS:
+            raise ValueError(f"sharing={self.sharing!r}: take out of {', '.join(SHARING_WAYS)}")
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise ValueError(
+                f"stages={unknown or list(self.stages)}: take out of {', '.join(STAGES)}"
+            )
 
     def fill_in(self, device: str, home: paths.Home) -> ExtractionSettings:
         """Return the settings with defaults that suit the device, and the commit on the hub.
@@ -184,13 +188,6 @@ class ExtractionSettings:
         deciding = self.naming | {"transformers": release}
         suffix = "-untrained" if self.untrained else ""
         return f"{short_name(self.model, home=home)}{suffix}/{paths.fingerprint(deciding, weights)}"
-
-
-def _check_choice(name: str, values: Sequence[str | None], choices: Sequence[str | None]) -> None:
-    unknown = [value for value in values if value not in choices]
-    if unknown or not values:
-        known_names = ", ".join(map(str, choices))
-        raise ValueError(f"{name}={unknown or list(values)}: take out of {known_names}")
 
 
 def _sampled_hash(file: Path, *, pieces: int = 128, piece_bytes: int = 1 << 15) -> str:

@@ -86,11 +86,11 @@ class ProbeSettings:
         ValueError
             The message names what can be chosen.
         """
+        if not self.probes:
+            raise ValueError(f"probes=[]: name at least one out of {', '.join(PROBES)}")
         unknown = [name for name in self.probes if name not in PROBES]
-        if unknown or not self.probes:
-            raise ValueError(
-                f"unknown probes {unknown or self.probes}: take names out of {', '.join(PROBES)}"
-            )
+        if unknown:
+            raise ValueError(f"unknown probes {unknown}: take names out of {', '.join(PROBES)}")
         controls.check_controls(self.controls, controls.LABEL_CONTROLS)
         for name in ("probes", "seeds", "strengths"):
             values = getattr(self, name)

@@ -143,9 +143,11 @@ def _draw_images(
     sizes = [settings.train, settings.validation, settings.test]
     count = sum(sizes)
     if count > len(usable):
+        found_with = {"captions": has_caption.any(), "statements": has_statement.any()}
+        words = " or ".join(name for name, is_found in found_with.items() if is_found)
         raise ValueError(
-            f"{count:,} images are asked for, {settings.folder} has {len(usable):,} with captions: "
-            "lower train, validation and test, or name more coco_splits"
+            f"{count:,} images are asked for, {settings.folder} has {len(usable):,} with "
+            f"{words or 'captions'}: lower train, validation and test, or name more coco_splits"
         )
     rng = np.random.default_rng([settings.seed, 0])
     images = usable.iloc[rng.permutation(len(usable))]

@@ -81,7 +81,7 @@ def test_the_shipped_parameter_files_are_accepted(path):
         ("categories=[yes, no]", 'write "no" in quotes'),
         ("categories=[7]", 'write "7" in quotes'),
         ("copies=0", "copies=0: expected int from 1"),
-        ("sharing=maybe", "sharing=['maybe']: take out of auto, on, off"),
+        ("sharing=maybe", "sharing='maybe': take out of auto, on, off"),
         ("engine=slurm", "engine='slurm': take out of local, ray"),
         ("tasks=[captoin]", "unknown tasks ['captoin']"),
         ("controls=[blurred]", "unknown controls ['blurred']"),
