@@ -17,7 +17,7 @@ iscrowd           0, 1, false, true                        whether the outline i
                   nothing, null                            0
 attributes        an object with ``colour``                the colour of a drawn scene's object
                   anything else                            no colour
-category name     text                                     the category, whatever its id is
+category name     text with a letter or a digit            the category, whatever its id is
 ================  =======================================  ======================================
 
 Any other value is an error of its record. The record is left out, and counted.
@@ -131,9 +131,12 @@ def parse_caption(record: Record) -> CaptionRecord:
 
 def parse_category(record: Record) -> CategoryRecord:
     """Read a category."""
+    name = _text(record, "name").strip()
+    if not any(map(str.isalnum, name)):
+        raise BadRecord(f"name {name!r:.40} has neither a letter nor a digit")
     above = record.get("supercategory")
     return CategoryRecord(
-        _identifier(record, "id"), _text(record, "name"), above if isinstance(above, str) else None
+        _identifier(record, "id"), name, above if isinstance(above, str) else None
     )
 
 

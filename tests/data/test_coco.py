@@ -114,6 +114,7 @@ def test_what_is_no_annotation_file_is_named(folder, kind, content):
         ("instances", "annotations", "bbox", [], "does not have four numbers"),
         ("instances", "annotations", "category_id", None, "category_id None is neither"),
         ("instances", "categories", "name", None, "name None is no text"),
+        ("instances", "categories", "name", " ", "name .* has neither a letter nor a digit"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(folder, kind, rows, key, value, message):

@@ -286,7 +286,9 @@ def test_ray_says_what_went_wrong_in_the_same_words(data, examples, monkeypatch,
     settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1)
     job = plan_job(settings, [InputTable("none", table)], device="cpu")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"on Ray, ValueError: .*copied.png has changed since"):
+    with pytest.raises(
+        ValueError, match=r"on Ray, ValueError: .*copied.png is gone or has changed"
+    ):
         launch.run_on_ray(job, [0])
     ray.shutdown()
 
