@@ -183,26 +183,6 @@ def check_images(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
     return table
 
 
-def unreadable_images(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
-    """Decode every image once and list those that fail.
-
-    Parameters
-    ----------
-    images : DataFrame
-        Indexed by ``image_id``, with the column ``file``.
-    workers : int
-        Threads that decode at the same time.
-
-    Returns
-    -------
-    DataFrame
-        ``image_id``, ``file``, ``reason`` of the images that fail; no rows if all are readable.
-    """
-    checked = check_images(images, workers)
-    failed = checked[checked.reason.notna()]
-    return failed[["file", "reason"]].rename_axis("image_id").reset_index()
-
-
 def _check_image(file: str) -> tuple[int, int, int, str | None]:
     try:
         size = image_size(file)

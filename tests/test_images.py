@@ -14,9 +14,9 @@ from PIL import Image
 from probekit.images import (
     EXIF_ORIENTATION,
     IMAGE_FORMATS,
+    check_images,
     image_size,
     load_rgb,
-    unreadable_images,
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
@@ -100,8 +100,8 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
 def test_strips_are_named(tmp_path):
     file = tmp_path / "strip.png"
     Image.new("RGB", (1000, 4)).save(file)
-    unreadable = unreadable_images(pd.DataFrame({"file": [str(file)]}))
-    assert "strip of 1000 x 4 pixels" in unreadable.reason[0]
+    checked = check_images(pd.DataFrame({"file": [str(file)]}))
+    assert "strip of 1000 x 4 pixels" in checked.reason[0]
 
 
 def test_longest_side_bounds_large_images_and_leaves_small_ones(tmp_path):
@@ -126,11 +126,12 @@ def test_unreadable_images_are_named_with_a_reason(tmp_path):
         if content is not None:
             file.write_bytes(content)
     images = pd.DataFrame({"file": files})
-    unreadable = unreadable_images(images)
-    assert unreadable.image_id.tolist() == [5, 6, 8, 9]
-    assert unreadable.file.tolist() == [files[image_id] for image_id in (5, 6, 8, 9)]
-    assert unreadable.reason.str.startswith("cannot be read as an image: ").all()
-    assert unreadable_images(images.loc[[3]]).empty
+    checked = check_images(images)
+    assert checked.file.tolist() == list(files.values())
+    reasons = checked.reason.dropna()
+    assert reasons.index.tolist() == [5, 6, 8, 9]
+    assert reasons.str.startswith("cannot be read as an image: ").all()
+    assert reasons[9].endswith("there is no such file")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from probekit.data.coco import read_coco, split_names
-from probekit.images import unreadable_images
+from probekit.images import check_images
 from tests.conftest import REAL_COCO, needs_real_coco
 
 BOX = {"id": 0, "image_id": 0, "category_id": 9, "bbox": [1, 2, 3, 4], "area": 12}
@@ -349,4 +349,4 @@ def test_real_photographs():
     assert len(dataset.categories) == 80
     assert dataset.captions.groupby("image_id").size().min() >= 5
     assert dataset.instances.image_id.isin(dataset.images.index).all()
-    assert unreadable_images(dataset.images).empty
+    assert check_images(dataset.images).reason.isna().all()

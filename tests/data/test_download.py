@@ -22,7 +22,7 @@ from probekit.cli.main import main
 from probekit.data import download
 from probekit.data.coco import read_coco
 from probekit.data.download import Server, download_coco
-from probekit.images import unreadable_images
+from probekit.images import check_images
 
 SIZE = (40, 30)
 OTHER_SIZE = (50, 50)
@@ -229,7 +229,7 @@ def test_images_are_fetched_from_a_faulty_server_and_failures_are_named(server, 
     assert set(dataset.images.index) == {0, 1, 2, 3, 7, 8}
     assert len(dataset.captions) == 12
     assert len(dataset.instances) == 6
-    assert unreadable_images(dataset.images).empty
+    assert check_images(dataset.images).reason.isna().all()
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("escaped*"))
     assert {path.name for path in tmp_path.iterdir()} == {"coco"}
@@ -268,7 +268,7 @@ def test_a_second_call_fetches_only_what_is_missing_or_damaged(server, tmp_path)
     images = read_coco(tmp_path).images
     assert first_ids < set(images.index)
     assert len(images) == 20
-    assert unreadable_images(images).empty
+    assert check_images(images).reason.isna().all()
 
 
 def test_the_seed_decides_the_sample(server, tmp_path):
@@ -320,7 +320,7 @@ def test_existing_annotations_only_grow(server, tmp_path):
     assert 20 < n_images <= 30
     assert result.images == {"val2017": n_images}
     assert set(before.images.index) < set(dataset.images.index)
-    assert unreadable_images(dataset.images).empty
+    assert check_images(dataset.images).reason.isna().all()
     assert sorted(dataset.instances.image_id) == sorted(dataset.images.index)
     assert len(dataset.captions) == 2 * n_images
     assert dataset.captions[: len(before.captions)].equals(before.captions)

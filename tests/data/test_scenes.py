@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from probekit.data import scenes
 from probekit.data.coco import read_coco
 from probekit.data.scene_shapes import SHAPES
-from probekit.images import unreadable_images
+from probekit.images import check_images
 
 PLACES = "above|below|to the left of|to the right of"
 NUMBERS = {"Two": 2, "Three": 3, "Four": 4}
@@ -143,7 +143,7 @@ def test_a_folder_of_scenes_reads_as_coco(scene_folder):
     assert len(dataset.images) == 60
     assert len(dataset.captions) == 300
     assert dataset.categories == tuple(SHAPES)
-    assert unreadable_images(dataset.images).empty
+    assert check_images(dataset.images).reason.isna().all()
 
 
 def test_scenes_that_exist_are_not_drawn_again(tmp_path):
