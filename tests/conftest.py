@@ -188,9 +188,15 @@ LONG_FILES = (
 )
 
 
+# Fixtures that take about a minute to make.
+LONG_FIXTURES = {"demo", "small_home", "demo_metrics"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as quick what is not marked as slow, and put the longest files first."""
     for item in items:
+        if LONG_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
     order = {name: place for place, name in enumerate(LONG_FILES)}

@@ -17,6 +17,7 @@ DEMO = str(PARAMETERS / "demo.yaml")
 ONE_MODEL = ["-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]"]
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
     sizes = ["--flops", "1e10", "--sample", "24", "--workers", "6"]
     assert main(["plan", "--params", DEMO, *sizes, *ONE_MODEL, "-p", "stages=[lm]"]) == 0
@@ -31,6 +32,7 @@ def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -68,6 +70,7 @@ def test_more_images_are_taken_where_a_task_finds_nothing_to_ask(capsys):
     assert "taking twice as many" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sample_is_run_where_no_rate_is_named(examples):
     declared = declared_parameters(find_notebook("02_extract"))
     parameters = {name: parameter.default for name, parameter in declared.items()}

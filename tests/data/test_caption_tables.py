@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pandas as pd
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ ROWS = st.tuples(st.sampled_from(sorted(NAMES)), st.sampled_from(sorted(CAPTIONS
 TABLES = st.lists(st.lists(ROWS, min_size=1, max_size=6), max_size=2)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,

@@ -176,6 +176,7 @@ def picture(tmp_path_factory) -> bytes:
     return file.read_bytes()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=100,
     deadline=None,

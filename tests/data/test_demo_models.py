@@ -38,7 +38,7 @@ def test_the_models_are_small_and_hold_no_pickle():
 
 
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory):
+def demo_metrics(tmp_path_factory):
     """Metrics of a demo model and its untrained twin on drawn scenes."""
     home = tmp_path_factory.mktemp("home")
     folder = write_scenes(home / "data" / "coco" / "scenes", n=340, seed=11)
@@ -74,23 +74,23 @@ def accuracy_by_layer(metrics, control: str, task: str):
     return curve.set_index("layer").value
 
 
-def test_captions_are_known_late_and_only_by_the_trained_model(metrics):
-    trained = accuracy_by_layer(metrics, "none", "caption")
-    untrained = accuracy_by_layer(metrics, "untrained", "caption")
+def test_captions_are_known_late_and_only_by_the_trained_model(demo_metrics):
+    trained = accuracy_by_layer(demo_metrics, "none", "caption")
+    untrained = accuracy_by_layer(demo_metrics, "untrained", "caption")
     assert trained["lm.00"] <= 0.6
     assert trained.max() >= 0.75
     assert untrained.max() <= 0.6
 
 
-def test_categories_are_known_early_and_better_by_the_trained_model(metrics):
-    trained = accuracy_by_layer(metrics, "none", "category")
-    untrained = accuracy_by_layer(metrics, "untrained", "category")
+def test_categories_are_known_early_and_better_by_the_trained_model(demo_metrics):
+    trained = accuracy_by_layer(demo_metrics, "none", "category")
+    untrained = accuracy_by_layer(demo_metrics, "untrained", "category")
     assert trained["lm.00"] >= 0.7
     assert trained.max() - untrained.max() > 0.2
 
 
-def test_the_trained_model_finds_a_category_in_its_boxes(metrics):
-    table = metrics.set_index(["control", "metric", "layer"])
+def test_the_trained_model_finds_a_category_in_its_boxes(demo_metrics):
+    table = demo_metrics.set_index(["control", "metric", "layer"])
     trained = table.loc["none"]
     untrained = table.loc["untrained"]
     best = trained.loc["localisation"].value.idxmax()

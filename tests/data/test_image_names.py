@@ -103,6 +103,7 @@ LETTERS = st.sampled_from(["a", "A", "é", "e\u0301", "%C3%A9", "/", "\\", ".", 
 NAMES = st.lists(st.lists(LETTERS, min_size=1, max_size=5).map("".join), max_size=6, unique=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(names=NAMES, files=NAMES)
 def test_every_name_is_matched_or_listed(names, files):

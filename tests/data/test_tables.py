@@ -220,6 +220,7 @@ def written(rows: list, **options) -> str:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 @FUZZING
 @given(
     rows=STATEMENTS,
@@ -241,6 +242,7 @@ def test_what_is_written_is_read_or_the_row_is_named(tmp_path, rows, suffix, sep
         assert statements.label.tolist() == [int(label in ("yes", "1")) for *_, label in rows]
 
 
+@pytest.mark.slow
 @FUZZING
 @given(content=st.binary(max_size=80) | st.text(max_size=60).map(str.encode))
 @pytest.mark.parametrize("suffix", TABLE_SUFFIXES)

@@ -46,6 +46,7 @@ def test_extraction_is_read_back_layer_by_layer(extract, examples):
         activations["lm.00", "max"]
 
 
+@pytest.mark.slow
 def test_labels_travel_with_the_activations(extract, examples):
     activations = extract(first_images(examples, 4))
     assert list(activations.examples.labels) == list(first_images(examples, 4).labels)
@@ -146,6 +147,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(extract, examples, capsys):
     np.testing.assert_array_equal(again["lm.05", "mean"], before)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_where_it_is_read(extract, examples):
     activations = extract(examples.head(60), shard_images=25)
     path = next(activations.folder.path.glob("shards-*/shard-*"))

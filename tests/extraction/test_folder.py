@@ -25,6 +25,7 @@ def write_text(folder: ActivationFolder, name: str, text: str) -> None:
     folder.write(name, lambda file: file.write_text(text))
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_back_and_listed(url, tmp_path):
     folder = ActivationFolder(url, cache=tmp_path / "cache")
     assert folder.list_files() == set()

@@ -25,6 +25,7 @@ def prepare(vlm, rows, workers):
     return prepare_images(processor, [rows], longest_side=None, home=Home.find(), workers=workers)
 
 
+@pytest.mark.slow
 def test_batches_fill_their_budget_and_hold_whole_images(rows, vlm):
     items = list(prepare(vlm, rows, workers=2))
     assert [item.image for item in items] == list(range(60))

@@ -32,6 +32,7 @@ def estimate(settings, examples, *, controls=(), images=None, rate=1e9):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-fast-vlm"])
 @pytest.mark.parametrize("way", ["shared", "plain"])
 def test_operations_are_those_of_the_forward_passes(examples, name, way):
@@ -70,6 +71,7 @@ def test_tokens_bytes_and_examples_are_those_of_the_extraction(extract, examples
     assert result.tokens < result.plain_tokens
 
 
+@pytest.mark.slow
 def test_estimates_grow_with_the_number_of_images(examples):
     settings = ExtractionSettings("tiny-qwen2-vl")
     count = examples.image_id.nunique()
@@ -107,6 +109,7 @@ def test_experts_count_where_a_token_meets_them():
     assert active_parameters(8) == active_parameters(1) + 7 * one_expert
 
 
+@pytest.mark.slow
 def test_prompts_without_an_image_are_units_of_their_own(data, examples):
     settings = ExtractionSettings("tiny-qwen2-vl", shard_images=10)
     tables = {name: change_inputs(examples, name) for name in ("none", "no_image")}

@@ -70,6 +70,7 @@ def test_sharing_that_is_not_exact_is_noticed(extract, examples, change_states):
         extract(examples.head(50), sharing="on")
 
 
+@pytest.mark.slow
 def test_an_error_that_only_the_last_images_have_is_noticed(extract, examples, monkeypatch):
     tried = []
     original = forward.run_pooled
@@ -89,6 +90,7 @@ def test_an_error_that_only_the_last_images_have_is_noticed(extract, examples, m
     assert "shared: differs by" in verdict["reason"]
 
 
+@pytest.mark.slow
 def test_a_verdict_of_an_earlier_run_is_tried_again(extract, examples, change_states):
     extract(examples.head(20))
     change_states(lambda states: states["lm.03/last"].mul_(1.1), "shared")
@@ -96,6 +98,7 @@ def test_a_verdict_of_an_earlier_run_is_tried_again(extract, examples, change_st
         extract(examples.head(40))
 
 
+@pytest.mark.slow
 def test_a_verdict_is_kept_for_its_device(extract, examples, data):
     few = examples.head(20)
     folder = extract(few).folder
@@ -108,6 +111,7 @@ def test_a_verdict_is_kept_for_its_device(extract, examples, data):
     assert now["NVIDIA A100 float32"]["reason"] == "as it was there"
 
 
+@pytest.mark.slow
 def test_meta_names_the_settings_of_each_job(extract, examples):
     extract(examples.head(20), poolings=("mean",), batch_tokens=999)
     meta = extract(examples.head(20), poolings=("last",), batch_tokens=777).meta
@@ -117,6 +121,7 @@ def test_meta_names_the_settings_of_each_job(extract, examples):
     assert jobs == [(["mean"], 999), (["last"], 777)]
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_not_run_stops_the_shard_with_its_name(
     extract, examples, data, monkeypatch
 ):
@@ -136,6 +141,7 @@ def test_a_layer_that_does_not_run_stops_the_shard_with_its_name(
         extract(few, tables=tables)
 
 
+@pytest.mark.slow
 def test_prompts_without_an_image_run_alone_where_their_batch_is_wrong(
     extract, examples, monkeypatch
 ):

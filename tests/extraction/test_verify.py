@@ -19,6 +19,7 @@ def activations(extract, examples):
     return view
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_and_what_to_run_again(activations, data, capsys):
     folder = str(data / "activations")
     assert main(["verify", folder]) == 0
@@ -39,6 +40,7 @@ def test_the_command_says_what_is_wrong_and_what_to_run_again(activations, data,
     assert "holds no activations" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_whatever_bit_flips_in_a_header_only_that_shard_is_lost(activations):
     path = min(activations.folder.path.glob("shards-*/shard-*.safetensors"))
     content = path.read_bytes()
@@ -57,6 +59,7 @@ def test_whatever_bit_flips_in_a_header_only_that_shard_is_lost(activations):
     assert (table.state != "sound").sum() <= 1
 
 
+@pytest.mark.slow
 def test_shards_that_are_whole_but_wrong_are_noticed(activations):
     (shard_set,) = ShardSet.list_all(activations.folder)
     rows = len(shard_set.shard_rows(0))

@@ -23,6 +23,7 @@ def assert_close(states, expected, *, tolerance):
         assert (states[key] - values).abs().max() <= tolerance * values.abs().max(), key
 
 
+@pytest.mark.slow
 def test_hooks_read_what_transformers_returns(vlm, prepared):
     pooled = run_pooled(vlm, prepared, poolings=POOLINGS)
     row = 0
@@ -54,6 +55,7 @@ def test_hooks_read_what_transformers_returns(vlm, prepared):
     assert row == 5
 
 
+@pytest.mark.slow
 def test_a_batch_changes_nothing(vlm, prepared):
     each = []
     for image in prepared:
@@ -66,6 +68,7 @@ def test_a_batch_changes_nothing(vlm, prepared):
     assert_close(alone, expected, tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["shared", "encoded"])
 def test_the_cheaper_ways_change_nothing(vlm, prepared, way):
     poolings = [name for name in POOLINGS if name != "text_mean"]

@@ -53,6 +53,7 @@ def without(weights: Weights, *parts: str) -> Weights:
     }
 
 
+@pytest.mark.slow
 def test_the_model_is_frozen_and_its_layers_are_named(vlm):
     assert not vlm.model.training
     assert not any(parameter.requires_grad for parameter in vlm.model.parameters())
@@ -67,6 +68,7 @@ def test_the_tokenizer_can_read_any_caption(vlm):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_untrained_weights_follow_the_seed(name):
     def first_weights(**options):
@@ -86,6 +88,7 @@ def test_loading_does_not_touch_the_random_state():
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_released_memory_is_given_back():
     vlm = load_vlm("tiny-qwen2-vl", device="cpu")
     weights = [weakref.ref(parameter) for parameter in vlm.model.parameters()]

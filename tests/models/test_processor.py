@@ -22,6 +22,7 @@ def image(scene_folder):
     return load_rgb(coco.read_coco(scene_folder).images.file.iloc[0])
 
 
+@pytest.mark.slow
 def test_the_prompt_comes_after_the_image_in_the_chat_template(vlm):
     before, _, after = vlm.prompt_processor.wrap("Is this right?").partition("Is this right?")
     assert "assistant" in after

@@ -19,6 +19,7 @@ from tests.models.test_architectures import PROMPTS
 from tests.support.planted_faults import FAULTS, OUTLIERS, plant_fault, plant_outlier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poolings", [("max",), ("last", "image_mean")])
 def test_the_states_that_come_with_the_verdict_are_those_of_the_batch(vlm, prepared, poolings):
     verdict, states = choose_way(
@@ -65,6 +66,7 @@ def three_images(checkpoint):
     return vlms, prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", OUTLIERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_planted_faults_are_noticed_and_nothing_else(three_images, dtype, outlier):
@@ -78,6 +80,7 @@ def test_planted_faults_are_noticed_and_nothing_else(three_images, dtype, outlie
         assert verdict.way == ("shared" if fault is None else "alone"), (fault, verdict.reason)
 
 
+@pytest.mark.slow
 def test_a_batch_that_changes_its_examples_is_not_taken(three_images, monkeypatch):
     """A batch is measured by passes alone, not by itself."""
     vlms, prepared = three_images

@@ -26,6 +26,7 @@ def embed_image(vlm, image) -> torch.Tensor:
     return hidden["lm.00"][torch.from_numpy(prepared.image_masks[0])]
 
 
+@pytest.mark.slow
 def test_tokens_lie_where_the_image_is(vlm):
     prepared = vlm.prompt_processor.prepare(draw_blocks(), [PROMPT])
     cells = TokenGrid(vlm)(prepared, (160, 120))

@@ -117,6 +117,7 @@ def test_losses_are_kept_and_fall_where_the_label_is():
     assert validation[0, -1] > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
 def test_a_hidden_layer_learns_what_a_line_cannot(kind):
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_the_sentence_names_every_stretch_of_the_plateau():
 # ---- studies whose truth is known ----
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_in_about_95_percent_of_studies():
     strength = np.linspace(0.3, 0.8, 6)
     score_held = []
@@ -155,6 +156,7 @@ def test_intervals_hold_the_truth_in_about_95_percent_of_studies():
     assert 0.92 < np.mean(difference_held) < 0.98
 
 
+@pytest.mark.slow
 def test_the_gap_to_a_selected_best_is_covered_where_a_plain_difference_is_not():
     gap_held = []
     plain_held = []

@@ -235,6 +235,7 @@ def test_heat_needs_probes_of_decoder_layers(small_run, localise, capsys):
     assert "no logreg probes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_whose_tokens_have_no_place_is_passed_over_once(localise, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise NoTokenGrid("its tokens lie nowhere")

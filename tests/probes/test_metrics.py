@@ -148,6 +148,7 @@ def test_average_precision_is_that_of_scikit_learn_with_weights_and_ties(rng):
     assert row.lo < row.value < row.hi
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [True, False])
 def test_thresholds_are_the_best_ones_that_can_be_chosen(rng, binary):
     p_lnc, y_nc, mask_nc, _ = binary_data(rng, n=80)

@@ -35,6 +35,7 @@ def accuracy(results, probe):
     return curve.set_index("layer").value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", ["logreg", "linear", "mlp"])
 def test_a_planted_signal_is_found_at_its_layer(planted, probe, tmp_path):
     settings = replace(QUICK, probes=(probe,))
@@ -47,6 +48,7 @@ def test_a_planted_signal_is_found_at_its_layer(planted, probe, tmp_path):
     assert list(best[best.control == "none"]["best layer"]) == ["lm.02"]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_score_at_chance(planted, tmp_path):
     labels = planted.examples["labels"].sample(frac=1, random_state=0)
     shuffled = planted.with_examples(labels=list(labels))
@@ -105,6 +107,7 @@ def test_the_same_settings_give_the_same_tables(small, tmp_path):
         assert np.array_equal(p_lnc, other.predictions[key])
 
 
+@pytest.mark.slow
 def test_layers_in_small_groups_give_the_same_answer(small, tmp_path):
     wide = probe_activations(small, settings=QUICK, folder=tmp_path / "wide")
     narrow_settings = replace(QUICK, memory_gb=1e-9)
@@ -121,6 +124,7 @@ def test_layers_in_small_groups_give_the_same_answer(small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_seed_has_its_rows_where_it_has_an_effect(small, tmp_path):
     settings = replace(QUICK, seeds=(0, 3), controls=("shuffled",))
     metrics = probe_activations(small, settings=settings, folder=tmp_path).metrics
@@ -192,6 +196,7 @@ def test_changed_inputs_and_random_weights_have_no_controls_of_the_labels(small,
     assert not results.metrics.plateau[results.metrics.metric == "accuracy"].isna().all()
 
 
+@pytest.mark.slow
 def test_controls_and_codelength_of_several_classes(tmp_path):
     activations = planted_categories()
     settings = replace(
@@ -223,6 +228,7 @@ def test_controls_and_codelength_of_several_classes(tmp_path):
     np.testing.assert_allclose(prevalence, (y_nc * mask_nc).sum(0) / mask_nc.sum(0))
 
 
+@pytest.mark.slow
 def test_a_control_that_a_task_cannot_have_is_left_out_with_a_warning(small, tmp_path):
     no_repeats = small.with_examples(prompt=[f"{i}" for i in range(len(small.examples))])
     settings = replace(ONLY_LOGREG, controls=("shuffled", "control_task"))

@@ -41,6 +41,7 @@ def results(activations, tmp_path_factory):
     return replace(probed, heat={STATE: "data/heat.safetensors"})
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read(results, fingerprint, tmp_path):
     results.write(tmp_path, fingerprint)
     read = ProbeResults.read(tmp_path, fingerprint)
@@ -157,6 +158,7 @@ def test_a_curve_averages_seeds_and_tells_their_spread():
     assert curve.gap.tolist() == [0, 0]  # of the first seed
 
 
+@pytest.mark.slow
 def test_the_best_layer_is_chosen_without_the_test_images():
     """Without any signal the highest test score lies above chance, the reported one does not."""
     rng = np.random.default_rng(0)

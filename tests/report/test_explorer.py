@@ -75,6 +75,7 @@ def test_heat_and_boxes_can_be_taken_off_the_photo(explorer):
     assert np.abs(pixels(explorer.photo.value) - original).mean() < 3
 
 
+@pytest.mark.slow
 def test_heat_that_is_not_stored_is_made_when_it_is_wanted(explorer):
     explorer.task_dropdown.value = "category"
     stored = explorer.heat_map
@@ -175,6 +176,7 @@ def test_text_from_a_dataset_is_not_read_as_html(explorer):
     assert "is &lt;b&gt;this&lt;/b&gt; right?" in explorer.neighbour_words.value
 
 
+@pytest.mark.slow
 def test_a_model_without_a_known_grid_says_so_and_shows_the_rest(explorer, monkeypatch):
     def refuse(*args, **options):
         raise NoTokenGrid("its tokens lie <nowhere>")

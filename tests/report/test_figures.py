@@ -11,6 +11,7 @@ def figures(saved_run):
     return run_figures(saved_run.results)
 
 
+@pytest.mark.slow
 def test_a_run_has_a_figure_for_all_that_its_tables_have(figures):
     assert {
         "global_and_local",

@@ -89,6 +89,7 @@ def test_plot_refuses_what_is_not_there_and_lists_what_is(drawn, metric, options
         drawn.plot(metric, **options)
 
 
+@pytest.mark.slow
 def test_the_summary_is_markdown_in_a_notebook_and_text_in_print(results):
     summary = results.summary()
     assert len(summary) == 6  # three tasks, two poolings

@@ -20,6 +20,7 @@ def html(folder):
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_run_found_and_what_it_was_made_with(saved_run, html):
     assert "36 training, 12 validation, 12 test images" in html
     for paragraph in saved_run.results.summary():

@@ -26,6 +26,7 @@ def results(activations, tmp_path_factory):
     return probe_activations(activations, settings=settings, folder=folder)
 
 
+@pytest.mark.slow
 def test_the_summary_names_the_planted_layer_its_controls_and_no_false_alarm(results):
     (text,) = summarise(results.metrics, results.tasks)
     best = best_layers(results.metrics, results.tasks)

@@ -183,6 +183,7 @@ def test_unreadable_images_stop_the_build_or_are_left_out(scene_folder, tmp_path
 # ---------------------------------------------------------------------------- categories, labels
 
 
+@pytest.mark.slow
 @needs_real_coco
 @pytest.mark.parametrize(("categories", "count"), [("all", 80), ("frequent40", 40)])
 def test_real_coco_builds_with_all_and_with_frequent_categories(tmp_path, categories, count):

@@ -45,6 +45,7 @@ def test_clean_caption(caption, cleaned):
     assert clean_caption(caption) == cleaned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_image_is_asked_about_one_caption_of_its_own_and_one_that_is_not(selection, kind):
     rows = ask(selection, kind)
@@ -62,6 +63,7 @@ def test_each_image_is_asked_about_one_caption_of_its_own_and_one_that_is_not(se
             assert not is_paraphrase(content_words(false_caption), image_words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "similar", "same_categories"])
 def test_a_caption_alone_says_nothing(selection, kind):
     for captions_per_image in (1, 3):
@@ -73,6 +75,7 @@ def test_a_caption_alone_says_nothing(selection, kind):
             assert Counter(true_captions) == Counter(false_captions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_captions_per_image_are_as_often_true_as_false(selection, kind):
     several = replace(selection, settings=replace(selection.settings, captions=3))
@@ -86,6 +89,7 @@ def test_several_captions_per_image_are_as_often_true_as_false(selection, kind):
         assert Counter(own_rows.caption) <= Counter(selection.captions[image])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_generator_gives_the_same_examples(selection, kind):
     assert ask(selection, kind).equals(ask(selection, kind))
@@ -272,6 +276,7 @@ def test_a_bag_of_words_is_at_chance_unless_there_is_a_leak(selection, kind):
     assert is_right[~is_train].all()
 
 
+@pytest.mark.slow
 @needs_real_coco
 def test_swapped_real_captions_have_the_same_words_and_punctuation(real_selection):
     settings = replace(real_selection.settings, captions=5)

@@ -100,6 +100,7 @@ def test_what_is_too_small_is_not_asked_about(absent):
     assert not (shows_nc | unclear_nc)[rows, lacked].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECT_TASKS)
 def test_the_prompt_alone_is_at_chance(name, selection):
     rows = TASKS[name].build(selection, np.random.default_rng(0))
@@ -119,6 +120,7 @@ def test_the_prompt_lists_all_categories_in_an_order_drawn_for_each_image(select
     assert (lists.groupby(level=0).nunique() == 1).all()
 
 
+@pytest.mark.slow
 @needs_real_coco
 @pytest.mark.parametrize(("count", "fewest_kept"), [(2, 0.15), (5, 0.6), (10, 0.85), (40, 0.97)])
 @pytest.mark.parametrize("name", OBJECT_TASKS)
@@ -273,6 +275,7 @@ def test_labels_from_captions_are_compared_with_instances():
     assert agreement.precision["all"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(name for name in TASKS if not name.startswith("caption")))
 def test_tiny_instances_and_crowds_go_through_every_task_as_documented(task, many_scenes):
     """The first thing is tiny in every third image, and a crowd in every other third."""

@@ -31,6 +31,7 @@ def ask(name: str, selection: Selection) -> pd.DataFrame:
     return pd.DataFrame(entries, columns=["image", "split", "prompt", "answer", "label"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPATIAL_TASKS)
 def test_a_text_alone_says_nothing(selection, name):
     rows = ask(name, selection)
@@ -52,6 +53,7 @@ def holds(how: str, a: pd.Series, b: pd.Series) -> bool:
     }[how]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axes"), [("relation", ("horizontal", "vertical")), ("size", ("size",))]
 )
@@ -129,6 +131,7 @@ def test_crowds_tiny_ones_and_twins_are_no_single_instances():
     assert list(zip(singles.image_id, singles.category, strict=True)) == [(1, "cup")]
 
 
+@pytest.mark.slow
 @needs_real_coco
 def test_real_photographs_have_relations_sizes_and_counts_but_no_colours(real_selection):
     for name in ("relation", "size", "count"):
