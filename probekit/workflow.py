@@ -233,24 +233,29 @@ def check_models(
     untrained = parameters.read_parameter("untrained", untrained)
     if not models:
         raise ValueError("models=[]: name at least one")
-    for parameter, names in (("models", models), ("untrained", untrained)):
-        short_names = [short_name(name, home) for name in names]
-        for position, name in enumerate(short_names):
-            if name in short_names[:position]:
-                first = names[short_names.index(name)]
-                raise ValueError(
-                    f"{parameter}={list(names)}: {first} and {names[position]} are both called "
-                    f"{name} in tables: name each model once, rename a folder, or name hub ids "
-                    "with their revision (id@revision)"
-                )
-    trained = {short_name(name, home) for name in models}
-    for name in untrained:
-        if short_name(name, home) not in trained:
+    trained = _models_by_short_name("models", models, home)
+    for name, model in _models_by_short_name("untrained", untrained, home).items():
+        if name not in trained:
             raise ValueError(
-                f"untrained={list(untrained)}: {name} is no model of this run, and random weights "
+                f"untrained={list(untrained)}: {model} is no model of this run, and random weights "
                 f"are the control of one: take names out of models={list(models)}, or [] for none"
             )
     return tuple(models), tuple(untrained)
+
+
+def _models_by_short_name(parameter: str, models: Sequence[str], home: HomeLike) -> dict[str, str]:
+    """Return models by what tables call them, and refuse two of one name."""
+    by_name: dict[str, str] = {}
+    for model in models:
+        name = short_name(model, home)
+        if name in by_name:
+            raise ValueError(
+                f"{parameter}={list(models)}: {by_name[name]} and {model} are both called {name} "
+                "in tables: name each model once, rename a folder, or name hub ids with their "
+                "revision (id@revision)"
+            )
+        by_name[name] = model
+    return by_name
 
 
 def tables_with_controls(

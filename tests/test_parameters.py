@@ -105,7 +105,7 @@ def test_models_of_a_run_are_named_once_and_untrained_ones_are_among_them(data):
     assert check_models(list(revisions), []) == (revisions, ())
 
 
-def test_checkpoints_of_one_name_are_refused_or_told_apart(tmp_path):
+def test_checkpoints_of_one_name_are_refused_or_get_longer_names(tmp_path):
     folders = {}
     for name in ("a/final", "b/final", "a/checkpoint-500", "b/checkpoint-500"):
         folders[name] = tmp_path / name

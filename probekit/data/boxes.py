@@ -42,7 +42,7 @@ def normalise_boxes(
     source : str
         Name of the file, for the report.
     report : ReadingReport
-        Is told of what is read otherwise than it stands there.
+        Receives what is corrected or left out.
 
     Returns
     -------
@@ -184,7 +184,7 @@ def fit_to_files(
     sizes : DataFrame
         Indexed by ``image_id``: ``width``, ``height`` and ``orientation`` of the files.
     report : ReadingReport
-        Is told of images whose annotated size is another.
+        Receives which images are annotated with another size.
     """
     sizes = sizes.loc[images.index]
     differs = (images[["width", "height"]] != sizes[["width", "height"]]).any(axis=1)

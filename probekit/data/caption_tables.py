@@ -47,18 +47,19 @@ class CaptionTable:
 
     Attributes
     ----------
-    file : Path
-        The table.
+    source : Table
     captions : DataFrame
         ``name`` of the image as the table has it, and ``caption``; or the ``reason`` why a row has
         none.
-    encoding : str
-        As of :class:`~probekit.data.tables.Table`.
     """
 
-    file: Path
+    source: Table
     captions: pd.DataFrame
-    encoding: str
+
+    @property
+    def file(self) -> Path:
+        """The table's."""
+        return self.source.file
 
 
 def read_captions(
@@ -136,14 +137,7 @@ def _match_names(table: CaptionTable, images: pd.DataFrame, report: ReadingRepor
     except ValueError as error:
         raise ValueError(f"{table.file}: {error}") from None
     matches.note(report, table.file)
-    if table.encoding:
-        report.note(
-            table.file,
-            "captions",
-            outcome="corrected",
-            count=len(names),
-            reason=f"the table is not UTF-8, and is read as {table.encoding}",
-        )
+    table.source.note_encoding(report, "captions", count=len(names))
     image_ids = names.map(matches.image_of)
     reasons = table.captions.reason.mask(is_open & image_ids.isna(), NO_IMAGE)
     return table.captions.assign(image_id=image_ids, file=table.file, reason=reasons)
@@ -272,7 +266,7 @@ def _captions_of(table: Table) -> CaptionTable:
             f"{table.file} has no captions: none of its {len(table.rows):,} rows has both "
             f"{names.name} and {fields.name}"
         )
-    return CaptionTable(table.file, captions_of_rows, table.encoding)
+    return CaptionTable(table, captions_of_rows)
 
 
 def _captions_in(field: object) -> list[str]:

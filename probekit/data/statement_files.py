@@ -48,7 +48,8 @@ from probekit.data.tables import (
 SUFFIXES = (".csv", ".tsv", *FORMATS["json"], *FORMATS["parquet"])
 # The columns of a file ▶ its statements: image, text, and the label or the column that has it.
 # The first line whose columns a file has is what it is.
-STATEMENT_FORMS: tuple[tuple[tuple[str, str, int | str], ...], ...] = (
+StatementForm = tuple[tuple[str, str, int | str], ...]
+STATEMENT_FORMS: tuple[StatementForm, ...] = (
     (
         ("image 0", "caption 0", 1),
         ("image 0", "caption 1", 0),
@@ -131,14 +132,8 @@ def read_statements(file: str | Path, report: ReadingReport | None = None) -> pd
         raise FileNotFoundError(f"{file} does not exist: name a file of statements")
     table = read_table(file)
     statements = statements_of(table)
-    if report is not None and table.encoding:
-        report.note(
-            file,
-            "statements",
-            outcome="corrected",
-            count=len(statements),
-            reason=f"the file is not UTF-8, and is read as {table.encoding}",
-        )
+    if report is not None:
+        table.note_encoding(report, "statements", count=len(statements))
     return statements
 
 
@@ -214,7 +209,7 @@ def statements_of(table: Table) -> pd.DataFrame:
     ValueError
         A row lacks something.
     """
-    form = next((form for form in STATEMENT_FORMS if _fits(table, form)), None)
+    form = _form_of(table)
     if form is None:
         raise UnknownColumns(table.missing(("image", "text", "label")))
     if table.rows.empty:
@@ -237,7 +232,7 @@ def statements_of(table: Table) -> pd.DataFrame:
 
 def has_statements(table: Table) -> bool:
     """Tell whether a table has the columns of statements, and labels that are yes or no."""
-    form = next((form for form in STATEMENT_FORMS if _fits(table, form)), None)
+    form = _form_of(table)
     if form is None:
         return False
     columns = [label for _, _, label in form if isinstance(label, str)]
@@ -245,9 +240,14 @@ def has_statements(table: Table) -> bool:
     return all(label in LABELS for label in labels)
 
 
-def _fits(table: Table, form: tuple[tuple[str, str, int | str], ...]) -> bool:
-    meanings = {meaning for statement in form for meaning in statement if isinstance(meaning, str)}
-    return all(map(table.has, meanings))
+def _form_of(table: Table) -> StatementForm | None:
+    """Return the first of the forms whose columns a table has; None where it has those of none."""
+    for form in STATEMENT_FORMS:
+        if all(
+            table.has(part) for statement in form for part in statement if isinstance(part, str)
+        ):
+            return form
+    return None
 
 
 def _filled_column(table: Table, meaning: str) -> pd.Series:

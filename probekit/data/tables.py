@@ -36,6 +36,8 @@ from typing import Any
 
 import pandas as pd
 
+from probekit.data.report import ReadingReport
+
 FORMATS = {
     "text": (".csv", ".tsv", ".txt", ".token"),
     "json": (".json", ".jsonl", ".ndjson"),
@@ -175,6 +177,17 @@ class Table:
                 )
         return first
 
+    def note_encoding(self, report: ReadingReport, kind: str, *, count: int) -> None:
+        """Add to a report that the file has another encoding than UTF-8, if it has."""
+        if self.encoding:
+            report.note(
+                self.file,
+                kind,
+                outcome="corrected",
+                count=count,
+                reason=f"the file is not UTF-8, and is read as {self.encoding}",
+            )
+
     def missing(self, meanings: Sequence[str]) -> str:
         """Return what is wrong where the table lacks some of the columns that are needed."""
         columns = listed(map(str, self.rows.columns), most=12) or "none"
@@ -253,7 +266,7 @@ def read_table(file: Path) -> Table:
     FileNotFoundError
         There is no such file.
     ValueError
-        The file is no table, its encoding cannot be told, or a row has other fields than there are
+        The file is no table, its encoding is not clear, or a row has other fields than there are
         columns. The message names file and row.
     """
     suffix = file.suffix.lower()
@@ -317,7 +330,7 @@ def decode(content: bytes) -> tuple[str, str]:
             return content.decode("cp1252"), "cp1252"
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"line {line} is not UTF-8, and its encoding cannot be told: save it as UTF-8"
+            f"line {line} is not UTF-8, and which encoding it has is not clear: save it as UTF-8"
         ) from error
 
 
@@ -348,7 +361,7 @@ def _parse_text(text: str) -> pd.DataFrame:
         if pattern.fullmatch(first_line):
             return _parse_flickr_lines(text, pattern)
     separator, kind = _choose_separator(first_line)
-    if kind == "unknown":  # its rows mean nothing; whoever needs a column says what is missing
+    if kind == "unknown":  # its rows mean nothing; missing columns are named where they are needed
         return pd.DataFrame(columns=_split_line(first_line, separator), dtype=object)
     records = [record for record in _split_records(text, separator) if any(record)]
     if kind == "header":

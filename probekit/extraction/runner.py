@@ -171,11 +171,11 @@ class Runner:
     def _settle_way(self) -> SharingVerdict:
         """Find out which way the model goes, or look whether what was found before still holds.
 
-        It is settled on the first and on the last images of the job that have several prompts,
-        whoever asks, so all who work on a job come to the same verdict; ``meta.json`` keeps it, by
-        device and dtype. A verdict that is kept is tried again on the last images. Images with one
-        prompt cannot tell: the prompt is all prefix. Where there are no others, they run plainly,
-        or alone where batches are not exact, and nothing is kept.
+        It is settled on the first and on the last images of the job that have several prompts. So
+        all runners of a job come to the same verdict. ``meta.json`` keeps it, by device and dtype,
+        and a later run tries it again on its last images. Images with one prompt say nothing about
+        sharing: the prompt is all prefix. Where there are no others, they run plainly, or alone
+        where batches are not exact, and no verdict is kept.
         """
         recorded = self._recorded_verdict()
         ways = SHARING_WAYS[self.job.settings.sharing]
@@ -276,7 +276,7 @@ class Runner:
         """Make a batch of the first, or last, selected rows, of several images where it can be."""
         for shard in shards:
             rows = shard.rows[select(shard.rows)]
-            rows = rows[self._are_unchanged(rows)]
+            rows = rows[~rows.file.isin(self._changed_images(rows))]
             if not len(rows):
                 continue
             rows = (rows[::-1] if from_end else rows).reset_index(drop=True)
@@ -297,14 +297,14 @@ class Runner:
             return _TrialBatch(shard, [item.prepared for item in max(tried, key=len)])
         return None
 
-    def _are_unchanged(self, rows: pd.DataFrame) -> pd.Series:
-        """(n,) False where the image was changed or removed after its shard was made."""
-        images = rows[["file", "size"]].drop_duplicates()
-        unchanged = {
-            image.file: image.file == "" or is_unchanged(image.file, image.size, self.job.home)
+    def _changed_images(self, rows: pd.DataFrame) -> list[str]:
+        """List the images that were changed or removed after their shard was made."""
+        images = rows.loc[rows.file != "", ["file", "size"]].drop_duplicates()
+        return [
+            image.file
             for image in images.itertuples()
-        }
-        return rows.file.map(unchanged).astype(bool)
+            if not is_unchanged(image.file, image.size, self.job.home)
+        ]
 
     def _try_ways(self, batch: _TrialBatch, ways: Sequence[str]) -> SharingVerdict:
         verdicts: list[SharingVerdict] = []

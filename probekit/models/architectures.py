@@ -73,12 +73,12 @@ SPECIAL_CASES: dict[str, SpecialCase] = {
 REFUSED = {
     "shieldgemma2": "its processor asks about policies of its own instead of the prompt",
     "hunyuan_vl": "what its processor makes of a prompt depends on the prompts beside it",
-    "got_ocr2": "its processor takes no images that belong to several prompts",
-    "unlimited_ocr": "its processor takes no images that belong to several prompts",
+    "got_ocr2": "its processor takes one list of images, not one for each prompt",
+    "unlimited_ocr": "its processor returns the parts of an image as lists, not as tensors",
     "fuyu": "its processor makes no inputs of the image that are apart from those of the prompt",
     "idefics": "its processor takes no prompts whose images are given beside them",
-    "blip": "its layers that read image and prompt are not those that transformers returns",
-    "git": "it does not say which of its layers read the prompt",
+    "blip": "transformers returns the layers of its image encoder, not those that read the prompt",
+    "git": "it puts the image before the prompt inside of the model, which its tokens do not show",
     "instructblipvideo": "it takes videos, and an example is one image",
 }
 

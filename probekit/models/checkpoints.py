@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.models.architectures import find_special_case
 from probekit.models.presets import locate, pinned_revision, refuse_adapter
 
 LFS_POINTER = b"version https://git-lfs"
@@ -60,7 +61,7 @@ def open_checkpoint(
         There is no such checkpoint in the folder, on the hub, or in the cache of a hub that does
         not answer.
     ValueError
-        It is an adapter, or transformers does not know its architecture.
+        It is an adapter, or its architecture cannot be read, or transformers does not know it.
     """
     from huggingface_hub import hf_hub_download
     from transformers import AutoConfig  # takes seconds
@@ -80,6 +81,7 @@ def open_checkpoint(
         config = AutoConfig.from_pretrained(
             source, trust_remote_code=trust_remote_code, **hub_options
         )
+    find_special_case(config)  # refuses what cannot be read before anything else is fetched
     commit = None
     if not is_folder:
         commit = Path(hf_hub_download(source, "config.json", **hub_options)).parent.name

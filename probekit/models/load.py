@@ -277,7 +277,6 @@ def load_vlm(
         model, revision=revision, trust_remote_code=trust_remote_code, home=home
     )
     config = checkpoint.config
-    find_special_case(config)  # refuses what cannot be read, before gigabytes of weights
     processor = _load_processor(checkpoint)
     if untrained:
         full_model = _make_random(

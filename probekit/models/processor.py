@@ -429,6 +429,12 @@ class PromptProcessor:
                 tokens += _split_unpadded(of_tokens)
         finally:
             self.processor.image_processor = original
+        for name, value in image_inputs.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"the processor of {self.name} returns {name} as a {type(value).__name__}, not "
+                    "as a tensor, so this checkpoint cannot be probed"
+                )
         return image_inputs, tokens
 
     def _find_image_tokens(self, row: Mapping[str, np.ndarray]) -> np.ndarray:

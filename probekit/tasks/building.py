@@ -58,7 +58,7 @@ def select_images(
     dataset : Dataset
         The dataset that `settings` names.
     report : ReadingReport
-        Is told of what is corrected, left out and used.
+        Receives what is corrected, left out and used.
     home : str, Path or Home, optional
         Where relative paths start, see :meth:`probekit.paths.Home.find`.
 

@@ -381,7 +381,7 @@ def test_rows_that_lack_something_are_counted(photos, capsys):
 def test_an_encoding_that_is_guessed_is_said(photos, capsys):
     (photos / "captions.csv").write_bytes(FLICKR8K.replace("cup", "Café").encode("cp1252"))
     assert read_dataset(photos).captions.caption.str.contains("Café").sum() == 30
-    assert "the table is not UTF-8, and is read as cp1252" in capsys.readouterr().out
+    assert "the file is not UTF-8, and is read as cp1252" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(photos, tmp_path):

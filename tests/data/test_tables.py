@@ -45,7 +45,7 @@ def test_separators_headers_and_line_ends_do_not_matter(tmp_path, separator, hea
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 )
-def test_encodings_are_told_by_their_marks(tmp_path, encoding):
+def test_encodings_are_recognised_by_their_marks(tmp_path, encoding):
     content = "image\tcaption\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS)
     assert captions(write(tmp_path, "a.txt", content, encoding)) == ROWS
 

@@ -29,7 +29,7 @@ from probekit.models.architectures import (
     merge_streams,
 )
 from probekit.models.forward import States, run_pooled
-from probekit.models.load import Vlm, describe_model, load_vlm
+from probekit.models.load import Vlm, describe_model, load_skeleton, load_vlm
 from probekit.models.processor import PreparedImage
 from probekit.models.sharing import SharingVerdict, choose_way
 from probekit.models.token_grid import NoTokenGrid, check_token_grid
@@ -100,6 +100,13 @@ def test_an_architecture_that_cannot_be_read_is_refused_in_one_line(model_type):
     config = AutoConfig.for_model(model_type)
     with pytest.raises(ValueError, match=f"type {model_type} cannot be read: .*lists those that"):
         find_special_case(config)
+
+
+def test_it_is_refused_before_anything_but_its_config_is_read(tmp_path):
+    AutoConfig.for_model("git").save_pretrained(tmp_path)
+    for load in (load_vlm, load_skeleton):
+        with pytest.raises(ValueError, match="type git cannot be read"):
+            load(str(tmp_path))
 
 
 def test_streams_that_stand_side_by_side_are_those_of_the_config(checkpoint):

@@ -21,6 +21,19 @@ def test_one_row_for_each_prompt(vlm, noise_images, monkeypatch):
         processor.prepare(noise_images[0], ["A dog.", "A cat."])
 
 
+def test_image_inputs_that_are_no_tensors_are_refused(vlm, noise_images, monkeypatch):
+    original = type(vlm.processor.image_processor).__call__
+
+    def list_parts(self, *arguments, **options):
+        output = original(self, *arguments, **options)
+        output["pixel_values"] = [output["pixel_values"]]
+        return output
+
+    monkeypatch.setattr(type(vlm.processor.image_processor), "__call__", list_parts)
+    with pytest.raises(ValueError, match="returns pixel_values as a list, not as a tensor"):
+        vlm.prompt_processor.prepare(noise_images[0], ["A dog."])
+
+
 @pytest.mark.parametrize("prompts", [["A dog."], ["A dog.", "A cat."]])
 def test_a_prompt_that_gets_lost_is_named(vlm, noise_images, monkeypatch, prompts):
     processor = vlm.prompt_processor
