@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,10 @@ IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index", "image_patch_id")
 IMAGE_WORD_NAMES = {"gemma3": "boi_token", "t5gemma2": "boi_token", "llama4": "fake_image_token"}
 # How image and prompt can be handed to a chat template.
 FORMS = ("parts", "word in parts", "word")
+# The day of templates that write today's date, so that no state depends on when it was extracted:
+# the one that Llama's templates fall back on themselves.
+FIXED_DAY = date(2024, 7, 26)
+TODAY_PATTERN = re.compile(r"""strftime_now\(\s*(['"])(?P<form>.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -187,16 +192,26 @@ class PromptProcessor:
     def chat_template(self) -> str | None:
         """The checkpoint's chat template; of several the one called "default".
 
+        Where it writes today's date, it writes that of `FIXED_DAY`.
+
         Raises
         ------
         ValueError
-            None of several is called "default".
+            None of several is called "default", or the form of the date is not in the template.
         """
         template = self.processor.chat_template
         if isinstance(template, list):
             template = {named["name"]: named["template"] for named in template}
         if isinstance(template, dict):
             template = self._select_template(template)
+        template = TODAY_PATTERN.sub(
+            lambda call: repr(FIXED_DAY.strftime(call["form"])), template or ""
+        )
+        if "strftime_now(" in template:
+            raise ValueError(
+                f"{self.name}: the chat template of this checkpoint writes today's date, so states "
+                "would differ from day to day: put a date in the place of strftime_now(...)"
+            )
         return template or None
 
     def _select_template(self, templates: Mapping[str, str]) -> str | None:

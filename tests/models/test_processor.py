@@ -185,6 +185,19 @@ def test_what_a_model_without_a_template_is_given_is_said(bare_checkpoint, check
         assert "template" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("template", [PARTS_TEMPLATE, TEXT_TEMPLATE])
+def test_a_template_that_writes_the_date_writes_the_same_every_day(bare_checkpoint, template):
+    save_as_jinja(bare_checkpoint, "{{ strftime_now('%d %b %Y') }} " + template)
+    wrapped = prompts_of(bare_checkpoint).wrap("A dog.")
+    assert wrapped == "26 Jul 2024 <|im_start|><image>A dog.<|im_end|>"
+
+
+def test_a_date_whose_form_the_template_works_out_is_refused(bare_checkpoint):
+    save_as_jinja(bare_checkpoint, "{{ strftime_now(form) }} " + PARTS_TEMPLATE)
+    with pytest.raises(ValueError, match="writes today's date"):
+        prompts_of(bare_checkpoint).wrap("A dog.")
+
+
 @pytest.mark.parametrize("name", ["gemma3", "t5gemma2", "llama4"])
 def test_the_word_for_an_image_is_the_one_that_the_processor_replaces(
     name, checkpoint, tmp_path, image
