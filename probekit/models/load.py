@@ -308,7 +308,8 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
     Raises
     ------
     ValueError
-        It reads no images, or has no tokenizer; the message says what is missing.
+        It reads no images, has no tokenizer, or no size of patches; the message says what is
+        missing.
     """
     from transformers import AutoProcessor  # takes seconds
 
@@ -336,6 +337,11 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
     read_ids = set(tokenizer("Is there a dog?", add_special_tokens=False)["input_ids"])
     if not read_ids - {tokenizer.unk_token_id}:  # transformers makes an empty one without its files
         raise ValueError(f"{source} has no tokenizer: its vocabulary is empty. {PROCESSOR_FIX}")
+    if getattr(processor, "patch_size", "") is None:
+        raise ValueError(
+            f"{source}: its processor does not say how many tokens an image is, as patch_size is "
+            f"missing in processor_config.json. {PROCESSOR_FIX}"
+        )
     # Some classes pass over the template that lies beside them, others have one of their own, which
     # is for checkpoints that have none.
     described, _ = processor.get_processor_dict(source, **hub_options)

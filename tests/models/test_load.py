@@ -263,6 +263,16 @@ def test_what_a_processor_lacks_is_named(copied_checkpoint, pattern, message):
         load_vlm(str(copied_checkpoint), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_next_video", "perception_lm"])
+def test_a_processor_without_the_size_of_patches_is_refused(checkpoint, tmp_path, name):
+    folder = shutil.copytree(checkpoint(name), tmp_path / name)
+    described = paths.read_json(folder / "processor_config.json")
+    del described["patch_size"]
+    paths.write_json(folder / "processor_config.json", described)
+    with pytest.raises(ValueError, match=r"patch_size is missing in processor_config\.json"):
+        load_vlm(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize(
     "spelling, name",
     [
