@@ -1,30 +1,30 @@
-"""The way of the data in a few calls: examples, activations, results."""
+"""The way of the data in a few calls: examples, activations, results.
+
+What loads torch is imported where it is used: building examples needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from probekit import parameters, paths
 from probekit.data.scenes import write_scenes
-from probekit.extraction.extracting import extract_tables
-from probekit.extraction.launch import Launcher
-from probekit.extraction.settings import ExtractionSettings
-from probekit.extraction.store import Activations
 from probekit.models.presets import short_name
-from probekit.probes.adam import AdamSettings
 from probekit.probes.controls import check_controls
-from probekit.probes.localisation import add_localisation
-from probekit.probes.probing import ProbeSettings, probe_activations
-from probekit.probes.results import ProbeResults
-from probekit.report.results import Results
-from probekit.report.saved_run import SavedRun
 from probekit.tasks import building
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.input_controls import INPUT_CONTROLS, change_inputs
+
+if TYPE_CHECKING:
+    from probekit.extraction.settings import ExtractionSettings
+    from probekit.extraction.store import Activations
+    from probekit.probes.probing import ProbeSettings
+    from probekit.report.results import Results
+    from probekit.report.saved_run import SavedRun
 
 HomeLike = str | Path | paths.Home | None
 
@@ -181,6 +181,9 @@ def extract(
     Activations
         ``activations["lm.12", "mean"]`` is (n examples, d). The labels travel with them.
     """
+    from probekit.extraction.extracting import extract_tables
+    from probekit.extraction.launch import Launcher
+
     controls = parameters.read_parameter("controls", controls)
     parameters.read_parameters({"engine": engine, "copies": copies})
     return extract_tables(
@@ -201,6 +204,8 @@ def extraction_settings(model: str, settings: dict[str, Any]) -> ExtractionSetti
     ValueError
         There is no such setting, or a value is not allowed.
     """
+    from probekit.extraction.settings import ExtractionSettings
+
     model = parameters.read_parameter("model", model)
     return ExtractionSettings(model, **parameters.read_settings(ExtractionSettings, settings))
 
@@ -295,6 +300,8 @@ def open_activations(run: str, *, home: HomeLike = None) -> list[Activations]:
     FileNotFoundError
         Examples or activations have not been made.
     """
+    from probekit.extraction.store import Activations
+
     home = paths.Home.find(home)
     examples = open_examples(run, home=home)
     record = paths.read_json(home.data / "activations" / f"{run}.json")
@@ -352,6 +359,12 @@ def probe(
         They are in ``data/probes/<run>``, too; what is there already for these settings is read
         back.
     """
+    from probekit.extraction.store import Activations
+    from probekit.probes.localisation import add_localisation
+    from probekit.probes.probing import probe_activations
+    from probekit.probes.results import ProbeResults
+    from probekit.report.results import Results
+
     home = paths.Home.find(home)
     views = with_controls([activations] if isinstance(activations, Activations) else activations)
     if not views:
@@ -390,6 +403,9 @@ def probe_settings(
     ValueError
         There is no such setting, or a value is not allowed.
     """
+    from probekit.probes.adam import AdamSettings
+    from probekit.probes.probing import ProbeSettings
+
     training = parameters.read_parameters({"epochs": epochs, "patience": patience})
     values = parameters.read_settings(ProbeSettings, settings)
     return ProbeSettings(training=AdamSettings(**training), **values)
@@ -415,6 +431,8 @@ def open_run(run: str, *, home: HomeLike = None) -> SavedRun:
     FileNotFoundError, ValueError
         A step of the run has not been done, or belongs to other examples.
     """
+    from probekit.report.saved_run import SavedRun
+
     parameters.read_parameter("run", run)
     return SavedRun.open(run, home)
 

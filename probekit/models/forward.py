@@ -9,12 +9,11 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from probekit.models.architectures import has_text_encoder
 from probekit.models.batches import (
@@ -28,6 +27,9 @@ from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
 from probekit.models.pooling import Pooler, Prefix
 from probekit.models.processor import PreparedImage
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 # Types of tokens, 0 for text: what attends to what may depend on them.
 TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -207,6 +209,8 @@ class _PooledPass:
 
     def run_shared(self) -> None:
         """Run the prefix of each image once, with a key-value cache; then only the suffixes."""
+        from transformers import DynamicCache  # takes seconds
+
         vlm = self.vlm
         if has_text_encoder(vlm.config):
             raise ValueError("its prompts are read by a bidirectional encoder")

@@ -18,9 +18,6 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
 from probekit.tasks.input_controls import INPUT_CONTROLS
 from probekit.tasks.words import word_runs
@@ -247,6 +244,10 @@ def bag_of_words(
     ndarray
         (n,) probabilities of label 1, from a logistic regression on word counts.
     """
+    from sklearn.feature_extraction.text import CountVectorizer  # takes seconds
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     y_train = y_n[train_n] > 0
     if y_train.all() or not y_train.any():
         return np.full(len(y_n), y_train.mean())

@@ -15,6 +15,8 @@ from scipy.optimize import linear_sum_assignment
 ROUNDS = 20
 TRIED_PARTNERS = 300
 CHUNK = 1_000
+# Captions that are exchanged among themselves where each pair of them is judged.
+CAPTION_CHUNK = 500
 
 
 class TooFewImages(ValueError):

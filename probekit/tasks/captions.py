@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.tasks.balance import (
+    CAPTION_CHUNK,
     TooFewImages,
     balanced_assignment,
     random_assignment,
@@ -21,7 +22,6 @@ from probekit.tasks.balance import (
 )
 from probekit.tasks.base import Selection, example_rows
 from probekit.tasks.paraphrases import CaptionJudge
-from probekit.tasks.similar_captions import CAPTION_CHUNK, assign_similar
 from probekit.tasks.swapped_captions import WordStatistics, swap_words
 
 PROMPT = "This image contains: {caption}.\nIs this right?"
@@ -151,6 +151,8 @@ def _assign(
     if negatives == "random":
         return _assign_random(captions, owners, captions_by_image=selection.captions, rng=rng)
     if negatives == "similar":
+        from probekit.tasks.similar_captions import assign_similar  # loads torch
+
         return assign_similar(
             captions,
             owners,
@@ -239,7 +241,7 @@ def assign_within_groups(
     ndarray of int
         Shape (n,): the number of the caption that each is exchanged for, -1 where it is left out.
         As few as possible are left out within each chunk of
-        :data:`~probekit.tasks.similar_captions.CAPTION_CHUNK` captions of a group.
+        :data:`~probekit.tasks.balance.CAPTION_CHUNK` captions of a group.
     """
     judge = CaptionJudge(captions, owners, captions_by_image=captions_by_image)
     members: dict[Hashable, list[int]] = defaultdict(list)

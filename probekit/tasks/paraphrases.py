@@ -6,9 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 
 import snowballstemmer
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from probekit.tasks.words import split_words
+from probekit.tasks.words import split_words, stop_words
 
 # Numbers that are stop words, but say something about an image.
 NUMBERS = frozenset(("two", "three", "four", "five", "six", "eight", "nine", "ten"))
@@ -28,9 +27,7 @@ def content_words(caption: str) -> frozenset[str]:
     In scripts without spaces, words are pairs of characters.
     """
     words = split_words(caption.lower(), short_forms=True)
-    return frozenset(
-        _stem(word) for word in words if word in NUMBERS or word not in ENGLISH_STOP_WORDS
-    )
+    return frozenset(_stem(word) for word in words if word in NUMBERS or word not in stop_words())
 
 
 @cache

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
 from probekit import paths
-from probekit.tasks.balance import balanced_assignment, ordered_chunks
+from probekit.tasks.balance import CAPTION_CHUNK, balanced_assignment, ordered_chunks
 from probekit.tasks.paraphrases import CaptionJudge
 from probekit.tasks.words import split_words
 
@@ -30,8 +30,6 @@ SEARCHED = 200_000
 QUERIES = 4_096
 # MiB that scikit-learn may use for the similarities of some captions with all others.
 WORKING_MEMORY = 256
-# Captions that are exchanged among themselves where each pair of them is judged.
-CAPTION_CHUNK = 500
 # Pairs of captions that are looked at together.
 PAIRS = 100_000
 # Texts that are encoded before they are stored in half precision, and compared at a time.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from probekit.tasks.words import stop_words
 
 COLOURS = frozenset(
     (
@@ -92,7 +93,7 @@ class WordStatistics:
             noun_counts.update(_words_placed_as_nouns(words))
             word_counts.update(words)
             for pair in pairwise(words):
-                if not ENGLISH_STOP_WORDS.intersection(pair):
+                if not stop_words().intersection(pair):
                     pair_counts[pair] += 1
         nouns = {
             word for word, count in noun_counts.items() if count >= NOUN_SHARE * word_counts[word]
@@ -102,7 +103,7 @@ class WordStatistics:
             rarer_count = min(word_counts[first], word_counts[second])
             if count >= COMPOUND_COUNT and count >= COMPOUND_SHARE * rarer_count:
                 compounds.add((first, second))
-        return cls(frozenset(nouns - ENGLISH_STOP_WORDS - COLOURS), frozenset(compounds))
+        return cls(frozenset(nouns - stop_words() - COLOURS), frozenset(compounds))
 
 
 def _lower_words(caption: str) -> list[str]:
@@ -112,7 +113,7 @@ def _lower_words(caption: str) -> list[str]:
 def _words_placed_as_nouns(words: list[str]) -> list[str]:
     nouns = []
     for before, word, after in zip(words, words[1:], [*words[2:], "."], strict=False):
-        ends_phrase = not after.isalpha() or after in ENGLISH_STOP_WORDS
+        ends_phrase = not after.isalpha() or after in stop_words()
         if before in DETERMINERS and word.isalpha() and ends_phrase:
             nouns.append(word)
     return nouns

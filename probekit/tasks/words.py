@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from itertools import pairwise
 
 # Thai and Lao, Burmese, Khmer, Japanese kana, and Chinese characters: no spaces between words.
@@ -23,6 +24,14 @@ TOKEN_OR_SHORT_FORM = re.compile(
 IS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # A word of an unspaced script has about so many characters.
 CHARACTERS_PER_WORD = 2
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """Return scikit-learn's list of English words that any text may have."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # takes seconds
+
+    return ENGLISH_STOP_WORDS
 
 
 def split_words(text: str, *, short_forms: bool = False) -> list[str]:
