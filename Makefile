@@ -8,7 +8,7 @@ demo: .venv/.ready
 
 # ARGS=-k… runs some of the tests, ARGS="-m quick" those that answer fast
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.ready-for-tests
 	$(BIN)/ruff format --check --quiet .

@@ -26,10 +26,11 @@ from tests.conftest import (
 pytestmark = pytest.mark.slow
 
 SHARDS = "data/activations/*/*/shards-*/shard-*"
+FITTED_PROBES = "data/probes/*/*/*"
 
 
-def modification_times(home):
-    return {path: path.stat().st_mtime_ns for path in sorted(home.glob(SHARDS))}
+def modification_times(home, pattern=SHARDS):
+    return {path: path.stat().st_mtime_ns for path in sorted(home.glob(pattern))}
 
 
 def test_all_notebooks_run_and_leave_their_artefacts(demo):
@@ -66,9 +67,12 @@ def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
     before = modification_times(demo)
     # 3 shards of images per model, 6 of prompts without one (the untrained model has none)
     assert len(before) == 2 * (3 + 6) + 3
-    result = run_notebooks(demo, cwd=tmp_path, run="small")
+    fitted = modification_times(demo, FITTED_PROBES)
+    assert fitted
+    result = run_notebooks(demo, "--to", "03", cwd=tmp_path, run="small")
     assert result.returncode == 0, result.stderr[-3000:]
     assert modification_times(demo) == before
+    assert modification_times(demo, FITTED_PROBES) == fitted
     assert not list(tmp_path.iterdir())
 
 
@@ -95,6 +99,8 @@ def test_a_failing_cell_is_shown_with_the_notebook_as_far_as_it_came(tmp_path):
 def test_real_photographs_go_the_whole_way(tmp_path):
     result = run_notebooks(
         tmp_path,
+        "--to",
+        "04",
         run="photos",
         dataset=REAL_COCO,
         train=80,

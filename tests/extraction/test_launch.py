@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -148,42 +149,35 @@ def test_whoever_comes_next_makes_what_a_killed_rank_left(base, alone):
     wait_for(lambda: len(made(home)) >= 2, victim)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    left = len(shard_bytes(home))
-    assert 2 <= left < SHARDS // 2
+    left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
+    assert 2 <= len(left) < SHARDS // 2
     assert start(home).wait() == 0
     assert is_complete(home, alone)
+    assert {file: file.stat().st_mtime_ns for file in left} == left
     assert len(made(home)) <= SHARDS + 1  # one was perhaps written and not yet logged
 
 
-@pytest.fixture
-def cluster(base):
-    """Start and stop a Ray cluster of its own."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of these tests' own."""
     pytest.importorskip("ray")
+    run_ray(
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        "--port=6391",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+    )
+    yield "127.0.0.1:6391"
+    run_ray("stop", "--force")
+
+
+def run_ray(*words: str) -> None:
     command = str(Path(sys.executable).with_name("ray"))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | RAY_VARIABLES
-
-    def run(*words):
-        return subprocess.run(
-            [command, *words], env=environment, check=True, capture_output=True, text=True
-        )
-
-    def begin() -> str:
-        run(
-            "start",
-            "--head",
-            "--node-ip-address=127.0.0.1",
-            "--port=6391",
-            "--num-cpus=2",
-            "--include-dashboard=false",
-            "--disable-usage-stats",
-        )
-        return "127.0.0.1:6391"
-
-    def end() -> None:
-        run("stop", "--force")
-
-    yield begin, end
-    end()
+    subprocess.run([command, *words], env=environment, check=True, capture_output=True)
 
 
 def find_ray_runners() -> list[int]:
@@ -200,25 +194,42 @@ def find_ray_runners() -> list[int]:
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_shards_though_a_worker_and_then_its_head_are_killed(
+def test_ray_says_what_went_wrong_in_the_same_words(data, examples, cluster, monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray")
+    for name, value in (RAY_VARIABLES | {"RAY_ADDRESS": cluster}).items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "copied.png"
+    file.write_bytes(Home.find().resolve(examples.file[0]).read_bytes())
+    table = examples.head(6).assign(file=str(file))
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1)
+    job = plan_job(settings, [InputTable("none", table)], device="cpu")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"on Ray, ValueError: .*copied.png is gone or has changed"
+    ):
+        launch.run_on_ray(job, [0])
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_shards_though_a_worker_is_killed_and_ends_with_its_head(
     base, alone, cluster
 ):
-    begin, end = cluster
+    how = {"launcher": {"engine": "ray", "copies": 2}, "environment": {"RAY_ADDRESS": cluster}}
     home = base / "ray"
-    how = {"launcher": {"engine": "ray", "copies": 2}}
-    first = start(home, **how, environment={"RAY_ADDRESS": begin()})
-    wait_for(lambda: len(shard_bytes(home)) >= 2, first)
+    process = start(home, **how)
+    wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     os.kill(find_ray_runners()[0], signal.SIGKILL)
-    wait_for(lambda: len(shard_bytes(home)) >= 10, first)
-    end()
-    left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
-    assert first.wait(400) != 0
-    assert 10 <= len(left) < SHARDS
-    assert shard_bytes(home).items() <= alone.items()
-    second = start(home, **how, environment={"RAY_ADDRESS": begin()})
-    assert second.wait(400) == 0
+    assert process.wait(400) == 0
     assert is_complete(home, alone)
-    assert {file: file.stat().st_mtime_ns for file in left} == left
+
+    home = base / "headless"
+    process = start(home, **how)
+    wait_for(lambda: len(shard_bytes(home)) >= 2, process)
+    run_ray("stop", "--force")
+    assert process.wait(400) != 0
+    assert len(shard_bytes(home)) < SHARDS
+    assert shard_bytes(home).items() <= alone.items()
 
 
 @pytest.mark.parametrize(
@@ -272,25 +283,6 @@ def test_ranks_are_read_from_torchrun_and_slurm(variables, expected, monkeypatch
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert rank_from_environment() == expected
-
-
-@pytest.mark.slow
-def test_ray_says_what_went_wrong_in_the_same_words(data, examples, monkeypatch, tmp_path):
-    ray = pytest.importorskip("ray")
-    for name, value in RAY_VARIABLES.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    file = tmp_path / "copied.png"
-    file.write_bytes(Home.find().resolve(examples.file[0]).read_bytes())
-    table = examples.head(6).assign(file=str(file))
-    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1)
-    job = plan_job(settings, [InputTable("none", table)], device="cpu")
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match=r"on Ray, ValueError: .*copied.png is gone or has changed"
-    ):
-        launch.run_on_ray(job, [0])
-    ray.shutdown()
 
 
 def test_a_launcher_that_makes_no_sense_is_refused():
