@@ -23,6 +23,7 @@ from probekit.models import forward
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.processor import PreparedImage
 from probekit.models.sharing import SharingVerdict, choose_way, is_out_of_memory
+from probekit.models.unchecked import check_layers
 
 VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
 PROGRESS_BAR = (
@@ -310,6 +311,7 @@ class Runner:
         verdicts: list[SharingVerdict] = []
 
         def try_batch(prepared: Sequence[PreparedImage]) -> States:
+            check_layers(self.vlm, prepared[0].with_prompt(0))
             verdict, states = choose_way(
                 self.vlm,
                 prepared,

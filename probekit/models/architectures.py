@@ -148,8 +148,8 @@ def find_text_stack(model: Any) -> LayerStack:
     stack = _find_stack(module, block_count=block_count)
     if stack is None:
         raise ValueError(
-            f"{model.config.model_type}: its decoder has no list of {block_count} blocks, "
-            "so its layers cannot be read"
+            f"{model.config.model_type}: its decoder has no list of blocks whose number its config "
+            f"states ({block_count}), so its layers cannot be read"
         )
     return stack
 

@@ -30,6 +30,7 @@ from probekit.models.processor import PreparedImage
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+    from transformers.utils import ModelOutput
 
 # Types of tokens, 0 for text: what attends to what may depend on them.
 TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -99,7 +100,9 @@ def run_pooled(
 
 
 @torch.inference_mode()
-def read_layers(vlm: Vlm, prepared: Sequence[PreparedImage], take: Take) -> None:
+def read_layers(
+    vlm: Vlm, prepared: Sequence[PreparedImage], take: Take, **options: Any
+) -> ModelOutput:
     """Run images of one shape, each with its first prompt, and hand over the states of all tokens.
 
     Parameters
@@ -109,10 +112,18 @@ def read_layers(vlm: Vlm, prepared: Sequence[PreparedImage], take: Take) -> None
     take : callable
         Called as ``take(layer, hidden_ntd)`` for each layer of the decoder; padding is on the
         right.
+    **options
+        Arguments of the forward pass besides its inputs.
+
+    Returns
+    -------
+    transformers.utils.ModelOutput
+        Of the pass.
     """
     tokens = batch_tokens(vlm, [image.tokens[0] for image in prepared])
+    options |= _forward_options(vlm, len(prepared))
     with tap_decoder(vlm, take):
-        vlm.model(**tokens, **batch_images(vlm, prepared), **_forward_options(vlm, len(prepared)))
+        return vlm.model(**tokens, **batch_images(vlm, prepared), **options)
 
 
 def _run_alone(

@@ -431,6 +431,11 @@ class PromptProcessor:
                 # A mask of the image processor gives way to the tokenizer's mask of the same name.
                 image_names = set(single.output) - {"attention_mask"}
                 image_inputs = {name: single.output[name] for name in batch if name in image_names}
+                if "input_ids" not in batch:
+                    raise ValueError(
+                        f"the processor of {self.name} makes no tokens of a prompt (it returns "
+                        f"{', '.join(batch)}), so this checkpoint cannot be probed"
+                    )
                 if len(batch["input_ids"]) != len(group):
                     raise ValueError(
                         f"the processor of {self.name} makes {len(batch['input_ids'])} rows of "

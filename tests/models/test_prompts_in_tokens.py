@@ -21,6 +21,19 @@ def test_one_row_for_each_prompt(vlm, noise_images, monkeypatch):
         processor.prepare(noise_images[0], ["A dog.", "A cat."])
 
 
+def test_a_processor_that_makes_no_tokens_is_refused(vlm, noise_images, monkeypatch):
+    original = type(vlm.processor).__call__
+
+    def make_patches_alone(self, *arguments, **options):
+        output = original(self, *arguments, **options)
+        del output["input_ids"]
+        return output
+
+    monkeypatch.setattr(type(vlm.processor), "__call__", make_patches_alone)
+    with pytest.raises(ValueError, match="makes no tokens of a prompt"):
+        vlm.prompt_processor.prepare(noise_images[0], ["A dog."])
+
+
 def test_image_inputs_that_are_no_tensors_are_refused(vlm, noise_images, monkeypatch):
     original = type(vlm.processor.image_processor).__call__
 

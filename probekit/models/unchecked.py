@@ -1,0 +1,78 @@
+"""Architectures that nobody has checked: what is read of them is held against transformers.
+
+For the types in :func:`probekit.models.presets.read_checked_architectures` tests have answered it.
+Any other type is asked on its first prompt, and goes on only where every layer agrees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from probekit.models.architectures import has_text_encoder
+from probekit.models.forward import read_layers
+from probekit.models.load import Vlm
+from probekit.models.presets import read_checked_architectures
+from probekit.models.processor import PreparedImage
+from probekit.models.sharing import is_out_of_memory
+
+RELATIVE_TOLERANCE = 1e-5  # of the same pass: nothing but a change of the floating type
+
+
+@torch.inference_mode()
+def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
+    """Check what is read of a prompt, where the type of the model is not a checked one.
+
+    Parameters
+    ----------
+    vlm : Vlm
+    prepared : PreparedImage
+        One image with one prompt.
+
+    Raises
+    ------
+    ValueError
+        The model does not run, returns no hidden states to compare with, or others.
+    MemoryError, RuntimeError
+        The prompt does not fit the memory (:func:`is_out_of_memory`).
+    """
+    model_type = vlm.config.model_type
+    if model_type in read_checked_architectures().index:
+        return
+    read: dict[str, torch.Tensor] = {}
+    try:
+        output = read_layers(vlm, [prepared], read.__setitem__, output_hidden_states=True)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _refusal(vlm, f"it does not run ({type(error).__name__}: {error})") from error
+    expected = _hidden_states_of(output, vlm)
+    if expected is None:
+        raise _refusal(vlm, "transformers returns no hidden states of it to compare with")
+    if len(expected) != len(vlm.layers):
+        raise _refusal(
+            vlm, f"transformers returns {len(expected)} layers, and {len(vlm.layers)} are found"
+        )
+    for layer, expected_ntd in zip(vlm.layers, expected, strict=True):
+        states_ntd = read.get(layer)
+        is_same = (
+            states_ntd is not None
+            and states_ntd.shape == expected_ntd.shape
+            and torch.allclose(states_ntd.float(), expected_ntd.float(), rtol=RELATIVE_TOLERANCE)
+        )
+        if not is_same:
+            raise _refusal(vlm, f"what is read at {layer} differs from transformers' hidden states")
+
+
+def _hidden_states_of(output: Any, vlm: Vlm) -> tuple[torch.Tensor, ...] | None:
+    """Find the decoder's hidden states in a model's output."""
+    name = "encoder_hidden_states" if has_text_encoder(vlm.config) else "hidden_states"
+    return getattr(output, name, None)
+
+
+def _refusal(vlm: Vlm, reason: str) -> ValueError:
+    return ValueError(
+        f"{vlm.name} is of the type {vlm.config.model_type}, which probekit has not been checked "
+        f"with and cannot read: {reason}"
+    )
