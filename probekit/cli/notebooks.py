@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import papermill
 import yaml
@@ -24,6 +29,10 @@ from probekit.paths import NUMBERED_NOTEBOOKS, Home
 
 # A kernel warns that it listens on the loopback interface.
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40"]
+
+# Seconds between two looks whether a notebook has ended, and until it is left alone after Ctrl-C.
+POLL_SECONDS = 0.1
+LONGEST_ENDING = 10
 
 # Endings that JupyterLab, browsers, editors and file managers give to copies.
 COPY_ENDING = re.compile(r"(-Copy\d*|[ _-]copy( ?\d+)?|-checkpoint| ?\(\d+\))+", re.IGNORECASE)
@@ -41,9 +50,26 @@ class _KernelOfThisPython(AsyncKernelManager):
     A kernelspec "python3" may be that of another environment, which lacks this package.
     """
 
+    managers: ClassVar[WeakSet[_KernelOfThisPython]] = WeakSet()
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.managers.add(self)
+
     @default("kernel_spec_manager")
     def _without_kernelspecs(self) -> KernelSpecManager:
         return KernelSpecManager(kernel_dirs=[])
+
+    def kill_with_children(self) -> None:
+        """Kill the kernel, if it runs, with all processes that it started."""
+        process = getattr(self.provisioner, "process", None)
+        if process is None:
+            return
+        with contextlib.suppress(OSError):  # it has ended
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
 
 
 class NotebookFailedError(RuntimeError):
@@ -339,7 +365,7 @@ def _report_unused_overrides(
 
 
 def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home) -> None:
-    try:
+    def execute() -> None:
         papermill.execute_notebook(
             str(notebook),
             str(target),
@@ -350,6 +376,9 @@ def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home
             progress_bar={"desc": notebook.stem},
             extra_arguments=KERNEL_ARGUMENTS,
         )
+
+    try:
+        _call_in_thread(execute)
     except papermill.PapermillExecutionError as error:
         raise NotebookFailedError(
             f"A cell of {notebook.stem} failed:\n\n{error.source}\n\n{error.ename}: "
@@ -366,3 +395,38 @@ def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home
             f"{notebook.stem} could not be started with {sys.executable} ({error}): "
             "pip install -e . again, in the checkout and with this Python"
         ) from error
+
+
+def _call_in_thread(call: Callable[[], None]) -> None:
+    """Call what executes a notebook, so that Ctrl-C ends it at once.
+
+    In the main thread nbclient would take Ctrl-C for itself, and end the kernel when it has time.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        No process of the notebook is left.
+    """
+    errors: list[Exception] = []
+    ended = threading.Event()  # an interrupted Thread.join takes the thread for ended
+
+    def call_and_keep_error() -> None:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=call_and_keep_error, daemon=True).start()
+    try:
+        while not ended.wait(POLL_SECONDS):
+            pass
+    except KeyboardInterrupt:
+        deadline = time.monotonic() + LONGEST_ENDING
+        while not ended.wait(POLL_SECONDS) and time.monotonic() < deadline:
+            for manager in list(_KernelOfThisPython.managers):  # one may just be starting
+                manager.kill_with_children()
+        raise
+    if errors:
+        raise errors[0]

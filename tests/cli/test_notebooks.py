@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from probekit.cli.notebooks import _KernelOfThisPython
 from tests.conftest import (
@@ -21,6 +22,7 @@ from tests.conftest import (
     REPOSITORY,
     needs_real_coco,
     run_notebooks,
+    small_parameters,
 )
 
 pytestmark = pytest.mark.slow
@@ -142,23 +144,21 @@ def test_a_kernelspec_of_another_environment_is_passed_over(tmp_path, monkeypatc
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
-    home = tmp_path
-    command = [sys.executable, "-m", "probekit", "run", "--to", "01"]
-    command += ["--params", str(REPOSITORY / "notebooks" / "params" / "demo.yaml")]
-    command += ["-p", "run=cut", "-p", "train=3000"]
-    environment = os.environ | {"PROBEKIT_HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_parameters()), encoding="utf-8")
+    command = [sys.executable, "-m", "probekit", "run", "--params", str(tmp_path / "small.yaml")]
+    command += ["-p", "run=cut", "-p", "workers=2"]
+    environment = os.environ | {"PROBEKIT_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        scenes = home / "data" / "coco" / "scenes-3600-seed0"
-        while process.poll() is None and not scenes.exists():
+        while process.poll() is None and not modification_times(tmp_path):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.rstrip().splitlines()[-1].startswith("probekit: stopped. Run the same command")
     assert "Traceback" not in errors
-    assert _processes_of(home) == []
+    assert _processes_of(tmp_path) == []
 
 
 def _processes_of(home):

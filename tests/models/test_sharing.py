@@ -113,7 +113,7 @@ def test_a_way_that_fails_is_named_and_the_next_one_taken(vlm, prepared, monkeyp
     def fail(*args, **kwargs):
         raise KeyError("no cache here")
 
-    monkeypatch.setattr("probekit.models.forward.DynamicCache", fail)
+    monkeypatch.setattr("transformers.DynamicCache", fail)
     verdict, _ = choose_way(
         vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"]
     )
@@ -125,7 +125,7 @@ def test_a_full_memory_is_no_verdict(vlm, prepared, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
 
-    monkeypatch.setattr("probekit.models.forward.DynamicCache", fail)
+    monkeypatch.setattr("transformers.DynamicCache", fail)
     with pytest.raises(RuntimeError, match="can't allocate") as caught:
         choose_way(vlm, prepared, poolings=("mean",), stages=("lm",), ways=["shared", "plain"])
     assert is_out_of_memory(caught.value)
