@@ -6,6 +6,7 @@ boxes of a file                                       what they are
 x, y, w, h inside of their images                     read as they are
 all numbers at most 1, and some broken                shares of width and height
 many beyond their images, and none as corners         corners x, y, x, y
+many beyond their images, and none around centres     centre x, centre y, w, h
 some beyond their images                              cut off at the border; left out if all of it
                                                       lies beyond
 ====================================================  ===========================================
@@ -61,6 +62,9 @@ def normalise_boxes(
     elif _are_corners(box_n4[is_sized_n], size_n2[is_sized_n]):
         changed_n4[:, 2:] = box_n4[:, 2:] - box_n4[:, :2]
         _note(report, source, "their boxes are two corners, not x, y, width, height", instances)
+    elif _are_centred(box_n4[is_sized_n], size_n2[is_sized_n]):
+        changed_n4[:, :2] = box_n4[:, :2] - box_n4[:, 2:] / 2
+        _note(report, source, "their boxes start from their centres, not from a corner", instances)
     start_n2 = changed_n4[:, :2]
     end_n2 = start_n2 + changed_n4[:, 2:]
     is_beyond_n = is_sized_n & _reach_beyond(changed_n4, size_n2)
@@ -99,6 +103,14 @@ def _are_corners(box_n4: np.ndarray, size_n2: np.ndarray) -> bool:
     width_height_n2 = box_n4[:, 2:] - box_n4[:, :2]
     as_corners_n4 = np.hstack([box_n4[:, :2], width_height_n2])
     return bool((width_height_n2 >= 0).all() and not _reach_beyond(as_corners_n4, size_n2).any())
+
+
+def _are_centred(box_n4: np.ndarray, size_n2: np.ndarray) -> bool:
+    """Tell whether all boxes lie in their images around their centres alone."""
+    if not len(box_n4) or _reach_beyond(box_n4, size_n2).mean() <= MANY:
+        return False
+    corner_n2 = box_n4[:, :2] - box_n4[:, 2:] / 2
+    return not _reach_beyond(np.hstack([corner_n2, box_n4[:, 2:]]), size_n2).any()
 
 
 def _reach_beyond(box_n4: np.ndarray, size_n2: np.ndarray) -> np.ndarray:

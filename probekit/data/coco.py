@@ -159,12 +159,11 @@ def read_coco(
 
 
 def _load(path: Path) -> Any:
-    """Return the content of an annotation file, without outlines.
+    """Return the content of an annotation file in any encoding of JSON, without outlines.
 
     Nothing uses the outlines, and they are most of a file of instances.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        return json.load(file, object_hook=_without_outline)
+    return json.loads(path.read_bytes(), object_hook=_without_outline)
 
 
 def _without_outline(annotation: dict) -> dict:

@@ -10,7 +10,7 @@ width, height     a number above 0, ``320.0``, ``"320"``   pixels
                   nothing, 0, -1, null                     what the file says
 caption           text with a letter or a digit            the caption
                   text without                             no caption: left out, and counted
-bbox              four finite numbers, in pixels           x, y, w, h, see :mod:`.boxes`
+bbox              four finite numbers, or their text       x, y, w, h, see :mod:`.boxes`
 area              a number above 0                         square pixels
                   nothing, 0, null, less than 1 in all     w times h
 iscrowd           0, 1, false, true                        whether the outline is of a crowd
@@ -26,11 +26,14 @@ Any other value is an error of its record. The record is left out, and counted.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
+
+NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d*)?(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 
 class BadRecord(ValueError):
@@ -234,11 +237,11 @@ def _flag(record: Record, name: str) -> int:
 
 
 def _number(value: object) -> float | None:
-    """Return a finite number, also where text spells a whole one; None for anything else."""
+    """Return a finite number, also where text spells one; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
-        return int(value) if value.strip().isdecimal() and len(value) < 19 else None
+        value = float(value) if NUMBER.fullmatch(value.strip()) else None
     if isinstance(value, (int, float)):
         # Not math.isfinite alone: JSON can spell integers that no float can hold.
         is_finite = abs(value) <= sys.float_info.max and not math.isnan(value)

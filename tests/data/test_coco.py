@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -216,17 +217,28 @@ VALUES_READ = {
     "area 0": lambda c: c["annotations"][0].update(area=0),
     "relative area": lambda c: c["annotations"][0].update(area=12 / 2400),
     "attributes": lambda c: c["annotations"][0].update(attributes=[]),
+    "box as text": lambda c: c["annotations"][0].update(bbox=["1", "2.0", "3e0", " 4 "]),
     "corners": lambda c: c["annotations"].append(BOX | {"id": 1, "bbox": [50, 30, 55, 38]}),
+    "centres": lambda c: c["annotations"].append(BOX | {"id": 1, "bbox": [55, 30, 10, 8]}),
 }
+FIRST_BOX = {"corners": [1, 2, 4, 6], "centres": [2.5, 4, 3, 4]}
 
 
 @pytest.mark.parametrize("name", VALUES_READ)
 def test_what_can_only_mean_one_thing_is_read(folder, name):
-    if name == "corners":
-        change(folder, "instances", lambda c: c["annotations"][0].update(bbox=[1, 2, 4, 6]))
+    if name in FIRST_BOX:
+        change(folder, "instances", lambda c: c["annotations"][0].update(bbox=FIRST_BOX[name]))
     change(folder, "instances", VALUES_READ[name])
     dataset = read_coco(folder)
     assert dataset.instances.iloc[0].tolist() == [0, "cup", 1, 2, 3, 4, 12, 0, None]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_any_encoding_of_json_is_read(folder, encoding):
+    expected = read_coco(folder).captions
+    for file in (folder / "annotations").glob("*.json"):
+        file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    pd.testing.assert_frame_equal(read_coco(folder).captions, expected)
 
 
 def test_shares_of_the_image_are_boxes_in_pixels(folder):
