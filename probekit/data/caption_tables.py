@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from probekit.data.tables import (
     TABLE_SUFFIXES,
     Table,
     UnknownColumns,
+    decode,
     image_name,
     is_empty,
     listed,
@@ -96,7 +97,10 @@ def read_captions(
         A table cannot be read or names no image, two tables contradict each other, or more images
         than `max_bad` allows lose their captions.
     """
-    tables, other_files = _caption_tables(folder, files)
+    texts = texts_of_images(files)
+    tables, other_files = _caption_tables(folder, [file for file in files if file not in texts])
+    if texts:
+        tables.append(_captions_of(_read_texts(folder, texts)))
     if not tables:
         return pd.DataFrame(columns=["image_id", "caption"])
     report.note(
@@ -182,6 +186,35 @@ def table_files(folder: Path, files: Sequence[Path]) -> tuple[list[Path], list[P
         if file.parent.parent == folder and file.parent not in image_folders and file not in beside
     ]
     return beside, apart
+
+
+def texts_of_images(files: Sequence[Path]) -> dict[Path, Path]:
+    """Return the texts that are called as an image beside them, each with that image.
+
+    ``dog.txt`` has the captions of ``dog.jpg``, one in each line.
+    """
+    images = {file.with_suffix(""): file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    return {
+        file: images[file.with_suffix("")]
+        for file in files
+        if file.suffix.lower() == ".txt" and file.with_suffix("") in images
+    }
+
+
+def _read_texts(folder: Path, texts: Mapping[Path, Path]) -> Table:
+    """Read the texts beside images as one table."""
+    rows = []
+    encodings = set()
+    for file, image in texts.items():
+        try:
+            text, encoding = decode(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        encodings.add(encoding)
+        name = image.relative_to(folder).as_posix()
+        rows += [(name, line.strip()) for line in text.splitlines() or [""]]
+    table = pd.DataFrame(rows, columns=["image", "caption"], dtype=object)
+    return Table(folder / "*.txt", table, " and ".join(sorted(encodings - {""})))
 
 
 def _is_metadata(file: Path) -> bool:

@@ -10,6 +10,8 @@ Flickr30k, Flickr8k
     Tables of captions beside a folder of images: any of :data:`~probekit.data.tables.FORMATS`, with
     one caption or a list of captions in a row, such as ``image, caption``, or lines such as
     ``1000092795.jpg#0<tab>Two young men ...``, or Karpathy's JSON.
+Texts beside images
+    ``dog.txt`` beside ``dog.jpg``, with a caption in each line.
 Images alone
     For statements about them, see :mod:`probekit.data.statement_files`.
 
@@ -30,16 +32,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from probekit.data import coco
-from probekit.data.caption_tables import read_captions, table_files
+from probekit.data.caption_tables import read_captions, table_files, texts_of_images
 from probekit.data.dataset import Dataset
 from probekit.data.report import ReadingReport
-from probekit.data.tables import IMAGE_SUFFIXES
+from probekit.data.tables import IMAGE_SUFFIXES, UNREAD_SUFFIXES, listed
 from probekit.images import size_or_zero
 
 LAYOUTS = (
     "annotations/captions_<split>.json (COCO), metadata.csv or metadata.jsonl with file_name and "
     "caption (Hugging Face image folder), tables of image and caption beside the images "
-    "(Flickr30k), or images alone"
+    "(Flickr30k), a text beside each image, or images alone"
 )
 
 
@@ -88,6 +90,12 @@ def read_dataset(
         )
     all_files = _files_in(folder)
     files = _image_files(all_files)
+    unread = [file for file in all_files if file.suffix.lower() in UNREAD_SUFFIXES]
+    if unread and not files:
+        raise FileNotFoundError(
+            f"the {len(unread):,} images in {folder} have formats that are not read "
+            f"({listed(file.name for file in unread)}): convert them to JPEG or PNG"
+        )
     if not files:
         raise FileNotFoundError(f"{folder} holds no images: expected {LAYOUTS}")
     images = pd.DataFrame(
@@ -106,7 +114,15 @@ def read_dataset(
         )
     # Read for all images: a name that an image of another split has, too, is ambiguous.
     report = ReadingReport()
-    report.note(folder, "images", outcome="read", count=len(images))
+    report.note(folder, "images", outcome="read", count=len(images) + len(unread))
+    report.note(
+        folder,
+        "images",
+        outcome="left out",
+        count=len(unread),
+        reason="their formats are not read: convert them to JPEG or PNG",
+        first=listed(file.name for file in unread),
+    )
     captions = read_captions(folder, all_files, images, max_bad=max_bad, report=report)
     for line in report.lines():
         tqdm.write(line)
@@ -153,7 +169,7 @@ def dataset_state(folder: str | Path, splits: Sequence[str] | None = None) -> li
     else:
         files = _files_in(folder)
         beside, apart = table_files(folder, files)
-        tables = beside + apart
+        tables = [*dict.fromkeys([*beside, *apart, *texts_of_images(files)])]
         image_names = [str(file.relative_to(folder)) for file in _image_files(files)]
     table_states = []
     for table in tables:

@@ -47,6 +47,10 @@ TABLE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suf
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 )
+# Formats of images that Pillow lacks, or whose decoders are not used.
+UNREAD_SUFFIXES = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")
+)
 
 CAPTION_NAMES = ("caption", "captions", "comment", "sentence", "sentences", "description", "raw")
 # What a column may hold ▶ how it may be called.

@@ -293,6 +293,43 @@ def test_tables_may_lie_in_a_folder_of_their_own(photos):
     check_captions(read_dataset(photos))
 
 
+@pytest.mark.parametrize("place", ["", "train"])
+def test_texts_beside_images_are_their_captions(photos, place):
+    (photos / place).mkdir(exist_ok=True)
+    before = dataset_state(photos)
+    for number in NUMBERS:
+        image = (photos / f"{number}.jpg").rename(photos / place / f"{number}.jpg")
+        lines = [f"{caption} {number}" for caption in CAPTIONS]
+        image.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert dataset_state(photos) != before
+    dataset = read_dataset(photos)
+    check_captions(dataset)
+    first = dataset.captions[dataset.captions.image_id == 0]
+    assert first.caption.tolist() == [f"{caption} 1000" for caption in CAPTIONS]
+
+
+def test_texts_and_a_table_that_say_different_things_are_refused(photos):
+    (photos / "captions.csv").write_text(FLICKR8K, encoding="utf-8")
+    (photos / "1000.txt").write_text("Something else.", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"have different captions of the same images .*1000.jpg"):
+        read_dataset(photos)
+
+
+def test_images_in_formats_that_are_not_read_are_named(photos, capsys):
+    (photos / "captions.csv").write_text(FLICKR8K, encoding="utf-8")
+    for number in range(1003, 1030):
+        (photos / f"{number}.jpg").rename(photos / f"{number}.heic")
+    dataset = read_dataset(photos)
+    assert len(dataset.images) == 3
+    assert "27 images left out: their formats are not read" in capsys.readouterr().out
+    counts = dataset.report[dataset.report.kind == "images"].groupby("outcome")["count"].sum()
+    assert counts.to_dict() == {"read": 30, "left out": 27}
+    for number in range(1000, 1003):
+        (photos / f"{number}.jpg").rename(photos / f"{number}.HEIC")
+    with pytest.raises(FileNotFoundError, match=r"the 30 images .* convert them to JPEG or PNG"):
+        read_dataset(photos)
+
+
 def test_metadata_may_point_to_another_folder(photos):
     (photos / "meta").mkdir()
     (photos / "meta" / "metadata.csv").write_text(
