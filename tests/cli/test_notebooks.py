@@ -149,7 +149,12 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
     command += ["-p", "run=cut", "-p", "workers=2"]
     environment = os.environ | {"PROBEKIT_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_listen_to_ctrl_c,
     ) as process:
         while process.poll() is None and not modification_times(tmp_path):
             time.sleep(0.1)
@@ -159,6 +164,11 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
     assert errors.rstrip().splitlines()[-1].startswith("probekit: stopped. Run the same command")
     assert "Traceback" not in errors
     assert _processes_of(tmp_path) == []
+
+
+def _listen_to_ctrl_c():
+    """Undo what shells do to commands in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _processes_of(home):
