@@ -407,13 +407,13 @@ def _call_in_thread(call: Callable[[], None]) -> None:
     KeyboardInterrupt
         No process of the notebook is left.
     """
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     ended = threading.Event()  # an interrupted Thread.join takes the thread for ended
 
     def call_and_keep_error() -> None:
         try:
             call()
-        except Exception as error:
+        except BaseException as error:  # raised in the main thread
             errors.append(error)
         finally:
             ended.set()

@@ -55,16 +55,19 @@ def normalise_boxes(
     size_n2 = images.loc[instances.image_id, ["width", "height"]].to_numpy(float)
     is_sized_n = (size_n2 > 0).all(1)
     box_n4 = instances[BOX].to_numpy(float)
-    changed_n4 = box_n4.copy()
+    changed_n4 = box_n4
     if _are_shares(box_n4, is_sized_n):
         changed_n4 = box_n4 * np.tile(size_n2, 2)
         _note(report, source, "their boxes are shares of the image's width and height", instances)
-    elif _are_corners(box_n4[is_sized_n], size_n2[is_sized_n]):
-        changed_n4[:, 2:] = box_n4[:, 2:] - box_n4[:, :2]
-        _note(report, source, "their boxes are two corners, not x, y, width, height", instances)
-    elif _are_centred(box_n4[is_sized_n], size_n2[is_sized_n]):
-        changed_n4[:, :2] = box_n4[:, :2] - box_n4[:, 2:] / 2
-        _note(report, source, "their boxes start from their centres, not from a corner", instances)
+    elif is_sized_n.any() and _reach_beyond(box_n4, size_n2)[is_sized_n].mean() > MANY:
+        from_corners_n4 = np.hstack([box_n4[:, :2], box_n4[:, 2:] - box_n4[:, :2]])
+        from_centres_n4 = np.hstack([box_n4[:, :2] - box_n4[:, 2:] / 2, box_n4[:, 2:]])
+        if _are_boxes(from_corners_n4[is_sized_n], size_n2[is_sized_n]):
+            changed_n4 = from_corners_n4
+            _note(report, source, "their boxes are two corners, not x, y, width, height", instances)
+        elif _are_boxes(from_centres_n4[is_sized_n], size_n2[is_sized_n]):
+            changed_n4 = from_centres_n4
+            _note(report, source, "their boxes are given by centre, width and height", instances)
     start_n2 = changed_n4[:, :2]
     end_n2 = start_n2 + changed_n4[:, 2:]
     is_beyond_n = is_sized_n & _reach_beyond(changed_n4, size_n2)
@@ -73,7 +76,8 @@ def normalise_boxes(
     is_outside_n = is_beyond_n & (end_n2 <= start_n2).any(1)
     is_cut_n = is_beyond_n & ~is_outside_n
     _note(report, source, "their boxes reach beyond the image: cut off", instances[is_cut_n])
-    changed_n4[is_cut_n] = np.hstack([start_n2, end_n2 - start_n2])[is_cut_n]
+    cut_n4 = np.hstack([start_n2, end_n2 - start_n2])
+    changed_n4 = np.where(is_cut_n[:, None], cut_n4, changed_n4)
     if is_outside_n.any():
         report.note(
             source,
@@ -96,21 +100,9 @@ def _are_shares(box_n4: np.ndarray, is_sized_n: np.ndarray) -> bool:
     return bool(is_share and is_sized_n.all() and (box_n4 % 1 > 0).any())
 
 
-def _are_corners(box_n4: np.ndarray, size_n2: np.ndarray) -> bool:
-    """Tell whether all boxes make sense as corners alone."""
-    if not len(box_n4) or _reach_beyond(box_n4, size_n2).mean() <= MANY:
-        return False
-    width_height_n2 = box_n4[:, 2:] - box_n4[:, :2]
-    as_corners_n4 = np.hstack([box_n4[:, :2], width_height_n2])
-    return bool((width_height_n2 >= 0).all() and not _reach_beyond(as_corners_n4, size_n2).any())
-
-
-def _are_centred(box_n4: np.ndarray, size_n2: np.ndarray) -> bool:
-    """Tell whether all boxes lie in their images around their centres alone."""
-    if not len(box_n4) or _reach_beyond(box_n4, size_n2).mean() <= MANY:
-        return False
-    corner_n2 = box_n4[:, :2] - box_n4[:, 2:] / 2
-    return not _reach_beyond(np.hstack([corner_n2, box_n4[:, 2:]]), size_n2).any()
+def _are_boxes(box_n4: np.ndarray, size_n2: np.ndarray) -> bool:
+    """Tell whether all make sense as x, y, w, h inside of their images."""
+    return bool((box_n4[:, 2:] >= 0).all() and not _reach_beyond(box_n4, size_n2).any())
 
 
 def _reach_beyond(box_n4: np.ndarray, size_n2: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,8 +100,11 @@ def read_captions(
     """
     texts = texts_of_images(files)
     tables, other_files = _caption_tables(folder, [file for file in files if file not in texts])
-    if texts:
-        tables.append(_captions_of(_read_texts(folder, texts)))
+    table_of_texts = _read_texts(folder, texts)
+    if table_of_texts.rows.caption.map(_has_letters).any():
+        tables.append(_captions_of(table_of_texts))
+    else:
+        other_files += texts  # such as boxes in YOLO's format
     if not tables:
         return pd.DataFrame(columns=["image_id", "caption"])
     report.note(
@@ -191,14 +195,19 @@ def table_files(folder: Path, files: Sequence[Path]) -> tuple[list[Path], list[P
 def texts_of_images(files: Sequence[Path]) -> dict[Path, Path]:
     """Return the texts that are called as an image beside them, each with that image.
 
-    ``dog.txt`` has the captions of ``dog.jpg``, one in each line.
+    ``dog.txt`` has the captions of ``dog.jpg``, one in each line. Where several images have that
+    name, what they share stands for them.
     """
-    images = {file.with_suffix(""): file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-    return {
-        file: images[file.with_suffix("")]
-        for file in files
-        if file.suffix.lower() == ".txt" and file.with_suffix("") in images
-    }
+    images: dict[Path, list[Path]] = defaultdict(list)
+    for file in files:
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            images[file.with_suffix("")].append(file)
+    texts = {}
+    for file in files:
+        stem = file.with_suffix("")
+        if file.suffix.lower() == ".txt" and stem in images:
+            texts[file] = images[stem][0] if len(images[stem]) == 1 else stem
+    return texts
 
 
 def _read_texts(folder: Path, texts: Mapping[Path, Path]) -> Table:
@@ -215,6 +224,10 @@ def _read_texts(folder: Path, texts: Mapping[Path, Path]) -> Table:
         rows += [(name, line.strip()) for line in text.splitlines() or [""]]
     table = pd.DataFrame(rows, columns=["image", "caption"], dtype=object)
     return Table(folder / "*.txt", table, " and ".join(sorted(encodings - {""})))
+
+
+def _has_letters(text: str) -> bool:
+    return any(map(str.isalpha, text))
 
 
 def _is_metadata(file: Path) -> bool:

@@ -10,8 +10,8 @@ width, height     a number above 0, ``320.0``, ``"320"``   pixels
                   nothing, 0, -1, null                     what the file says
 caption           text with a letter or a digit            the caption
                   text without                             no caption: left out, and counted
-bbox              four finite numbers, or their text       x, y, w, h, see :mod:`.boxes`
-area              a number above 0                         square pixels
+bbox              four finite numbers, ``1.5``, ``"1.5"``   x, y, w, h, see :mod:`.boxes`
+area              a number above 0, ``12.5``, ``"12.5"``   square pixels
                   nothing, 0, null, less than 1 in all     w times h
 iscrowd           0, 1, false, true                        whether the outline is of a crowd
                   nothing, null                            0
@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
 
-NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d*)?(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
+# How text spells a length or an area.
+MEASURE = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class BadRecord(ValueError):
@@ -200,7 +201,7 @@ def _size(record: Record, name: str) -> int:
     value = record.get(name)
     if value is None or value == -1:
         return 0
-    number = _number(value)
+    number = _measure(value)
     if number is None or number < 0 or number != int(number):
         raise BadRecord(f"{name} {value!r:.40} is no number of pixels")
     return int(number)
@@ -210,7 +211,7 @@ def _box(record: Record) -> tuple[float, float, float, float]:
     value = _value(record, "bbox")
     if not isinstance(value, list) or len(value) != 4:
         raise BadRecord(f"bbox {value!r:.60} does not have four numbers")
-    numbers = [number for number in map(_number, value) if number is not None]
+    numbers = [number for number in map(_measure, value) if number is not None]
     if len(numbers) != 4:
         raise BadRecord(f"bbox {value!r:.60} does not have four finite numbers")
     x, y, w, h = numbers
@@ -223,7 +224,7 @@ def _area(record: Record) -> float:
     value = record.get("area")
     if value is None:
         return 0
-    number = _number(value)
+    number = _measure(value)
     if number is None or number < 0:
         raise BadRecord(f"area {value!r:.40} is no number of square pixels")
     return number
@@ -236,12 +237,19 @@ def _flag(record: Record, name: str) -> int:
     raise BadRecord(f"{name} {value!r:.40} is neither 0 nor 1")
 
 
+def _measure(value: object) -> float | None:
+    """Return a finite length or area, also where text spells it; None for anything else."""
+    if isinstance(value, str) and MEASURE.fullmatch(value.strip()):
+        value = float(value)
+    return _number(value)
+
+
 def _number(value: object) -> float | None:
-    """Return a finite number, also where text spells one; None for anything else."""
+    """Return a finite number, also where text spells a whole one; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
-        value = float(value) if NUMBER.fullmatch(value.strip()) else None
+        return int(value) if value.strip().isdecimal() and len(value) < 19 else None
     if isinstance(value, (int, float)):
         # Not math.isfinite alone: JSON can spell integers that no float can hold.
         is_finite = abs(value) <= sys.float_info.max and not math.isnan(value)

@@ -169,7 +169,7 @@ def dataset_state(folder: str | Path, splits: Sequence[str] | None = None) -> li
     else:
         files = _files_in(folder)
         beside, apart = table_files(folder, files)
-        tables = [*dict.fromkeys([*beside, *apart, *texts_of_images(files)])]
+        tables = list(dict.fromkeys([*beside, *apart, *texts_of_images(files)]))
         image_names = [str(file.relative_to(folder)) for file in _image_files(files)]
     table_states = []
     for table in tables:

@@ -101,7 +101,7 @@ def run_pooled(
 
 @torch.inference_mode()
 def read_layers(
-    vlm: Vlm, prepared: Sequence[PreparedImage], take: Take, **options: Any
+    vlm: Vlm, prepared: Sequence[PreparedImage], take: Take, *, output_hidden_states: bool = False
 ) -> ModelOutput:
     """Run images of one shape, each with its first prompt, and hand over the states of all tokens.
 
@@ -112,8 +112,8 @@ def read_layers(
     take : callable
         Called as ``take(layer, hidden_ntd)`` for each layer of the decoder; padding is on the
         right.
-    **options
-        Arguments of the forward pass besides its inputs.
+    output_hidden_states : bool
+        Whether the output has transformers' own hidden states, too.
 
     Returns
     -------
@@ -121,7 +121,9 @@ def read_layers(
         Of the pass.
     """
     tokens = batch_tokens(vlm, [image.tokens[0] for image in prepared])
-    options |= _forward_options(vlm, len(prepared))
+    options = _forward_options(vlm, len(prepared))
+    if output_hidden_states:
+        options["output_hidden_states"] = True
     with tap_decoder(vlm, take):
         return vlm.model(**tokens, **batch_images(vlm, prepared), **options)
 

@@ -17,8 +17,6 @@ from probekit.models.presets import read_checked_architectures
 from probekit.models.processor import PreparedImage
 from probekit.models.sharing import is_out_of_memory
 
-RELATIVE_TOLERANCE = 1e-5  # of the same pass: nothing but a change of the floating type
-
 
 @torch.inference_mode()
 def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
@@ -41,8 +39,12 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
     if model_type in read_checked_architectures().index:
         return
     read: dict[str, torch.Tensor] = {}
+
+    def keep(layer: str, hidden_ntd: torch.Tensor) -> None:
+        read[layer] = hidden_ntd.clone()  # what comes after may change it in place
+
     try:
-        output = read_layers(vlm, [prepared], read.__setitem__, output_hidden_states=True)
+        output = read_layers(vlm, [prepared], keep, output_hidden_states=True)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -55,13 +57,7 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
             vlm, f"transformers returns {len(expected)} layers, and {len(vlm.layers)} are found"
         )
     for layer, expected_ntd in zip(vlm.layers, expected, strict=True):
-        states_ntd = read.get(layer)
-        is_same = (
-            states_ntd is not None
-            and states_ntd.shape == expected_ntd.shape
-            and torch.allclose(states_ntd.float(), expected_ntd.float(), rtol=RELATIVE_TOLERANCE)
-        )
-        if not is_same:
+        if layer not in read or not torch.equal(read[layer], expected_ntd):  # of the same pass
             raise _refusal(vlm, f"what is read at {layer} differs from transformers' hidden states")
 
 

@@ -78,9 +78,12 @@ def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_from_starts_in_the_middle(demo):
-    result = run_notebooks(demo, "--from", "04", run="small", probe="linear")
+def test_from_starts_in_the_middle_from_any_folder(demo, tmp_path):
+    before = modification_times(demo)
+    result = run_notebooks(demo, "--from", "04", cwd=tmp_path, run="small", probe="linear")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert modification_times(demo) == before
+    assert not list(tmp_path.iterdir())
     newest = max((demo / "data" / "runs").iterdir())
     assert [path.stem[:2] for path in sorted(newest.glob("*.ipynb"))] == ["04", "05"]
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
@@ -101,8 +104,6 @@ def test_a_failing_cell_is_shown_with_the_notebook_as_far_as_it_came(tmp_path):
 def test_real_photographs_go_the_whole_way(tmp_path):
     result = run_notebooks(
         tmp_path,
-        "--to",
-        "04",
         run="photos",
         dataset=REAL_COCO,
         train=80,
@@ -143,7 +144,8 @@ def test_a_kernelspec_of_another_environment_is_passed_over(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
-def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("sign", ["data/runs/*", SHARDS])  # a kernel starts; two workers read
+def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path, sign):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_parameters()), encoding="utf-8")
     command = [sys.executable, "-m", "probekit", "run", "--params", str(tmp_path / "small.yaml")]
     command += ["-p", "run=cut", "-p", "workers=2"]
@@ -156,7 +158,7 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
         start_new_session=True,
         preexec_fn=_listen_to_ctrl_c,
     ) as process:
-        while process.poll() is None and not modification_times(tmp_path):
+        while process.poll() is None and not list(tmp_path.glob(sign)):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -167,7 +169,7 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path):
 
 
 def _listen_to_ctrl_c():
-    """Undo what shells do to commands in the background: they ignore Ctrl-C."""
+    """Have Ctrl-C heard: shells have commands in the background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -233,6 +233,23 @@ def test_what_can_only_mean_one_thing_is_read(folder, name):
     assert dataset.instances.iloc[0].tolist() == [0, "cup", 1, 2, 3, 4, 12, 0, None]
 
 
+@pytest.mark.parametrize(
+    "ids", [["12e4", "120000", "120000.0"], ["123456789012345678", "123456789012345679", "1"]]
+)
+def test_ids_as_text_that_look_alike_stay_apart(folder, ids):
+    def rename(content: dict) -> None:
+        for image in content["images"]:
+            image["id"] = ids[image["id"]]
+        for row in content["annotations"]:
+            row["image_id"] = ids[row["image_id"]]
+
+    for kind in ("captions", "instances"):
+        change(folder, kind, rename)
+    dataset = read_coco(folder)
+    assert list(map(str, dataset.images.index)) == ids
+    assert dataset.captions.caption.tolist() == ["picture 0.", "picture 1.", "picture 2."]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_any_encoding_of_json_is_read(folder, encoding):
     expected = read_coco(folder).captions

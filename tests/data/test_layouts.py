@@ -308,6 +308,22 @@ def test_texts_beside_images_are_their_captions(photos, place):
     assert first.caption.tolist() == [f"{caption} 1000" for caption in CAPTIONS]
 
 
+def test_boxes_in_texts_beside_images_are_no_captions(photos):
+    for number in NUMBERS:
+        (photos / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.3\n1 0.1 0.2 0.1 0.1\n")
+    assert read_dataset(photos).captions.empty
+    (photos / "captions.csv").write_text(FLICKR8K, encoding="utf-8")
+    check_captions(read_dataset(photos))
+
+
+def test_a_text_beside_two_images_of_its_name_is_left_out_and_counted(photos, capsys):
+    shutil.copy(photos / "1000.jpg", photos / "1000.jpeg")
+    for number in NUMBERS:
+        (photos / f"{number}.txt").write_text(f"A cup {number}", encoding="utf-8")
+    assert len(read_dataset(photos).captions) == 29
+    assert "1 captions left out: the name fits no image, or several" in capsys.readouterr().out
+
+
 def test_texts_and_a_table_that_say_different_things_are_refused(photos):
     (photos / "captions.csv").write_text(FLICKR8K, encoding="utf-8")
     (photos / "1000.txt").write_text("Something else.", encoding="utf-8")

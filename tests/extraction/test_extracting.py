@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from probekit.models import forward
 from probekit.models.load import load_vlm
 from probekit.paths import Home
 from probekit.tasks.input_controls import INPUT_CONTROLS, change_inputs
+from tests.conftest import REPOSITORY
 
 SHARD_PATTERN = "activations/*/*/shards-*/shard-*.safetensors"
 
@@ -184,6 +189,47 @@ def test_vision_alone_does_not_run_the_decoder(extract, examples, monkeypatch):
     assert activations.layers == [*blocks, "projector"]
     assert activations["projector", "mean"].shape == (len(examples), 128)
     assert len(np.unique(activations["vision.03", "mean"], axis=0)) == examples.file.nunique()
+
+
+KILLED = """
+import sys
+import pandas as pd
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.settings import ExtractionSettings
+
+table, home = sys.argv[1:]
+settings = ExtractionSettings("tiny-qwen2-vl", shard_images=6, batch_tokens=900)
+extract_tables(settings, {"none": pd.read_parquet(table)}, device="cpu", home=home)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
+    examples.to_parquet(tmp_path / "examples.parquet")
+
+    def start(home: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "examples.parquet"), str(home)]
+        return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+
+    def list_shards(home: Path) -> list[Path]:
+        return sorted((home / "data").glob(SHARD_PATTERN))
+
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+    victim = start(killed)
+    while not list_shards(killed):
+        assert victim.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    kept = {path: path.stat().st_mtime_ns for path in list_shards(killed)}
+    assert 1 <= len(kept) < 10
+    assert start(killed).wait() == 0
+    assert start(whole).wait() == 0
+    assert len(list_shards(killed)) == 10
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    resumed_bytes = [path.read_bytes() for path in list_shards(killed)]
+    assert resumed_bytes == [path.read_bytes() for path in list_shards(whole)]
 
 
 @pytest.mark.slow

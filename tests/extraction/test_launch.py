@@ -228,8 +228,12 @@ def test_ray_makes_the_same_shards_though_a_worker_is_killed_and_ends_with_its_h
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     run_ray("stop", "--force")
     assert process.wait(400) != 0
-    assert len(shard_bytes(home)) < SHARDS
+    left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
+    assert 2 <= len(left) < SHARDS
     assert shard_bytes(home).items() <= alone.items()
+    assert start(home).wait() == 0
+    assert is_complete(home, alone)
+    assert {file: file.stat().st_mtime_ns for file in left} == left
 
 
 @pytest.mark.parametrize(
