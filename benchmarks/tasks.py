@@ -20,7 +20,8 @@ from measuring import high_water_mb, save_json
 
 from probekit.data.dataset import Dataset
 from probekit.data.layouts import read_dataset
-from probekit.data.statement_files import match_statements, read_statements
+from probekit.data.report import ReadingReport
+from probekit.data.statement_files import read_statements, usable_statements
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
 from probekit.tasks.registry import TASKS
@@ -56,7 +57,7 @@ def read_agreement(rows: list[dict], folder: Path) -> dict:
 
 def count_statements(file: Path, dataset: Dataset) -> dict:
     statements = read_statements(file)
-    usable = match_statements(statements, dataset.images)
+    usable = usable_statements(file, dataset.images, ReadingReport())
     return {
         "statements": len(statements),
         "usable": len(usable),

@@ -68,25 +68,16 @@ def normalise_boxes(
         elif _are_boxes(from_centres_n4[is_sized_n], size_n2[is_sized_n]):
             changed_n4 = from_centres_n4
             _note(report, source, "their boxes are given by centre, width and height", instances)
-    start_n2 = changed_n4[:, :2]
-    end_n2 = start_n2 + changed_n4[:, 2:]
     is_beyond_n = is_sized_n & _reach_beyond(changed_n4, size_n2)
-    start_n2 = np.where(is_beyond_n[:, None], np.clip(start_n2, 0, size_n2), start_n2)
-    end_n2 = np.where(is_beyond_n[:, None], np.clip(end_n2, 0, size_n2), end_n2)
+    start_n2 = np.clip(changed_n4[:, :2], 0, size_n2)
+    end_n2 = np.clip(changed_n4[:, :2] + changed_n4[:, 2:], 0, size_n2)
     is_outside_n = is_beyond_n & (end_n2 <= start_n2).any(1)
     is_cut_n = is_beyond_n & ~is_outside_n
     _note(report, source, "their boxes reach beyond the image: cut off", instances[is_cut_n])
     cut_n4 = np.hstack([start_n2, end_n2 - start_n2])
     changed_n4 = np.where(is_cut_n[:, None], cut_n4, changed_n4)
-    if is_outside_n.any():
-        report.note(
-            source,
-            "instances",
-            outcome="left out",
-            count=int(is_outside_n.sum()),
-            reason="their boxes lie outside of the image",
-            first=_describe(instances[is_outside_n]),
-        )
+    outside = instances[is_outside_n]
+    _note(report, source, "their boxes lie outside of the image", outside, outcome="left out")
     is_changed_n = (changed_n4 != box_n4).any(1)
     if is_changed_n.any():
         instances = instances.copy()
@@ -124,12 +115,19 @@ def _fill_areas(instances: pd.DataFrame, *, source: str, report: ReadingReport) 
     return instances.assign(area=filled)
 
 
-def _note(report: ReadingReport, source: str, reason: str, instances: pd.DataFrame) -> None:
+def _note(
+    report: ReadingReport,
+    source: str,
+    reason: str,
+    instances: pd.DataFrame,
+    *,
+    outcome: str = "corrected",
+) -> None:
     if len(instances):
         report.note(
             source,
             "instances",
-            outcome="corrected",
+            outcome=outcome,
             count=len(instances),
             reason=reason,
             first=_describe(instances),

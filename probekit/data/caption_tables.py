@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +232,7 @@ def _has_letters(text: str) -> bool:
 
 def _is_metadata(file: Path) -> bool:
     """Tell whether a file is the table of an image folder of Hugging Face."""
-    return file.stem.lower() == "metadata" and file.suffix.lower() in TABLE_SUFFIXES
+    return file.stem.lower() == "metadata"
 
 
 def _caption_tables(folder: Path, files: Sequence[Path]) -> tuple[list[CaptionTable], list[Path]]:
@@ -264,7 +264,8 @@ def _caption_tables(folder: Path, files: Sequence[Path]) -> tuple[list[CaptionTa
                 if file.parent == folder:
                     errors.append(error)
         if tables:
-            return _set_lemmas_aside(tables), other_files
+            _set_lemmas_aside(tables)
+            return tables, other_files
     if errors and not is_for_statements:
         raise ValueError(f"{errors[0]}; if it is no table of captions, put it elsewhere")
     return [], other_files
@@ -342,19 +343,12 @@ def _parse_list(text: str) -> object:
     return text
 
 
-def _set_lemmas_aside(tables: list[CaptionTable]) -> list[CaptionTable]:
+def _set_lemmas_aside(tables: list[CaptionTable]) -> None:
     """Leave out tables of lemmas (“dog be run”), such as Flickr8k's, beside the captions."""
-    has_lemmas = ["lemma" in table.file.name.lower() for table in tables]
-    if all(has_lemmas):
-        return tables
-    return [
-        replace(table, captions=_left_out(table.captions, LEMMAS)) if is_lemmas else table
-        for table, is_lemmas in zip(tables, has_lemmas, strict=True)
-    ]
-
-
-def _left_out(captions: pd.DataFrame, reason: str) -> pd.DataFrame:
-    return captions.assign(reason=captions.reason.where(captions.reason != "", reason))
+    of_lemmas = [table for table in tables if "lemma" in table.file.name.lower()]
+    if len(of_lemmas) < len(tables):
+        for table in of_lemmas:
+            table.captions.loc[table.captions.reason == "", "reason"] = LEMMAS
 
 
 def _stands_in_another(captions: pd.DataFrame) -> pd.Series:

@@ -146,7 +146,7 @@ def read_coco(
         for name in names
     ]
     parts = _with_distinct_ids(_with_ids_of_one_type(parts), names, report=report)
-    categories = _join_categories(parts, names, folder=folder, report=report)
+    categories = _join_categories(parts, names, report=report)
     for line in report.lines():
         tqdm.write(line)
     return Dataset(
@@ -416,22 +416,18 @@ class _SplitReader:
 def _is_box(record: object, kinds: tuple[str, ...]) -> bool:
     """Tell whether an annotation is that of an object; one without either field is read as such."""
     if not isinstance(record, dict) or kinds == ("instances",):
-        return "instances" in kinds and not _has_only_caption(record)
+        return "instances" in kinds and not _has_only("caption", record, other="bbox")
     return "bbox" in record or "category_id" in record
 
 
 def _is_caption(record: object, kinds: tuple[str, ...]) -> bool:
     if not isinstance(record, dict) or kinds == ("captions",):
-        return "captions" in kinds and not _has_only_box(record)
+        return "captions" in kinds and not _has_only("bbox", record, other="caption")
     return "caption" in record or not _is_box(record, kinds)
 
 
-def _has_only_box(record: object) -> bool:
-    return isinstance(record, dict) and "bbox" in record and "caption" not in record
-
-
-def _has_only_caption(record: object) -> bool:
-    return isinstance(record, dict) and "caption" in record and "bbox" not in record
+def _has_only(field: str, record: object, *, other: str) -> bool:
+    return isinstance(record, dict) and field in record and other not in record
 
 
 def _last_part(file_name: str) -> str:
@@ -535,7 +531,7 @@ def _renumber(image_id: Hashable, *, split: str, start: int) -> Hashable:
 
 
 def _join_categories(
-    parts: list[Dataset], names: list[str], *, folder: Path, report: ReadingReport
+    parts: list[Dataset], names: list[str], *, report: ReadingReport
 ) -> tuple[str, ...]:
     """Return the categories of all splits."""
     joined = tuple(dict.fromkeys(name for part in parts for name in part.categories))

@@ -79,22 +79,7 @@ class CategoryRecord(NamedTuple):
     supercategory: str | None
 
 
-class Records(NamedTuple):
-    """The records of one kind that could be read, and why others could not.
-
-    Attributes
-    ----------
-    rows : list
-        Records of the kind.
-    errors : list of str
-        One for each record that could not be read: its place, its id, and the reason.
-    """
-
-    rows: list
-    errors: list[str]
-
-
-def read_records(records: Sequence, parse: Callable[[Record], Any]) -> Records:
+def read_records(records: Sequence, parse: Callable[[Record], Any]) -> tuple[list, list[str]]:
     """Read records of one kind, and note which could not be read.
 
     Parameters
@@ -102,6 +87,13 @@ def read_records(records: Sequence, parse: Callable[[Record], Any]) -> Records:
     records : sequence
     parse : callable
         Makes a record of the kind, or raises :class:`BadRecord`.
+
+    Returns
+    -------
+    rows : list
+        What `parse` made of each record that could be read.
+    errors : list of str
+        One for each of the others: its place, its id, and the reason.
     """
     rows = []
     errors = []
@@ -113,7 +105,7 @@ def read_records(records: Sequence, parse: Callable[[Record], Any]) -> Records:
         except BadRecord as error:
             number = record.get("id") if isinstance(record, dict) else None
             errors.append(f"record {place + 1} (id {number!r}): {error}")
-    return Records(rows, errors)
+    return rows, errors
 
 
 def parse_image(record: Record) -> ImageRecord:

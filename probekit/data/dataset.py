@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from probekit.data.report import empty_report
+from probekit.data.report import REPORT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class Dataset:
     captions: pd.DataFrame
     instances: pd.DataFrame
     categories: tuple[str, ...]
-    report: pd.DataFrame = field(default_factory=empty_report)
+    report: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=REPORT_COLUMNS))

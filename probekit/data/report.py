@@ -5,7 +5,6 @@ Readers note each kind of record once. Records read are records used plus record
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -53,14 +52,3 @@ class ReadingReport:
                 example = f", such as {first}" if first else ""
                 lines.append(f"{source}: {count:,} {kind} {outcome}: {reason}{example}")
         return lines
-
-
-def empty_report() -> pd.DataFrame:
-    """Return a report without rows."""
-    return pd.DataFrame(columns=REPORT_COLUMNS)
-
-
-def join_reports(reports: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of several reports, one after the other."""
-    filled = [report for report in reports if len(report)]
-    return pd.concat(filled, ignore_index=True) if filled else empty_report()

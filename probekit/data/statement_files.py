@@ -28,7 +28,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from probekit import paths
-from probekit.data.image_names import NameMatches, match_names
+from probekit.data.image_names import match_names
 from probekit.data.report import ReadingReport
 from probekit.data.tables import (
     CAPTION_NAMES,
@@ -154,7 +154,7 @@ def usable_statements(
     Returns
     -------
     DataFrame
-        As :func:`match_statements` returns them.
+        ``image_id``, ``text``, ``label``, ``is_caption``.
 
     Raises
     ------
@@ -167,13 +167,15 @@ def usable_statements(
     statements = read_statements(file, report)
     matches = match_names(statements.image, images)
     matches.note(report, Path(file))
-    is_unknown = statements.image.isin(matches.unmatched)
+    image_ids = statements.image.map(matches.image_of.get)
+    is_unknown = image_ids.isna()
     if is_unknown.all():
         raise ValueError(
             f"none of the images that {file} names ({statements.image[0]}, ...) is in this dataset "
             f"({Path(images.file.iloc[0]).name}, ...): name the dataset that it is about"
         )
-    usable = _with_image_ids(statements, matches, images)
+    usable = statements.assign(image_id=image_ids)[["image_id", "text", "label", "is_caption"]]
+    usable = usable[~is_unknown].astype({"image_id": images.index.dtype}).reset_index(drop=True)
     report.note(file, "statements", outcome="read", count=len(statements))
     report.note(
         file,
@@ -269,35 +271,3 @@ def _refuse_rows(table: Table, is_invalid: pd.Series, *, reason: str) -> None:
         row = is_invalid.idxmax()
         content = table.rows.loc[row].to_dict()
         raise ValueError(f"{table.file}, row {row}: {reason}: {content}")
-
-
-def match_statements(statements: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the statements whose image the dataset has.
-
-    Parameters
-    ----------
-    statements : DataFrame
-        As :func:`read_statements` returns them.
-    images : DataFrame
-        Of a :class:`~probekit.data.dataset.Dataset`.
-
-    Returns
-    -------
-    DataFrame
-        ``image_id``, ``text``, ``label``, ``is_caption``.
-
-    Raises
-    ------
-    ValueError
-        A name is that of several images.
-    """
-    return _with_image_ids(statements, match_names(statements.image, images), images)
-
-
-def _with_image_ids(
-    statements: pd.DataFrame, matches: NameMatches, images: pd.DataFrame
-) -> pd.DataFrame:
-    image_ids = statements.image.map(matches.image_of.get)
-    table = statements.assign(image_id=image_ids)[["image_id", "text", "label", "is_caption"]]
-    table = table[image_ids.notna()]
-    return table.astype({"image_id": images.index.dtype}).reset_index(drop=True)

@@ -29,7 +29,7 @@ import json
 import math
 import ntpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -528,18 +528,26 @@ def _records(content: object) -> list | pd.DataFrame:
     if not isinstance(content, dict):
         return [content]
     values = list(content.values())
-    for fits, read in JSON_FORMS:
-        if fits(content, values):
-            return read(content, values)
+    if _has_captions_of_coco(content):
+        return _join_captions_of_coco(content)
+    if _by_column(content, values):
+        return pd.DataFrame(content, dtype=object)
+    if values and all(isinstance(value, dict) for value in values):
+        return values
+    if values and all(map(is_image_name, content)) and all(map(_is_captions, values)):
+        return [{"image": name, "captions": captions} for name, captions in content.items()]
+    lists = [value for value in values if _is_list_of_objects(value)]
+    if len(lists) == 1:
+        return lists[0]
     return [content]
 
 
-def _has_captions_of_coco(content: dict, values: list) -> bool:
+def _has_captions_of_coco(content: dict) -> bool:
     lists = [content.get(name) for name in ("images", "annotations")]
     return all(map(_is_list_of_objects, lists)) and "caption" in content["annotations"][0]
 
 
-def _join_captions_of_coco(content: dict, values: list) -> list[dict]:
+def _join_captions_of_coco(content: dict) -> list[dict]:
     names = {image.get("id"): image.get("file_name") for image in content["images"]}
     return [
         {"file_name": names.get(one.get("image_id")), "caption": one.get("caption")}
@@ -551,29 +559,3 @@ def _by_column(content: dict, values: list) -> bool:
     has_meaning = any(_column_key(name) in MEANINGFUL_KEYS for name in content)
     kinds = {type(value) for value in values}
     return has_meaning and kinds in ({list}, {dict}) and len({len(value) for value in values}) == 1
-
-
-# What a JSON object is ▶ its rows.
-JSON_FORMS: tuple[tuple[Callable, Callable], ...] = (
-    (_has_captions_of_coco, _join_captions_of_coco),
-    (
-        _by_column,
-        lambda content, values: pd.DataFrame(content, dtype=object),
-    ),
-    (
-        lambda content, values: values and all(isinstance(value, dict) for value in values),
-        lambda content, values: values,
-    ),
-    (
-        lambda content, values: (
-            values and all(map(is_image_name, content)) and all(map(_is_captions, values))
-        ),
-        lambda content, values: [
-            {"image": name, "captions": captions} for name, captions in content.items()
-        ],
-    ),
-    (
-        lambda content, values: sum(map(_is_list_of_objects, values)) == 1,
-        lambda content, values: next(value for value in values if _is_list_of_objects(value)),
-    ),
-)

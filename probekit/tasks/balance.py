@@ -52,29 +52,20 @@ def random_assignment(
         No such permutation was found.
     """
     order = rng.permutation(n)
-    changed = set(range(n))
+    clashing = [i for i in range(n) if clashes(i, order[i])]
     for _ in range(ROUNDS):
-        clashing = _clashing_images(order, changed, clashes=clashes)
-        if not clashing:
-            return order
         changed = set(clashing)
         for i in clashing:
             j = _draw_partner(order, i, clashes=clashes, rng=rng)
             order[[i, j]] = order[[j, i]]
             changed.add(j)
-    clashing = _clashing_images(order, changed, clashes=clashes)
+        clashing = [i for i in sorted(changed) if clashes(i, order[i])]
     if clashing:
         raise TooFewImages(
             f"no text of another image fits {len(clashing)} of {n} images: take more images, or "
             "different ones"
         )
     return order
-
-
-def _clashing_images(
-    order: np.ndarray, images: set[int], *, clashes: Callable[[int, int], bool]
-) -> list[int]:
-    return [i for i in sorted(images) if clashes(i, order[i])]
 
 
 def _draw_partner(

@@ -21,7 +21,7 @@ from probekit import parameters, paths
 from probekit.data import layouts, statement_files
 from probekit.data.boxes import fit_to_files
 from probekit.data.dataset import Dataset
-from probekit.data.report import ReadingReport, join_reports
+from probekit.data.report import ReadingReport
 from probekit.images import check_images
 from probekit.tasks import objects
 from probekit.tasks.balance import TooFewImages
@@ -291,7 +291,7 @@ def build_examples(
         "fingerprint": fingerprint,
         "settings": asdict(settings),
         "left_out_images": len(left_out),
-        "report": join_reports([dataset.report, report.table()]).to_dict("records"),
+        "report": [*dataset.report.to_dict("records"), *report.table().to_dict("records")],
         "versions": paths.versions("numpy", "pandas", "scikit-learn", "pillow"),
     }
     paths.write_json(record_file, record)

@@ -331,8 +331,26 @@ def object_task(
 
 
 def category_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Ask which categories an image shows, with a prompt that does not name them."""
-    return _category_rows(selection)
+    """Ask which categories an image shows, with a prompt that does not name them.
+
+    Images that are asked about nothing are left out. Labels and masks do not depend on `rng`: they
+    are the same for all tasks that ask about a few categories per image.
+    """
+    mask_rng = np.random.default_rng([selection.settings.seed, 1])
+    parts = []
+    for images in selection.images_by_split():
+        shows_nc, unclear_nc = _labels_of(selection, images)
+        mask_nc = draw_balanced_mask(shows_nc.astype(int), rng=mask_rng, unclear_nc=unclear_nc)
+        is_kept = mask_nc.any(1)
+        parts.append(
+            example_rows(
+                images[is_kept],
+                [PROMPT] * is_kept.sum(),
+                shows_nc[is_kept],
+                masks=mask_nc[is_kept],
+            )
+        )
+    return pd.concat(parts)
 
 
 def category_list_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
@@ -341,7 +359,7 @@ def category_list_task(selection: Selection, rng: np.random.Generator) -> pd.Dat
     The order of the list is drawn for each image. Labels and masks are those of
     :func:`category_task`.
     """
-    rows = _category_rows(selection)
+    rows = category_task(selection, rng)
     names = list(selection.shows_nc.columns)
     prompts = [
         LIST_PROMPT.format(categories=", ".join(rng.permutation(names))) for _ in range(len(rows))
@@ -356,28 +374,6 @@ def category_dense_task(selection: Selection, rng: np.random.Generator) -> pd.Da
     """
     shows_nc, unclear_nc = _labels_of(selection, selection.images)
     return example_rows(selection.images, [PROMPT] * len(shows_nc), shows_nc, masks=~unclear_nc)
-
-
-def _category_rows(selection: Selection) -> pd.DataFrame:
-    """Return labels and masks, the same for all tasks that ask about a few categories per image.
-
-    Images that are asked about nothing are left out.
-    """
-    rng = np.random.default_rng([selection.settings.seed, 1])
-    parts = []
-    for images in selection.images_by_split():
-        shows_nc, unclear_nc = _labels_of(selection, images)
-        mask_nc = draw_balanced_mask(shows_nc.astype(int), rng=rng, unclear_nc=unclear_nc)
-        is_kept = mask_nc.any(1)
-        parts.append(
-            example_rows(
-                images[is_kept],
-                [PROMPT] * is_kept.sum(),
-                shows_nc[is_kept],
-                masks=mask_nc[is_kept],
-            )
-        )
-    return pd.concat(parts)
 
 
 def _labels_of(selection: Selection, images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -154,12 +154,8 @@ class SentenceVectors:
         home: str | Path | paths.Home | None = None,
     ) -> None:
         encoder = load_sentence_encoder(model, home)
-        rows: dict[str, int] = {}
-        for caption in captions:
-            rows.setdefault(caption, len(rows))
-        for owner in dict.fromkeys(owners):
-            for caption in captions_by_image[owner]:
-                rows.setdefault(caption, len(rows))
+        of_images = [text for owner in dict.fromkeys(owners) for text in captions_by_image[owner]]
+        rows = {text: row for row, text in enumerate(dict.fromkeys([*captions, *of_images]))}
         vectors_nd = encode_texts(encoder, list(rows))
         self._vectors_nd = vectors_nd[[rows[caption] for caption in captions]]
         self._limits_n = vectors_nd.new_full((len(captions),), torch.inf, dtype=torch.float32)

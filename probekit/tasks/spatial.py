@@ -239,18 +239,7 @@ def _answer_rows(
 ) -> pd.DataFrame:
     """Return one row per image: which is right, its own answer or that of its partner.
 
-    Parameters
-    ----------
-    selection : Selection
-        The images.
-    rng : Generator
-        Source of the random numbers.
-    answers : dict
-        The number of the right answer by image and category.
-    prompt : str
-        The question, with a place for the `category`.
-    class_count : int
-        How many answers there are.
+    `answers` has the number of the right answer by image and category.
     """
     classes = np.arange(class_count)
     parts = []

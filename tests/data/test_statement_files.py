@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from probekit.data.coco import read_coco
+from probekit.data.image_names import match_names
 from probekit.data.report import ReadingReport
 from probekit.data.statement_files import (
     find_statement_files,
-    match_statements,
     read_statements,
     usable_statements,
 )
@@ -109,15 +109,16 @@ def test_winoground_becomes_four_statements_per_row(tmp_path):
         "caption_1": "a car on a cup",
         "tag": "",
     }
-    table = read_statements(write(tmp_path, "examples.jsonl", json.dumps(row)))
-    assert table.to_numpy().tolist() == [
+    file = write(tmp_path, "examples.jsonl", json.dumps(row))
+    assert read_statements(file).to_numpy().tolist() == [
         ["ex_0_img_0", "a cup on a car", 1, True],
         ["ex_0_img_0", "a car on a cup", 0, True],
         ["ex_0_img_1", "a car on a cup", 1, True],
         ["ex_0_img_1", "a cup on a car", 0, True],
     ]
     images = pd.DataFrame({"file": ["/d/ex_0_img_0.png", "/d/ex_0_img_1.png"]}, index=[4, 5])
-    assert match_statements(table, images).image_id.tolist() == [4, 4, 5, 5]
+    usable = usable_statements(file, images, ReadingReport())
+    assert usable.image_id.tolist() == [4, 4, 5, 5]
 
 
 @pytest.mark.parametrize("column", ["text", "Statement", "question", "prompt"])
@@ -233,25 +234,24 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 # --------------------------------------------------------------------------------------- matching
 
 
-def statements_about(*names: str) -> pd.DataFrame:
-    return pd.DataFrame({"image": names, "text": "x", "label": 1, "is_caption": False})
-
-
 def test_images_are_found_by_name_by_path_and_by_number():
     files = ["/d/train/7.jpg", "/d/val/7.jpg", "/d/val/000000000012.jpg"]
     images = pd.DataFrame({"file": files}, index=[1, 2, 3])
-    statements = statements_about(
-        "val/7.jpg",
-        "./train/7.jpg",
-        "COCO_val2014_000000000012.jpg",
-        "000000000012.jpg",
-        "8.jpg",
-        "../../etc/passwd",
-        "000000000002.jpg",  # the id of an image is not the number in its name
+    names = pd.Series(
+        [
+            "val/7.jpg",
+            "./train/7.jpg",
+            "COCO_val2014_000000000012.jpg",
+            "000000000012.jpg",
+            "8.jpg",
+            "../../etc/passwd",
+            "000000000002.jpg",  # the id of an image is not the number in its name
+        ]
     )
-    assert match_statements(statements, images).image_id.tolist() == [2, 1, 3, 3]
+    image_ids = names.map(match_names(names, images).image_of.get)
+    assert image_ids.dropna().tolist() == [2, 1, 3, 3]
     with pytest.raises(ValueError, match=r"7\.jpg is the name of 2 images: write the folders"):
-        match_statements(statements_about("7.jpg"), images)
+        match_names(pd.Series(["7.jpg"]), images)
 
 
 def test_what_is_left_out_is_counted_and_said(tmp_path, capsys):
@@ -335,10 +335,10 @@ def test_published_files_are_read():
             table = read_statements(file)
             assert table.label.mean() == 0.5
             assert table.is_caption.eq(folder == "sugar-crepe").all()
-            matched = match_statements(table, images)
-            assert matched.image_id.isin(images.index).all()
+            image_ids = table.image.map(match_names(table.image, images).image_of.get).dropna()
+            assert image_ids.isin(images.index).all()
             n_statements[file.stem] = len(table)
-            n_matched += len(matched)
+            n_matched += len(image_ids)
     assert n_statements["swap_obj"] == 490
     assert n_statements["add_att"] == 1384
     assert n_statements["coco_pope_random"] == 3000
