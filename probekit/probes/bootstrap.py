@@ -198,20 +198,33 @@ def bca_interval(curve: Curve, *, level: float = 0.95) -> tuple[np.ndarray, np.n
     ----------
     Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 14.3.
     """
-    tails = ndtri([(1 - level) / 2, (1 + level) / 2])
-    acceleration_l = np.broadcast_to(curve.acceleration_l, curve.score_l.shape)
+    finite_bl = np.where(np.isfinite(curve.resampled_bl), curve.resampled_bl, np.nan)
+    finite_bl.sort(axis=0)  # NaN comes last
+    count_l = np.isfinite(finite_bl).sum(0)
+    has_interval_l = (count_l > 0) & np.isfinite(curve.score_l)
+    n_l = np.maximum(count_l, 1)
+    # Half of the resamples that tie with the score count as below it.
+    below_l = (finite_bl < curve.score_l - ROUNDING).sum(0) / n_l / 2
+    below_l += (finite_bl <= curve.score_l + ROUNDING).sum(0) / n_l / 2
+    smallest_share_l = 1 / np.maximum(count_l, 2)
+    z_l = ndtri(np.clip(below_l, smallest_share_l, 1 - smallest_share_l))
     bounds = []
-    for score, resampled, a in zip(
-        curve.score_l, curve.resampled_bl.T, acceleration_l, strict=True
-    ):
-        finite = resampled[np.isfinite(resampled)]
-        if len(finite) == 0 or not np.isfinite(score):
-            bounds.append((np.nan, np.nan))
-            continue
-        # Half of the resamples that tie with the score count as below it.
-        below = (finite < score - ROUNDING).mean() / 2 + (finite <= score + ROUNDING).mean() / 2
-        z = ndtri(np.clip(below, 1 / len(finite), 1 - 1 / len(finite)))
-        quantiles = ndtr(z + (z + tails) / (1 - a * (z + tails)))
-        bounds.append(np.quantile(finite, quantiles))
-    lower, upper = np.array(bounds).T
-    return lower, upper
+    for tail in ndtri([(1 - level) / 2, (1 + level) / 2]):
+        quantile_l = ndtr(z_l + (z_l + tail) / (1 - curve.acceleration_l * (z_l + tail)))
+        bound_l = _sorted_quantile(finite_bl, quantile_l, n_l)
+        bounds.append(np.where(has_interval_l, bound_l, np.nan))
+    return bounds[0], bounds[1]
+
+
+def _sorted_quantile(sorted_bl: np.ndarray, quantile_l: np.ndarray, n_l: np.ndarray) -> np.ndarray:
+    """Interpolate one quantile of each column between its first n sorted values.
+
+    ``np.quantile`` takes the same quantiles of all columns.
+    """
+    place_l = np.nan_to_num(quantile_l) * (n_l - 1)
+    lower_l = place_l.astype(int)
+    upper_l = np.minimum(lower_l + 1, n_l - 1)
+    columns = np.arange(len(n_l))
+    at_lower_l = sorted_bl[lower_l, columns]
+    at_upper_l = sorted_bl[upper_l, columns]
+    return at_lower_l + (place_l - lower_l) * (at_upper_l - at_lower_l)

@@ -277,7 +277,6 @@ def score_table(
     layers: Sequence[str],
     binary: bool,
     resamples: int = 2000,
-    seed: int = 0,
     by_class: bool = True,
     threshold_lc: np.ndarray | None = None,
 ) -> pd.DataFrame:
@@ -298,8 +297,6 @@ def score_table(
     resamples : int
         Number of bootstrap samples of the images. The examples of an image stay together, and the
         samples are the same for every layer, model and task, so that they can be compared.
-    seed : int
-        Of :func:`probekit.probes.bootstrap.image_weights`.
     by_class : bool
         Whether to add, besides the scores over all classes, those of each class, average precision,
         and the columns of :func:`probekit.probes.comparison.compare_layers` for the metrics
@@ -328,14 +325,14 @@ def score_table(
 
     counts = count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n)
     scores, curves = _resample(
-        counts, image_n=image_n, binary=binary, keep=keep, resamples=resamples, seed=seed
+        counts, image_n=image_n, binary=binary, keep=keep, resamples=resamples
     )
     if threshold_lc is not None:
         counts = count_by_image(
             p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, threshold_lc=threshold_lc
         )
         tuned, tuned_curves = _resample(
-            counts, image_n=image_n, binary=binary, keep=keep_tuned, resamples=resamples, seed=seed
+            counts, image_n=image_n, binary=binary, keep=keep_tuned, resamples=resamples
         )
         for key, score_l in tuned.items():
             scores[ScoreKey(f"{key.metric}_tuned")] = score_l
@@ -343,7 +340,7 @@ def score_table(
             curves[ScoreKey(f"{key.metric}_tuned")] = curve
     if by_class:
         ranked = _resample_average_precision(
-            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, resamples=resamples, seed=seed
+            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, resamples=resamples
         )
         for key, curve in ranked.items():
             if key.class_number is None or not binary:
@@ -354,36 +351,42 @@ def score_table(
     n_c = mask_nc.sum(0).astype(int)
     n_all = int(mask_nc.sum())
     no_bound_l = np.full(len(layers), np.nan)
-    tables = []
+    names = []
+    entry_counts = []
+    bounds = []
+    comparisons = []
     for key, score_l in scores.items():
-        lower_l, upper_l = no_bound_l, no_bound_l
+        if key.class_number is None:
+            names.append("")
+            entry_counts.append(n_all)
+        else:
+            names.append(class_names[key.class_number])
+            entry_counts.append(n_all if binary else n_c[key.class_number])
+        interval = (no_bound_l, no_bound_l)
         if key in curves:
-            lower_l, upper_l = bootstrap.bca_interval(curves[key])
-        name, n = "", n_all
-        if key.class_number is not None:
-            name = class_names[key.class_number]
-            n = n_all if binary else n_c[key.class_number]
-        table = pd.DataFrame(
-            {
-                "layer": layers,
-                "metric": key.metric,
-                "class": name,
-                "value": score_l,
-                "lo": lower_l,
-                "hi": upper_l,
-                "n": n,
-            }
-        )
+            interval = bootstrap.bca_interval(curves[key])
+        bounds.append(interval)
         is_compared = by_class and key.class_number is None and key.metric in COMPARED
         if is_compared and np.isfinite(score_l).all():
             compared = _compare_in_stages(
                 curves[key], layers, smaller_is_better=key.metric == "log_loss"
             )
-            table = table.merge(compared, on="layer", how="left")
-        tables.append(table)
-    columns = ["layer", "metric", "class", "value", "lo", "hi", "n", *comparison.COLUMNS]
-    joined = pd.concat(tables, ignore_index=True).reindex(columns=columns)
-    return joined.astype({"plateau": "boolean"})
+            comparisons.append(compared.assign(metric=key.metric, **{"class": ""}))
+    table = pd.DataFrame(
+        {
+            "layer": np.tile(layers, len(scores)),
+            "metric": np.repeat([key.metric for key in scores], len(layers)),
+            "class": np.repeat(names, len(layers)),
+            "value": np.concatenate(list(scores.values())),
+            "lo": np.concatenate([lower_l for lower_l, _ in bounds]),
+            "hi": np.concatenate([upper_l for _, upper_l in bounds]),
+            "n": np.repeat(entry_counts, len(layers)),
+        }
+    )
+    if comparisons:
+        table = table.merge(pd.concat(comparisons), on=["layer", "metric", "class"], how="left")
+    table = table.reindex(columns=[*table.columns[:7], *comparison.COLUMNS])
+    return table.astype({"plateau": "boolean"})
 
 
 def _resample(
@@ -393,7 +396,6 @@ def _resample(
     binary: bool,
     keep: Callable[[ScoreKey], bool],
     resamples: int,
-    seed: int,
 ) -> tuple[Scores, Curves]:
     """Compute the scores (l,) to keep, and the curves of those that have an interval."""
     scores = score_counts(counts.sum(0), binary=binary)
@@ -408,7 +410,7 @@ def _resample(
         return np.concatenate([by_key[key] for key in resampled_keys], -1)
 
     all_curves = bootstrap.bootstrap_curve(
-        counts, np.unique(image_n), score=score_all, resamples=resamples, seed=seed
+        counts, np.unique(image_n), score=score_all, resamples=resamples
     )
     layer_count = counts.shape[1]
     curves = {}
@@ -424,12 +426,11 @@ def _resample_average_precision(
     mask_nc: np.ndarray,
     image_n: np.ndarray,
     resamples: int,
-    seed: int,
 ) -> Curves:
     """Compute curves of the average precision: of their mean, and of each class."""
     images, image_number_n = np.unique(image_n, return_inverse=True)
     once = np.ones((1, len(images)), np.uint8)
-    drawn = bootstrap.image_weights(images, resamples=resamples, seed=seed)
+    drawn = bootstrap.image_weights(images, resamples=resamples)
     left_out = 1 - np.eye(len(images), dtype=np.uint8)
     weight_bn = np.concatenate([once, drawn, left_out])[:, image_number_n]
     average_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)

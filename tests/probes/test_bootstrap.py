@@ -99,3 +99,23 @@ def test_a_score_that_never_varies_has_an_interval_without_width():
     curve = bootstrap.bootstrap_curve(counts, range(50), score=hit_rate)
     lower, upper = bootstrap.bca_interval(curve)
     assert lower.tolist() == upper.tolist() == [1, 0]
+
+
+def test_resamples_without_a_score_do_not_count_and_change_no_other_layer():
+    rng = np.random.default_rng(0)
+    resampled_bl = rng.normal(0.7, 0.1, (400, 4))
+    lacks_b = rng.random(400) < 0.3
+    of_finite = bootstrap.Curve(np.array([0.7]), resampled_bl[~lacks_b, 1:2], np.array([0.02]))
+    resampled_bl[lacks_b, 1] = np.nan
+    resampled_bl[1:, 2] = np.inf
+    resampled_bl[:, 3] = np.nan
+    acceleration_l = np.array([0.01, 0.02, 0.0, 0.0])
+    curve = bootstrap.Curve(np.array([0.72, 0.7, 0.7, 0.7]), resampled_bl, acceleration_l)
+    lower_l, upper_l = bootstrap.bca_interval(curve)
+    for layer, expected in ((0, curve.select([0])), (1, of_finite)):
+        assert np.ravel(bootstrap.bca_interval(expected)).tolist() == [
+            lower_l[layer],
+            upper_l[layer],
+        ]
+    assert lower_l[2] == upper_l[2] == resampled_bl[0, 2]
+    assert np.isnan([lower_l[3], upper_l[3]]).all()
