@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from probekit.extraction.extracting import open_views
-from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.loading import WorkItem, prepare_images
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
@@ -128,7 +128,7 @@ def measure(checkpoint: Path, photos: list[Path], *, dtype: str, home: Home) -> 
     rows = [{"file": str(photo), "prompt": prompt} for photo in photos for prompt in PROMPTS]
     examples = pd.DataFrame(rows)
     settings = ExtractionSettings(str(checkpoint), dtype=dtype, untrained=True, batch_tokens=2048)
-    job = plan_job(settings, [InputTable("none", examples)], device="cpu", home=home)
+    job = plan_job(settings, {"none": examples}, device="cpu", home=home)
     runner = Runner(job)
     start = time.perf_counter()
     runner.make_shards(range(len(job.shards)))

@@ -18,7 +18,7 @@ import pandas as pd
 from measuring import build_scene_examples, high_water_mb, run_in_new_process, save_json
 
 from probekit.extraction.extracting import open_views
-from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.store import Activations
@@ -32,7 +32,7 @@ STEPS = ("extracting", "reading", "probing")
 
 def measure(step: str, examples: pd.DataFrame, home: Home) -> dict:
     """Seconds of a step, and the memory that it adds to what the process held before."""
-    job = plan_job(SETTINGS, [InputTable("none", examples)], device="cpu", home=home)
+    job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
     if step == "extracting":
         runner = Runner(job)
         runner.load()

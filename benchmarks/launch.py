@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 from measuring import build_scene_examples, read_shards, save_json
 
-from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import CHECKOUT, Home
@@ -38,7 +38,7 @@ LAUNCHERS = {
 def make_shards(home: Home, launcher: Launcher) -> None:
     """Make the share of a launcher in this process."""
     examples = pd.read_parquet(home.root.parent / "examples.parquet")
-    job = plan_job(SETTINGS, [InputTable("none", examples)], device="cpu", home=home)
+    job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
     launcher.make_shards(job)
 
 

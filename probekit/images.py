@@ -151,15 +151,13 @@ def _scale_grey(values: np.ndarray, *, is_integer: bool) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
-def check_images(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
+def check_images(images: pd.DataFrame) -> pd.DataFrame:
     """Decode every image once, and tell its size or why it cannot be used.
 
     Parameters
     ----------
     images : DataFrame
         Indexed by ``image_id``, with the column ``file``.
-    workers : int
-        Threads that decode at the same time.
 
     Returns
     -------
@@ -167,15 +165,9 @@ def check_images(images: pd.DataFrame, workers: int = 4) -> pd.DataFrame:
         Indexed as `images`: ``file``, ``width``, ``height``, ``orientation`` (see
         :class:`ImageSize`), and ``reason``, None where nothing is wrong.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        rows = list(
-            tqdm(
-                pool.map(_check_image, images.file),
-                total=len(images),
-                desc="checking images",
-                unit="image",
-            )
-        )
+    with ThreadPoolExecutor(4) as pool:
+        checked = pool.map(_check_image, images.file)
+        rows = list(tqdm(checked, total=len(images), desc="checking images", unit="image"))
     columns = ["width", "height", "orientation", "reason"]
     table = pd.DataFrame(rows, columns=columns, index=images.index)
     table["reason"] = table.reason.astype(object).where(table.reason.notna(), None)

@@ -62,15 +62,11 @@ class Kind:
         text += f" {self.words}" if self.words else ""
         return f"{text}, or null" if self.may_be_none else text
 
-    def has_type(self, value: object) -> bool:
-        """Tell whether a single value has the type."""
-        if isinstance(value, bool) and self.type in ("int", "float"):
-            return False
-        return isinstance(value, TYPES[self.type])
-
     def allows(self, value: object) -> bool:
         """Tell whether a single value has the type and is allowed."""
-        return self.has_type(value) and self.fits(value)
+        if isinstance(value, bool) and self.type in ("int", "float"):
+            return False
+        return isinstance(value, TYPES[self.type]) and self.fits(value)
 
 
 def _between(least: float, most: float = math.inf) -> Callable[[Any], bool]:

@@ -60,9 +60,10 @@ class Home:
     @property
     def notebooks(self) -> Path:
         """The folder of the numbered notebooks: this home's own, else the checkout's."""
+        own = self.root / "notebooks"
         checkout = find_checkout()
-        if _has_notebooks(self.root) or checkout is None:
-            return self.root / "notebooks"
+        if checkout is None or any(own.glob(NUMBERED_NOTEBOOKS)):
+            return own
         return checkout / "notebooks"
 
     def resolve(self, path: str | Path) -> Path:
@@ -82,10 +83,6 @@ def find_checkout() -> Path | None:
         if (folder / "notebooks" / FIRST_NOTEBOOK).is_file():
             return folder
     return None
-
-
-def _has_notebooks(folder: Path) -> bool:
-    return any((folder / "notebooks").glob(NUMBERED_NOTEBOOKS))
 
 
 def fingerprint(*settings: object) -> str:

@@ -208,7 +208,7 @@ def run_extract(options: argparse.Namespace) -> int:
     from probekit import workflow
     from probekit.cli.notebooks import find_notebook, read_notebook_parameters
     from probekit.cli.planning import extractions
-    from probekit.extraction.jobs import input_tables, plan_job
+    from probekit.extraction.jobs import plan_job
     from probekit.extraction.launch import Launcher, rank_from_environment
 
     environment = rank_from_environment()
@@ -229,9 +229,7 @@ def run_extract(options: argparse.Namespace) -> int:
     made = 0
     for settings, controls in extractions(parameters):
         tables = workflow.tables_with_controls(examples, controls)
-        job = plan_job(
-            settings, input_tables(tables), device=device, root=parameters["activations_root"]
-        )
+        job = plan_job(settings, tables, device=device, root=parameters["activations_root"])
         made += len(launcher.make_shards(job))
     same_overrides = "".join(f" -p {shlex.quote(override)}" for override in options.overrides)
     print(
@@ -257,7 +255,7 @@ def run_plan(options: argparse.Namespace) -> int:
     """Print what the extraction of a run takes."""
     from probekit.cli.notebooks import find_notebook, read_notebook_parameters
     from probekit.cli.planning import estimate_run
-    from probekit.extraction.planning import describe_estimates, estimates_table
+    from probekit.extraction.planning import describe_estimates
 
     flops = options.flops
     if options.sample < 1 or options.workers < 1 or (flops is not None and flops < 1):
@@ -268,25 +266,23 @@ def run_plan(options: argparse.Namespace) -> int:
         sampled_images=options.sample,
         operations_per_second=flops,
     )
-    text = describe_estimates(
-        estimates_table(estimates), most_workers=options.workers, operations_per_second=flops
-    )
+    text = describe_estimates(estimates, most_workers=options.workers, operations_per_second=flops)
     print(text)
     return 0
 
 
 def run_models(options: argparse.Namespace) -> int:
     """List the checkpoints that have a name, or describe one."""
-    from probekit.models.load import describe_model
+    from probekit.models.load import load_skeleton, stage_table
     from probekit.models.presets import list_models
 
     if not options.id:
         print(list_models())
         return 0
-    description = describe_model(options.id)
-    millions = description.parameters / 1e6
-    print(f"{options.id}: {description.model_type}, {millions:,.0f} million parameters")
-    print(description.table.to_string(index=False))
+    vlm, parameters = load_skeleton(options.id)
+    millions = parameters / 1e6
+    print(f"{options.id}: {vlm.config.model_type}, {millions:,.0f} million parameters")
+    print(stage_table(vlm).to_string(index=False))
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from probekit import paths
-from probekit.extraction.jobs import Job, input_tables, plan_job
+from probekit.extraction.jobs import Job, adapt_settings, plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
@@ -56,7 +56,7 @@ def extract_tables(
         memory, a hidden state is not finite; the message names it and the fix.
     """
     home = paths.Home.find(home)
-    job = plan_job(settings, input_tables(tables), device=device, root=root, home=home)
+    job = plan_job(settings, tables, device=device, root=root, home=home)
     launcher.make_shards(job)
     if job.folder.read_meta() is None:  # lost, while all shards are there
         runner = Runner(job)
@@ -68,14 +68,14 @@ def extract_tables(
 def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
     """Open the finished shards of a job as the activations of its tables."""
     views = {}
-    for table in input_tables(tables):
-        adapted = table.adapt(job.settings)
-        views[table.name] = Activations(
+    for name, table in tables.items():
+        adapted = adapt_settings(job.settings, table)
+        views[name] = Activations(
             job.folder,
-            table.table.reset_index(drop=True),
+            table.reset_index(drop=True),
             adapted.stages,
             adapted.poolings,
-            control=table.name,
+            control=name,
             home=job.home,
         )
     examples = views.pop("none")

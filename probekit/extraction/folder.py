@@ -90,6 +90,10 @@ class ActivationFolder:
             raise ValueError(f"{self.url} is not a folder on this machine")
         return Path(self.root)
 
+    def name_from(self, home: paths.Home) -> str:
+        """Return the folder as records name it: by its path from a home, or by its URL."""
+        return home.relative(self.url) if self.is_local else self.url
+
     # ------------------------------------------------------------------------------------ reading
 
     def list_files(self) -> set[str]:

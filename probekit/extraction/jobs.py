@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -45,31 +45,9 @@ class Job:
         return [place for place, shard in enumerate(self.shards) if not shard.is_done]
 
 
-@dataclass(frozen=True)
-class InputTable:
-    """A table that a model is given, with a name.
-
-    Attributes
-    ----------
-    name : str
-        ``"none"`` for the examples themselves, else the control of the inputs that made it.
-    table : DataFrame
-        With the columns `file` (``""`` for a prompt without an image) and `prompt`; other columns
-        travel along.
-    """
-
-    name: str
-    table: pd.DataFrame
-
-    def adapt(self, settings: ExtractionSettings) -> ExtractionSettings:
-        """Return the settings that suit this table: poolings of image tokens need an image."""
-        has_no_image = bool((self.table.file == "").all()) and len(self.table) > 0
-        return settings.without_image() if has_no_image else settings
-
-
 def plan_job(
     settings: ExtractionSettings,
-    tables: Iterable[InputTable],
+    tables: Mapping[str, pd.DataFrame],
     *,
     device: str | None = None,
     root: str | None = None,
@@ -80,8 +58,8 @@ def plan_job(
     Parameters
     ----------
     settings : ExtractionSettings
-    tables : iterable of InputTable
-        An image that several of them show still runs once.
+    tables : mapping of str to DataFrame
+        As for :func:`probekit.extraction.extracting.extract_tables`.
     device : str or None
         None takes the best there is.
     root : str or None
@@ -99,11 +77,12 @@ def plan_job(
     home = paths.Home.find(home)
     device = device or best_device()
     settings = settings.fill_in(device, home)
-    folder = open_model_folder(settings, root=root, home=home)
+    root = (root or ACTIVATIONS).rstrip("/")
+    folder = open_folder(f"{root}/{settings.folder_name(home)}", home)
     rows_by_settings: dict[ExtractionSettings, list[pd.DataFrame]] = {}
-    for table in tables:
-        rows = model_inputs(table.table, home)
-        rows_by_settings.setdefault(table.adapt(settings), []).append(rows)
+    for table in tables.values():
+        adapted = adapt_settings(settings, table)
+        rows_by_settings.setdefault(adapted, []).append(model_inputs(table, home))
     shards: dict[str, Shard] = {}
     for adapted, row_tables in rows_by_settings.items():
         planned = plan_shards(
@@ -116,14 +95,7 @@ def plan_job(
     return Job(settings, folder, device, tuple(shards.values()), home)
 
 
-def open_model_folder(
-    settings: ExtractionSettings, *, root: str | None, home: paths.Home
-) -> ActivationFolder:
-    """Open the folder of a model's activations; the settings must be filled in."""
-    root = (root or ACTIVATIONS).rstrip("/")
-    return open_folder(f"{root}/{settings.folder_name(home)}", home)
-
-
-def input_tables(tables: Mapping[str, pd.DataFrame]) -> list[InputTable]:
-    """Name tables by control."""
-    return [InputTable(name, table) for name, table in tables.items()]
+def adapt_settings(settings: ExtractionSettings, table: pd.DataFrame) -> ExtractionSettings:
+    """Return the settings that suit a table: poolings of image tokens need an image."""
+    has_no_image = bool((table.file == "").all()) and len(table) > 0
+    return settings.without_image() if has_no_image else settings

@@ -70,16 +70,11 @@ class Launcher:
         if self.engine == "ray":
             return run_on_ray(job, job.missing_shards(), copies=self.copies)
         share = range(self.rank, len(job.shards), self.world_size)
-        return run_locally(job, list(share))
-
-
-def run_locally(job: Job, places: Sequence[int]) -> list[int]:
-    """Make shards in this process; returns the places of those that were made."""
-    runner = Runner(job)
-    try:
-        return runner.make_shards(places)
-    finally:
-        runner.release()
+        runner = Runner(job)
+        try:
+            return runner.make_shards(share)
+        finally:
+            runner.release()
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -187,15 +182,10 @@ def run_on_ray(job: Job, places: Sequence[int], *, copies: int | None = None) ->
 def _connect(ray) -> None:
     passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
     runtime = {"env_vars": passed | {"TQDM_DISABLE": "1"}}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(ignore_reinit_error=True, runtime_env=runtime)
-    else:
-        ray.init(
-            ignore_reinit_error=True,
-            runtime_env=runtime,
-            address="local",
-            include_dashboard=False,
-        )
+    options: dict[str, Any] = {"ignore_reinit_error": True, "runtime_env": runtime}
+    if "RAY_ADDRESS" not in os.environ:
+        options |= {"address": "local", "include_dashboard": False}
+    ray.init(**options)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 

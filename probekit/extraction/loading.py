@@ -46,11 +46,6 @@ class WorkItem:
     rows: np.ndarray
     prepared: PreparedImage
 
-    @property
-    def has_image(self) -> bool:
-        """Whether the prompts have an image."""
-        return bool(self.prepared.image_inputs)
-
     def count_tokens(self, way: str) -> int:
         """Count the tokens that the decoder computes for it, going one of the `WAYS`."""
         lengths = [len(tokens["input_ids"]) for tokens in self.prepared.tokens]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probekit import paths
 from probekit.extraction.folder import open_folder
-from probekit.extraction.jobs import Job, input_tables
+from probekit.extraction.jobs import Job
 from probekit.extraction.loading import WorkItem, prepare_images
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import count_units, model_inputs, plan_shards
-from probekit.models.architectures import width_of
 from probekit.models.batches import input_shape
-from probekit.models.load import Vlm, best_device, load_skeleton
+from probekit.models.load import Vlm, best_device, load_skeleton, stage_width
 from probekit.models.presets import PRESETS, read_checked_architectures
 from probekit.models.processor import PreparedImage
 
@@ -158,8 +157,7 @@ def _count_by_patches(vlm: Vlm, prepared: PreparedImage) -> int | None:
     return operations
 
 
-# -----------------------------------------------------------------------------------------
-# estimates
+# ---------------------------------------------------------------------------------------- estimates
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class Estimate:
 
     Attributes
     ----------
-    model, model_type : str
+    model : str
     images, examples : int
     tokens, plain_tokens : int
         Each image once for all its prompts, and with every prompt.
@@ -186,7 +184,6 @@ class Estimate:
     """
 
     model: str
-    model_type: str
     images: int
     examples: int
     tokens: int
@@ -240,7 +237,7 @@ def estimate_extraction(
         home=home,
     )
     vlm = skeleton.vlm
-    inputs = [model_inputs(table.table, home) for table in input_tables(tables)]
+    inputs = [model_inputs(table, home) for table in tables.values()]
     rows = pd.concat(inputs).drop_duplicates().reset_index(drop=True)
     size = ModelSize.of(vlm)
     if "lm" not in settings.stages:
@@ -261,7 +258,6 @@ def estimate_extraction(
     number_bytes = BYTES_PER_NUMBER[settings.dtype or "float32"]
     return Estimate(
         model=f"{vlm.name} (untrained)" if settings.untrained else vlm.name,
-        model_type=vlm.config.model_type,
         images=images,
         examples=round(len(rows) * ratio),
         tokens=round(tokens["shared"]),
@@ -315,7 +311,7 @@ def _count_disk_bytes(settings: ExtractionSettings, vlm: Vlm, rows: pd.DataFrame
         if stage not in settings.stages or not layers:
             continue
         count = len(rows) if stage == "lm" else rows.file.nunique()
-        width = width_of(vlm.vision[1]) if stage == "vision" and vlm.vision else vlm.width
+        width = stage_width(vlm, stage)
         total += 2 * len(settings.poolings) * count * len(layers) * width
     return total
 
@@ -353,13 +349,7 @@ def measure_sample(
             runner.release()
 
 
-# ---------------------------------------------------------------------------------------
-# description
-
-
-def estimates_table(estimates: Sequence[Estimate]) -> pd.DataFrame:
-    """Return one row per model, columns as the attributes of :class:`Estimate`."""
-    return pd.DataFrame([asdict(estimate) for estimate in estimates])
+# -------------------------------------------------------------------------------------- description
 
 
 def hours_by_workers(table: pd.DataFrame, most_workers: int) -> pd.DataFrame:
@@ -370,7 +360,7 @@ def hours_by_workers(table: pd.DataFrame, most_workers: int) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        As :func:`estimates_table` returns it.
+        One row per model, columns as the attributes of :class:`Estimate`.
     most_workers : int
     """
     powers_of_two = {1 << k for k in range(most_workers.bit_length())}
@@ -383,9 +373,10 @@ def hours_by_workers(table: pd.DataFrame, most_workers: int) -> pd.DataFrame:
 
 
 def describe_estimates(
-    table: pd.DataFrame, *, most_workers: int, operations_per_second: float | None
+    estimates: Sequence[Estimate], *, most_workers: int, operations_per_second: float | None
 ) -> str:
     """Say the estimates in words: one column per model, and hours by number of workers."""
+    table = pd.DataFrame(estimates)
     lines = {
         "images": [_say(value) for value in table.images],
         "examples": [_say(value) for value in table.examples],

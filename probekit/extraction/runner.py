@@ -18,7 +18,7 @@ from probekit import paths
 from probekit.extraction.jobs import Job
 from probekit.extraction.loading import WorkItem, fill_batches, is_unchanged, prepare_images
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
-from probekit.extraction.shards import Shard, TensorKey, count_units
+from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.processor import PreparedImage
@@ -30,13 +30,8 @@ PROGRESS_BAR = (
     "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images "
     "[{elapsed}<{remaining}, {rate_fmt}]"
 )
-SEEING_POOLINGS = (
-    "mean",
-    "max",
-    "last",
-    "text_mean",
-)  # first tokens never see a causal model's prompt
-
+# The first tokens never see a causal model's prompt.
+SEEING_POOLINGS = ("mean", "max", "last", "text_mean")
 # Images of rare shapes make small batches: so many are looked at for one with several images.
 TRIED_BATCHES = 8
 
@@ -246,14 +241,13 @@ class Runner:
         recorded = verdicts.get(self._verdict_name)
         return SharingVerdict(**recorded) if recorded else None
 
-    def _accept(self, verdict: SharingVerdict) -> SharingVerdict:
+    def _accept(self, verdict: SharingVerdict) -> None:
         if self.job.settings.sharing == "on" and verdict.way != "shared":
             raise ValueError(
                 f'sharing="on", but with {self.vlm.name} {verdict.reason}; take sharing="auto" '
                 'or "off"'
             )
         tqdm.write(f"{self.vlm.name}: {verdict.reason}")
-        return verdict
 
     def _write_meta(self, verdict: SharingVerdict | None) -> None:
         """Write what the folder holds; of each job, what may differ between jobs."""
@@ -399,12 +393,13 @@ class Runner:
 
     def _run_batch(self, batch: Sequence[WorkItem], shard: Shard) -> States:
         def run(prepared: Sequence[PreparedImage]) -> States:
+            has_image = bool(prepared[0].image_inputs)
             states = forward.run_pooled(
                 self.vlm,
                 prepared,
                 poolings=shard.shard_set.poolings,
                 stages=shard.shard_set.stages,
-                way=self.way if batch[0].has_image else self._way_without_image,
+                way=self.way if has_image else self._way_without_image,
             )
             return _with_tensor_keys(states)
 
@@ -504,8 +499,7 @@ class _ShardStates:
                 is_filled = self._is_filled.get(key, np.zeros(1, bool))
                 if is_filled.all():
                     continue
-                examples = _examples_of(key, rows)
-                first = examples.iloc[int(np.argmin(is_filled))]
+                first = rows_of(rows, content).iloc[int(np.argmin(is_filled))]
                 raise ValueError(
                     f"{vlm.name}, {key.tensor_name}: this layer did not run for "
                     f"{np.sum(~is_filled):,} of {len(is_filled):,} rows, the first is "
@@ -582,16 +576,11 @@ def check_finite(states: dict[TensorKey, np.ndarray], rows: pd.DataFrame, model:
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if not len(bad):
             continue
-        first = _examples_of(key, rows).iloc[bad[0]]
+        first = rows_of(rows, key.content).iloc[bad[0]]
         raise FloatingPointError(
             f"{model}, {key.tensor_name}: not finite for {len(bad)} of {len(values)}, the first is "
             f'{first["file"]} with {first.prompt[:80]!r}; try dtype="float32" or "bfloat16"'
         )
-
-
-def _examples_of(key: TensorKey, rows: pd.DataFrame) -> pd.DataFrame:
-    """Select the rows that a tensor has values for: all, or the first of each image."""
-    return rows if key.stage == "lm" else rows[rows.file.ne(rows.file.shift())]
 
 
 def check_prompts_are_seen(

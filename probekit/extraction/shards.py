@@ -38,7 +38,6 @@ from probekit.extraction.folder import ActivationFolder
 
 STAGES = ("lm", "vision", "projector")
 FLOAT16_MAX = np.finfo(np.float16).max
-TEXT_FREE_STAGES = ("vision", "projector")  # they see the image alone
 
 
 class Content(NamedTuple):
@@ -50,7 +49,7 @@ class Content(NamedTuple):
     @property
     def is_of_image(self) -> bool:
         """Whether its values depend on the image alone, not on the prompt."""
-        return self.stage in TEXT_FREE_STAGES
+        return self.stage != "lm"
 
 
 class TensorKey(NamedTuple):
@@ -81,8 +80,7 @@ class TensorKey(NamedTuple):
         return cls(layer, pooling)
 
 
-# ------------------------------------------------------------------------------------------------
-# rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def model_inputs(examples: pd.DataFrame, home: paths.Home) -> pd.DataFrame:
@@ -138,9 +136,9 @@ def content_keys(rows: pd.DataFrame, content: Content) -> np.ndarray:
     return pd.util.hash_pandas_object(rows[columns], index=False).to_numpy()
 
 
-def _first_of_each_image(rows: pd.DataFrame) -> np.ndarray:
-    """(n,) True at the first of the neighbouring rows of an image."""
-    return rows.file.ne(rows.file.shift()).to_numpy()
+def rows_of(rows: pd.DataFrame, content: Content) -> pd.DataFrame:
+    """Select the rows that a content has values for: all, or the first of each image."""
+    return rows[rows.file.ne(rows.file.shift())] if content.is_of_image else rows
 
 
 def _rows_digest(rows: pd.DataFrame) -> str:
@@ -148,8 +146,7 @@ def _rows_digest(rows: pd.DataFrame) -> str:
     return xxhash.xxh3_64_hexdigest(hashes.tobytes())
 
 
-# ---------------------------------------------------------------------------------------------
-# tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def compact(values: np.ndarray) -> np.ndarray:
@@ -189,8 +186,7 @@ def shard_note(shard: safe_open) -> dict:
     return note if isinstance(note, dict) else {}
 
 
-# ------------------------------------------------------------------------------------------ shard
-# sets
+# --------------------------------------------------------------------------------------- shard sets
 
 
 @dataclass(frozen=True)
@@ -364,9 +360,7 @@ class ShardSet:
         DataFrame
             `shard`, and `row` in its tensors; indexed by :func:`content_keys`.
         """
-        rows = self.rows
-        if content.is_of_image:
-            rows = rows[_first_of_each_image(rows)]
+        rows = rows_of(self.rows, content)
         shard = np.searchsorted(self.starts, rows.index, side="right") - 1
         row = pd.Series(shard).groupby(shard).cumcount()
         places = {"shard": shard, "row": row.to_numpy()}
@@ -395,8 +389,7 @@ class Shard(NamedTuple):
         return self.shard_set.is_done(self.number)
 
 
-# -------------------------------------------------------------------------------------------
-# planning
+# ----------------------------------------------------------------------------------------- planning
 
 
 def plan_shards(

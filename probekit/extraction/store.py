@@ -66,7 +66,7 @@ class Activations:
 
     def __post_init__(self) -> None:
         for content in self.contents:
-            missing = self._places(content).shard.isna().sum()
+            missing = self._places[content].shard.isna().sum()
             if missing:
                 raise FileNotFoundError(
                     f"{missing:,} of {len(self.examples):,} examples have no "
@@ -109,9 +109,8 @@ class Activations:
     @property
     def record(self) -> dict:
         """What :meth:`open` needs besides the examples, for a JSON file."""
-        folder = self.folder.url
         return {
-            "folder": self.home.relative(folder) if self.folder.is_local else folder,
+            "folder": self.folder.name_from(self.home),
             "stages": self.stages,
             "poolings": self.poolings,
             "control": self.control,
@@ -144,8 +143,7 @@ class Activations:
             )
         return meta
 
-    # --------------------------------------------------------------------------------- what there
-    # is
+    # -------------------------------------------------------------------------------- what there is
 
     @property
     def contents(self) -> list[Content]:
@@ -201,7 +199,7 @@ class Activations:
         key = TensorKey(*key)
         self._check_key(key)
         values_nd: torch.Tensor | None = None
-        for read in self._reads(key.content):
+        for read in self._reads[key.content]:
             tensor = self._read_tensor(read.shard, key)
             if values_nd is None:
                 values_nd = torch.empty(len(self.examples), tensor.shape[1])
@@ -250,21 +248,16 @@ class Activations:
 
     @property
     def _shards(self) -> list[Shard]:
-        places = pd.concat([self._places(content) for content in self.contents])
+        places = pd.concat(self._places.values())
         pairs = places[["shard_set", "shard"]].drop_duplicates()
         return [Shard(self._shard_sets[int(k)], int(i)) for k, i in pairs.itertuples(index=False)]
 
     @cached_property
-    def _places_by_content(self) -> dict[Content, pd.DataFrame]:
-        return {}
-
-    def _places(self, content: Content) -> pd.DataFrame:
-        """Tell `shard_set`, `shard` and `row` of each example (n rows); NaN where not done."""
-        if content not in self._places_by_content:
-            self._places_by_content[content] = self._find_places(content)
-        return self._places_by_content[content]
+    def _places(self) -> dict[Content, pd.DataFrame]:
+        return {content: self._find_places(content) for content in self.contents}
 
     def _find_places(self, content: Content) -> pd.DataFrame:
+        """Tell `shard_set`, `shard` and `row` of each example (n rows); NaN where not done."""
         tables = [pd.DataFrame(columns=["shard", "row", "shard_set"])]
         for k, shard_set in enumerate(self._shard_sets):
             if content in shard_set.contents:
@@ -276,17 +269,14 @@ class Activations:
         return stored.reindex(content_keys(self._rows, content)).reset_index(drop=True)
 
     @cached_property
-    def _reads_by_content(self) -> dict[Content, list[_Read]]:
-        return {}
-
-    def _reads(self, content: Content) -> list[_Read]:
-        if content not in self._reads_by_content:
-            grouped = self._places(content).groupby(["shard_set", "shard"])
-            self._reads_by_content[content] = [
-                _plan_read(Shard(self._shard_sets[int(k)], int(i)), places)
-                for (k, i), places in grouped
+    def _reads(self) -> dict[Content, list[_Read]]:
+        reads = {}
+        for content, places in self._places.items():
+            reads[content] = [
+                _plan_read(Shard(self._shard_sets[int(k)], int(i)), places_of_shard)
+                for (k, i), places_of_shard in places.groupby(["shard_set", "shard"])
             ]
-        return self._reads_by_content[content]
+        return reads
 
 
 class _Read(NamedTuple):

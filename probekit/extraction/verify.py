@@ -79,7 +79,7 @@ def _find_model_folders(folder: str, home: paths.Home) -> list[ActivationFolder]
 
 
 def _verify_folder(folder: ActivationFolder, home: paths.Home) -> Iterator[FileState]:
-    name = folder_name(folder, home)
+    name = folder.name_from(home)
     meta = folder.read_meta()
     if meta is None:
         yield FileState(name, "meta.json", "missing", "is missing, damaged, or of another format")
@@ -88,18 +88,14 @@ def _verify_folder(folder: ActivationFolder, home: paths.Home) -> Iterator[FileS
         description = f"{folder.model_name} {shard_set.name}"
         numbers = range(shard_set.shard_count)
         for i in tqdm(numbers, desc=description, unit="shard", delay=2):
-            planned.add(shard_set.shard_name(i))
+            file = shard_set.shard_name(i)
+            planned.add(file)
             reason = shard_set.find_fault(i) or find_content_fault(shard_set, i, meta)
-            yield FileState(
-                name, shard_set.shard_name(i), _state(folder, shard_set, i, reason), reason
-            )
+            state = "sound"
+            if reason:
+                state = "damaged" if folder.exists(file) else "missing"
+            yield FileState(name, file, state, reason)
     yield from _shards_without_plan(folder, name, planned)
-
-
-def _state(folder: ActivationFolder, shard_set: ShardSet, i: int, reason: str) -> str:
-    if not reason:
-        return "sound"
-    return "damaged" if folder.exists(shard_set.shard_name(i)) else "missing"
 
 
 def _shards_without_plan(
@@ -111,11 +107,6 @@ def _shards_without_plan(
         count = unknown_sets.count(shard_set)
         reason = f"or its rows.parquet is damaged or gone, with {count} shards"
         yield FileState(name, f"{shard_set}/plan.json", "missing", reason)
-
-
-def folder_name(folder: ActivationFolder, home: paths.Home) -> str:
-    """Return a folder as it is named in records: from the home, or by its URL."""
-    return home.relative(folder.url) if folder.is_local else folder.url
 
 
 def find_content_fault(shard_set: ShardSet, i: int, meta: dict | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
@@ -34,10 +35,10 @@ def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, t
     batch = {}
     for name in rows[0]:
         padding = vlm.processor.tokenizer.pad_token_id if name == "input_ids" else 0
-        batch[name] = _stack_padded([row[name] for row in rows], padding=padding or 0)
+        batch[name] = stack_padded([row[name] for row in rows], padding=padding or 0)
     if "attention_mask" not in batch:
         masks = [np.ones(len(row["input_ids"]), dtype=int) for row in rows]
-        batch["attention_mask"] = _stack_padded(masks)
+        batch["attention_mask"] = stack_padded(masks)
     return vlm.to_device(batch)
 
 
@@ -90,36 +91,10 @@ def _count_through(
     return shifted
 
 
-def pad_masks(masks: Sequence[np.ndarray], *, length: int, device: str) -> torch.Tensor:
-    """Stack masks of tokens, each cut off or filled up with zeros to one length.
-
-    Parameters
-    ----------
-    masks : sequence of ndarray
-        n masks, (t,) each.
-    length : int
-        Number of tokens wanted.
-    device : str
-
-    Returns
-    -------
-    Tensor
-        (n, length).
-    """
-    return _stack_padded([mask[:length] for mask in masks], length=length).to(device)
-
-
-def _stack_padded(
-    arrays: Sequence[np.ndarray], *, length: int | None = None, padding: int = 0
-) -> torch.Tensor:
-    """Stack (t, ...) arrays, each filled up at the end; by default to the length of the longest."""
-    if length is None:
-        length = max(len(array) for array in arrays)
-    padded = []
-    for array in arrays:
-        widths = [(0, length - len(array))] + [(0, 0)] * (array.ndim - 1)
-        padded.append(np.pad(array, widths, constant_values=padding))
-    return torch.from_numpy(np.stack(padded))
+def stack_padded(arrays: Sequence[np.ndarray], *, padding: int = 0) -> torch.Tensor:
+    """Stack (t, ...) arrays, each filled up at the end to the length of the longest."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding)
 
 
 def patch_mask(prepared: Sequence[PreparedImage], p: int) -> torch.Tensor:

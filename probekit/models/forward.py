@@ -19,9 +19,9 @@ from probekit.models.architectures import has_text_encoder
 from probekit.models.batches import (
     batch_images,
     batch_tokens,
-    pad_masks,
     patch_mask,
     shared_prefix_length,
+    stack_padded,
 )
 from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
@@ -242,11 +242,8 @@ class _PooledPass:
                 for row in self.rows
             ],
         )
-        image_bt = pad_masks(
-            [image.image_masks[0] for image in self.prepared],
-            length=prefix_length,
-            device=vlm.device,
-        )
+        prefix_masks = [image.image_masks[0][:prefix_length] for image in self.prepared]
+        image_bt = stack_padded(prefix_masks).to(vlm.device)
         pooler = Pooler(
             self.poolings, suffix_tokens["attention_mask"], prefix=Prefix(image_bt, self.owner_n)
         )
@@ -302,11 +299,8 @@ class _PooledPass:
 
     def _pool_whole_prompts(self, tokens: Mapping[str, torch.Tensor]) -> Take:
         """Return a function that pools the decoder's layers over prompts with their images."""
-        image_nt = pad_masks(
-            [mask for image in self.prepared for mask in image.image_masks],
-            length=tokens["input_ids"].shape[1],
-            device=self.vlm.device,
-        )
+        masks = [mask for image in self.prepared for mask in image.image_masks]
+        image_nt = stack_padded(masks).to(self.vlm.device)
         pooler = Pooler(self.poolings, tokens["attention_mask"], image_nt=image_nt)
 
         def take(layer: str, hidden_ntd: torch.Tensor) -> None:

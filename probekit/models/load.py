@@ -7,7 +7,6 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
@@ -182,7 +181,7 @@ class Vlm:
         if self.device == "mps":
             return torch.mps.synchronize
         if not self.device.startswith("cuda"):
-            return _return_at_once
+            return lambda: None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event.synchronize
@@ -209,10 +208,6 @@ class Vlm:
 
 def _name_layers(stage: str, blocks: nn.ModuleList) -> tuple[str, ...]:
     return tuple(f"{stage}.{k:02d}" for k in range(len(blocks) + 1))
-
-
-def _return_at_once() -> None:
-    pass
 
 
 def load_vlm(
@@ -324,8 +319,9 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
         try:
             processor = AutoProcessor.from_pretrained(source, **hub_options)
         except (OSError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise type(error)(
-                f"{source}: its processor cannot be loaded ({_one_line(error)}). {PROCESSOR_FIX}"
+                f"{source}: its processor cannot be loaded ({reason}). {PROCESSOR_FIX}"
             ) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
@@ -357,10 +353,6 @@ def _reads_images(config: Any) -> bool:
     if auto_class(config) is not AutoModelForCausalLM:
         return any(type(config) in candidate._model_mapping for candidate in _candidates())
     return any("vision" in part for part in getattr(config, "sub_configs", {}))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # ----------------------------------------------------------------------------------------- weights
@@ -403,7 +395,9 @@ def _load_weights(checkpoint: Checkpoint, *, dtype: str) -> Any:
                 f"({_first_of(printed.unconverted)}), because some are missing or have another "
                 "shape: take a whole checkpoint of this architecture"
             ) from error
-    head_names = _find_head(full_model)
+    head = full_model.get_output_embeddings()
+    modules = full_model.named_modules(remove_duplicate=False)
+    head_names = [name for name, module in modules if module is head]
     read_model = remove_head(full_model)
     faults = _find_weight_faults(full_model, read_model, report, head_names)
     if faults:
@@ -446,13 +440,6 @@ class _LoadingReport(logging.Filter):
     def __exit__(self, *error: object) -> None:
         self._logger.removeFilter(self)
         self._logger.setLevel(self._level)
-
-
-def _find_head(full_model: Any) -> list[str]:
-    """Names of the language-model head."""
-    head = full_model.get_output_embeddings()
-    modules = full_model.named_modules(remove_duplicate=False)
-    return [name for name, module in modules if module is head]
 
 
 def _find_weight_faults(
@@ -632,62 +619,35 @@ def load_skeleton(
     return Skeleton(vlm, parameters)
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """What can be read of a checkpoint.
-
-    Attributes
-    ----------
-    table : DataFrame
-        One row per stage: `stage`, `layers` (their number), `first`, `last`, `width` (d).
-    model_type : str
-        `model_type` of its config.
-    parameters : int
-        Their number, those of the language-model head included.
-    """
-
-    table: pd.DataFrame
-    model_type: str
-    parameters: int
-
-
-def describe_model(
-    model: str,
-    *,
-    revision: str | None = None,
-    home: str | Path | paths.Home | None = None,
-) -> ModelDescription:
-    """Say what can be read of a checkpoint, from its config alone.
+def stage_table(vlm: Vlm) -> pd.DataFrame:
+    """Say what can be read of a model.
 
     Parameters
     ----------
-    model : str
-    revision : str, optional
-    home : str, Path or Home, optional
-        This and the others: see :func:`load_vlm`.
+    vlm : Vlm
 
     Returns
     -------
-    ModelDescription
+    DataFrame
+        One row per stage that has layers: `stage`, `layers` (their number), `first`, `last`,
+        `width` (d).
     """
-    vlm, parameters = load_skeleton(model, revision=revision, home=home)
-    rows = []
-    for stage, layers in vlm.layers_of_stage.items():
-        if not layers:
-            continue
-        rows.append(
-            {
-                "stage": stage,
-                "layers": len(layers),
-                "first": layers[0],
-                "last": layers[-1],
-                "width": _stage_width(vlm, stage),
-            }
-        )
-    return ModelDescription(pd.DataFrame(rows), vlm.config.model_type, parameters)
+    rows = [
+        {
+            "stage": stage,
+            "layers": len(layers),
+            "first": layers[0],
+            "last": layers[-1],
+            "width": stage_width(vlm, stage),
+        }
+        for stage, layers in vlm.layers_of_stage.items()
+        if layers
+    ]
+    return pd.DataFrame(rows)
 
 
-def _stage_width(vlm: Vlm, stage: str) -> int:
+def stage_width(vlm: Vlm, stage: str) -> int:
+    """Return the width (d) of a stage's hidden states."""
     if stage == "vision" and vlm.vision is not None:
         return width_of(vlm.vision.blocks)
     return vlm.width

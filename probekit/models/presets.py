@@ -272,17 +272,16 @@ def read_checked_architectures() -> pd.DataFrame:
 def list_models() -> str:
     """Return the presets and the checked architectures as text."""
     architectures = read_checked_architectures()
-    rows = []
-    for name, preset in PRESETS.items():
-        rows.append(
-            {
-                "name": name,
-                "checkpoint": preset.source,
-                "type": preset.type,
-                "revision": _short_revision(preset),
-                "sharing": architectures.sharing[preset.type],
-            }
-        )
+    rows = [
+        {
+            "name": name,
+            "checkpoint": preset.source,
+            "type": preset.type,
+            "revision": _short_revision(preset),
+            "sharing": architectures.sharing[preset.type],
+        }
+        for name, preset in PRESETS.items()
+    ]
     presets = pd.DataFrame(rows).to_string(index=False)
     reasons = [
         f"{name} is not in transformers: {reason}." for name, reason in NOT_IN_TRANSFORMERS.items()

@@ -15,6 +15,7 @@ from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
 
 WHOLE_IMAGE = np.array([0.0, 0.0, 1.0, 1.0])
+RASTER = 256  # points in each direction that coverage is measured on
 
 
 class NoTokenGrid(ValueError):
@@ -232,9 +233,7 @@ def _embed_image(vlm: Vlm, prepared: PreparedImage) -> torch.Tensor:
     return hidden_by_layer["lm.00"][image_t].float()
 
 
-def box_coverage(
-    cells_t4: np.ndarray, boxes_b4: np.ndarray, *, resolution: int = 256
-) -> np.ndarray:
+def box_coverage(cells_t4: np.ndarray, boxes_b4: np.ndarray) -> np.ndarray:
     """Measure which fraction of each cell lies in any of the boxes.
 
     Parameters
@@ -244,23 +243,21 @@ def box_coverage(
         image does not count.
     boxes_b4 : ndarray
         (b, 4) likewise.
-    resolution : int
-        It is measured on a raster of this many points in each direction.
 
     Returns
     -------
     ndarray
         (t,) from 0 to 1; nan for a cell that lies outside of the image altogether.
     """
-    points = (np.arange(resolution) + 0.5) / resolution
-    in_boxes = np.zeros((resolution, resolution))
+    points = (np.arange(RASTER) + 0.5) / RASTER
+    in_boxes = np.zeros((RASTER, RASTER))
     for left, top, right, bottom in boxes_b4:
         rows = (points >= top) & (points < bottom)
         columns = (points >= left) & (points < right)
         in_boxes[np.ix_(rows, columns)] = 1
     # total[y, x] is the number of points in boxes above y and to the left of x.
     total = np.pad(in_boxes.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    corners_t4 = np.clip(np.round(cells_t4 * resolution), 0, resolution).astype(int)
+    corners_t4 = np.clip(np.round(cells_t4 * RASTER), 0, RASTER).astype(int)
     x0, y0, x1, y1 = corners_t4.T
     area_t = (x1 - x0) * (y1 - y0)
     inside_t = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]

@@ -6,8 +6,6 @@ Any other type is asked on its first prompt, and goes on only where every layer 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from probekit.models.architectures import has_text_encoder
@@ -49,7 +47,8 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
         if is_out_of_memory(error):
             raise
         raise _refusal(vlm, f"it does not run ({type(error).__name__}: {error})") from error
-    expected = _hidden_states_of(output, vlm)
+    name = "encoder_hidden_states" if has_text_encoder(vlm.config) else "hidden_states"
+    expected = getattr(output, name, None)
     if expected is None:
         raise _refusal(vlm, "transformers returns no hidden states of it to compare with")
     if len(expected) != len(vlm.layers):
@@ -59,12 +58,6 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
     for layer, expected_ntd in zip(vlm.layers, expected, strict=True):
         if layer not in read or not torch.equal(read[layer], expected_ntd):  # of the same pass
             raise _refusal(vlm, f"what is read at {layer} differs from transformers' hidden states")
-
-
-def _hidden_states_of(output: Any, vlm: Vlm) -> tuple[torch.Tensor, ...] | None:
-    """Find the decoder's hidden states in a model's output."""
-    name = "encoder_hidden_states" if has_text_encoder(vlm.config) else "hidden_states"
-    return getattr(output, name, None)
 
 
 def _refusal(vlm: Vlm, reason: str) -> ValueError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from probekit.extraction import launch
-from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher, rank_from_environment
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
@@ -36,7 +36,7 @@ import pandas as pd
 
 from probekit.extraction import runner
 from probekit.extraction.extracting import extract_tables
-from probekit.extraction.jobs import InputTable, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         time.sleep(0.01)
     launcher = Launcher(**how.get("launcher", {}))
     if launcher.world_size > 1:
-        job = plan_job(settings, [InputTable("none", examples)], device="cpu", home=home)
+        job = plan_job(settings, {"none": examples}, device="cpu", home=home)
         launcher.make_shards(job)
     else:
         extract_tables(settings, {"none": examples}, device="cpu", launcher=launcher, home=home)
@@ -202,7 +202,7 @@ def test_ray_says_what_went_wrong_in_the_same_words(data, examples, cluster, mon
     file.write_bytes(Home.find().resolve(examples.file[0]).read_bytes())
     table = examples.head(6).assign(file=str(file))
     settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1)
-    job = plan_job(settings, [InputTable("none", table)], device="cpu")
+    job = plan_job(settings, {"none": table}, device="cpu")
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
         ValueError, match=r"on Ray, ValueError: .*copied.png is gone or has changed"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from probekit.extraction.jobs import input_tables, plan_job
+from probekit.extraction.jobs import plan_job
 from probekit.extraction.loading import prepare_images
 from probekit.extraction.planning import ModelSize, estimate_extraction, hours_by_workers
 from probekit.extraction.settings import ExtractionSettings
@@ -113,7 +113,7 @@ def test_experts_count_where_a_token_meets_them():
 def test_prompts_without_an_image_are_units_of_their_own(data, examples):
     settings = ExtractionSettings("tiny-qwen2-vl", shard_images=10)
     tables = {name: change_inputs(examples, name) for name in ("none", "no_image")}
-    job = plan_job(settings, input_tables(tables), device="cpu")
+    job = plan_job(settings, tables, device="cpu")
     result = estimate(settings, examples, controls=("no_image",))
     assert len(job.shards) - 1 <= result.shards <= len(job.shards)
     assert result.shards > 12

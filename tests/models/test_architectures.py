@@ -29,7 +29,7 @@ from probekit.models.architectures import (
     merge_streams,
 )
 from probekit.models.forward import States, run_pooled
-from probekit.models.load import Vlm, describe_model, load_skeleton, load_vlm
+from probekit.models.load import Vlm, load_skeleton, load_vlm, stage_table
 from probekit.models.processor import PreparedImage
 from probekit.models.sharing import SharingVerdict, choose_way
 from probekit.models.token_grid import NoTokenGrid, check_token_grid
@@ -209,9 +209,9 @@ def check_that_prompt_and_image_are_seen(vlm: Vlm, alone: States) -> None:
 
 def check_description(vlm: Vlm, alone: States, stages: Sequence[str], folder: Path) -> None:
     """What is said of a model without its weights is what can be read of it."""
-    described = describe_model(str(folder))
-    assert described.model_type == vlm.config.model_type
-    table = described.table.set_index("stage")
+    skeleton = load_skeleton(str(folder)).vlm
+    assert skeleton.config.model_type == vlm.config.model_type
+    table = stage_table(skeleton).set_index("stage")
     assert list(table.index) == list(stages)
     for stage in stages:
         layers = vlm.layers_of_stage[stage]
