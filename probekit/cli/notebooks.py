@@ -352,9 +352,7 @@ def _values_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _report_unused_overrides(
     overrides: Sequence[str], notebooks: Sequence[Path], declared: dict[str, Parameter]
 ) -> None:
-    used: set[str] = set()
-    for notebook in notebooks:
-        used |= set(declared_parameters(notebook))
+    used = {name for notebook in notebooks for name in declared_parameters(notebook)}
     for override in overrides:
         name = override.partition("=")[0].strip()
         if name not in used:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,7 @@ from probekit.extraction.launch import Launcher
 from probekit.extraction.planning import Estimate, estimate_extraction
 from probekit.extraction.settings import ExtractionSettings
 from probekit.parameters import read_parameters, read_settings
-from probekit.probes.probing import PROBES
+from probekit.probes.probing import PROBES, ProbeSettings
 from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import SPLITS, build_examples
@@ -27,30 +27,6 @@ from probekit.workflow import (
     split_controls,
     tables_with_controls,
 )
-
-# Parameters of the notebooks that are settings of what they run.
-BUILD_PARAMETERS = (
-    "coco_splits",
-    "tasks",
-    "categories",
-    "seed",
-    "labels_from",
-    "smallest",
-    "captions",
-    "similarity",
-)
-EXTRACTION_PARAMETERS = (
-    "dtype",
-    "longest_side",
-    "sharing",
-    "poolings",
-    "stages",
-    "shard_images",
-    "batch_tokens",
-    "workers",
-    "trust_remote_code",
-)
-PROBE_PARAMETERS = ("probes", "seeds", "strengths", "codelength", "resamples", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -71,9 +47,7 @@ class Sample:
     all_images: int
 
 
-def build_sample(
-    parameters: dict, *, images: int, folder: Path, home: paths.Home | None = None
-) -> Sample:
+def build_sample(parameters: dict, *, images: int, folder: Path) -> Sample:
     """Build examples of about so many of a run's images.
 
     Parameters
@@ -84,14 +58,13 @@ def build_sample(
         Where tasks find nothing to ask about so few, twice as many are taken.
     folder : Path
         Temporary.
-    home : Home or None
 
     Raises
     ------
     FileNotFoundError, ValueError
         As notebook 01 raises them.
     """
-    home = paths.Home.find(home)
+    home = paths.Home.find()
     parameters = read_parameters(parameters)
     split_sizes = {split: parameters[split] for split in SPLITS}
     all_images = sum(split_sizes.values())
@@ -105,8 +78,7 @@ def build_sample(
     if draws_scenes:
         dataset_folder = str(folder / f"scenes-{images}")
         scenes.write_scenes(dataset_folder, n=sampled, seed=parameters["seed"])
-    settings = {name: parameters[name] for name in BUILD_PARAMETERS}
-    settings |= {"max_bad": 1.0, **sample_sizes}
+    settings = _settings_in(parameters, BuildSettings) | {"max_bad": 1.0, **sample_sizes}
     build = BuildSettings(dataset_folder, **read_settings(BuildSettings, settings))
     dataset = layouts.read_dataset(home.resolve(dataset_folder), build.coco_splits)
     if all_images > len(dataset.images) and not draws_scenes:
@@ -119,8 +91,14 @@ def build_sample(
         if images >= all_images:
             raise
         print(f"of {sampled} sampled images, {error}: taking twice as many", file=sys.stderr)
-        return build_sample(parameters, images=2 * images, folder=folder, home=home)
+        return build_sample(parameters, images=2 * images, folder=folder)
     return Sample(examples, sampled, all_images)
+
+
+def _settings_in(parameters: dict, settings_class: type) -> dict:
+    """Return those parameters of a notebook that are settings of what it runs."""
+    names = {field.name for field in fields(settings_class) if field.kw_only}
+    return {name: value for name, value in parameters.items() if name in names}
 
 
 def extractions(parameters: dict) -> list[tuple[ExtractionSettings, tuple[str, ...]]]:
@@ -140,7 +118,8 @@ def extractions(parameters: dict) -> list[tuple[ExtractionSettings, tuple[str, .
     """
     models, untrained = check_models(parameters["models"], parameters["untrained"])
     of_inputs, _ = split_controls(parameters["controls"])
-    settings = {name: parameters[name] for name in EXTRACTION_PARAMETERS}
+    # A run lists its untrained models; of an extraction it is a flag.
+    settings = _settings_in(parameters, ExtractionSettings) | {"untrained": False}
     wanted = [(extraction_settings(model, settings), of_inputs) for model in models]
     for model in untrained:
         wanted.append((extraction_settings(model, settings | {"untrained": True}), ()))
@@ -161,38 +140,22 @@ def check_steps(parameters: dict[str, dict]) -> None:
         A setting makes no sense, or there is no such task, model, control or probe; the message
         names the fix.
     """
-    for notebook, values in parameters.items():
-        if notebook in _STEP_CHECKS:
-            _STEP_CHECKS[notebook](values)
-
-
-def _check_build(parameters: dict) -> None:
-    find_tasks(parameters["tasks"])
-
-
-def _check_extraction(parameters: dict) -> None:
-    for settings, _ in extractions(parameters):
-        settings.check()
-    Launcher(parameters["engine"], copies=parameters["copies"])
-
-
-def _check_probes(parameters: dict) -> None:
-    _, of_labels = split_controls(parameters["controls"])
-    settings = {name: parameters[name] for name in PROBE_PARAMETERS}
-    probe_settings(settings | {"controls": of_labels}).check()
-
-
-def _check_plots(parameters: dict) -> None:
-    if parameters["probe"] not in PROBES:
-        raise ValueError(f"probe={parameters['probe']!r}: take one of {', '.join(PROBES)}")
-
-
-_STEP_CHECKS = {
-    "01_build_data": _check_build,
-    "02_extract": _check_extraction,
-    "03_probe": _check_probes,
-    "04_layer_plots": _check_plots,
-}
+    if "01_build_data" in parameters:
+        find_tasks(parameters["01_build_data"]["tasks"])
+    if "02_extract" in parameters:
+        extraction = parameters["02_extract"]
+        for settings, _ in extractions(extraction):
+            settings.check()
+        Launcher(extraction["engine"], copies=extraction["copies"])
+    if "03_probe" in parameters:
+        probing = parameters["03_probe"]
+        _, of_labels = split_controls(probing["controls"])
+        of_probes = _settings_in(probing, ProbeSettings) | {"controls": of_labels}
+        probe_settings(of_probes).check()
+    if "04_layer_plots" in parameters:
+        probe = parameters["04_layer_plots"]["probe"]
+        if probe not in PROBES:
+            raise ValueError(f"probe={probe!r}: take one of {', '.join(PROBES)}")
 
 
 def estimate_run(
@@ -201,7 +164,6 @@ def estimate_run(
     *,
     sampled_images: int = 32,
     operations_per_second: float | None = None,
-    home: paths.Home | None = None,
 ) -> list[Estimate]:
     """Estimate the extraction of each model of a run.
 
@@ -212,14 +174,11 @@ def estimate_run(
     sampled_images : int
     operations_per_second : float or None
         That a device keeps up; None runs the sample here.
-    home : Home or None
     """
     wanted = extractions(extraction_parameters)
     estimates = []
     with tempfile.TemporaryDirectory() as temporary:
-        sample = build_sample(
-            build_parameters, images=sampled_images, folder=Path(temporary), home=home
-        )
+        sample = build_sample(build_parameters, images=sampled_images, folder=Path(temporary))
         for settings, controls in wanted:
             estimate = estimate_extraction(
                 settings,
@@ -228,7 +187,6 @@ def estimate_run(
                 sampled_images=sample.images,
                 operations_per_second=operations_per_second,
                 device=extraction_parameters["device"],
-                home=home,
             )
             estimates.append(estimate)
     return estimates

@@ -209,29 +209,24 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
 
         if len(strengths) == 1:
             strength_l = np.full(len(x_lnd), strengths[0])
-        elif validation is None:
-            train, held_out = self._hold_out(labels, rows, seed)
+        else:
+            if validation is None:
+                train, validation_rows = self._hold_out(labels, rows, seed)
+                x_validation = x_lnd
+                validation_labels = labels
+            else:
+                train = rows
+                x_validation, validation_labels = self._check_validation(
+                    validation, n_layers=len(x_lnd), is_layered=is_layered
+                )
+                validation_rows = np.flatnonzero(validation_labels.counting_n)
             strength_l = self._choose_strengths(
                 x_lnd,
                 labels,
                 train=train,
-                x_validation=x_lnd,
-                validation_labels=labels,
-                validation_rows=held_out,
-                strengths=strengths,
-                seed=seed,
-            )
-        else:
-            x_validation, validation_labels = self._check_validation(
-                validation, n_layers=len(x_lnd), is_layered=is_layered
-            )
-            strength_l = self._choose_strengths(
-                x_lnd,
-                labels,
-                train=rows,
                 x_validation=x_validation,
                 validation_labels=validation_labels,
-                validation_rows=np.flatnonzero(validation_labels.counting_n),
+                validation_rows=validation_rows,
                 strengths=strengths,
                 seed=seed,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -250,11 +250,9 @@ class LabelledTask:
             kind=self.true.kind,
             seed=seed,
         )
-        return LabelSet(
+        return replace(
+            self.true,
             name=control,
-            kind=self.true.kind,
-            classes=self.true.classes,
-            image_n=self.true.image_n,
             y_nc=torch.from_numpy(y_nc),
             mask_nc=torch.from_numpy(mask_nc),
             split=_split_rows(split_n, f"{self.name} ({controls.CONTROL_WORDS[control]})"),

@@ -37,6 +37,9 @@ METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
 # Images that are looked at to check that tokens lie where the grid puts them.
 CHECKED_IMAGES = 4
 
+# Settings of an extraction that its model is loaded with again.
+LOADING_SETTINGS = ("revision", "dtype", "untrained", "seed", "trust_remote_code")
+
 # Of what the files hold: files of another version are made again.
 VERSION = 3
 
@@ -349,13 +352,9 @@ def _load_model(settings: Mapping[str, Any], device: str | None, home: paths.Hom
     try:
         return load_vlm(
             settings["model"],
-            revision=settings["revision"],
-            dtype=settings["dtype"],
             device=device,
-            untrained=settings["untrained"],
-            seed=settings["seed"],
-            trust_remote_code=settings["trust_remote_code"],
             home=home,
+            **{name: settings[name] for name in LOADING_SETTINGS},
         )
     except OSError as error:
         raise OSError(f"{error}; heat maps need the model once more: {LEAVE_OUT}") from error
@@ -519,12 +518,8 @@ def _store_heat(
     except (NoTokenGrid, _NothingToLocalise) as error:
         reason = str(error)
     else:
-
-        def save(path: Path) -> None:
-            save_file(tensors, path)
-
         paths.write_atomic(folder / "localisation.parquet", table.to_parquet)
-        paths.write_atomic(folder / "heat.safetensors", save)
+        paths.write_atomic(folder / "heat.safetensors", lambda part: save_file(tensors, part))
     paths.write_json(record, {"reason": reason})
     return reason
 

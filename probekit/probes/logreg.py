@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -49,8 +50,7 @@ SIDE_BY_SIDE = 1_000_000
 """Entries of x of layers that are solved together on CPUs; larger layers are faster one by one."""
 
 
-@dataclass(frozen=True)
-class Solution:
+class Solution(NamedTuple):
     """Solved problems of l layers, s strengths and k columns of labels.
 
     Attributes
@@ -112,13 +112,7 @@ class Solution:
 
     def select_columns(self, columns: slice) -> Solution:
         """Return the problems of some of the columns of labels."""
-        return Solution(
-            weight_ldsk=self.weight_ldsk[..., columns],
-            intercept_lsk=self.intercept_lsk[..., columns],
-            gradient_norm_lsk=self.gradient_norm_lsk[..., columns],
-            converged_lsk=self.converged_lsk[..., columns],
-            steps_lsk=self.steps_lsk[..., columns],
-        )
+        return Solution(*(values[..., columns] for values in self))
 
     def select_strengths(self, strength_l: torch.Tensor) -> Solution:
         """Return one strength for each layer, by its number; s is then 1."""
@@ -217,13 +211,7 @@ def solve_logreg(
         )
         for x_part in x_lnd.split(max(1, layers_together))
     ]
-    return Solution(
-        weight_ldsk=torch.cat([part.weight_ldsk for part in parts]),
-        intercept_lsk=torch.cat([part.intercept_lsk for part in parts]),
-        gradient_norm_lsk=torch.cat([part.gradient_norm_lsk for part in parts]),
-        converged_lsk=torch.cat([part.converged_lsk for part in parts]),
-        steps_lsk=torch.cat([part.steps_lsk for part in parts]),
-    )
+    return Solution(*(torch.cat(of_layers) for of_layers in zip(*parts, strict=True)))
 
 
 def _solve_layers(
@@ -267,17 +255,10 @@ def _solve_layers(
         )
 
     shape = (n_strengths, k)
-    w_ldsk = torch.cat([group.w_ldp for group in groups], -1).unflatten(-1, shape)
-    norms = torch.cat([group.gradient_norm_lp for group in groups], -1)
-    converged = torch.cat([group.converged_lp for group in groups], -1)
-    steps = torch.cat([group.steps_lp for group in groups], -1)
-    return Solution(
-        weight_ldsk=w_ldsk[:, :-1],
-        intercept_lsk=w_ldsk[:, -1],
-        gradient_norm_lsk=norms.unflatten(-1, shape),
-        converged_lsk=converged.unflatten(-1, shape),
-        steps_lsk=steps.unflatten(-1, shape),
+    w_ldsk, *rest = (
+        torch.cat(of_groups, -1).unflatten(-1, shape) for of_groups in zip(*groups, strict=True)
     )
+    return Solution(w_ldsk[:, :-1], w_ldsk[:, -1], *rest)
 
 
 class _Features:
@@ -327,8 +308,9 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-@dataclass(frozen=True)
-class _SolvedProblems:
+class _SolvedProblems(NamedTuple):
+    """The solved problems of a group; from the second on the fields are those of `Solution`."""
+
     w_ldp: torch.Tensor
     gradient_norm_lp: torch.Tensor
     converged_lp: torch.Tensor
@@ -480,12 +462,7 @@ class _Problems:
         return divide
 
     def newton_step(
-        self,
-        gradient_ldp: torch.Tensor,
-        curvature_lnp: torch.Tensor,
-        *,
-        tolerance: float,
-        max_rounds: int = 60,
+        self, gradient_ldp: torch.Tensor, curvature_lnp: torch.Tensor, *, tolerance: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve H step = -gradient by preconditioned conjugate gradients, all columns side by side.
 
@@ -512,7 +489,7 @@ class _Problems:
         scaled = divide(residual)
         direction = scaled
         energy = (residual * scaled).sum(1)
-        for _ in range(max_rounds):
+        for _ in range(60):
             direction_logits = self.features.times(direction)
             curved = self.features.transposed_times(curvature_lnp * direction_logits)
             curved = curved + problems.penalty_gradient(direction)

@@ -483,17 +483,16 @@ def _selectivity(
 
     Hewitt and Liang (2019), section 2.
     """
-    curves = []
-    for probes, labels in ((true_probes, true_labels), (control_probes, control_labels)):
-        curve = labels.curve(
+    curves = [
+        labels.curve(
             probes.probabilities["test"],
             split="test",
             metric="accuracy",
             resamples=job.settings.resamples,
         )
-        curves.append(curve)
-    true_curve, control_curve = curves
-    difference = comparison.curve_difference(true_curve, control_curve, layers=job.layers)
+        for probes, labels in ((true_probes, true_labels), (control_probes, control_labels))
+    ]
+    difference = comparison.curve_difference(*curves, layers=job.layers)
     table = difference[["layer", "lo", "hi"]].assign(
         value=difference.difference,
         metric="selectivity",

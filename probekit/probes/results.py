@@ -308,11 +308,7 @@ def _concatenate(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def _write_arrays(file: Path, arrays: Sequence[np.ndarray]) -> None:
     # safetensors writes the memory as it lies: an array in another order would be scrambled.
     numbered = {str(number): np.ascontiguousarray(array) for number, array in enumerate(arrays)}
-
-    def save(path: Path) -> None:
-        save_file(numbered, path)
-
-    paths.write_atomic(file, save)
+    paths.write_atomic(file, lambda part: save_file(numbered, part))
 
 
 def _state_key(entry: dict[str, str]) -> StateKey:

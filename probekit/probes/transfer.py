@@ -61,23 +61,21 @@ def transfer_scores(
     return metric, scores[metrics.ScoreKey(metric)]
 
 
-def nearest_examples(x_nd: np.ndarray, k: int = NEAREST) -> np.ndarray:
+def nearest_examples(x_nd: np.ndarray) -> np.ndarray:
     """Find the most similar other examples of each example.
 
     Parameters
     ----------
     x_nd : ndarray
         (n, d) states.
-    k : int
-        How many to find.
 
     Returns
     -------
     ndarray
-        (n, k) int32 rows with the largest cosine similarity, the most similar first; n - 1 columns
-        if there are fewer than k others.
+        (n, k) int32 rows with the largest cosine similarity, the most similar first. k is
+        :data:`NEAREST`, or n - 1 if there are fewer others.
     """
-    k = min(k, len(x_nd) - 1)
+    k = min(NEAREST, len(x_nd) - 1)
     unit_nd = x_nd / np.linalg.norm(x_nd, axis=1, keepdims=True).clip(1e-12)
     nearest = []
     for start in range(0, len(unit_nd), CHUNK):

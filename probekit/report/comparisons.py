@@ -17,6 +17,7 @@ from probekit.report.style import (
     LAYER_AXIS,
     SYMBOLS,
     apply_style,
+    first_pooling,
     layer_number,
     legend_entry,
     metric_words,
@@ -63,9 +64,7 @@ def global_and_local(
     global_task = next(name for name, info in tasks.items() if info.kind == "binary")
     local_tasks = [name for name, info in tasks.items() if info.kind == "multilabel"]
     trained = table[table.control == "none"]
-    all_poolings = select_curve(trained, probe=probe, metric="accuracy")
-    pooling = all_poolings.pooling.iloc[0]
-    rows = all_poolings[all_poolings.pooling == pooling]
+    rows, pooling_words = first_pooling(select_curve(trained, probe=probe, metric="accuracy"))
     models = list(dict.fromkeys(rows.model))
     colours = model_colours(table)
     dashes = dict(zip([global_task, *local_tasks], TASK_DASHES, strict=False))
@@ -137,7 +136,7 @@ def global_and_local(
     marker = {"color": GREY, "size": 9}
     filled = legend_entry("no other layer is better at both", mode="markers", marker=marker)
     figure.add_trace(filled)
-    title = f"Global against local semantics{pooling_note(all_poolings, pooling)}"
+    title = f"Global against local semantics{pooling_words}"
     height = 200 + 270 * len(models)
     apply_style(figure, title=title, height=height, width=FULL_PAGE, panel_titles=True)
     figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
@@ -298,9 +297,7 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
         A panel per model.
     """
     of_tasks = table[table.task.isin(tasks)]
-    all_poolings = select_curve(of_tasks, probe=probe, metric="accuracy")
-    pooling = all_poolings.pooling.iloc[0]
-    rows = all_poolings[all_poolings.pooling == pooling]
+    rows, pooling_words = first_pooling(select_curve(of_tasks, probe=probe, metric="accuracy"))
     trained = rows[rows.control == "none"]
     text_only = rows[rows.control == "word_order"]
     figure = _shaded_curves(trained, column="task", colours=model_colours(table), metric="accuracy")
@@ -319,8 +316,7 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
                 col=panel,
             )
     figure.add_trace(legend_entry("the texts alone", line={"dash": "dot", "color": GREY}))
-    title = "Accuracy by layer: how hard the wrong captions are"
-    title += pooling_note(all_poolings, pooling)
+    title = f"Accuracy by layer: how hard the wrong captions are{pooling_words}"
     return apply_style(figure, title=title, height=450, width=FULL_PAGE, panel_titles=True)
 
 

@@ -21,7 +21,7 @@ from probekit.report.style import (
     SYMBOLS,
     add_depth_menu,
     apply_style,
-    interval_band,
+    first_pooling,
     layer_number,
     legend_entry,
     make_room_for_legend,
@@ -86,7 +86,6 @@ def layer_curves(
         The table has no such scores.
     """
     figure = go.Figure()
-    last_layers: list[int | None] = []  # of each trace
     colours = model_colours(table)
     models = list(colours)
     split = scored_split(metric)
@@ -111,7 +110,6 @@ def layer_curves(
             metric=metric,
         )
         figure.add_traces(traces)
-        last_layers += [int(layer_number(curve.layer).max())] * len(traces)
 
     drawn_controls = set(rows_by_layer.control)
     for control, dash in CONTROL_DASHES.items():
@@ -119,22 +117,18 @@ def layer_curves(
             line = {"dash": dash, "color": GREY, "width": 2}
             entry = legend_entry(CONTROL_WORDS[control], legendgroup=control, line=line)
             figure.add_trace(entry)
-            last_layers.append(None)
     if rows_by_layer.plateau.notna().any():
         line = {"color": with_alpha(GREY, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
         figure.add_trace(legend_entry("cannot be told apart from the best", line=line))
-        last_layers.append(None)
     if published:
-        for trace in _published_traces(task, metric):
-            figure.add_trace(trace)
-            last_layers.append(max(trace.x))
+        figure.add_traces(_published_traces(task, metric))
     _add_level_lines(figure, rows, metric=metric)
 
     title = title_by_layer(metric, task) + pooling_note(all_poolings, pooling)
     make_room_for_legend(apply_style(figure, title=title))
     axis = metric_words(metric) if metric == "codelength" else f"{metric_words(metric)} ({split})"
     figure.update_yaxes(title=axis)
-    return add_depth_menu(figure, last_layers, relative=relative)
+    return add_depth_menu(figure, relative=relative)
 
 
 def curve_traces(
@@ -190,7 +184,18 @@ def curve_traces(
         )
         traces.append(plateau)
     if control in ("none", "untrained"):
-        traces.append(interval_band(x, curve.lo, curve.hi, colour=colour, legendgroup=group))
+        band = go.Scatter(
+            x=np.concatenate([x, np.flip(x)]),
+            y=np.concatenate([curve.hi, np.flip(curve.lo)]),
+            mode="lines",
+            line={"width": 0},
+            fill="toself",
+            fillcolor=with_alpha(colour, 0.15),
+            legendgroup=group,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        traces.append(band)
 
     best = curve.value.idxmin() if metric in LOWER_IS_BETTER else curve.value.idxmax()
     details = [
@@ -304,13 +309,10 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
         One panel.
     """
     figure = go.Figure()
-    last_layers: list[int | None] = []
     colours = model_colours(table)
     absent_words = "probes of absent categories, same boxes"
     is_heat = table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])
-    all_poolings = table[(table.task == task) & is_heat]
-    pooling = all_poolings.pooling.iloc[0]
-    rows = all_poolings[all_poolings.pooling == pooling]
+    rows, pooling_words = first_pooling(table[(table.task == task) & is_heat])
 
     curves = rows[rows.metric != "area_in_boxes"]
     for (model, control, metric), curve in curves.groupby(
@@ -344,10 +346,8 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
         else:
             line.update(showlegend=True)
         figure.add_traces(traces)
-        last_layers += [int(layer_number(curve.layer).max())] * len(traces)
 
     figure.add_trace(legend_entry(absent_words, line={"dash": "dot", "color": GREY}))
-    last_layers.append(None)
     of_area = (rows.metric == "area_in_boxes") & (rows.control == "none")
     figure.add_hline(
         y=rows[of_area].value.mean(),
@@ -356,11 +356,10 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
         annotation_font_color=GREY,
         annotation_position="bottom right",
     )
-    title = "Where in the image: heat of the local probe within the boxes"
-    title += pooling_note(all_poolings, pooling)
+    title = f"Where in the image: heat of the local probe within the boxes{pooling_words}"
     make_room_for_legend(apply_style(figure, title=title))
     figure.update_yaxes(title="share of heat in the boxes", rangemode="tozero")
-    return add_depth_menu(figure, last_layers, relative=relative)
+    return add_depth_menu(figure, relative=relative)
 
 
 def loss_curves(

@@ -64,21 +64,13 @@ def count_flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.
     return flips_lnc.sum(axis=(0, 2))
 
 
-def _least_surprise(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
-    return -surprise(p_lnc, y_nc, mask_nc)
-
-
-def _fewest_flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
-    return -count_flips(p_lnc, y_nc, mask_nc)
-
-
 UNSORTED = "as drawn"
 
 # By name of an order the function that gives each example its sort key, from low to high.
 SORT_KEYS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "most surprising": _least_surprise,
+    "most surprising": lambda p_lnc, y_nc, mask_nc: -surprise(p_lnc, y_nc, mask_nc),
     "earliest decided": decision_layer,
-    "changes its mind": _fewest_flips,
+    "changes its mind": lambda p_lnc, y_nc, mask_nc: -count_flips(p_lnc, y_nc, mask_nc),
 }
 ORDERS = (UNSORTED, *SORT_KEYS)
 

@@ -231,8 +231,7 @@ class Explorer:
     def state(self) -> StateKey:
         """The states that the chosen probes read."""
         choice: ModelChoice = self.model_dropdown.value
-        task = self.task_dropdown.value
-        return StateKey(choice.model, choice.control, choice.pooling, task)
+        return StateKey(*choice, self.task_dropdown.value)
 
     @property
     def task(self) -> TaskInfo:
@@ -272,12 +271,13 @@ class Explorer:
         models = dict.fromkeys(ModelChoice(key.model, key.control, key.pooling) for key in keys)
         with_pooling = len({choice.pooling for choice in models}) > 1
         model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
-        probes = dict.fromkeys(key.probe for key in keys)
+        probes = {key.probe for key in keys}
+        heat_probe_first = sorted(probes, key=lambda probe: (probe != HEAT_PROBE, probe))
         categories = sorted(self.saved.instances.category.unique())
         self._is_updating = True
         _set_options(self.model_dropdown, model_options)
         _set_options(self.task_dropdown, list(dict.fromkeys(key.task for key in keys)))
-        _set_options(self.probe_dropdown, _heat_probe_first(probes))
+        _set_options(self.probe_dropdown, heat_probe_first)
         _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
         self._choose_probe()
         self._is_updating = False
@@ -433,11 +433,6 @@ def _set_options(dropdown: widgets.Dropdown, options: list) -> None:
     """Offer other options, with the first of them chosen."""
     dropdown.options = options
     dropdown.index = 0
-
-
-def _heat_probe_first(probes: dict[str, None]) -> list[str]:
-    others = sorted(probe for probe in probes if probe != HEAT_PROBE)
-    return [HEAT_PROBE, *others] if HEAT_PROBE in probes else others
 
 
 def _model_words(choice: ModelChoice, with_pooling: bool) -> str:

@@ -15,6 +15,7 @@ from probekit.report.style import (
     LAYER_AXIS,
     SCORE_COLOURS,
     apply_style,
+    first_pooling,
     layer_number,
     metric_words,
     pooling_note,
@@ -250,9 +251,8 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
     Figure
         A panel per model, side by side.
     """
-    all_poolings = transfer[(transfer.task == task) & (transfer.control == "none")]
-    pooling = all_poolings.pooling.iloc[0]
-    rows = all_poolings[all_poolings.pooling == pooling]
+    trained = transfer[(transfer.task == task) & (transfer.control == "none")]
+    rows, pooling_words = first_pooling(trained)
     models = list(dict.fromkeys(rows.model))
     metric = rows.metric.iloc[0]
     figure = make_subplots(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
@@ -275,8 +275,7 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
             row=1,
             col=panel,
         )
-    title = f"Does a layer’s probe work on another layer? — {task_words(task)}"
-    title += pooling_note(all_poolings, pooling)
+    title = f"Does a layer’s probe work on another layer? — {task_words(task)}{pooling_words}"
     apply_style(figure, title=title, height=500, width=FULL_PAGE)
     step = tick_step(rows.layer.nunique())
     figure.update_xaxes(title="states of layer", dtick=step, showgrid=False, constrain="domain")

@@ -108,7 +108,7 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     sections = []
-    for name, group in groupby(figures.items(), key=_section_of):
+    for name, group in groupby(figures.items(), key=lambda item: item[1].section):
         section_figures = [_write_figure(key, figure, folder) for key, figure in group]
         sections.append(_Section(name, section_figures))
     page = render(
@@ -124,11 +124,6 @@ def write_page(
         dark_theme=_theme_values(DARK),
     )
     return write_atomic(folder / "index.html", lambda part: part.write_text(page, encoding="utf-8"))
-
-
-def _section_of(item: tuple[str, Figure]) -> str:
-    _, figure = item
-    return figure.section
 
 
 def _write_figure(name: str, figure: Figure, folder: Path) -> _PageFigure:

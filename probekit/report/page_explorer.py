@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -178,10 +177,8 @@ def _states_to_show(run: SavedRun, model: str) -> list[StateKey]:
         for key in run.results.predictions
         if key.model == model and key.control == "none" and key.probe == PROBE
     ]
-    with_heat = [state for state in states if state in run.stored_heat.files]
-    without_heat = [state for state in states if state not in run.stored_heat.files]
     first_of_kind: dict[str, StateKey] = {}
-    for state in [*with_heat, *without_heat]:
+    for state in sorted(states, key=lambda state: state not in run.stored_heat.files):
         kind = run.results.tasks[state.task].kind
         first_of_kind.setdefault(kind, state)
     return [first_of_kind[kind] for kind in ("multilabel", "binary") if kind in first_of_kind]
@@ -258,9 +255,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     info = run.results.tasks[state.task]
     counted = np.flatnonzero(row["mask"])
     is_yes = [bool(row.labels[c]) for c in counted]
-    class_names = []
-    for k, label_is_yes in zip(counted, is_yes, strict=True):
-        class_names.append(f"{info.classes[k]}: {'yes' if label_is_yes else 'no'}")
+    class_names = [f"{info.classes[c]}: {'yes' if row.labels[c] else 'no'}" for c in counted]
     photo = pictures.load_photo(run.home.resolve(row.file), PHOTO_SIDE)
     encoded = base64.b64encode(pictures.encode_jpeg(photo)).decode()
     p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
@@ -269,7 +264,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     heat_lhw = None
     heat_map = run.stored_heat.get(state, row.image_id)
     if heat_map is not None:
-        c = _class_with_heat(row, counted)
+        c = int(counted[np.argmax(is_yes)])  # the first that is truly there, else the first
         category = info.classes[c]
         boxes_b4 = run.boxes(row.image_id, category)
         title += f" · heat of “{category}”"
@@ -291,14 +286,6 @@ def _shorten(prompt: str) -> str:
     if len(prompt) >= LONGEST_TITLE:
         prompt = prompt[: LONGEST_TITLE - 1] + "…"
     return prompt.replace("\n", " ")
-
-
-def _class_with_heat(row: pd.Series, counted: np.ndarray) -> int:
-    """Return the first class that is truly there, else the first that counts."""
-    for c in counted:
-        if row.labels[c]:
-            return int(c)
-    return int(counted[0])
 
 
 def _rasterise_layers(heat_map: HeatMap, c: int, *, width: float) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -39,9 +38,7 @@ class Results(ProbeResults):
         examples : DataFrame
             The examples that were probed.
         """
-        names = [column.name for column in dataclasses.fields(ProbeResults)]
-        values = {name: getattr(results, name) for name in names}
-        return cls(**values, examples=examples)
+        return cls(**{**vars(results), "examples": examples})
 
     def __repr__(self) -> str:
         lines = [f"Results with {len(self.metrics):,} scores"]

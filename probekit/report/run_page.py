@@ -39,6 +39,7 @@ def write_run_page(
         f"({probe}) on each layer of a frozen model: {images.train:,} training, "
         f"{images.validation:,} validation, {images.test:,} test images."
     )
+    build = read_json(run.home.data / "tasks" / run.name / "build.json")
     return write_page(
         {**figures, **page_explorers(run)},
         folder,
@@ -47,12 +48,5 @@ def write_run_page(
         summary=run.results.summary(probe=probe),
         settings=run.settings,
         files=run.write_tables(folder),
-        reading=_reading_report(run),
+        reading=build.get("report"),  # an older build has none
     )
-
-
-def _reading_report(run: SavedRun) -> list[dict]:
-    """Return what a build says about the dataset that it read; nothing of an older build."""
-    record = read_json(run.home.data / "tasks" / run.name / "build.json")
-    rows = record.get("report", [])
-    return [{name: "" if value is None else value for name, value in row.items()} for row in rows]

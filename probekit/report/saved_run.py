@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from probekit.models.token_grid import NoTokenGrid, TokenGrid, check_token_grid
 from probekit.paths import Home, read_json, write_atomic, write_json
 from probekit.probes.localisation import (
     CHECKED_IMAGES,
+    LOADING_SETTINGS,
     HeatMap,
     StoredHeat,
     compute_heat,
@@ -250,12 +251,8 @@ class SavedRun:
         settings = self._extraction_settings(key)
         vlm = load_vlm(
             settings["model"],
-            revision=settings["revision"],
-            dtype=settings["dtype"],
-            untrained=settings["untrained"],
-            seed=settings["seed"],
-            trust_remote_code=settings["trust_remote_code"],
             home=self.home,
+            **{name: settings[name] for name in LOADING_SETTINGS},
         )
         test_files = self.examples.file[self.examples.split == "test"].unique()
         images = [load_rgb(self.home.resolve(file)) for file in test_files[:CHECKED_IMAGES]]
@@ -268,21 +265,16 @@ class SavedRun:
         return self._model
 
     def _extraction_settings(self, key: StateKey) -> dict[str, Any]:
-        untrained = key.control == "untrained"
+        wanted = ("none", key.model, key.control == "untrained")
         for store in self.results.stores:
             meta = store["meta"]
-            is_control_of_inputs = store["record"]["control"] != "none"
-            if is_control_of_inputs:
-                continue
-            if meta["model"] == key.model and meta["untrained"] == untrained:
+            if (store["record"]["control"], meta["model"], meta["untrained"]) == wanted:
                 return meta["settings"]
         raise KeyError(f"no activations of {key.model} in this run")
 
 
 def _write_csv(table: pd.DataFrame, file: Path) -> None:
-    def write(part: Path) -> None:
-        table.to_csv(part, index=False, float_format=_five_digits, encoding="utf-8")
-
+    write = partial(table.to_csv, index=False, float_format=_five_digits, encoding="utf-8")
     write_atomic(file, write)
 
 

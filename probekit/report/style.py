@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
@@ -32,7 +30,6 @@ HALF_PAGE = 640
 FULL_PAGE = 1000
 
 METRIC_WORDS = {
-    "accuracy": "accuracy",
     "f1_macro": "macro-F1",
     "f1_micro": "micro-F1",
     "f1_positive": "F1 of “yes”",
@@ -40,10 +37,8 @@ METRIC_WORDS = {
     "recall_positive": "recall of “yes”",
     "precision_macro": "macro-precision",
     "recall_macro": "macro-recall",
-    "loss": "loss (nats)",
     "average_precision": "mean average precision",
     "codelength": "codelength (bits per label)",
-    "selectivity": "selectivity",
     "log_loss": "log loss (nats)",
     "f1": "F1",
 }
@@ -167,34 +162,27 @@ def apply_style(
     return figure
 
 
-def make_room_for_legend(figure: go.Figure) -> go.Figure:
+def make_room_for_legend(figure: go.Figure) -> None:
     """Raise a figure's top margin by the rows that its legend takes in a picture of half a page.
 
     Parameters
     ----------
     figure : Figure
         A figure that :func:`apply_style` has styled; changed in place.
-
-    Returns
-    -------
-    Figure
-        The same figure.
     """
+    entries = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
     row_width = HALF_PAGE - 100
     rows = 1
     used = 0.0
-    for trace in figure.data:
-        if not trace.name or trace.showlegend is False:
-            continue
-        entry_width = 58 + 7.6 * len(trace.name)
-        if used + entry_width > row_width:
+    for entry in entries:
+        entry_width = 58 + 7.6 * len(entry)
+        used += entry_width
+        if used > row_width:
             rows += 1
             used = entry_width
-        else:
-            used += entry_width
     top = figure.layout.margin.t
     extra = max(0, 46 + 30 * rows - top)
-    return figure.update_layout(height=figure.layout.height + extra, margin={"t": top + extra})
+    figure.update_layout(height=figure.layout.height + extra, margin={"t": top + extra})
 
 
 def model_colours(table: pd.DataFrame) -> dict[str, str]:
@@ -262,33 +250,10 @@ def pooling_note(rows: pd.DataFrame, pooling: str) -> str:
     return f" ({pooling} pooling)" if rows.pooling.nunique() > 1 else ""
 
 
-def interval_band(
-    x: Sequence[float], lo: Sequence[float], hi: Sequence[float], *, colour: str, **options: Any
-) -> go.Scatter:
-    """Return the band of an interval along a curve.
-
-    Parameters
-    ----------
-    x, lo, hi : sequences of float, (l,)
-        Places on the axis, and the bounds there.
-    colour : str
-        Hexadecimal colour of the curve.
-    **options
-        Further properties of the trace.
-    """
-    forward_and_back = np.concatenate([x, np.flip(x)])
-    upper_and_lower = np.concatenate([hi, np.flip(lo)])
-    return go.Scatter(
-        x=forward_and_back,
-        y=upper_and_lower,
-        fill="toself",
-        mode="lines",
-        line={"width": 0},
-        fillcolor=with_alpha(colour, 0.15),
-        hoverinfo="skip",
-        showlegend=False,
-        **options,
-    )
+def first_pooling(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the first pooling, and the end of a title that names it among several."""
+    pooling = rows.pooling.iloc[0]
+    return rows[rows.pooling == pooling], pooling_note(rows, pooling)
 
 
 def legend_entry(name: str, **options: Any) -> go.Scatter:
@@ -305,17 +270,14 @@ def legend_entry(name: str, **options: Any) -> go.Scatter:
     return go.Scatter(x=[None], y=[None], name=name, **properties)
 
 
-def add_depth_menu(
-    figure: go.Figure, last_layers: Sequence[int | None], *, relative: bool = False
-) -> go.Figure:
+def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
     """Add buttons that change the axis between layers and relative depth, to compare models.
 
     Parameters
     ----------
     figure : Figure
-        Changed in place; its traces have layer numbers on their x axis.
-    last_layers : sequence of int or None
-        For each trace the number of its model's last layer; None for a trace without layers.
+        Changed in place; on their x axis its traces have the numbers of all layers of a model, or
+        None.
     relative : bool
         Begin with relative depth.
 
@@ -325,13 +287,14 @@ def add_depth_menu(
         The same figure.
     """
     layer_xs = [trace.x for trace in figure.data]
+    last_layers = [max((value for value in x if value is not None), default=0) for x in layer_xs]
     depth_xs = []
     for x, last in zip(layer_xs, last_layers, strict=True):
         if last:
             depth_xs.append([None if value is None else value / last for value in x])
         else:
             depth_xs.append(x)
-    step = tick_step(max((last for last in last_layers if last), default=1) + 1)
+    step = tick_step(max(last_layers) + 1)
 
     layer_button = {
         "label": "layer",
