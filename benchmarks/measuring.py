@@ -23,9 +23,19 @@ Result = TypeVar("Result")
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
-# Its processes are forked from one that has done nothing but import, so they start at once.
+# Its processes are forked from one that has done nothing but import, so they start at once. What
+# loading a model imports takes the longest.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["probekit.extraction.extracting", "probekit.probes.probing"])
+PROCESSES.set_forkserver_preload(
+    [
+        "probekit.extraction.extracting",
+        "probekit.probes.probing",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.processing_auto",
+        "transformers.models.qwen2_vl.modeling_qwen2_vl",
+        "transformers.models.qwen2_vl.processing_qwen2_vl",
+    ]
+)
 
 
 def build_scene_examples(
