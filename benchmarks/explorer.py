@@ -19,9 +19,6 @@ import numpy as np
 from measuring import save_json
 
 from probekit.paths import Home
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tests.support import lab
 
 NOTEBOOK = "05_inspect_examples"

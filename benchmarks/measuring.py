@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -16,26 +16,16 @@ from probekit.paths import Home
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.processes import PROCESSES
+
 Result = TypeVar("Result")
 
 # Left to itself, glibc keeps freed memory or not as threads happen to run, and the same work peaks
 # 10 % higher or lower. Processes that start from here give large blocks back at once.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-
-# Its processes are forked from one that has done nothing but import, so they start at once. What
-# loading a model imports takes the longest.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "probekit.extraction.extracting",
-        "probekit.probes.probing",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.processing_auto",
-        "transformers.models.qwen2_vl.modeling_qwen2_vl",
-        "transformers.models.qwen2_vl.processing_qwen2_vl",
-    ]
-)
 
 
 def build_scene_examples(

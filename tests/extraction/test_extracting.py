@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
+import io
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from probekit.extraction.extracting import extract_tables
@@ -20,7 +21,7 @@ from probekit.models import forward
 from probekit.models.load import load_vlm
 from probekit.paths import Home
 from probekit.tasks.input_controls import INPUT_CONTROLS, change_inputs
-from tests.conftest import REPOSITORY
+from tests.support.processes import PROCESSES
 
 SHARD_PATTERN = "activations/*/*/shards-*/shard-*.safetensors"
 
@@ -191,25 +192,27 @@ def test_vision_alone_does_not_run_the_decoder(extract, examples, monkeypatch):
     assert len(np.unique(activations["vision.03", "mean"], axis=0)) == examples.file.nunique()
 
 
-KILLED = """
-import sys
-import pandas as pd
-from probekit.extraction.extracting import extract_tables
-from probekit.extraction.settings import ExtractionSettings
-
-table, home = sys.argv[1:]
-settings = ExtractionSettings("tiny-qwen2-vl", shard_images=6, batch_tokens=900)
-extract_tables(settings, {"none": pd.read_parquet(table)}, device="cpu", home=home)
-"""
+def extract_small_shards(table: Path, home: Path) -> None:
+    """Extract a file of examples."""
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=6, batch_tokens=900)
+    sys.stderr = io.StringIO()
+    extract_tables(settings, {"none": pd.read_parquet(table)}, device="cpu", home=home)
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
-    examples.to_parquet(tmp_path / "examples.parquet")
+    table = tmp_path / "examples.parquet"
+    examples.to_parquet(table)
 
-    def start(home: Path) -> subprocess.Popen:
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "examples.parquet"), str(home)]
-        return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    def start(home: Path) -> BaseProcess:
+        process = PROCESSES.Process(target=extract_small_shards, args=(table, home))
+        process.start()
+        return process
+
+    def run(home: Path) -> None:
+        process = start(home)
+        process.join()
+        assert process.exitcode == 0
 
     def list_shards(home: Path) -> list[Path]:
         return sorted((home / "data").glob(SHARD_PATTERN))
@@ -218,14 +221,14 @@ def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path):
     whole = tmp_path / "whole"
     victim = start(killed)
     while not list_shards(killed):
-        assert victim.poll() is None, "ended before it could be killed"
+        assert victim.is_alive(), "ended before it could be killed"
         time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    victim.kill()
+    victim.join()
     kept = {path: path.stat().st_mtime_ns for path in list_shards(killed)}
     assert 1 <= len(kept) < 10
-    assert start(killed).wait() == 0
-    assert start(whole).wait() == 0
+    run(killed)
+    run(whole)
     assert len(list_shards(killed)) == 10
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     resumed_bytes = [path.read_bytes() for path in list_shards(killed)]

@@ -2,90 +2,87 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
-from probekit.extraction import launch
+from probekit.extraction import launch, runner
+from probekit.extraction.extracting import extract_tables
 from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher, rank_from_environment
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
 from tests.conftest import REPOSITORY
+from tests.support.processes import PROCESSES
 
 SHARDS = 60
 RAY_VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a dead head is given up sooner
 }
-WORK = """
-import json
-import os
-import sys
-import time
-from pathlib import Path
-
-import pandas as pd
-
-from probekit.extraction import runner
-from probekit.extraction.extracting import extract_tables
-from probekit.extraction.jobs import plan_job
-from probekit.extraction.launch import Launcher
-from probekit.extraction.settings import ExtractionSettings
-
-home = Path(sys.argv[1])
-how = json.loads(sys.argv[2])
-original = runner.write_checked
-
-
-def write_and_log(shard, states, model):
-    time.sleep(how.get("sleep", 0))
-    original(shard, states, model)
-    with (home / "made.txt").open("a") as log:
-        log.write(f"{shard.name} {os.getpid()}\\n")
-
-
-runner.write_checked = write_and_log
-if __name__ == "__main__":
-    examples = pd.read_parquet(home.parent / "examples.parquet")
-    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
-    (home / f"ready-{os.getpid()}").touch()
-    while len(list(home.glob("ready-*"))) < how.get("together", 1):
-        time.sleep(0.01)
-    launcher = Launcher(**how.get("launcher", {}))
-    if launcher.world_size > 1:
-        job = plan_job(settings, {"none": examples}, device="cpu", home=home)
-        launcher.make_shards(job)
-    else:
-        extract_tables(settings, {"none": examples}, device="cpu", launcher=launcher, home=home)
-"""
 
 
 @pytest.fixture(scope="module")
 def base(examples, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     examples.to_parquet(folder / "examples.parquet")
-    (folder / "work.py").write_text(WORK)
     return folder
 
 
-def start(home: Path, *, environment: dict | None = None, **how) -> subprocess.Popen:
+def work(
+    home: Path,
+    *,
+    together: int = 1,
+    sleep: float = 0,
+    launcher: dict | None = None,
+    environment: dict | None = None,
+) -> None:
+    """Make shards, once as many processes as work together are ready; log each that is made."""
+    sys.stderr = (home / "stderr.txt").open("a")
+    os.environ.update(RAY_VARIABLES | (environment or {}))
+    torch.set_num_threads(1)
+    original = runner.write_checked
+
+    def write_and_log(shard, states, model):
+        time.sleep(sleep)
+        original(shard, states, model)
+        with (home / "made.txt").open("a") as log:
+            log.write(f"{shard.name} {os.getpid()}\n")
+
+    runner.write_checked = write_and_log
+    examples = pd.read_parquet(home.parent / "examples.parquet")
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
+    (home / f"ready-{os.getpid()}").touch()
+    while len(list(home.glob("ready-*"))) < together:
+        time.sleep(0.01)
+    how = Launcher(**(launcher or {}))
+    if how.world_size > 1:
+        job = plan_job(settings, {"none": examples}, device="cpu", home=home)
+        how.make_shards(job)
+    else:
+        extract_tables(settings, {"none": examples}, device="cpu", launcher=how, home=home)
+
+
+def start(home: Path, **how) -> BaseProcess:
     home.mkdir(exist_ok=True)
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [sys.executable, home.parent / "work.py", home, json.dumps(how)],
-        env=os.environ | variables | RAY_VARIABLES | (environment or {}),
-        stderr=(home / "stderr.txt").open("a"),
-        stdout=subprocess.DEVNULL,
-        cwd=home,
-    )
+    process = PROCESSES.Process(target=work, args=(home,), kwargs=how)
+    process.start()
+    return process
+
+
+def wait(process: BaseProcess, seconds: float | None = None) -> int | None:
+    """Return the exit status of a process."""
+    process.join(seconds)
+    return process.exitcode
 
 
 def shard_bytes(home: Path) -> dict[str, bytes]:
@@ -99,11 +96,11 @@ def made(home: Path) -> list[list[str]]:
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 400) -> None:
+def wait_for(condition, process: BaseProcess | None = None, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
-        assert process is None or process.poll() is None, "ended too early"
+        assert process is None or process.is_alive(), "ended too early"
         time.sleep(0.02)
 
 
@@ -114,7 +111,7 @@ def is_complete(home: Path, expected: dict[str, bytes]) -> bool:
 @pytest.fixture(scope="module")
 def alone(base) -> dict[str, bytes]:
     """The shards as one process makes them."""
-    assert start(base / "alone").wait() == 0
+    assert wait(start(base / "alone")) == 0
     assert len(shard_bytes(base / "alone")) == SHARDS
     return shard_bytes(base / "alone")
 
@@ -123,7 +120,7 @@ def alone(base) -> dict[str, bytes]:
 def test_ranks_share_the_work_and_leave_the_same_bytes(base, alone):
     home = base / "ranks"
     ranks = [start(home, together=2, launcher={"rank": rank, "world_size": 2}) for rank in (0, 1)]
-    assert [process.wait() for process in ranks] == [0, 0]
+    assert [wait(process) for process in ranks] == [0, 0]
     assert is_complete(home, alone)
     process_of = dict(made(home))
     assert len(made(home)) == SHARDS
@@ -138,7 +135,7 @@ def test_ranks_share_the_work_and_leave_the_same_bytes(base, alone):
 def test_two_that_work_on_the_same_folder_leave_the_same_bytes(base, alone):
     home = base / "both"
     both = [start(home, together=2) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    assert [wait(process) for process in both] == [0, 0]
     assert is_complete(home, alone)
 
 
@@ -147,11 +144,11 @@ def test_whoever_comes_next_makes_what_a_killed_rank_left(base, alone):
     home = base / "killed"
     victim = start(home, launcher={"rank": 1, "world_size": 2}, sleep=0.1)
     wait_for(lambda: len(made(home)) >= 2, victim)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    victim.kill()
+    victim.join()
     left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
     assert 2 <= len(left) < SHARDS // 2
-    assert start(home).wait() == 0
+    assert wait(start(home)) == 0
     assert is_complete(home, alone)
     assert {file: file.stat().st_mtime_ns for file in left} == left
     assert len(made(home)) <= SHARDS + 1  # one was perhaps written and not yet logged
@@ -220,18 +217,18 @@ def test_ray_makes_the_same_shards_though_a_worker_is_killed_and_ends_with_its_h
     process = start(home, **how)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     os.kill(find_ray_runners()[0], signal.SIGKILL)
-    assert process.wait(400) == 0
+    assert wait(process, 400) == 0
     assert is_complete(home, alone)
 
     home = base / "headless"
     process = start(home, **how)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     run_ray("stop", "--force")
-    assert process.wait(400) != 0
+    assert wait(process, 400) != 0
     left = {file: file.stat().st_mtime_ns for file in home.rglob("shard-*.safetensors")}
     assert 2 <= len(left) < SHARDS
     assert shard_bytes(home).items() <= alone.items()
-    assert start(home).wait() == 0
+    assert wait(start(home)) == 0
     assert is_complete(home, alone)
     assert {file: file.stat().st_mtime_ns for file in left} == left
 
