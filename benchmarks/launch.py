@@ -3,29 +3,29 @@
     python benchmarks/launch.py [--images 1200] [--launchers NAME ...] [--json PATH]
 
 Each starts from an empty home in new processes, and all must leave the same bytes, or this fails.
-Times are from the start of the processes to their end, imports and loading of the model included,
-with one thread per process. `idle_seconds` is the same once more, with nothing left to do: imports,
-and a look at what is there.
+Times are from the start of the processes to their end, loading of the model included and imports
+left out (but those of Ray's workers), with one thread per process. `idle_seconds` is the same once
+more, with nothing left to do but a look at what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
-from measuring import build_scene_examples, read_shards, save_json
+import torch
+from measuring import build_scene_examples, read_shards, run_in_new_process, save_json
 
 from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
-from probekit.paths import CHECKOUT, Home
+from probekit.paths import Home
+from tests.support.processes import PROCESSES
 
 SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
 LAUNCHERS = {
@@ -35,43 +35,41 @@ LAUNCHERS = {
 }
 
 
-def make_shards(home: Home, launcher: Launcher) -> None:
+def make_shards(home: Home, launcher: dict) -> None:
     """Make the share of a launcher in this process."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.pop("RAY_ADDRESS", None)
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = log_of(home).open("a", encoding="utf-8")
     examples = pd.read_parquet(home.root.parent / "examples.parquet")
     job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
-    launcher.make_shards(job)
+    Launcher(**launcher).make_shards(job)
+
+
+def log_of(home: Home) -> Path:
+    return home.root.with_name(f"{home.root.name}.txt")
 
 
 def time_processes(home: Home, launchers: list[dict]) -> float:
     """Seconds until all processes that work on a home have ended."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(CHECKOUT),
-        "RAY_AUTH_MODE": "disabled",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    home.root.mkdir(exist_ok=True)
-    errors = home.root / "stderr.txt"
     start = time.perf_counter()
-    with errors.open("w", encoding="utf-8") as stderr:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--work", home.root, json.dumps(launcher)],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-            )
-            for launcher in launchers
-        ]
-        codes = [process.wait() for process in processes]
+    processes = [
+        PROCESSES.Process(target=make_shards, args=(home, launcher)) for launcher in launchers
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     seconds = time.perf_counter() - start
-    assert codes == [0] * len(launchers), errors.read_text(encoding="utf-8")[-3000:]
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * len(launchers), log_of(home).read_text(encoding="utf-8")[-3000:]
     return seconds
 
 
 def compare_launchers(root: Path, images: int, *, names: list[str]) -> list[dict]:
     examples = build_scene_examples(root, images, held_out=images // 4, seed=3)
     examples.to_parquet(root / "examples.parquet")
+    run_in_new_process(os.getpid)  # the process that the others are forked from imports
     rows = []
     expected: dict[str, bytes] = {}
     for name in names:
@@ -100,14 +98,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--work", nargs=2, help=argparse.SUPPRESS
-    )  # home, launcher: in this process
     options = parser.parse_args()
-    if options.work:
-        root, launcher = options.work
-        make_shards(Home.find(root), Launcher(**json.loads(launcher)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         rows = compare_launchers(Path(temporary), options.images, names=options.launchers)
     print(pd.DataFrame(rows).to_string(index=False))

@@ -60,7 +60,10 @@ def read_shards(home: Home) -> dict[str, bytes]:
 def run_in_new_process(function: Callable[..., Result], *arguments: object) -> Result:
     """Call a function where nothing else has used memory yet."""
     with PROCESSES.Pool(1) as pool:
-        return pool.apply(function, arguments)
+        result = pool.apply(function, arguments)
+        pool.close()  # the process ends by itself and takes away what it made
+        pool.join()
+    return result
 
 
 def high_water_mb() -> float:

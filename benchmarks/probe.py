@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -37,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measuring import save_json
+from measuring import high_water_mb, run_in_new_process, save_json
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -207,30 +205,19 @@ def measure_seconds(function: Callable[..., Weights], *arguments) -> tuple[float
     return time.perf_counter() - start, weights
 
 
-def measure_peak_mb(name: str, *arguments) -> float:
-    """MB that a function of this file adds to the peak memory, in a process of its own."""
+def measure_peak_mb(function: Callable[..., Weights], *arguments) -> float:
+    """MB that a function adds to the peak memory, in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "arguments.pt"
         torch.save(arguments, file)
-        code = (
-            "import sys, torch\n"
-            "sys.path.insert(0, 'benchmarks')\n"
-            "import probe\n"
-            "from measuring import high_water_mb\n"
-            f"arguments = torch.load({str(file)!r})\n"
-            "before = high_water_mb()\n"
-            f"probe.{name}(*arguments)\n"
-            "print(high_water_mb() - before)\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).resolve().parent.parent,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-    return float(done.stdout.split()[-1])
+        return run_in_new_process(measure_added_mb, function, file)
+
+
+def measure_added_mb(function: Callable[..., Weights], file: Path) -> float:
+    arguments = torch.load(file)
+    before = high_water_mb()
+    function(*arguments)
+    return high_water_mb() - before
 
 
 class Problem(NamedTuple):
@@ -352,12 +339,12 @@ def main() -> None:
     result |= compare_with_sklearn(train_lnd, problems)
     result |= compare_with_adam_loop(raw_lnd, x_lnd, y_hard, n)
     sweep = problems["sweep"]
-    result["peak_rss_mb"] = measure_peak_mb("solve_together", train_lnd, *sweep)
+    result["peak_rss_mb"] = measure_peak_mb(solve_together, train_lnd, *sweep)
     result["peak_rss_mb_sklearn"] = measure_peak_mb(
-        "sklearn_loop", train_lnd[:1], sweep.y_nk[:, :1], [SINGLE_STRENGTH]
+        sklearn_loop, train_lnd[:1], sweep.y_nk[:, :1], [SINGLE_STRENGTH]
     )
     result["peak_rss_mb_adam_loop"] = measure_peak_mb(
-        "adam_loop", raw_lnd[:1, :n].clone(), y_nc[:, 0].clone()
+        adam_loop, raw_lnd[:1, :n].clone(), y_nc[:, 0].clone()
     )
     print(json.dumps(result, indent=1))
     save_json(options.json, result)
