@@ -46,9 +46,14 @@ class ReadingReport:
 
     def lines(self) -> list[str]:
         """Return a line for each correction, and for what was left out."""
-        lines = []
-        for source, kind, outcome, count, reason, first in self._rows:
-            if outcome in ("corrected", "left out"):
-                example = f", such as {first}" if first else ""
-                lines.append(f"{source}: {count:,} {kind} {outcome}: {reason}{example}")
-        return lines
+        table = self.table()
+        return report_lines(table[table.outcome.isin(["corrected", "left out"])])
+
+
+def report_lines(report: pd.DataFrame) -> list[str]:
+    """Return a line for each row of a report that has a reason."""
+    lines = []
+    for source, kind, outcome, count, reason, first in report.itertuples(index=False, name=None):
+        example = f", such as {first}" if first else ""
+        lines.append(f"{source}: {count:,} {kind} {outcome}: {reason}{example}")
+    return lines

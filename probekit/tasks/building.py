@@ -21,7 +21,7 @@ from probekit import parameters, paths
 from probekit.data import layouts, statement_files
 from probekit.data.boxes import fit_to_files
 from probekit.data.dataset import Dataset
-from probekit.data.report import ReadingReport
+from probekit.data.report import ReadingReport, report_lines
 from probekit.images import check_images
 from probekit.tasks import objects
 from probekit.tasks.balance import TooFewImages
@@ -145,9 +145,12 @@ def _draw_images(
     if count > len(usable):
         found_with = {"captions": has_caption.any(), "statements": has_statement.any()}
         words = " or ".join(name for name, is_found in found_with.items() if is_found)
+        left_out = dataset.report[dataset.report.outcome == "left out"]
+        hints = ["lower train, validation and test, or name more coco_splits"]
+        hints += report_lines(left_out)
         raise ValueError(
             f"{count:,} images are asked for, {settings.folder} has {len(usable):,} with "
-            f"{words or 'captions'}: lower train, validation and test, or name more coco_splits"
+            f"{words or 'captions'}: {'; '.join(hints)}"
         )
     rng = np.random.default_rng([settings.seed, 0])
     images = usable.iloc[rng.permutation(len(usable))]

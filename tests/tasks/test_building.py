@@ -337,3 +337,20 @@ def test_what_was_typed_in_is_built_again_each_time(
     second = build_examples(settings, tmp_path / "out")
     assert len(build_count) == 2
     assert building.table_fingerprint(first) == building.table_fingerprint(second)
+
+
+def test_too_few_images_are_explained_by_what_was_left_out(scene_folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    files = sorted(scene_folder.rglob("*.jpg"))[:20]
+    lines = ["file_name,text"]
+    for i, file in enumerate(files):
+        shutil.copy(file, photos / file.name)
+        lines.append(f"{file.name},Thing number {i}.")
+    lines[3] = "misspelt.jpg,Thing number 2."
+    (photos / "metadata.csv").write_text("\n".join(lines))
+    settings = BuildSettings(
+        str(photos), train=10, validation=5, test=5, tasks=("caption",), max_bad=0.2
+    )
+    with pytest.raises(ValueError, match=r"20 images are asked for.* such as misspelt\.jpg"):
+        build_examples(settings, tmp_path / "tasks")
