@@ -132,10 +132,10 @@ def small_run(small_home, monkeypatch):
 
 
 SMALL_PARAMETERS = {
-    "train": 36,
-    "validation": 12,
-    "test": 12,
-    "shard_images": 24,
+    "train": 60,
+    "validation": 20,
+    "test": 20,
+    "shard_images": 40,
     "strengths": [0.001, 0.1],
     "epochs": 3,
     "resamples": 50,
