@@ -34,7 +34,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
-from measuring import build_scene_examples, list_shards, read_shards, save_json
+from measuring import PROCESSES, build_scene_examples, list_shards, read_shards, save_json
 from PIL import Image
 
 from probekit.data.coco import read_coco
@@ -51,7 +51,6 @@ from probekit.models import forward, sharing
 from probekit.paths import Home
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
-from tests.support.processes import PROCESSES
 
 SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=3, batch_tokens=900, workers=0)
 SLOW_WRITE = 0.05  # seconds, so that many processes are killed while they write

@@ -19,23 +19,22 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from measuring import build_scene_examples, read_shards, run_in_new_process, save_json
+from measuring import PROCESSES, build_scene_examples, read_shards, run_in_new_process, save_json
 
 from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
-from tests.support.processes import PROCESSES
 
 SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
 LAUNCHERS = {
-    "one process": [{}],
-    "two processes": [{"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}],
-    "Ray, two copies": [{"engine": "ray", "copies": 2}],
+    "one process": [Launcher()],
+    "two processes": [Launcher(rank=rank, world_size=2) for rank in (0, 1)],
+    "Ray, two copies": [Launcher("ray", copies=2)],
 }
 
 
-def make_shards(home: Home, launcher: dict) -> None:
+def make_shards(home: Home, launcher: Launcher) -> None:
     """Make the share of a launcher in this process."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.pop("RAY_ADDRESS", None)
@@ -43,14 +42,14 @@ def make_shards(home: Home, launcher: dict) -> None:
     sys.stdout = sys.stderr = log_of(home).open("a", encoding="utf-8")
     examples = pd.read_parquet(home.root.parent / "examples.parquet")
     job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
-    Launcher(**launcher).make_shards(job)
+    launcher.make_shards(job)
 
 
 def log_of(home: Home) -> Path:
     return home.root.with_name(f"{home.root.name}.txt")
 
 
-def time_processes(home: Home, launchers: list[dict]) -> float:
+def time_processes(home: Home, launchers: list[Launcher]) -> float:
     """Seconds until all processes that work on a home have ended."""
     start = time.perf_counter()
     processes = [

@@ -16,6 +16,7 @@ from probekit.paths import Home
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
 
+# Benchmarks share some pieces with the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.processes import PROCESSES

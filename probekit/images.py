@@ -165,7 +165,7 @@ def check_images(images: pd.DataFrame) -> pd.DataFrame:
         Indexed as `images`: ``file``, ``width``, ``height``, ``orientation`` (see
         :class:`ImageSize`), and ``reason``, None where nothing is wrong.
     """
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(max_workers=4) as pool:
         checked = pool.map(_check_image, images.file)
         rows = list(tqdm(checked, total=len(images), desc="checking images", unit="image"))
     columns = ["width", "height", "orientation", "reason"]

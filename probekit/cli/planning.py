@@ -97,7 +97,7 @@ def build_sample(parameters: dict, *, images: int, folder: Path) -> Sample:
 
 def _settings_in(parameters: dict, settings_class: type) -> dict:
     """Return those parameters of a notebook that are settings of what it runs."""
-    names = {field.name for field in fields(settings_class) if field.kw_only}
+    names = {field.name for field in fields(settings_class)}
     return {name: value for name, value in parameters.items() if name in names}
 
 

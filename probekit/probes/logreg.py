@@ -46,6 +46,9 @@ RATIO = 16.0
 NARROW = 12
 """Columns: on CPUs a product with 2 to 11 columns takes longer than one with 12."""
 
+CONJUGATE_ROUNDS = 60
+"""Rounds of conjugate gradients in a Newton step, at most."""
+
 SIDE_BY_SIDE = 1_000_000
 """Entries of x of layers that are solved together on CPUs; larger layers are faster one by one."""
 
@@ -255,10 +258,17 @@ def _solve_layers(
         )
 
     shape = (n_strengths, k)
-    w_ldsk, *rest = (
-        torch.cat(of_groups, -1).unflatten(-1, shape) for of_groups in zip(*groups, strict=True)
+    w_ldsk = torch.cat([group.w_ldp for group in groups], -1).unflatten(-1, shape)
+    norms = torch.cat([group.gradient_norm_lp for group in groups], -1)
+    converged = torch.cat([group.converged_lp for group in groups], -1)
+    steps = torch.cat([group.steps_lp for group in groups], -1)
+    return Solution(
+        weight_ldsk=w_ldsk[:, :-1],
+        intercept_lsk=w_ldsk[:, -1],
+        gradient_norm_lsk=norms.unflatten(-1, shape),
+        converged_lsk=converged.unflatten(-1, shape),
+        steps_lsk=steps.unflatten(-1, shape),
     )
-    return Solution(w_ldsk[:, :-1], w_ldsk[:, -1], *rest)
 
 
 class _Features:
@@ -308,9 +318,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-class _SolvedProblems(NamedTuple):
-    """The solved problems of a group; from the second on the fields are those of `Solution`."""
-
+@dataclass(frozen=True)
+class _SolvedProblems:
     w_ldp: torch.Tensor
     gradient_norm_lp: torch.Tensor
     converged_lp: torch.Tensor
@@ -489,7 +498,7 @@ class _Problems:
         scaled = divide(residual)
         direction = scaled
         energy = (residual * scaled).sum(1)
-        for _ in range(60):
+        for _ in range(CONJUGATE_ROUNDS):
             direction_logits = self.features.times(direction)
             curved = self.features.transposed_times(curvature_lnp * direction_logits)
             curved = curved + problems.penalty_gradient(direction)

@@ -383,10 +383,10 @@ def score_table(
             "n": np.repeat(entry_counts, len(layers)),
         }
     )
+    columns = [*table.columns, *comparison.COLUMNS]
     if comparisons:
         table = table.merge(pd.concat(comparisons), on=["layer", "metric", "class"], how="left")
-    table = table.reindex(columns=[*table.columns[:7], *comparison.COLUMNS])
-    return table.astype({"plateau": "boolean"})
+    return table.reindex(columns=columns).astype({"plateau": "boolean"})
 
 
 def _resample(

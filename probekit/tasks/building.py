@@ -145,9 +145,10 @@ def _draw_images(
     if count > len(usable):
         found_with = {"captions": has_caption.any(), "statements": has_statement.any()}
         words = " or ".join(name for name, is_found in found_with.items() if is_found)
-        left_out = dataset.report[dataset.report.outcome == "left out"]
+        report = dataset.report
+        is_lost = (report.outcome == "left out") & report.kind.isin(["images", "captions"])
         hints = ["lower train, validation and test, or name more coco_splits"]
-        hints += report_lines(left_out)
+        hints += report_lines(report[is_lost])
         raise ValueError(
             f"{count:,} images are asked for, {settings.folder} has {len(usable):,} with "
             f"{words or 'captions'}: {'; '.join(hints)}"

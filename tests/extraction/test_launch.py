@@ -25,6 +25,7 @@ from tests.conftest import REPOSITORY
 from tests.support.processes import PROCESSES
 
 SHARDS = 60
+LOCAL = Launcher()
 RAY_VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a dead head is given up sooner
@@ -43,7 +44,7 @@ def work(
     *,
     together: int = 1,
     sleep: float = 0,
-    launcher: dict | None = None,
+    launcher: Launcher = LOCAL,
     environment: dict | None = None,
 ) -> None:
     """Make shards, once as many processes as work together are ready; log each that is made."""
@@ -64,17 +65,16 @@ def work(
     (home / f"ready-{os.getpid()}").touch()
     while len(list(home.glob("ready-*"))) < together:
         time.sleep(0.01)
-    how = Launcher(**(launcher or {}))
-    if how.world_size > 1:
+    if launcher.world_size > 1:
         job = plan_job(settings, {"none": examples}, device="cpu", home=home)
-        how.make_shards(job)
+        launcher.make_shards(job)
     else:
-        extract_tables(settings, {"none": examples}, device="cpu", launcher=how, home=home)
+        extract_tables(settings, {"none": examples}, device="cpu", launcher=launcher, home=home)
 
 
-def start(home: Path, **how) -> BaseProcess:
+def start(home: Path, **options) -> BaseProcess:
     home.mkdir(exist_ok=True)
-    process = PROCESSES.Process(target=work, args=(home,), kwargs=how)
+    process = PROCESSES.Process(target=work, args=(home,), kwargs=options)
     process.start()
     return process
 
@@ -119,7 +119,7 @@ def alone(base) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_ranks_share_the_work_and_leave_the_same_bytes(base, alone):
     home = base / "ranks"
-    ranks = [start(home, together=2, launcher={"rank": rank, "world_size": 2}) for rank in (0, 1)]
+    ranks = [start(home, together=2, launcher=Launcher(rank=rank, world_size=2)) for rank in (0, 1)]
     assert [wait(process) for process in ranks] == [0, 0]
     assert is_complete(home, alone)
     process_of = dict(made(home))
@@ -142,7 +142,7 @@ def test_two_that_work_on_the_same_folder_leave_the_same_bytes(base, alone):
 @pytest.mark.slow
 def test_whoever_comes_next_makes_what_a_killed_rank_left(base, alone):
     home = base / "killed"
-    victim = start(home, launcher={"rank": 1, "world_size": 2}, sleep=0.1)
+    victim = start(home, launcher=Launcher(rank=1, world_size=2), sleep=0.1)
     wait_for(lambda: len(made(home)) >= 2, victim)
     victim.kill()
     victim.join()
@@ -212,16 +212,16 @@ def test_ray_says_what_went_wrong_in_the_same_words(data, examples, cluster, mon
 def test_ray_makes_the_same_shards_though_a_worker_is_killed_and_ends_with_its_head(
     base, alone, cluster
 ):
-    how = {"launcher": {"engine": "ray", "copies": 2}, "environment": {"RAY_ADDRESS": cluster}}
+    on_ray = {"launcher": Launcher("ray", copies=2), "environment": {"RAY_ADDRESS": cluster}}
     home = base / "ray"
-    process = start(home, **how)
+    process = start(home, **on_ray)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     os.kill(find_ray_runners()[0], signal.SIGKILL)
     assert wait(process, 400) == 0
     assert is_complete(home, alone)
 
     home = base / "headless"
-    process = start(home, **how)
+    process = start(home, **on_ray)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     run_ray("stop", "--force")
     assert wait(process, 400) != 0
