@@ -1,12 +1,12 @@
 """Extraction against the published study's way, and against the least that must be computed.
 
     python benchmarks/extract.py [--model 40M] [--images 48] [--prompts-per-image 3 10]
-                                 [--dtype float32] [--quick] [--json PATH]
+                                 [--dtype float32] [--device cpu] [--quick] [--json PATH]
 
 One process, the same random Qwen2-VL-shaped model, images and prompts for all:
 
-plain   the study's way: the full model with its head, output_hidden_states, every image encoded for
-        every prompt, batches of 8, mean pooling afterwards
+plain   the study's way: the model and a head of its size, output_hidden_states, every image
+        encoded for every prompt, batches of 8, mean pooling afterwards
 ours    an extraction: preprocessing, forward passes, pooling, writing shards
 floor   bare forward passes of the base model over exactly the tokens that must be computed (each
         image and prefix once, each prompt's own tokens once), inputs prepared beforehand, nothing
@@ -66,7 +66,6 @@ SIZES = {
     "500M": Size(1280, 20, 896, 20),
 }
 PLAIN_BATCH = 8
-FLOOR_BATCH_TOKENS = 2048  # as an extraction on a CPU fills its batches
 
 
 def make_model(size: Size, folder: Path) -> None:
@@ -140,10 +139,9 @@ class Timed(NamedTuple):
 
 
 @torch.inference_mode()
-def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> Timed:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    # For its processor and chat template alone.
-    vlm = load_vlm(str(folder), dtype=dtype, device="cpu")
+def run_plain(vlm: Vlm, examples: pd.DataFrame) -> Timed:
+    """The study's way, with the head that it computes and nobody reads."""
+    head = vlm.stack.get_input_embeddings().weight  # of its size
     pooled = []
     start = time.perf_counter()
     for first in range(0, len(examples), PLAIN_BATCH):
@@ -155,49 +153,55 @@ def run_plain(folder: Path, examples: pd.DataFrame, dtype: str) -> Timed:
             padding_side="right",
             return_tensors="pt",
         )
-        output = model(**vlm.to_device(inputs), output_hidden_states=True, use_cache=False)
+        inputs = vlm.to_device(inputs)
+        output = vlm.model(**inputs, output_hidden_states=True, use_cache=False)
+        torch.nn.functional.linear(output.last_hidden_state, head)
         mask_nt1 = inputs["attention_mask"][..., None].float()
         layers = [
             (hidden_ntd.float() * mask_nt1).sum(1) / mask_nt1.sum(1)
             for hidden_ntd in output.hidden_states
         ]
-        pooled.append(torch.stack(layers, 1))
+        pooled.append(torch.stack(layers, 1).cpu())
     seconds = time.perf_counter() - start
     return Timed(seconds, torch.cat(pooled).numpy())
 
 
-def run_ours(folder: Path, examples: pd.DataFrame, dtype: str) -> Timed:
-    home = Home.find(tempfile.mkdtemp(dir=folder))  # nothing is extracted there yet
-    loading_seconds = []
-
-    def load_and_time(*arguments, **options) -> Vlm:
+def run_ours(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> Timed:
+    """An extraction into an empty home, of a model that is loaded already."""
+    settings = ExtractionSettings(str(checkpoint), dtype=vlm.dtype)
+    with (
+        tempfile.TemporaryDirectory() as home,
+        patch.object(runner, "load_vlm", lambda *arguments, **options: vlm),
+        patch.object(Vlm, "release"),
+    ):
         start = time.perf_counter()
-        vlm = load_vlm(*arguments, **options)
-        loading_seconds.append(time.perf_counter() - start)
-        return vlm
-
-    settings = ExtractionSettings(str(folder), dtype=dtype)
-    start = time.perf_counter()
-    with patch.object(runner, "load_vlm", load_and_time):
-        activations = extract_tables(settings, {"none": examples}, device="cpu", home=home)
-    seconds = time.perf_counter() - start - sum(loading_seconds)
-    layers = [activations[layer, "mean"] for layer in activations.layers]
+        activations = extract_tables(
+            settings, {"none": examples}, device=vlm.device, home=Home.find(home)
+        )
+        seconds = time.perf_counter() - start
+        layers = [activations[layer, "mean"] for layer in activations.layers]
     return Timed(seconds, np.stack(layers, 1))
 
 
 @torch.inference_mode()
-def run_floor(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
+def run_floor(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> float:
     """Seconds of the bare forward passes, in the batches that extraction makes."""
-    vlm = load_vlm(str(folder), dtype=dtype, device="cpu")
     home = Home.find()
+    settings = ExtractionSettings(str(checkpoint), dtype=vlm.dtype).fill_in(vlm.device, home)
     items = prepare_images(
-        vlm.prompt_processor, [model_inputs(examples, home)], longest_side=None, home=home
+        vlm.prompt_processor,
+        [model_inputs(examples, home)],
+        longest_side=None,
+        home=home,
+        workers=settings.workers or 0,
     )
-    batches = fill_batches(items, token_budget=lambda: FLOOR_BATCH_TOKENS, way=lambda: "shared")
+    batches = fill_batches(items, token_budget=lambda: settings.token_budget, way=lambda: "shared")
     ready = [FloorBatch.of(vlm, batch) for batch in batches]
+    vlm.record_sync_point()()
     start = time.perf_counter()
     for batch in ready:
         batch.run(vlm)
+    vlm.record_sync_point()()
     return time.perf_counter() - start
 
 
@@ -222,7 +226,12 @@ class FloorBatch(NamedTuple):
                 suffixes.append({key: row[key][length:] for key in ("input_ids", "attention_mask")})
                 owners.append(i)
         prefix_inputs = batch_tokens(vlm, prefixes) | batch_images(vlm, prepared)
-        return cls(prefix_inputs, batch_tokens(vlm, suffixes), torch.tensor(owners), length)
+        return cls(
+            vlm.to_device(prefix_inputs),
+            vlm.to_device(batch_tokens(vlm, suffixes)),
+            torch.tensor(owners, device=vlm.device),
+            length,
+        )
 
     def run(self, vlm: Vlm) -> None:
         cache = DynamicCache(config=vlm.stack.config)
@@ -243,15 +252,15 @@ def largest_relative_difference(states_nld: np.ndarray, reference_nld: np.ndarra
     return float((difference_l / np.abs(reference_nld).max((0, 2))).max())
 
 
-def compare_ways(folder: Path, examples: pd.DataFrame, dtype: str) -> dict[str, float]:
+def compare_ways(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> dict[str, float]:
     ours_seconds = []
     floor_seconds = []
     for _ in range(2):
-        ours = run_ours(folder, examples, dtype)
+        ours = run_ours(vlm, checkpoint, examples)
         ours_seconds.append(ours.seconds)
-        floor_seconds.append(run_floor(folder, examples, dtype))
+        floor_seconds.append(run_floor(vlm, checkpoint, examples))
     gc.collect()
-    plain = run_plain(folder, examples, dtype)
+    plain = run_plain(vlm, examples)
     return {
         "plain_s": plain.seconds,
         "ours_s": sum(ours_seconds) / 2,
@@ -262,14 +271,24 @@ def compare_ways(folder: Path, examples: pd.DataFrame, dtype: str) -> dict[str, 
     }
 
 
-def measure_peak_mb(folder: Path, images: int, dtype: str) -> float:
+class Model(NamedTuple):
+    """What a process loads."""
+
+    checkpoint: Path
+    dtype: str
+    device: str
+
+    def load(self) -> Vlm:
+        return load_vlm(str(self.checkpoint), dtype=self.dtype, device=self.device)
+
+
+def measure_peak_mb(model: Model, folder: Path, images: int) -> float:
     """Peak memory of a process that only extracts, with three prompts per image."""
-    examples = make_examples(folder, images, 3)
-    return run_in_new_process(run_ours_and_measure, folder, examples, dtype)
+    return run_in_new_process(run_ours_and_measure, model, make_examples(folder, images, 3))
 
 
-def run_ours_and_measure(folder: Path, examples: pd.DataFrame, dtype: str) -> float:
-    run_ours(folder, examples, dtype)
+def run_ours_and_measure(model: Model, examples: pd.DataFrame) -> float:
+    run_ours(model.load(), model.checkpoint, examples)
     return high_water_mb()
 
 
@@ -281,6 +300,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--prompts-per-image", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="12 images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -291,16 +311,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(SIZES[options.model], folder)
-        run_ours(folder, make_examples(folder, 2, 2), options.dtype)  # warm up
+        model = Model(folder, options.dtype, options.device)
+        vlm = model.load()
+        run_ours(vlm, folder, make_examples(folder, 2, 2))  # warm up
         for k in options.prompts_per_image:
-            comparison = compare_ways(folder, make_examples(folder, images, k), options.dtype)
+            comparison = compare_ways(vlm, folder, make_examples(folder, images, k))
             comparisons.append(comparison | {"prompts_per_image": k})
             result |= {
                 f"speedup_{k}": comparison["speedup"],
                 f"over_floor_{k}": comparison["over_floor"],
             }
-        result["peak_rss_mb"] = measure_peak_mb(folder, images, options.dtype)
-        result["peak_rss_mb_double"] = measure_peak_mb(folder, 2 * images, options.dtype)
+        result["peak_rss_mb"] = measure_peak_mb(model, folder, images)
+        result["peak_rss_mb_double"] = measure_peak_mb(model, folder, 2 * images)
     table = pd.DataFrame(comparisons).set_index("prompts_per_image")
     result["over_floor"] = float(table.over_floor.max())
     result["max_rel_diff"] = float(table.max_rel_diff.max())

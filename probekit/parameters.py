@@ -129,7 +129,7 @@ PARAMETERS: dict[str, Kind] = {
     "batch_tokens": OPTIONAL_COUNT,
     "sharing": TEXT,
     "workers": Kind("int", "from 0", _between(0), may_be_none=True),
-    "shard_images": COUNT,
+    "shard_images": OPTIONAL_COUNT,
     "engine": TEXT,
     "copies": OPTIONAL_COUNT,
     "activations_root": OPTIONAL_TEXT,

@@ -346,7 +346,7 @@ def probe(
     epochs, patience
         Of the probes "linear" and "mlp", see :class:`probekit.probes.adam.AdamSettings`.
     device : str or None
-        Where the models run once more for `localise`.
+        Where probes are trained, and models run once more for `localise`; None takes the best one.
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
@@ -375,7 +375,10 @@ def probe(
     settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
     folder = results_folder(run, home)
     results = ProbeResults.join(
-        [probe_activations(view, settings=settings_of_probes, folder=folder) for view in views]
+        [
+            probe_activations(view, settings=settings_of_probes, folder=folder, device=device)
+            for view in views
+        ]
     )
     if localise:
         results = add_localisation(

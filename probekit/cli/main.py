@@ -248,7 +248,10 @@ def _device_of_rank(parameters: dict, local_rank: int) -> str:
     device = parameters["device"] or best_device()
     if device != "cuda":
         return device
-    return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+    device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)  # or what is allocated by the way goes to the first GPU
+    return device
 
 
 def run_plan(options: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ def plan_job(
             folder,
             pd.concat(row_tables, ignore_index=True),
             contents=adapted.contents,
-            shard_images=adapted.shard_images,
+            shard_images=adapted.images_per_shard,
         )
         shards |= {shard.name: shard for shard in planned}
     return Job(settings, folder, device, tuple(shards.values()), home)

@@ -6,8 +6,10 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,12 +19,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from probekit.extraction.shards import unit_numbers
 from probekit.images import load_rgb
-from probekit.models.batches import input_shape
+from probekit.models.batches import count_tokens, input_shape
+from probekit.models.devices import copy_to, is_out_of_memory
 from probekit.models.processor import PreparedImage, PromptProcessor
 from probekit.paths import Home
 
 PLAIN_SIZE = (224, 224)  # pixels of an image that every processor should take
+PREFETCHED_IMAGES = 4  # per worker
+IMAGES_PER_WORKER = 8  # fewer are not worth a process
 WAITING_BUDGETS = 4  # batches' worth of tokens that may wait for images of their shape
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,7 @@ class WorkItem:
 
     def count_tokens(self, way: str) -> int:
         """Count the tokens that the decoder computes for it, going one of the `WAYS`."""
-        lengths = [len(tokens["input_ids"]) for tokens in self.prepared.tokens]
-        if way != "shared":
-            return sum(lengths)
-        return sum(lengths) - self.prepared.prefix_length * (len(lengths) - 1)
+        return count_tokens([self.prepared], way)
 
 
 class _ImageRow(NamedTuple):
@@ -71,11 +76,13 @@ class _ImageDataset(Dataset):
         processor: PromptProcessor,
         *,
         longest_side: int | None,
+        dtype: torch.dtype,
         tables: Sequence[pd.DataFrame],
         home: Home,
     ) -> None:
         self.processor = processor
         self.longest_side = longest_side
+        self.dtype = dtype
         self.home = home
         self.items: list[_ImageRow] = []
         self.table_starts = [0]
@@ -99,7 +106,11 @@ class _ImageDataset(Dataset):
                 f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: "
                 f"{error} ({self._find_fault(item)})"
             )
-        return WorkItem(item.table, item.image, item.rows, prepared)
+        return WorkItem(item.table, item.image, item.rows, prepared.with_inputs(self._cast))
+
+    def _cast(self, values: torch.Tensor) -> torch.Tensor:
+        """Change pixels to the model's type: on their way they take half the room."""
+        return values.to(self.dtype) if values.is_floating_point() else values
 
     def _find_fault(self, item: _ImageRow) -> str:
         """Say whether it is the image that cannot be processed, and the fix.
@@ -167,10 +178,13 @@ def prepare_images(
     *,
     longest_side: int | None,
     home: Home,
+    dtype: str = "float32",
     workers: int = 0,
     order: Iterable[int] | None = None,
 ) -> Iterator[WorkItem]:
     """Decode and process the images of tables ahead of the model, in worker processes.
+
+    A worker has at most :data:`PREFETCHED_IMAGES` images ready.
 
     Parameters
     ----------
@@ -181,6 +195,8 @@ def prepare_images(
         Pixels that bound an image.
     home : Home
         Where relative files start.
+    dtype : str
+        The model's, to which pixels are changed.
     workers : int
         0 prepares each image when it is needed.
     order : iterable of int
@@ -192,29 +208,43 @@ def prepare_images(
     OSError, ValueError
         An image cannot be read or processed; the message names it.
     """
-    dataset = _ImageDataset(processor, longest_side=longest_side, tables=tables, home=home)
-    workers = min(workers, len(dataset) // 8)
+    dataset = _ImageDataset(
+        processor,
+        longest_side=longest_side,
+        dtype=getattr(torch, dtype),
+        tables=tables,
+        home=home,
+    )
+    workers = workers_for(len(dataset), workers)
     order = range(len(tables)) if order is None else order
     loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=PREFETCHED_IMAGES if workers else None,
         collate_fn=_pack if workers else _leave,
         worker_init_fn=_silence_tokenizers,
         sampler=_TableOrder(dataset.table_starts, order),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    for item in _name_the_fix(loader):
+    for item in loader:
         if isinstance(item, Exception):
             raise item
-        yield _with_inputs(item, torch.from_numpy) if workers else item
+        yield _unpack(item) if workers else item
 
 
-def _name_the_fix(loader: DataLoader) -> Iterator[Any]:
+def workers_for(images: int, workers: int) -> int:
+    """Return how many processes are worth starting for so many images."""
+    return min(workers, images // IMAGES_PER_WORKER)
+
+
+@contextmanager
+def name_lost_workers() -> Iterator[None]:
+    """Name the fix where a worker process ends before its time; torch tells the main thread."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
-        if "worker" not in str(error):
+        if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
             f"{error}: take workers=0, which prepares images in this process, or fewer workers"
@@ -225,19 +255,34 @@ def _leave(item: Any) -> Any:
     return item
 
 
+class _PackedTensor(NamedTuple):
+    """The bytes of a tensor, of any type: numpy has no bfloat16."""
+
+    bytes: np.ndarray
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _PackedTensor:
+        return cls(tensor.contiguous().view(torch.uint8).numpy(), tensor.dtype)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return torch.from_numpy(self.bytes).view(self.dtype)
+
+
 def _pack(item: Any) -> Any:
     """Make a worker send an item through its pipe: as arrays.
 
     Tensors would go through shared memory, of which containers have little: where it is full, the
     item is lost and waited for.
     """
-    return _with_inputs(item, torch.Tensor.numpy) if isinstance(item, WorkItem) else item
+    if not isinstance(item, WorkItem):
+        return item
+    return replace(item, prepared=item.prepared.with_inputs(_PackedTensor.of))
 
 
-def _with_inputs(item: WorkItem, change: Callable[[Any], Any]) -> WorkItem:
-    """Return an item with each of the image's inputs changed."""
-    inputs = {name: change(value) for name, value in item.prepared.image_inputs.items()}
-    return replace(item, prepared=replace(item.prepared, image_inputs=inputs))
+def _unpack(item: WorkItem) -> WorkItem:
+    return replace(item, prepared=item.prepared.with_inputs(lambda packed: packed.tensor))
 
 
 def _silence_tokenizers(worker: int) -> None:
@@ -275,3 +320,37 @@ def fill_batches(
             waiting_tokens.pop(fullest)
             yield waiting.pop(fullest)
     yield from waiting.values()
+
+
+def look_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Make the next item in a thread while the one before is worked on."""
+    iterator = iter(items)
+    end = object()
+    item = next(iterator, end)  # in this thread, in which worker processes are started
+    with ThreadPoolExecutor(1) as thread:
+        while item is not end:
+            following = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]  # it is not the end
+            item = following.result()
+
+
+def copy_pixels(batch: list[WorkItem], device: str) -> list[WorkItem]:
+    """Copy the pixels of a batch to a device; what does not fit there yet stays where it is.
+
+    Masks and sizes are looked at on the CPU.
+    """
+    copied = []
+    try:
+        for item in batch:
+            inputs = {
+                name: copy_to(device, values)
+                if values.is_floating_point() and "mask" not in name
+                else values
+                for name, values in item.prepared.image_inputs.items()
+            }
+            copied.append(replace(item, prepared=replace(item.prepared, image_inputs=inputs)))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return batch
+    return copied

@@ -14,7 +14,8 @@ memory
     the weights, and for each token of a batch its keys and values and the largest of what a block
     holds
 time
-    that of the sample's own shards on this device, or operations / (operations per second that are
+    that of the sample on this device, in two parts, so that the time to begin is told from the time
+    per image, or operations / (operations per second that are
     named)
 """
 
@@ -24,7 +25,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,10 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from probekit import paths
 from probekit.extraction.folder import open_folder
 from probekit.extraction.jobs import Job
-from probekit.extraction.loading import WorkItem, prepare_images
+from probekit.extraction.loading import WorkItem, prepare_images, workers_for
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
-from probekit.extraction.shards import count_units, model_inputs, plan_shards
+from probekit.extraction.shards import count_units, model_inputs, plan_shards, unit_numbers
 from probekit.models.batches import input_shape
 from probekit.models.load import Vlm, best_device, load_skeleton, stage_width
 from probekit.models.presets import PRESETS, read_checked_architectures
@@ -178,9 +181,9 @@ class Estimate:
     way : str
         How the hours are counted, out of :data:`probekit.models.forward.WAYS`.
     hours : float
-        Without loading the model.
-    load_s : float
-        Seconds to load it; 0 where nothing was run.
+        Without `start_s`.
+    start_s : float
+        Seconds to load the model and to begin; 0 where nothing was run.
     """
 
     model: str
@@ -196,7 +199,7 @@ class Estimate:
     shards: int
     way: str
     hours: float
-    load_s: float
+    start_s: float
 
 
 def estimate_extraction(
@@ -251,10 +254,10 @@ def estimate_extraction(
     if operations_per_second:
         way = _expected_way(settings, vlm)
         seconds = ratio * operations[way] / operations_per_second
-        load_s = 0.0
+        start_s = 0.0
     else:
-        way, sample_seconds, load_s = measure_sample(settings, rows, device=device, home=home)
-        seconds = ratio * sample_seconds
+        way, start_s, per_image_s = measure_sample(settings, rows, device=device, home=home)
+        seconds = ratio * count_units(rows) * per_image_s
     number_bytes = BYTES_PER_NUMBER[settings.dtype or "float32"]
     return Estimate(
         model=f"{vlm.name} (untrained)" if settings.untrained else vlm.name,
@@ -267,10 +270,10 @@ def estimate_extraction(
         disk_gb=ratio * _count_disk_bytes(settings, vlm, rows) / 1e9,
         weights_gb=size.parameters * number_bytes / 1e9,
         batch_gb=settings.token_budget * size.bytes_per_token * number_bytes / 2 / 1e9,
-        shards=int(np.ceil(ratio * count_units(rows) / settings.shard_images)),
+        shards=int(np.ceil(ratio * count_units(rows) / settings.images_per_shard)),
         way=way,
         hours=seconds / 3600,
-        load_s=load_s,
+        start_s=start_s,
     )
 
 
@@ -323,30 +326,100 @@ def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
     return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
 
 
+class SampleTimes(NamedTuple):
+    """What extracting a sample took.
+
+    Attributes
+    ----------
+    way : str
+        That the model goes, out of :data:`probekit.models.forward.WAYS`.
+    start_s : float
+        Seconds to load the model and to begin, whatever the number of images.
+    per_image_s : float
+        Seconds for each image with its prompts, or prompt without an image.
+    """
+
+    way: str
+    start_s: float
+    per_image_s: float
+
+
 def measure_sample(
     settings: ExtractionSettings, rows: pd.DataFrame, *, device: str, home: paths.Home
-) -> tuple[str, float, float]:
-    """Extract a sample into a temporary folder.
+) -> SampleTimes:
+    """Extract a quarter of a sample, then the rest, into a temporary folder.
+
+    Parameters
+    ----------
+    settings : ExtractionSettings
+        Filled in.
+    rows : DataFrame
+        As :func:`probekit.extraction.shards.model_inputs` returns them.
+    device : str
+    home : Home
+    """
+    unit = unit_numbers(rows)
+    is_first = unit <= unit.max() // 4
+    parts = [part for part in (rows[is_first], rows[~is_first]) if len(part)]
+    # As many in both parts, or the second one would be faster.
+    workers = workers_for(count_units(parts[0]), settings.workers or 0)
+    settings = replace(settings, workers=workers)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = open_folder(Path(temporary) / "model" / "settings", home)
+        shards_of_parts = [
+            plan_shards(
+                folder, part, contents=settings.contents, shard_images=settings.images_per_shard
+            )
+            for part in parts
+        ]
+        shards = tuple(chain.from_iterable(shards_of_parts))
+        runner = Runner(Job(settings, folder, device, shards, home))
+        try:
+            start = time.perf_counter()
+            runner.load()
+            load_s = time.perf_counter() - start
+            runs = []
+            first = 0
+            for part, shards_of_part in zip(parts, shards_of_parts, strict=True):
+                places = range(first, first + len(shards_of_part))
+                first = places.stop
+                start = time.perf_counter()
+                runner.make_shards(places)
+                runs.append(Timed(count_units(part), time.perf_counter() - start))
+            way = runner.way
+        finally:
+            runner.release()
+    begin_s, per_image_s = fit_times(runs[0], runs[-1])
+    return SampleTimes(way, load_s + begin_s, per_image_s)
+
+
+class Timed(NamedTuple):
+    """A number of images with their prompts, and the seconds that they took."""
+
+    images: int
+    seconds: float
+
+
+def fit_times(few: Timed, more: Timed) -> tuple[float, float]:
+    """Tell what any run takes from what each image takes.
+
+    Parameters
+    ----------
+    few, more : Timed
+        The second one has seen more of what is slow at first.
 
     Returns
     -------
-    tuple
-        The way that the model goes, seconds for these rows, and seconds to load the model.
+    tuple of float
+        Seconds to begin, and seconds per image. Where one of them would be negative: 0, and the
+        mean of the second run.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = open_folder(Path(temporary) / "model" / "settings", home)
-        shards = plan_shards(
-            folder, rows, contents=settings.contents, shard_images=settings.shard_images
-        )
-        runner = Runner(Job(settings, folder, device, tuple(shards), home))
-        start = time.perf_counter()
-        runner.load()
-        loaded = time.perf_counter()
-        try:
-            runner.make_shards(range(len(shards)))
-            return runner.way, time.perf_counter() - loaded, loaded - start
-        finally:
-            runner.release()
+    if few.images < more.images:
+        per_image_s = (more.seconds - few.seconds) / (more.images - few.images)
+        begin_s = few.seconds - few.images * per_image_s
+        if per_image_s > 0 and begin_s >= 0:
+            return begin_s, per_image_s
+    return 0.0, more.seconds / more.images
 
 
 # -------------------------------------------------------------------------------------- description
@@ -368,7 +441,7 @@ def hours_by_workers(table: pd.DataFrame, most_workers: int) -> pd.DataFrame:
     hours = []
     for count in counts:
         rounds = np.ceil(table.shards / count) / table.shards
-        hours.append(float((rounds * table.hours + table.load_s / 3600).sum()))
+        hours.append(float((rounds * table.hours + table.start_s / 3600).sum()))
     return pd.DataFrame({"workers": counts, "hours": hours})
 
 

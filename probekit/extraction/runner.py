@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from itertools import groupby, islice
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +18,22 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction.jobs import Job
-from probekit.extraction.loading import WorkItem, fill_batches, is_unchanged, prepare_images
+from probekit.extraction.loading import (
+    WorkItem,
+    copy_pixels,
+    fill_batches,
+    is_unchanged,
+    look_ahead,
+    name_lost_workers,
+    prepare_images,
+)
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
+from probekit.models.budget import TokenBudget
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.processor import PreparedImage
-from probekit.models.sharing import SharingVerdict, choose_way, is_out_of_memory
+from probekit.models.sharing import SharingVerdict, choose_way
 from probekit.models.unchecked import check_layers
 
 VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
@@ -44,16 +55,21 @@ class Runner:
     Attributes
     ----------
     job : Job
-    token_budget : int
-        Tokens of a batch; becomes smaller where one does not fit the memory.
+    budget : TokenBudget
+        How many tokens a batch may have.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.token_budget = job.settings.token_budget
         self._vlm: Vlm | None = None
         self._verdict: SharingVerdict | None = None
         self._way_without_image = "plain"
+        self.budget = TokenBudget(
+            job.settings.token_budget,
+            model=job.folder.model_name,
+            device=job.device,
+            fix="take a smaller longest_side, or a half-precision dtype",
+        )
 
     @property
     def vlm(self) -> Vlm:
@@ -282,7 +298,7 @@ class Runner:
                 home=self.job.home,
             )
             batches = fill_batches(
-                items, token_budget=lambda: self.token_budget, way=lambda: "plain"
+                items, token_budget=lambda: self.budget.tokens, way=lambda: "plain"
             )
             tried = []
             for batch in islice(batches, TRIED_BATCHES):
@@ -316,7 +332,7 @@ class Runner:
             verdicts.append(verdict)
             return _with_tensor_keys(states)
 
-        self._run_what_fits(batch.prepared, try_batch)
+        self.budget.run(batch.prepared, try_batch, way="plain", join=_join_parts)
         order = [*ways, "alone"]
         return max(verdicts, key=lambda verdict: order.index(verdict.way))
 
@@ -325,7 +341,6 @@ class Runner:
     def _make_missing(self, places: Sequence[int]) -> list[int]:
         shards = [self.job.shards[place] for place in places]
         tables = [shard.rows for shard in shards]
-        made: list[int] = []
 
         def still_missing() -> Iterator[int]:
             for number, shard in enumerate(shards):
@@ -337,6 +352,7 @@ class Runner:
             tables,
             longest_side=self.job.settings.longest_side,
             home=self.job.home,
+            dtype=self.vlm.dtype,
             workers=self.job.settings.workers or 0,
             order=still_missing(),
         )
@@ -346,108 +362,101 @@ class Runner:
             unit="image",
             bar_format=PROGRESS_BAR,
         )
-        with progress:
-            for number, items_of_shard in groupby(items, key=lambda item: item.table):
-                states = self.compute_shard(shards[number], items_of_shard, progress)
-                write_checked(shards[number], states, self.vlm.name)
-                made.append(places[number])
-        return made
+        with (
+            progress,
+            name_lost_workers(),
+            _ShardWriter(self.vlm) as writer,
+            closing(self._make_batches(items)) as batches,
+        ):
+            self._compute(shards, batches, writer, progress)
+        written = {shard.name for shard in writer.written}
+        return [place for place in places if self.job.shards[place].name in written]
 
-    def compute_shard(
-        self, shard: Shard, items: Iterable[WorkItem], progress: tqdm
-    ) -> dict[TensorKey, np.ndarray]:
-        """Compute the states of a shard: same model, way and rows, same numbers.
+    def _compute(
+        self,
+        shards: Sequence[Shard],
+        batches: Iterable[list[WorkItem]],
+        writer: _ShardWriter,
+        progress: tqdm,
+    ) -> None:
+        """Compute the batches of shards, and hand over each shard when its last batch has arrived.
 
-        Parameters
-        ----------
-        shard : Shard
-        items : iterable of WorkItem
-            The shard's images in order.
-        progress : tqdm
-            Told of each image.
-
-        Returns
-        -------
-        dict
-            From key to float32: (rows, d) for the decoder, (images, d) for the image encoder.
+        While the states of a batch are on their way to the host, the device works on the next one,
+        and while a shard is written, on the next shard. So at most these two can be lost.
         """
-        assembled = _ShardStates(shard)
+        number = -1
         in_flight: _Transfer | None = None
-        batches = fill_batches(items, token_budget=lambda: self.token_budget, way=lambda: self.way)
-        for batch in batches:
-            states = self._run_batch(batch, shard)
-            arriving = {
-                key: values.to("cpu", non_blocking=True)
-                for key, values in states.items()
-                if key.content in shard.shard_set.contents
-            }
-            transfer = _Transfer(batch, arriving, self.vlm.record_sync_point())
-            if in_flight is not None:  # the device works on this batch meanwhile
-                assembled.add(in_flight)
-            in_flight = transfer
-            progress.update(len(batch))
-        if in_flight is not None:
-            assembled.add(in_flight)
-        assembled.check_filled(self.vlm)
-        return assembled.states
+        try:
+            for batch in batches:
+                if batch[0].table != number:
+                    number = batch[0].table
+                    writer.wait()
+                    target = ShardStates(shards[number])
+                arriving = in_flight
+                in_flight = self._start_batch(batch, target)
+                if arriving is not None:
+                    arriving.complete(writer)
+                progress.update(len(batch))
+        finally:
+            if in_flight is not None:  # it may be the last of its shard
+                in_flight.complete(writer)
+
+    def _make_batches(self, items: Iterable[WorkItem]) -> Generator[list[WorkItem]]:
+        """Batch items, and on a GPU make each batch while the one before is computed.
+
+        A batch ends with its shard, so that numbers do not depend on what else is missing. Where an
+        item cannot be made, those before it come first.
+        """
+        errors: list[Exception] = []
+
+        def take_until_error() -> Iterator[WorkItem]:
+            try:
+                yield from items
+            except Exception as error:
+                errors.append(error)
+
+        batches = chain.from_iterable(
+            fill_batches(of_shard, token_budget=lambda: self.budget.tokens, way=lambda: self.way)
+            for _, of_shard in groupby(take_until_error(), key=lambda item: item.table)
+        )
+        if self.vlm.device.startswith("cuda"):
+            yield from look_ahead(self._copy_pixels(batches))
+        else:
+            yield from batches
+        if errors:
+            raise errors[0]
+
+    def _copy_pixels(self, batches: Iterable[list[WorkItem]]) -> Iterator[list[WorkItem]]:
+        """Copy the pixels of batches to the GPU, in the order of what this thread queues there."""
+        stream = torch.cuda.current_stream(self.vlm.device)
+        return map(partial(_copy_in_stream, stream=stream, device=self.vlm.device), batches)
+
+    def _start_batch(self, batch: Sequence[WorkItem], target: ShardStates) -> _Transfer:
+        """Queue a batch on the device, and the copies of its states to the host."""
+        states = self._run_batch(batch, target.shard)
+        arriving = {
+            key: values.to("cpu", non_blocking=True)
+            for key, values in states.items()
+            if key.content in target.shard.shard_set.contents
+        }
+        rows = np.concatenate([item.rows for item in batch])
+        images = np.array([item.image for item in batch])
+        return _Transfer(target, rows, images, arriving, self.vlm.record_sync_point())
 
     def _run_batch(self, batch: Sequence[WorkItem], shard: Shard) -> States:
         def run(prepared: Sequence[PreparedImage]) -> States:
-            has_image = bool(prepared[0].image_inputs)
             states = forward.run_pooled(
                 self.vlm,
                 prepared,
                 poolings=shard.shard_set.poolings,
                 stages=shard.shard_set.stages,
-                way=self.way if has_image else self._way_without_image,
+                way=way,
             )
             return _with_tensor_keys(states)
 
-        return self._run_what_fits([item.prepared for item in batch], run)
-
-    # --------------------------------------------------------------------------------- the memory
-
-    def _run_what_fits(
-        self,
-        prepared: Sequence[PreparedImage],
-        run: Callable[[Sequence[PreparedImage]], States],
-    ) -> States:
-        """Run images with their prompts, in halves where they do not fit the memory.
-
-        Raises
-        ------
-        MemoryError
-            A single prompt with its image does not fit.
-        """
-        try:
-            return run(prepared)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-        gc.collect()  # outside of the except: a traceback holds on to what did not fit
-        if self.vlm.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        tokens = sum(len(row["input_ids"]) for image in prepared for row in image.tokens)
-        halves = _split_in_halves(prepared)
-        if halves is None:
-            raise MemoryError(
-                f"one prompt with its image, {tokens:,} tokens, does not fit the memory of "
-                f"{self.vlm.device}: take a smaller longest_side, or a half-precision dtype "
-                f"({reason})"
-            )
-        self._shrink_budget(tokens)
-        first, second = [self._run_what_fits(half, run) for half in halves]
-        return _join_halves(first, second, of_images=len(prepared) > 1)
-
-    def _shrink_budget(self, tokens: int) -> None:
-        if self.token_budget == 1:
-            return
-        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
-        tqdm.write(
-            f"{self.vlm.name}: a batch of {tokens:,} tokens does not fit the memory of "
-            f"{self.vlm.device}: halved, and batches of {self.token_budget:,} tokens from here on"
-        )
+        prepared = [item.prepared for item in batch]
+        way = self.way if prepared[0].image_inputs else self._way_without_image
+        return self.budget.run(prepared, run, way=way, join=_join_parts)
 
 
 class _TrialBatch(NamedTuple):
@@ -457,32 +466,45 @@ class _TrialBatch(NamedTuple):
     prepared: list[PreparedImage]
 
 
-class _Transfer(NamedTuple):
-    """States of a batch on their way to the host."""
+class ShardStates:
+    """The states of a shard, put together batch by batch.
 
-    batch: Sequence[WorkItem]
-    arriving: States
-    wait: Callable[[], None]
-
-
-class _ShardStates:
-    """The states of a shard, put together batch by batch."""
+    Attributes
+    ----------
+    shard : Shard
+    states : dict
+        From key to float32: (rows, d) for the decoder, (images, d) for the image encoder.
+    """
 
     def __init__(self, shard: Shard) -> None:
         rows = shard.rows
         self.shard = shard
-        self.row_count = len(rows)
-        self.image_count = rows.file.nunique()
         self.states: dict[TensorKey, np.ndarray] = {}
+        self._row_count = len(rows)
+        self._image_count = rows.file.nunique()
+        self._rows_seen = 0
         self._is_filled: dict[TensorKey, np.ndarray] = {}
 
-    def add(self, transfer: _Transfer) -> None:
-        transfer.wait()
-        rows = np.concatenate([item.rows for item in transfer.batch])
-        images = np.array([item.image for item in transfer.batch])
-        for key, values in transfer.arriving.items():
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether the last batch has been added."""
+        return self._rows_seen == self._row_count
+
+    def add(
+        self, rows: np.ndarray, images: np.ndarray, states: Mapping[TensorKey, torch.Tensor]
+    ) -> None:
+        """Add what was read of a batch.
+
+        Parameters
+        ----------
+        rows, images : ndarray of int
+            Their places in the shard.
+        states : mapping of TensorKey to Tensor
+        """
+        self._rows_seen += len(rows)
+        for key, values in states.items():
             is_decoder = key.stage == "lm"
-            count = self.row_count if is_decoder else self.image_count
+            count = self._row_count if is_decoder else self._image_count
             places = rows if is_decoder else images
             if key not in self.states:
                 self.states[key] = np.full((count, values.shape[1]), np.nan, np.float32)
@@ -490,8 +512,23 @@ class _ShardStates:
             self.states[key][places] = values.numpy()
             self._is_filled[key][places] = True
 
-    def check_filled(self, vlm: Vlm) -> None:
-        """Raise ValueError where a layer was not read for every row."""
+    def write(self, vlm: Vlm) -> None:
+        """Check the states and write the shard.
+
+        Raises
+        ------
+        FloatingPointError
+            A hidden state is not finite; model, layer and example are named.
+        ValueError
+            A layer was not read for every row, or the model does not see the prompts.
+        """
+        rows = self.shard.rows
+        self._check_filled(vlm)
+        check_finite(self.states, rows, vlm.name)
+        check_prompts_are_seen(self.states, rows, vlm.name)
+        self.shard.shard_set.write_shard(self.shard.number, self.states)
+
+    def _check_filled(self, vlm: Vlm) -> None:
         rows = self.shard.rows
         for content in self.shard.shard_set.contents:
             for layer in vlm.layers_of_stage[content.stage]:
@@ -506,6 +543,73 @@ class _ShardStates:
                     f"{first['file'] or 'no image'} with {first.prompt[:80]!r}, so there is "
                     "nothing to store: leave these rows out"
                 )
+
+
+class _Transfer(NamedTuple):
+    """States of a batch on their way to the host, and the shard that they belong to."""
+
+    target: ShardStates
+    rows: np.ndarray
+    images: np.ndarray
+    arriving: States
+    wait: Callable[[], None]
+
+    def complete(self, writer: _ShardWriter) -> None:
+        """Wait for the states, and have the shard written if they were its last."""
+        self.wait()
+        self.target.add(self.rows, self.images, self.arriving)
+        if self.target.has_all_rows:
+            writer.write(self.target)
+
+
+def _copy_in_stream(
+    batch: list[WorkItem], *, stream: torch.cuda.Stream, device: str
+) -> list[WorkItem]:
+    with torch.cuda.stream(stream):
+        return copy_pixels(batch, device)
+
+
+class _ShardWriter:
+    """Checks and writes shards in a thread, one at a time, while the next is computed.
+
+    Attributes
+    ----------
+    written : list of Shard
+    """
+
+    def __init__(self, vlm: Vlm) -> None:
+        self.written: list[Shard] = []
+        self._vlm = vlm
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def write(self, assembled: ShardStates) -> None:
+        """Begin to write a shard, after the one before."""
+        earlier = self._pending
+        self._pending = self._thread.submit(self._write, assembled)
+        if earlier is not None:
+            earlier.result()
+
+    def _write(self, assembled: ShardStates) -> None:
+        assembled.write(self._vlm)
+        self.written.append(assembled.shard)
+
+    def wait(self) -> None:
+        """Wait until the last shard is written; raise what checking or writing it raised."""
+        if self._pending is not None:
+            pending = self._pending
+            self._pending = None
+            pending.result()
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._thread.shutdown()  # what was computed is written, whatever else went wrong
+        if kind is None:
+            self.wait()
+        elif self._pending is not None and self._pending.exception() is not None:
+            tqdm.write(f"besides: {self._pending.exception()}")
 
 
 def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
@@ -525,49 +629,17 @@ def _has_no_image(rows: pd.DataFrame) -> pd.Series:
     return rows.file == ""
 
 
-def _split_in_halves(
-    prepared: Sequence[PreparedImage],
-) -> tuple[Sequence[PreparedImage], Sequence[PreparedImage]] | None:
-    """Split the images, or the prompts of the only one; None where there is one prompt."""
-    if len(prepared) > 1:
-        middle = len(prepared) // 2
-        return prepared[:middle], prepared[middle:]
-    image = prepared[0]
-    middle = len(image.tokens) // 2
-    if middle == 0:
-        return None
-    first = replace(image, tokens=image.tokens[:middle], image_masks=image.image_masks[:middle])
-    second = replace(image, tokens=image.tokens[middle:], image_masks=image.image_masks[middle:])
-    return [first], [second]
-
-
-def _join_halves(first: States, second: States, *, of_images: bool) -> States:
+def _join_parts(first: States, second: States, of_images: bool) -> States:
     joined = {}
     for key in first:
         if of_images or key.stage == "lm":
             joined[key] = torch.cat([first[key], second[key]])
-        else:  # two halves of the prompts of one image
+        else:  # of the same image
             joined[key] = first[key]
     return joined
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def write_checked(shard: Shard, states: dict[TensorKey, np.ndarray], model: str) -> None:
-    """Check the states of a shard and write it.
-
-    Raises
-    ------
-    FloatingPointError
-        A hidden state is not finite; model, layer and example are named.
-    ValueError
-        The model does not see the prompts.
-    """
-    rows = shard.rows
-    check_finite(states, rows, model)
-    check_prompts_are_seen(states, rows, model)
-    shard.shard_set.write_shard(shard.number, states)
 
 
 def check_finite(states: dict[TensorKey, np.ndarray], rows: pd.DataFrame, model: str) -> None:

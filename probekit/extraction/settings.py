@@ -24,6 +24,11 @@ SHARING_WAYS = {
     "off": ("plain",),
 }  # for each setting of `sharing` what is tried, the cheapest first
 
+SMALLEST_BATCH_TOKENS = 2048  # what a CPU gets: small batches stay in its cache
+USUAL_BATCH_TOKENS = 8192
+LARGEST_BATCH_TOKENS = 16_384
+BYTES_PER_TOKEN = 1e6  # of a GPU's memory; the most of it is for weights
+
 
 @dataclass(frozen=True)
 class ExtractionSettings:
@@ -45,14 +50,16 @@ class ExtractionSettings:
     stages : tuple of str
         ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over
         the image's patches.
-    shard_images : int
-        Images per shard, the unit of work, of writing and of resuming.
+    shard_images : int or None
+        Images per shard, the unit of work, of writing and of resuming. None takes 500 with a GPU,
+        where small last batches of a shard cost more, and 200 without.
     batch_tokens : int or None
-        Tokens that a batch of whole images with their prompts is filled up to. None takes 8,192
-        with a GPU and 2,048 without, where small batches stay in the cache.
+        Tokens that a batch of whole images with their prompts is filled up to. None takes 2,048 to
+        16,384 with a GPU, by its memory, and 2,048 without, where small batches stay in the
+        cache.
     workers : int or None
         Processes that decode and preprocess images ahead of the model; 0 does it in between. None
-        takes 4 with a GPU (fewer with fewer cores), and 0 without, where they would take the
+        takes 8 with a GPU (fewer with fewer cores), and 0 without, where they would take the
         model's cores.
     """
 
@@ -66,7 +73,7 @@ class ExtractionSettings:
     sharing: str = "auto"
     poolings: tuple[str, ...] = ("mean",)
     stages: tuple[str, ...] = ("lm",)
-    shard_images: int = 200
+    shard_images: int | None = None
     batch_tokens: int | None = None
     workers: int | None = None
     trust_remote_code: bool = False
@@ -83,9 +90,12 @@ class ExtractionSettings:
     @property
     def token_budget(self) -> int:
         """`batch_tokens`, once it is filled in."""
-        if self.batch_tokens is None:
-            raise ValueError("batch_tokens is not filled in yet: see fill_in")
-        return self.batch_tokens
+        return _filled_in(self.batch_tokens)
+
+    @property
+    def images_per_shard(self) -> int:
+        """`shard_images`, once it is filled in."""
+        return _filled_in(self.shard_images)
 
     def check(self) -> None:
         """Refuse settings that make no sense.
@@ -124,8 +134,8 @@ class ExtractionSettings:
                 "this machine has no GPU that says which dtype suits it: name one, such as "
                 "dtype=bfloat16"
             )
-        default_tokens = 2048 if device == "cpu" else 8192
-        default_workers = 0 if device == "cpu" else min(4, (os.cpu_count() or 2) - 1)
+        is_cpu = torch.device(device).type == "cpu"
+        default_workers = 0 if is_cpu else min(8, (os.cpu_count() or 2) - 1)
         commit = resolve_commit(
             self.model, self.revision, trust_remote_code=self.trust_remote_code, home=home
         )
@@ -133,7 +143,8 @@ class ExtractionSettings:
             self,
             dtype=self.dtype or best_dtype(device),
             revision=commit,
-            batch_tokens=self.batch_tokens or default_tokens,
+            shard_images=self.shard_images or (200 if is_cpu else 500),
+            batch_tokens=self.batch_tokens or suitable_batch_tokens(device),
             workers=default_workers if self.workers is None else self.workers,
         )
 
@@ -188,6 +199,29 @@ class ExtractionSettings:
         deciding = self.naming | {"transformers": release}
         suffix = "-untrained" if self.untrained else ""
         return f"{short_name(self.model, home=home)}{suffix}/{paths.fingerprint(deciding, weights)}"
+
+
+def _filled_in(value: int | None) -> int:
+    if value is None:
+        raise ValueError("these settings are not filled in yet: see ExtractionSettings.fill_in")
+    return value
+
+
+def suitable_batch_tokens(device: str) -> int:
+    """Return how many tokens a batch gets where nobody says it: on GPUs by all of their memory.
+
+    What is free of it changes, and with it the last digits of states would.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return SMALLEST_BATCH_TOKENS
+    if kind != "cuda" or not torch.cuda.is_available():
+        return USUAL_BATCH_TOKENS
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    tokens = SMALLEST_BATCH_TOKENS
+    while tokens < LARGEST_BATCH_TOKENS and 2 * tokens * BYTES_PER_TOKEN <= total_bytes:
+        tokens *= 2
+    return tokens
 
 
 def _sampled_hash(file: Path, *, pieces: int = 128, piece_bytes: int = 1 << 15) -> str:

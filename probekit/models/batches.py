@@ -18,6 +18,24 @@ def input_shape(prepared: PreparedImage) -> tuple:
     return (prepared.prefix_length, *shapes)
 
 
+def count_tokens(prepared: Sequence[PreparedImage], way: str) -> int:
+    """Count the tokens that the decoder computes for images and their prompts.
+
+    Parameters
+    ----------
+    prepared : sequence of PreparedImage
+    way : str
+        Out of :data:`probekit.models.forward.WAYS`.
+    """
+    total = 0
+    for image in prepared:
+        lengths = [len(tokens["input_ids"]) for tokens in image.tokens]
+        total += sum(lengths)
+        if way == "shared":
+            total -= image.prefix_length * (len(lengths) - 1)
+    return total
+
+
 def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Put the tokens of n examples into one batch, padded on the right; nothing is cut off.
 
@@ -30,7 +48,7 @@ def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, t
     Returns
     -------
     dict of str to Tensor
-        (n, t, ...) on the model's device, ``attention_mask`` among them.
+        (n, t, ...) on the CPU, ``attention_mask`` among them.
     """
     batch = {}
     for name in rows[0]:
@@ -39,7 +57,7 @@ def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, t
     if "attention_mask" not in batch:
         masks = [np.ones(len(row["input_ids"]), dtype=int) for row in rows]
         batch["attention_mask"] = stack_padded(masks)
-    return vlm.to_device(batch)
+    return batch
 
 
 def batch_images(
@@ -58,7 +76,8 @@ def batch_images(
     Returns
     -------
     dict of str to Tensor
-        On the model's device; the first axis runs over parts of images.
+        Pixels where those of the images are, the rest on the CPU; the first axis runs over parts of
+        images.
     """
     repeated: list[PreparedImage] = []
     for image, count in zip(prepared, counts or [1] * len(prepared), strict=True):
@@ -73,7 +92,7 @@ def batch_images(
     for name, values in parts.items():
         axis = vlm.special_case.pixel_axis if name == "pixel_values" else 0
         batch[name] = torch.cat(values, axis)
-    return vlm.to_device(batch)
+    return batch
 
 
 def _count_through(

@@ -23,6 +23,7 @@ from probekit.models.batches import (
     shared_prefix_length,
     stack_padded,
 )
+from probekit.models.devices import copy_to
 from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
 from probekit.models.pooling import Pooler, Prefix
@@ -120,12 +121,13 @@ def read_layers(
     transformers.utils.ModelOutput
         Of the pass.
     """
-    tokens = batch_tokens(vlm, [image.tokens[0] for image in prepared])
+    tokens = vlm.to_device(batch_tokens(vlm, [image.tokens[0] for image in prepared]))
+    images = vlm.to_device(batch_images(vlm, prepared))
     options = _forward_options(vlm, len(prepared))
     if output_hidden_states:
         options["output_hidden_states"] = True
     with tap_decoder(vlm, take):
-        return vlm.model(**tokens, **batch_images(vlm, prepared), **options)
+        return vlm.model(**tokens, **images, **options)
 
 
 def _run_alone(
@@ -172,9 +174,8 @@ class _PooledPass:
 
     @cached_property
     def owner_n(self) -> torch.Tensor:
-        """(n,) which image each prompt belongs to, on the model's device."""
-        owner_n = torch.repeat_interleave(torch.tensor(self.prompt_counts))
-        return owner_n.to(self.vlm.device)
+        """(n,) which image each prompt belongs to, on the CPU."""
+        return torch.repeat_interleave(torch.tensor(self.prompt_counts))
 
     def run_plain(self) -> None:
         """Run every prompt from its start, with its image."""
@@ -189,11 +190,13 @@ class _PooledPass:
             tap_decoder(vlm, self._pool_whole_prompts(tokens)),
             self._pool_encoder(self.prompt_counts),
         ):
-            vlm.model(**tokens, **images, **options)
+            vlm.model(**vlm.to_device(tokens), **vlm.to_device(images), **options)
 
     def _run_without_image(self, tokens: Mapping[str, torch.Tensor]) -> None:
         vlm = self.vlm
-        with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
+        pool_prompts = self._pool_whole_prompts(tokens)
+        tokens = vlm.to_device(tokens)
+        with tap_decoder(vlm, pool_prompts):
             if not vlm.special_case.runs_without_image:
                 vlm.stack(**_text_inputs(tokens))
                 return
@@ -215,10 +218,15 @@ class _PooledPass:
         features = self.run_encoder()
         images: dict[str, torch.Tensor | None] = {}
         for name, value in batch_images(vlm, self.prepared, counts=self.prompt_counts).items():
-            images[name] = None if value.is_floating_point() else value
+            images[name] = None if value.is_floating_point() else copy_to(vlm.device, value)
         repeated = _repeat_for_prompts(features, self.owner_n, image_count=len(self.prepared))
         with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
-            vlm.model(**tokens, **images, mm_encoder_outputs={"image": repeated}, **options)
+            vlm.model(
+                **vlm.to_device(tokens),
+                **images,
+                mm_encoder_outputs={"image": repeated},
+                **options,
+            )
 
     def run_shared(self) -> None:
         """Run the prefix of each image once, with a key-value cache; then only the suffixes."""
@@ -243,10 +251,14 @@ class _PooledPass:
             ],
         )
         prefix_masks = [image.image_masks[0][:prefix_length] for image in self.prepared]
-        image_bt = stack_padded(prefix_masks).to(vlm.device)
         pooler = Pooler(
-            self.poolings, suffix_tokens["attention_mask"], prefix=Prefix(image_bt, self.owner_n)
+            self.poolings,
+            suffix_tokens["attention_mask"],
+            prefix=Prefix(stack_padded(prefix_masks), self.owner_n),
+            device=vlm.device,
         )
+        owner_n = copy_to(vlm.device, self.owner_n)
+        suffix_tokens = vlm.to_device(suffix_tokens)
         pooled_prefixes: dict[str, dict[str, torch.Tensor]] = {}
         cache = DynamicCache(config=vlm.stack.config)
 
@@ -263,18 +275,16 @@ class _PooledPass:
             self._pool_encoder([1] * len(self.prepared)),
         ):
             vlm.model(
-                **prefix_tokens,
-                **batch_images(vlm, self.prepared),
+                **vlm.to_device(prefix_tokens),
+                **vlm.to_device(batch_images(vlm, self.prepared)),
                 **cache_arguments(vlm.model, cache),
             )
         # One copy of a prefix for each of its prompts.
-        cache.reorder_cache(self.owner_n)  # type: ignore[arg-type]  # int64 is what a LongTensor holds
+        cache.reorder_cache(owner_n)  # type: ignore[arg-type]  # int64 is what a LongTensor holds
         suffix_mask = suffix_tokens["attention_mask"]
         prefix_mask = suffix_mask.new_ones(len(self.rows), prefix_length)
         options = cache_arguments(vlm.stack, cache)
-        suffix_positions = _continue_positions(
-            positions[0], self.owner_n, length=suffix_mask.shape[1]
-        )
+        suffix_positions = _continue_positions(positions[0], owner_n, length=suffix_mask.shape[1])
         if suffix_positions is not None:
             options["position_ids"] = suffix_positions
         with tap_decoder(vlm, take_suffix):
@@ -290,6 +300,7 @@ class _PooledPass:
         accepted = inspect.signature(vlm.model.get_image_features).parameters
         images = batch_images(vlm, self.prepared)
         inputs = {name: value for name, value in images.items() if name in accepted}
+        inputs = vlm.to_device(inputs)
         with self._pool_encoder([1] * len(self.prepared)):
             return vlm.model.get_image_features(**inputs, return_dict=True)
 
@@ -300,8 +311,12 @@ class _PooledPass:
     def _pool_whole_prompts(self, tokens: Mapping[str, torch.Tensor]) -> Take:
         """Return a function that pools the decoder's layers over prompts with their images."""
         masks = [mask for image in self.prepared for mask in image.image_masks]
-        image_nt = stack_padded(masks).to(self.vlm.device)
-        pooler = Pooler(self.poolings, tokens["attention_mask"], image_nt=image_nt)
+        pooler = Pooler(
+            self.poolings,
+            tokens["attention_mask"],
+            image_nt=stack_padded(masks),
+            device=self.vlm.device,
+        )
 
         def take(layer: str, hidden_ntd: torch.Tensor) -> None:
             self._add_states(layer, pooler.pool(hidden_ntd))
@@ -315,7 +330,9 @@ class _PooledPass:
         Each image occurs in the pass as often as `counts` says. The number of vectors that the
         decoder gets is compared with the number of image tokens.
         """
-        first_places = np.cumsum([0, *counts[:-1]])
+        first_places = None
+        if max(counts) > 1:
+            first_places = copy_to(self.vlm.device, torch.tensor([0, *counts[:-1]]).cumsum(0))
         token_counts = {int(image.image_masks[0].sum()) for image in self.prepared} - {0}
         poolers: dict[tuple[str, int], Pooler] = {}
         layers_seen: set[str] = set()
@@ -337,12 +354,14 @@ class _PooledPass:
                     "stage vision out"
                 )
             layers_seen.add(layer)
-            hidden_bpd = hidden_bpd[first_places]
+            if first_places is not None:
+                hidden_bpd = hidden_bpd.index_select(0, first_places)
             if (stage, patches) not in poolers:
                 poolers[stage, patches] = self._patch_pooler(stage, hidden_bpd)
             self._add_states(layer, poolers[stage, patches].pool(hidden_bpd))
 
-        with tap_encoder(self.vlm, take, image_count=sum(counts)):
+        with_blocks = "vision" in self.stages
+        with tap_encoder(self.vlm, take, image_count=sum(counts), with_blocks=with_blocks):
             yield
 
     def _patch_pooler(self, stage: str, hidden_bpd: torch.Tensor) -> Pooler:
@@ -351,9 +370,8 @@ class _PooledPass:
             mask_bp = patch_mask(self.prepared, hidden_bpd.shape[1])
         else:
             mask_bp = torch.ones(hidden_bpd.shape[:2], dtype=torch.bool)
-        mask_bp = mask_bp.to(hidden_bpd.device)
         poolings = [pooling for pooling in self.poolings if pooling != "text_mean"]
-        return Pooler(poolings, mask_bp, image_nt=mask_bp)
+        return Pooler(poolings, mask_bp, image_nt=mask_bp, device=self.vlm.device)
 
 
 def _text_inputs(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
@@ -381,11 +399,15 @@ def cache_arguments(module: nn.Module, cache: DynamicCache) -> dict[str, Any]:
 
 
 def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int) -> Any:
-    """Repeat an encoder's output for b images once per prompt; intermediate states are left out."""
+    """Repeat an encoder's output for b images once per prompt; intermediate states are left out.
+
+    `owner_n` is on the CPU.
+    """
     if isinstance(output, torch.Tensor):
         if not output.ndim or len(output) % image_count:
             return output
-        return output.unflatten(0, (image_count, -1))[owner_n].flatten(0, 1)
+        places_n = copy_to(str(output.device), owner_n)
+        return output.unflatten(0, (image_count, -1)).index_select(0, places_n).flatten(0, 1)
     if isinstance(output, (list, tuple)):
         is_nested = bool(output) and isinstance(output[0], (list, tuple))
         if len(output) == image_count and not is_nested:

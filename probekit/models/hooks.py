@@ -50,24 +50,25 @@ def tap_decoder(vlm: Vlm, take: Take) -> Iterator[None]:
 
 
 @contextmanager
-def tap_encoder(vlm: Vlm, take: Take, *, image_count: int) -> Iterator[None]:
+def tap_encoder(vlm: Vlm, take: Take, *, image_count: int, with_blocks: bool) -> Iterator[None]:
     """Hand over the image encoder's layers during a forward pass inside the context.
 
     Parameters
     ----------
     vlm : Vlm
     take : callable
-        Called as ``take(layer, hidden_bpd)`` for each of `vlm.vision_layers`, where there are some,
-        and for ``projector``, the vectors that the decoder gets.
+        Called as ``take(layer, hidden_bpd)`` for ``projector``, the vectors that the decoder gets.
     image_count : int
         b, the number of images in the pass.
+    with_blocks : bool
+        Call it for each of `vlm.vision_layers`, too, where there are some.
     """
 
     def take_by_image(layer: str, hidden: torch.Tensor | Sequence[torch.Tensor]) -> None:
         take(layer, split_by_image(hidden, image_count))
 
     handles = []
-    if vlm.vision is not None:
+    if with_blocks and vlm.vision is not None:
         handles = _add_hooks(
             vlm.vision.blocks,
             take_by_image,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 import re
@@ -27,6 +26,7 @@ from probekit.models.architectures import (
     width_of,
 )
 from probekit.models.checkpoints import Checkpoint, broken_files_named, open_checkpoint
+from probekit.models.devices import copy_to, free_memory
 from probekit.models.presets import short_name
 from probekit.models.processor import PromptProcessor
 
@@ -178,7 +178,7 @@ class Vlm:
 
     def record_sync_point(self) -> Callable[[], None]:
         """Return a function that waits until the device has done all that is queued now."""
-        if self.device == "mps":
+        if self.device.startswith("mps"):
             return torch.mps.synchronize
         if not self.device.startswith("cuda"):
             return lambda: None
@@ -192,7 +192,7 @@ class Vlm:
         moved = {}
         for name, value in inputs.items():
             dtype = float_type if value.is_floating_point() else None
-            moved[name] = value.to(self.device, dtype, non_blocking=True)
+            moved[name] = copy_to(self.device, value, dtype)
         return moved
 
     def release(self) -> None:
@@ -201,9 +201,7 @@ class Vlm:
         self.stack = None
         self.blocks = nn.ModuleList()
         self.vision = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _name_layers(stage: str, blocks: nn.ModuleList) -> tuple[str, ...]:
@@ -279,7 +277,7 @@ def load_vlm(
         )
         read_model = remove_head(full_model)
     else:
-        read_model = _load_weights(checkpoint, dtype=dtype)
+        read_model = _load_weights(checkpoint, dtype=dtype, device=device)
     vlm = Vlm(
         short_name(model, home),
         read_model.eval().requires_grad_(False).to(device),
@@ -358,8 +356,8 @@ def _reads_images(config: Any) -> bool:
 # ----------------------------------------------------------------------------------------- weights
 
 
-def _load_weights(checkpoint: Checkpoint, *, dtype: str) -> Any:
-    """Load a model with all its weights, without its head.
+def _load_weights(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
+    """Load a model with all its weights, without its head, file by file onto the device.
 
     Raises
     ------
@@ -374,6 +372,7 @@ def _load_weights(checkpoint: Checkpoint, *, dtype: str) -> Any:
             full_model, report = auto_class(config).from_pretrained(
                 source,
                 dtype=getattr(torch, dtype),
+                device_map=None if device == "cpu" else {"": device},
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,

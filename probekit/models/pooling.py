@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from probekit.models.devices import copy_to
+
 NAMED_POOLINGS = ("mean", "max", "image_mean", "text_mean", "cls", "last")
 POOLINGS = (*NAMED_POOLINGS, "token:<i>")
 
@@ -35,9 +37,9 @@ class Prefix:
     Attributes
     ----------
     image_bt : Tensor
-        (b, t) bool, True at image tokens. Every token of a prefix is real.
+        (b, t) bool on the CPU, True at image tokens. Every token of a prefix is real.
     owner_n : Tensor
-        (n,) int, which of the b prefixes stands before an example's suffix.
+        (n,) int on the CPU, which of the b prefixes stands before an example's suffix.
     """
 
     image_bt: torch.Tensor
@@ -52,19 +54,22 @@ class Prefix:
 class Pooler:
     """Pools one layer after another over the same tokens.
 
-    All tokens of an example are in one pass, or a prefix that several share was run before.
+    All tokens of an example are in one pass, or a prefix that several share was run before. What
+    depends on lengths alone is worked out on the CPU, so that nothing waits for a GPU.
 
     Parameters
     ----------
     poolings : sequence of str
         Out of :data:`POOLINGS`.
     mask_nt : Tensor
-        (n, t), 1 or True at the examples' real tokens, with padding on either side. With a prefix,
-        only their suffixes.
+        (n, t) on the CPU, 1 or True at the examples' real tokens, with padding on either side. With
+        a prefix, only their suffixes.
     image_nt : Tensor or None
-        (n, t) bool, True at image tokens; None where there are none.
+        (n, t) bool on the CPU, True at image tokens; None where there are none.
     prefix : Prefix or None
         What stands before the suffixes; None where `mask_nt` covers the whole sequence.
+    device : str
+        Where the hidden states will be.
 
     Raises
     ------
@@ -79,34 +84,51 @@ class Pooler:
         *,
         image_nt: torch.Tensor | None = None,
         prefix: Prefix | None = None,
+        device: str = "cpu",
     ) -> None:
         self.poolings = [check_pooling(name) for name in poolings]
         self.prefix = prefix
         real_nt = mask_nt.bool()
         image_nt = torch.zeros_like(real_nt) if image_nt is None else image_nt & real_nt
         # By pooling: which tokens count, and how many they are in prefix and suffix together.
-        self._masks_nt = _masks_by_pooling(real_nt, image_nt)
-        self._counts_n = {name: mask_nt.sum(1) for name, mask_nt in self._masks_nt.items()}
-        self._prefix_masks_bt: dict[str, torch.Tensor] = {}
+        masks_nt = _masks_by_pooling(real_nt, image_nt)
+        counts_n = {name: mask_nt.sum(1) for name, mask_nt in masks_nt.items()}
+        prefix_masks_bt: dict[str, torch.Tensor] = {}
         if prefix is not None:
             real_bt = torch.ones_like(prefix.image_bt)
-            self._prefix_masks_bt = _masks_by_pooling(real_bt, prefix.image_bt)
-            for name, mask_bt in self._prefix_masks_bt.items():
-                self._counts_n[name] = self._counts_n[name] + mask_bt.sum(1)[prefix.owner_n]
-        self._check_means()
-        self._places_n = {
-            name: self._find_token(name) for name in self.poolings if name not in self._masks_nt
+            prefix_masks_bt = _masks_by_pooling(real_bt, prefix.image_bt)
+            for name, mask_bt in prefix_masks_bt.items():
+                counts_n[name] = counts_n[name] + mask_bt.sum(1)[prefix.owner_n]
+        self._check_means(counts_n)
+        places_n = {
+            name: self._find_token(name, real_nt, counts_n["mean"])
+            for name in self.poolings
+            if name not in masks_nt
+        }
+        self._masks_nt = self._on_device(masks_nt, device)
+        self._counts_n = self._on_device(counts_n, device)
+        self._prefix_masks_bt = self._on_device(prefix_masks_bt, device)
+        self._places_n = self._on_device(places_n, device)
+        self._owner_n = copy_to(device, prefix.owner_n) if prefix else None
+
+    def _on_device(self, tensors: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+        """Copy what belongs to a pooling that is wanted."""
+        return {
+            name: copy_to(device, tensor)
+            for name, tensor in tensors.items()
+            if name in self.poolings
         }
 
-    def _check_means(self) -> None:
+    def _check_means(self, counts_n: dict[str, torch.Tensor]) -> None:
         for name in ("image_mean", "text_mean"):
-            if name in self.poolings and bool((self._counts_n[name] == 0).any()):
+            if name in self.poolings and bool((counts_n[name] == 0).any()):
                 raise ValueError(f"pooling {name!r}: an example has no such tokens")
 
-    def _find_token(self, pooling: str) -> torch.Tensor:
+    def _find_token(
+        self, pooling: str, real_nt: torch.Tensor, total_n: torch.Tensor
+    ) -> torch.Tensor:
         """(n,) place of a single token in the sequence of prefix and suffix."""
         index = _token_index(pooling)
-        total_n = self._counts_n["mean"]
         wanted_n = total_n + index if index < 0 else torch.full_like(total_n, index)
         if bool(((wanted_n < 0) | (wanted_n >= total_n)).any()):
             raise ValueError(
@@ -114,7 +136,6 @@ class Pooler:
                 f"({int(total_n.min())})"
             )
         prefix_length = self.prefix.length if self.prefix else 0
-        real_nt = self._masks_nt["mean"]
         ordinal_nt = real_nt.cumsum(1)  # 1 at an example's first real token
         is_wanted_nt = (ordinal_nt == (wanted_n - prefix_length)[:, None] + 1) & real_nt
         place_n = is_wanted_nt.int().argmax(1)
@@ -144,7 +165,7 @@ class Pooler:
         for name in self.poolings:
             if name in self._places_n:
                 place_n = self._places_n[name].clamp(max=self.prefix.length - 1)
-                pooled[name] = hidden_btd[self.prefix.owner_n, place_n].float()
+                pooled[name] = hidden_btd[self._owner_n, place_n].float()
             else:
                 pooled[name] = _reduce(hidden_btd, self._prefix_masks_bt[name], pooling=name)
         return pooled
@@ -184,8 +205,7 @@ class Pooler:
         """(n, d) the token at a place, which lies in the suffix or in the prefix."""
         prefix_length = self.prefix.length if self.prefix else 0
         suffix_place_n = (place_n - prefix_length).clamp(min=0)
-        example_n = torch.arange(len(place_n), device=place_n.device)
-        values_nd = hidden_ntd[example_n, suffix_place_n].float()
+        values_nd = hidden_ntd.take_along_dim(suffix_place_n[:, None, None], 1)[:, 0].float()
         if prefix_values_nd is None:
             return values_nd
         return torch.where((place_n < prefix_length)[:, None], prefix_values_nd, values_nd)
@@ -195,8 +215,8 @@ class Pooler:
     ) -> torch.Tensor:
         """(n, d) the maximum or the mean over tokens of suffix and prefix."""
         values_nd = _reduce(hidden_ntd, self._masks_nt[pooling], pooling=pooling)
-        if self.prefix is not None and prefix_values_bd is not None:
-            prefix_values_nd = prefix_values_bd[self.prefix.owner_n]
+        if prefix_values_bd is not None:
+            prefix_values_nd = prefix_values_bd[self._owner_n]
             if pooling == "max":
                 values_nd = torch.maximum(values_nd, prefix_values_nd)
             else:

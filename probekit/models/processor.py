@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from datetime import date
 from functools import cached_property
@@ -54,6 +54,11 @@ class PreparedImage:
     def with_prompt(self, k: int) -> PreparedImage:
         """Return the image with its k-th prompt alone."""
         return PreparedImage(self.image_inputs, [self.tokens[k]], [self.image_masks[k]])
+
+    def with_inputs(self, change: Callable[[Any], Any]) -> PreparedImage:
+        """Return the image with each of its inputs changed."""
+        inputs = {name: change(value) for name, value in self.image_inputs.items()}
+        return PreparedImage(inputs, self.tokens, self.image_masks)
 
     @property
     def prefix_length(self) -> int:

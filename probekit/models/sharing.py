@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from probekit.models.devices import is_out_of_memory
 from probekit.models.forward import WAYS, States, run_pooled
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
@@ -42,26 +43,6 @@ NOISE_FACTOR = 3  # how much more than the noise of another batching a sound way
 # A channel that hardly varies is measured by this part of the layer's median one.
 SMALLEST_SPREAD = 0.01
 TINY = 1e-30  # in place of a zero that something is divided by
-
-# What torch says on MPS, on a CPU and in CUDA's libraries; only CUDA itself has an exception.
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cannot allocate memory",
-    "invalid buffer size",
-    "status_alloc_failed",
-)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that a device or the machine has no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    return any(message in text for message in OUT_OF_MEMORY_MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -115,7 +96,7 @@ def choose_way(
     Raises
     ------
     MemoryError, RuntimeError
-        A way does not fit the memory (:func:`is_out_of_memory`).
+        A way does not fit the memory (:func:`probekit.models.devices.is_out_of_memory`).
     """
     poolings = list(dict.fromkeys([*poolings, "mean", "last"]))
     trial = _Trial(vlm, prepared, poolings=poolings, stages=stages)

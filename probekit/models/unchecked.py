@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from probekit.models.architectures import has_text_encoder
+from probekit.models.devices import is_out_of_memory
 from probekit.models.forward import read_layers
 from probekit.models.load import Vlm
 from probekit.models.presets import read_checked_architectures
 from probekit.models.processor import PreparedImage
-from probekit.models.sharing import is_out_of_memory
 
 
 @torch.inference_mode()
@@ -31,7 +31,7 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
     ValueError
         The model does not run, returns no hidden states to compare with, or others.
     MemoryError, RuntimeError
-        The prompt does not fit the memory (:func:`is_out_of_memory`).
+        The prompt does not fit the memory (:func:`probekit.models.devices.is_out_of_memory`).
     """
     model_type = vlm.config.model_type
     if model_type in read_checked_architectures().index:

@@ -60,9 +60,18 @@ class FittedProbes:
         )
 
 
-def training_device() -> str:
-    """Return where probes are trained: ``"cuda"`` where there is one, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def training_device(device: str | None = None) -> str:
+    """Return where probes are trained.
+
+    Parameters
+    ----------
+    device : str or None
+        That models run on; None takes a GPU where there is one. Probes need float64, which MPS
+        lacks: there the CPU trains them.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device.startswith("mps") else device
 
 
 def fit_logreg(

@@ -17,9 +17,12 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction import loading, shards
+from probekit.extraction.settings import suitable_batch_tokens
 from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models import forward
+from probekit.models.budget import TokenBudget
+from probekit.models.devices import copy_to
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.processor import PreparedImage
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
@@ -82,6 +85,7 @@ def compute_heat(
     *,
     weights: ProbeWeights,
     cells: Sequence[np.ndarray],
+    budget: TokenBudget | None = None,
 ) -> list[HeatMap]:
     """Run images through the model and apply each layer's probe to every image token.
 
@@ -97,6 +101,8 @@ def compute_heat(
         Probes of all decoder layers.
     cells : sequence of ndarray
         (t, 4) where each image's tokens lie.
+    budget : TokenBudget or None
+        Runs images that do not fit the memory in parts; None leaves that to the caller.
 
     Returns
     -------
@@ -106,24 +112,36 @@ def compute_heat(
     probes = {}
     for place, layer in enumerate(vlm.layers):
         weight_dc, intercept_c = weights.raw_weights(place)
-        probes[layer] = (weight_dc.to(vlm.device), intercept_c.to(vlm.device))
-    image_tokens = []
-    for one in prepared:
-        tokens = torch.from_numpy(np.flatnonzero(one.image_masks[0]))
-        image_tokens.append(tokens.to(vlm.device))
-    logits_by_image: list[list[np.ndarray]] = [[] for _ in prepared]
+        probes[layer] = (copy_to(vlm.device, weight_dc), copy_to(vlm.device, intercept_c))
+
+    def run(part: Sequence[PreparedImage]) -> list[np.ndarray]:
+        return _read_logits(vlm, part, probes)
+
+    first_prompts = [one.with_prompt(0) for one in prepared]
+    if budget is None:
+        logits = run(first_prompts)
+    else:
+        logits = budget.run(
+            first_prompts, run, way="plain", join=lambda first, second, _: [*first, *second]
+        )
+    return [HeatMap(logit_ltc, cells_t4) for logit_ltc, cells_t4 in zip(logits, cells, strict=True)]
+
+
+def _read_logits(
+    vlm: Vlm,
+    prepared: Sequence[PreparedImage],
+    probes: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> list[np.ndarray]:
+    """(l, t, c) log-odds per image; `probes` are (d, c) weights and (c,) intercepts of layers."""
+    logits_by_layer: list[torch.Tensor] = []
 
     def apply_probe(layer: str, hidden_ntd: torch.Tensor) -> None:
         weight_dc, intercept_c = probes[layer]
-        for i, tokens in enumerate(image_tokens):
-            logit_tc = hidden_ntd[i, tokens].float() @ weight_dc + intercept_c
-            logits_by_image[i].append(logit_tc.cpu().numpy())
+        logits_by_layer.append(hidden_ntd.float() @ weight_dc + intercept_c)
 
     forward.read_layers(vlm, prepared, apply_probe)
-    return [
-        HeatMap(np.stack(logits), cells_t4)
-        for logits, cells_t4 in zip(logits_by_image, cells, strict=True)
-    ]
+    logit_lntc = torch.stack(logits_by_layer).cpu().numpy()
+    return [logit_lntc[:, i, np.flatnonzero(one.image_masks[0])] for i, one in enumerate(prepared)]
 
 
 def relative_boxes(instances: pd.DataFrame) -> np.ndarray:
@@ -375,10 +393,15 @@ def _compute_all_heat(
         [shards.model_inputs(rows, home)],
         longest_side=longest_side,
         home=home,
+        dtype=vlm.dtype,
     )
-    batches = loading.fill_batches(
-        items, token_budget=lambda: settings["batch_tokens"], way=lambda: "plain"
+    budget = TokenBudget(
+        min(settings["batch_tokens"], suitable_batch_tokens(vlm.device)),
+        model=vlm.name,
+        device=vlm.device,
+        fix=LEAVE_OUT,
     )
+    batches = loading.fill_batches(items, token_budget=lambda: budget.tokens, way=lambda: "plain")
     grid = TokenGrid(vlm)
     is_checked = False
     for batch in batches:
@@ -389,7 +412,7 @@ def _compute_all_heat(
             check_token_grid(vlm, images[:CHECKED_IMAGES], prompt=rows.prompt.iloc[0])
             is_checked = True
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
-        heat_maps = compute_heat(vlm, prepared, weights=weights, cells=cells)
+        heat_maps = compute_heat(vlm, prepared, weights=weights, cells=cells, budget=budget)
         yield from zip(places, heat_maps, strict=True)
 
 

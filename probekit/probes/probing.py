@@ -132,6 +132,7 @@ class _Job:
     pooling: str
     tasks: Sequence[_ProbedTask]
     settings: ProbeSettings
+    device: str
 
     @property
     def model(self) -> str:
@@ -160,7 +161,11 @@ class _Job:
 
 
 def probe_activations(
-    activations: Activations, *, settings: ProbeSettings, folder: Path
+    activations: Activations,
+    *,
+    settings: ProbeSettings,
+    folder: Path,
+    device: str | None = None,
 ) -> ProbeResults:
     """Probe every layer, pooling and task of the activations of one model.
 
@@ -175,6 +180,8 @@ def probe_activations(
     folder : Path
         Folder of the run's results. The tables go into a folder inside it that has the activations'
         name, and are read back from there if nothing has changed.
+    device : str or None
+        Where probes are trained, see :func:`probekit.probes.fitting.training_device`.
 
     Returns
     -------
@@ -213,7 +220,7 @@ def probe_activations(
         tasks.append(_ProbedTask(task, _make_label_sets(task, settings)))
     parts = []
     for pooling in activations.poolings:
-        job = _Job(activations, pooling, tasks, settings)
+        job = _Job(activations, pooling, tasks, settings, fitting.training_device(device))
         for part in _probe_pooling(job):
             parts.append(part.with_settings(fingerprint))
     store = {
@@ -307,7 +314,7 @@ def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[_LabelKey, Fitt
     with tqdm(total=len(job.layers), desc=description, unit="layer") as bar:
         for layers, x_lnd in _layer_groups(job):
             for probed_task in job.tasks:
-                x_task_lnd = x_lnd[:, probed_task.task.rows].to(fitting.training_device())
+                x_task_lnd = x_lnd[:, probed_task.task.rows].to(job.device)
                 for kind in kinds:
                     fitted = _fit(
                         x_task_lnd, probed_task, kind=kind, layers=layers, settings=job.settings

@@ -48,7 +48,14 @@ def test_extraction_finds_the_states_of_the_study_in_a_memory_that_does_not_grow
     assert result["peak_rss_mb_double"] < 1.1 * result["peak_rss_mb"]
 
 
-def test_faults_cost_the_shard_in_flight_and_nothing_else(run):
+def test_the_gpu_benchmark_runs_on_a_cpu_too(run):
+    result = run("gpu", "--device", "cpu", "--dtype", "float32", "--quick")
+    assert list(result["extraction"]) == ["qwen2-vl-2b", "fastvlm-0.5b"]
+    for measured in result["extraction"].values():
+        assert measured["images_per_s"] > 0
+
+
+def test_faults_cost_the_shards_in_flight_and_nothing_else(run):
     rows = {row["fault"]: row for row in run("faults", "--kills", 3, "--images", 30)}
     assert rows["kill -9 at a random moment"]["times"] == 3
     records = [row for fault, row in rows.items() if fault.startswith(("meta", "plan", "rows"))]
@@ -57,7 +64,7 @@ def test_faults_cost_the_shard_in_flight_and_nothing_else(run):
         "shard truncated": "cannot be opened",
         "two shards exchanged": "belongs somewhere else",
         "bit flipped in a shard's numbers": "python -m probekit verify",
-        "out of memory on a batch": "halved",
+        "out of memory on a batch": "it runs in halves",
         "nan in a layer": "lm.03/mean: not finite for 1 of",
         "image of 30,000 x 30,000 pixels": "exceeds limit",
         "image truncated": "cannot be read",

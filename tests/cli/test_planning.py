@@ -85,4 +85,4 @@ def test_a_sample_is_run_where_no_rate_is_named(examples):
     )
     assert estimate.way == "shared"
     assert 0 < estimate.hours < 1
-    assert estimate.load_s > 0
+    assert estimate.start_s > 0

@@ -27,13 +27,13 @@ def extract(data):
 def computed(monkeypatch) -> list[tuple[int, tuple]]:
     """What is computed from now on: the number of rows and the contents of each shard."""
     log = []
-    original = runner.write_checked
+    original = runner.ShardStates.write
 
-    def log_and_write(shard, states, model):
-        log.append((len(shard.rows), shard.shard_set.contents))
-        original(shard, states, model)
+    def log_and_write(states, vlm):
+        log.append((len(states.shard.rows), states.shard.shard_set.contents))
+        original(states, vlm)
 
-    monkeypatch.setattr(runner, "write_checked", log_and_write)
+    monkeypatch.setattr(runner.ShardStates, "write", log_and_write)
     return log
 
 

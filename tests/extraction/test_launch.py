@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from probekit.extraction import launch, runner
+from probekit.extraction import launch
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.jobs import plan_job
 from probekit.extraction.launch import Launcher, rank_from_environment
+from probekit.extraction.runner import ShardStates
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
 from tests.conftest import REPOSITORY
@@ -51,15 +52,15 @@ def work(
     sys.stderr = (home / "stderr.txt").open("a")
     os.environ.update(RAY_VARIABLES | (environment or {}))
     torch.set_num_threads(1)
-    original = runner.write_checked
+    original = ShardStates.write
 
-    def write_and_log(shard, states, model):
+    def write_and_log(states, vlm):
         time.sleep(sleep)
-        original(shard, states, model)
+        original(states, vlm)
         with (home / "made.txt").open("a") as log:
-            log.write(f"{shard.name} {os.getpid()}\n")
+            log.write(f"{states.shard.name} {os.getpid()}\n")
 
-    runner.write_checked = write_and_log
+    ShardStates.write = write_and_log
     examples = pd.read_parquet(home.parent / "examples.parquet")
     settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
     (home / f"ready-{os.getpid()}").touch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from probekit.extraction.loading import fill_batches, prepare_images
+from probekit.extraction.loading import copy_pixels, fill_batches, look_ahead, prepare_images
 from probekit.extraction.shards import model_inputs
 from probekit.images import load_rgb
 from probekit.paths import Home
@@ -20,9 +22,15 @@ def rows(examples):
     return model_inputs(examples, Home.find())
 
 
-def prepare(vlm, rows, workers):
-    processor = vlm.prompt_processor
-    return prepare_images(processor, [rows], longest_side=None, home=Home.find(), workers=workers)
+def prepare(vlm, rows, workers, dtype="float32"):
+    return prepare_images(
+        vlm.prompt_processor,
+        [rows],
+        longest_side=None,
+        home=Home.find(),
+        dtype=dtype,
+        workers=workers,
+    )
 
 
 @pytest.mark.slow
@@ -50,7 +58,8 @@ def test_an_image_that_a_worker_cannot_read_is_named(rows, vlm, tmp_path):
     assert "Traceback" not in str(caught.value)
 
 
-def test_workers_use_no_shared_memory(rows, vlm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_workers_use_no_shared_memory(rows, vlm, tmp_path, monkeypatch, dtype):
     """Where it is full, as in small containers, items would be lost and waited for."""
     marker = tmp_path / "shared"
 
@@ -59,13 +68,34 @@ def test_workers_use_no_shared_memory(rows, vlm, tmp_path, monkeypatch):
         return reduce_tensor(tensor)
 
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, share)
-    items = list(prepare(vlm, rows.head(60), workers=1))
+    items = list(prepare(vlm, rows.head(60), workers=1, dtype=dtype))
     expected = list(prepare(vlm, rows.head(60), workers=0))
     assert len(items) == len(expected)
     for item, one in zip(items, expected, strict=True):
         for name, values in one.prepared.image_inputs.items():
-            assert torch.equal(item.prepared.image_inputs[name], values)
+            received = item.prepared.image_inputs[name]
+            assert received.dtype == (
+                getattr(torch, dtype) if values.is_floating_point() else values.dtype
+            )
+            assert torch.equal(received, values.to(received.dtype))
     assert not marker.exists()
+
+
+def test_pixels_are_copied_and_masks_stay(rows, vlm, monkeypatch):
+    (item,) = prepare(vlm, rows.head(1), workers=0)
+    mask = torch.ones(1, 4)
+    inputs = item.prepared.image_inputs | {"image_attention_mask": mask}
+    item = replace(item, prepared=replace(item.prepared, image_inputs=inputs))
+    copied = []
+
+    def copy(device, values):
+        copied.append(values)
+        return values
+
+    monkeypatch.setattr("probekit.extraction.loading.copy_to", copy)
+    copy_pixels([item], "cuda")
+    assert len(copied) == 1
+    assert copied[0] is inputs["pixel_values"]
 
 
 def test_an_error_of_the_processor_is_not_blamed_on_the_image(rows, vlm, monkeypatch):
@@ -121,3 +151,46 @@ def test_an_error_of_the_processor_is_blamed_on_what_causes_it(rows, vlm):
     ):
         with pytest.raises(ValueError, match=blamed):
             list(prepare_images(processor, [rows], longest_side=None, home=Home.find()))
+
+
+def test_looking_ahead_changes_nothing_and_makes_one_item_more_than_is_worked_on():
+    made = []
+
+    def make():
+        for k in range(5):
+            made.append(k)
+            yield k
+
+    found = []
+    for item in look_ahead(make()):
+        deadline = time.monotonic() + 60
+        while len(made) < min(5, item + 2):  # the next one is made meanwhile
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert len(made) == min(5, item + 2)
+        found.append(item)
+    assert found == list(range(5))
+    assert list(look_ahead([])) == []
+
+
+def test_an_error_ahead_is_raised_after_what_came_before():
+    def make():
+        yield 1
+        yield 2
+        raise ValueError("broken.jpg")
+
+    found = []
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        for item in look_ahead(make()):
+            found.append(item)  # what was found before the error counts
+    assert found == [1, 2]
+
+
+def test_pixels_that_do_not_fit_ahead_stay_where_they_are(rows, vlm, monkeypatch):
+    batch = list(prepare(vlm, rows.head(4), workers=0))
+
+    def fail(device, values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("probekit.extraction.loading.copy_to", fail)
+    assert copy_pixels(batch, "cuda") is batch

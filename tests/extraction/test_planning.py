@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probekit.extraction.jobs import plan_job
 from probekit.extraction.loading import prepare_images
-from probekit.extraction.planning import ModelSize, estimate_extraction, hours_by_workers
+from probekit.extraction.planning import (
+    ModelSize,
+    Timed,
+    estimate_extraction,
+    fit_times,
+    hours_by_workers,
+)
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import model_inputs
 from probekit.models import forward
@@ -120,7 +126,15 @@ def test_prompts_without_an_image_are_units_of_their_own(data, examples):
 
 
 def test_workers_make_whole_shards_and_each_loads_the_model():
-    table = pd.DataFrame({"shards": [10, 3], "hours": [2.0, 0.6], "load_s": [360.0, 0.0]})
+    table = pd.DataFrame({"shards": [10, 3], "hours": [2.0, 0.6], "start_s": [360.0, 0.0]})
     hours = hours_by_workers(table, 4).set_index("workers").hours
     # 2 + 0.6 + 0.1; 5 of 10 and 2 of 3 shards; 3 of 10 and 1 of 3
     assert hours.round(6).to_dict() == {1: 2.7, 2: 1.5, 4: 0.9}
+
+
+def test_what_it_costs_to_begin_is_not_multiplied():
+    assert fit_times(Timed(8, 5.0), Timed(24, 7.0)) == pytest.approx((4.0, 0.125))
+    slow_at_first = fit_times(Timed(8, 9.0), Timed(24, 6.0))
+    assert slow_at_first == (0.0, 0.25)
+    only_one = Timed(1, 5.0)
+    assert fit_times(only_one, only_one) == (0.0, 5.0)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from probekit.extraction import runner
+from probekit.extraction import loading, runner
+from probekit.extraction.shards import TensorKey
 from probekit.models import forward, sharing
 from probekit.models.load import load_vlm
 
@@ -217,3 +218,40 @@ def test_one_model_is_gone_before_the_next_is_loaded(extract, examples, monkeypa
 def test_a_stage_that_a_model_lacks_is_left_out_or_refused(extract, examples):
     with pytest.raises(ValueError, match=r'no stage vision .*: take stages=\["lm"\]'):
         extract(examples.head(8), "tiny-fast-vlm", stages=("vision",))
+
+
+@pytest.mark.slow
+def test_what_was_computed_is_written_whatever_goes_wrong_next_to_it(
+    extract, data, examples, monkeypatch
+):
+    write = runner.ShardStates.write
+
+    def spoil_the_third(states, vlm):
+        if states.shard.number == 2:
+            states.states[TensorKey("lm.03", "mean")][1, 5] = np.nan
+        write(states, vlm)
+
+    monkeypatch.setattr(runner.ShardStates, "write", spoil_the_third)
+    with pytest.raises(FloatingPointError, match=r"lm\.03/mean: not finite for 1 of"):
+        extract(examples, shard_images=6)
+    made = sorted(data.glob("activations/*/*/shards-*/shard-*.safetensors"))
+    assert [file.name[6:11] for file in made] == ["00000", "00001", "00003"]
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_does_not_cost_the_shard_before(
+    extract, data, examples, monkeypatch
+):
+    load_rgb = loading.load_rgb
+    images = examples.drop_duplicates("image_id").file.tolist()
+
+    def fail_on_one(path, longest_side):
+        if str(path) == images[12]:  # the first of the third shard
+            raise OSError(f"{path} cannot be read")
+        return load_rgb(path, longest_side)
+
+    monkeypatch.setattr(loading, "load_rgb", fail_on_one)
+    with pytest.raises(OSError, match="cannot be read"):
+        extract(examples, shard_images=6, sharing="off")
+    made = sorted(data.glob("activations/*/*/shards-*/shard-*.safetensors"))
+    assert [file.name[6:11] for file in made] == ["00000", "00001"]

@@ -69,6 +69,18 @@ def test_a_setting_that_makes_no_sense_is_refused_before_anything_is_loaded(
         extract(examples, **change)
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "tokens"), [(2, 2048), (4, 4096), (8, 8192), (24, 16_384), (140, 16_384)]
+)
+def test_batches_are_chosen_by_all_of_a_gpus_memory(monkeypatch, gigabytes, tokens):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(gigabytes * 1.07e9)))
+    settings = ExtractionSettings("tiny-qwen2-vl", dtype="bfloat16")
+    filled = settings.fill_in("cuda:0", Home.find())
+    assert filled.token_budget == tokens
+    assert filled.images_per_shard == 500
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_absent_gpu_wants_a_dtype():
     with pytest.raises(ValueError, match="name one, such as dtype=bfloat16"):

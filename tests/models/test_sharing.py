@@ -12,9 +12,10 @@ from PIL import Image
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.settings import ExtractionSettings
 from probekit.images import load_rgb
+from probekit.models.devices import is_out_of_memory
 from probekit.models.forward import run_pooled
 from probekit.models.load import load_vlm
-from probekit.models.sharing import choose_way, is_out_of_memory
+from probekit.models.sharing import choose_way
 from tests.models.test_architectures import PROMPTS
 from tests.support.planted_faults import FAULTS, OUTLIERS, plant_fault, plant_outlier
 
