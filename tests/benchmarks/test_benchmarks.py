@@ -48,6 +48,13 @@ def test_extraction_finds_the_states_of_the_study_in_a_memory_that_does_not_grow
     assert result["peak_rss_mb_double"] < 1.1 * result["peak_rss_mb"]
 
 
+def test_probes_at_the_studys_size_are_timed_by_part(run):
+    result = run("paper_scale", "--images", 480, "--layers", 1, "--probes", "logreg")
+    assert result["logreg_s_per_layer"] > 0
+    assert result["score_s_per_layer"] > 0
+    assert result["examples"] == 4 * 480
+
+
 def test_the_gpu_benchmark_runs_on_a_cpu_too(run):
     result = run("gpu", "--device", "cpu", "--dtype", "float32", "--quick")
     assert list(result["extraction"]) == ["qwen2-vl-2b", "fastvlm-0.5b"]
