@@ -141,7 +141,11 @@ def _read_logits(
 
     forward.read_layers(vlm, prepared, apply_probe)
     logit_lntc = torch.stack(logits_by_layer).cpu().numpy()
-    return [logit_lntc[:, i, np.flatnonzero(one.image_masks[0])] for i, one in enumerate(prepared)]
+    # np.take lays numbers out in their order, as they are written to files.
+    return [
+        np.take(logit_lntc[:, i], np.flatnonzero(one.image_masks[0]), axis=1)
+        for i, one in enumerate(prepared)
+    ]
 
 
 def relative_boxes(instances: pd.DataFrame) -> np.ndarray:

@@ -69,6 +69,11 @@ def test_heat_does_not_depend_on_the_batch(vlm, weights, prepared, cells, heat_m
         np.testing.assert_allclose(alone.logit_ltc, heat_map.logit_ltc, atol=2e-3)
 
 
+def test_heat_is_laid_out_as_files_are_written(heat_maps):
+    """safetensors writes the memory of an array, in whatever order its numbers lie there."""
+    assert all(heat_map.logit_ltc.flags["C_CONTIGUOUS"] for heat_map in heat_maps)
+
+
 def test_log_odds_of_the_mean_are_the_mean_of_those_of_the_tokens(
     vlm, weights, prepared, heat_maps
 ):
