@@ -14,8 +14,9 @@ floor   bare forward passes of the base model over exactly the tokens that must 
 
 Ours and the floor run twice, in turn: the floor is held against the faster, plain against the mean
 of ours. No time includes loading the model. Ours includes what it does once, whatever the number of
-images: the check which way the model goes, one prompt more. The vocabulary is chosen so that the
-head has the share of the parameters that it has in Qwen2-VL-2B (about 15 %).
+images: the check which way the model goes, on batches of the first and the last images. The
+vocabulary is chosen so that the head has the share of the parameters that it has in Qwen2-VL-2B
+(about 15 %).
 """
 
 from __future__ import annotations

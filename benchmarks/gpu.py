@@ -24,8 +24,9 @@ import argparse
 import json
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -82,38 +83,44 @@ FAST_VLM_PIXELS = 1024
 BUSY_EVERY_S = 0.1
 
 
-def make_qwen2_vl(folder: Path, *, quick: bool) -> None:
-    """Write the config and processor of a Qwen2-VL-2B, without weights."""
-    source = locate("tiny-qwen2-vl")
+def set_qwen2_vl_pixels(config: Any, processor: Any) -> None:
+    processor.image_processor.patch_size = 14
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+
+
+def set_fast_vlm_pixels(config: Any, processor: Any) -> None:
+    config.image_seq_length = (FAST_VLM_PIXELS // 64) ** 2
+    square = {"height": FAST_VLM_PIXELS, "width": FAST_VLM_PIXELS}
+    processor.image_processor.size = square
+    processor.image_processor.crop_size = square
+    processor.patch_size = 64
+
+
+class FullSize(NamedTuple):
+    """What makes a published model's config and processor of a demo model's."""
+
+    demo: str
+    configs: dict[str, dict[str, Any]]
+    set_pixels: Callable[[Any, Any], None]
+
+
+MODELS = {
+    "qwen2-vl-2b": FullSize("tiny-qwen2-vl", QWEN2_VL_2B, set_qwen2_vl_pixels),
+    "fastvlm-0.5b": FullSize("tiny-fast-vlm", FAST_VLM_05B, set_fast_vlm_pixels),
+}
+
+
+def make_checkpoint(model: FullSize, folder: Path, *, quick: bool) -> None:
+    """Write a config and a processor, without weights."""
+    source = locate(model.demo)
     config = AutoConfig.from_pretrained(source)
     processor = AutoProcessor.from_pretrained(source)
     if not quick:
-        config.text_config.update(QWEN2_VL_2B["text_config"])
-        config.vision_config.update(QWEN2_VL_2B["vision_config"])
-        processor.image_processor.patch_size = 14
-        processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+        for part, values in model.configs.items():
+            getattr(config, part).update(values)
+        model.set_pixels(config, processor)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def make_fast_vlm(folder: Path, *, quick: bool) -> None:
-    """Write the config and processor of a FastVLM-0.5B, without weights."""
-    source = locate("tiny-fast-vlm")
-    config = AutoConfig.from_pretrained(source)
-    processor = AutoProcessor.from_pretrained(source)
-    if not quick:
-        config.text_config.update(FAST_VLM_05B["text_config"])
-        config.vision_config.update(FAST_VLM_05B["vision_config"])
-        config.image_seq_length = (FAST_VLM_PIXELS // 64) ** 2
-        square = {"height": FAST_VLM_PIXELS, "width": FAST_VLM_PIXELS}
-        processor.image_processor.size = square
-        processor.image_processor.crop_size = square
-        processor.patch_size = 64
-    config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-MODELS = {"qwen2-vl-2b": make_qwen2_vl, "fastvlm-0.5b": make_fast_vlm}
 
 
 def draw_weights(name: str, checkpoint: Path, *, dtype: str, device: str) -> Vlm:
@@ -159,7 +166,7 @@ class BusyMeter:
 
     @property
     def share(self) -> float:
-        """NaN where it cannot be told."""
+        """NaN where the driver was not asked."""
         return float(np.mean(self._percents)) / 100 if self._percents else np.nan
 
 
@@ -210,7 +217,7 @@ def main() -> None:
         examples = make_examples(root, images, options.prompts_per_image)
         for name in options.models:
             checkpoint = root / name
-            MODELS[name](checkpoint, quick=options.quick)
+            make_checkpoint(MODELS[name], checkpoint, quick=options.quick)
             vlm = draw_weights(name, checkpoint, dtype=options.dtype, device=options.device)
             parameters = sum(parameter.numel() for parameter in vlm.model.parameters())
             measured = measure_extraction(vlm, checkpoint, examples)

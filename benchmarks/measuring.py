@@ -12,6 +12,8 @@ from typing import TypeVar
 import pandas as pd
 
 from probekit.data.scenes import write_scenes
+from probekit.extraction.folder import ActivationFolder
+from probekit.extraction.shards import Content, ShardSet, model_inputs
 from probekit.paths import Home
 from probekit.tasks.base import BuildSettings
 from probekit.tasks.building import build_examples
@@ -46,6 +48,18 @@ def build_scene_examples(
         **settings,
     )
     return build_examples(build_settings, folder / f"tables-{images}")
+
+
+def plan_random_shards(
+    folder: ActivationFolder, examples: pd.DataFrame, home: Home, *, prompts: int
+) -> ShardSet:
+    """Plan shards of mean-pooled states for examples without images."""
+    return ShardSet.create(
+        folder,
+        model_inputs(examples, home),
+        contents=[Content("lm", "mean")],
+        shard_images=prompts,  # a prompt without an image counts for one
+    )
 
 
 def list_shards(home: Home) -> list[Path]:

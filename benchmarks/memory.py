@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from measuring import high_water_mb, save_json
+from measuring import high_water_mb, plan_random_shards, save_json
 
 from probekit.extraction.folder import ActivationFolder, open_folder
-from probekit.extraction.shards import Content, ShardSet, TensorKey, model_inputs
+from probekit.extraction.shards import TensorKey
 from probekit.extraction.store import Activations
 from probekit.paths import Home
 from probekit.probes.probing import ProbeSettings, probe_activations
@@ -61,12 +61,7 @@ def write_random_shards(
     home: Home,
 ) -> None:
     """Write random features; the last layer carries the label."""
-    shard_set = ShardSet.create(
-        folder,
-        model_inputs(examples, home),
-        contents=[Content("lm", "mean")],
-        shard_images=SHARD_PROMPTS,  # a prompt without an image counts for one
-    )
+    shard_set = plan_random_shards(folder, examples, home, prompts=SHARD_PROMPTS)
     sign_n1 = 2 * np.array(examples["labels"].tolist()) - 1
     row = 0
     for i in range(shard_set.shard_count):

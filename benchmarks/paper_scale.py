@@ -29,11 +29,11 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 import torch
-from measuring import high_water_mb, run_in_new_process, save_json
+from measuring import high_water_mb, plan_random_shards, run_in_new_process, save_json
 from sklearn.linear_model import LogisticRegression
 
 from probekit.extraction.folder import ActivationFolder, open_folder
-from probekit.extraction.shards import Content, ShardSet, TensorKey, model_inputs
+from probekit.extraction.shards import TensorKey
 from probekit.extraction.store import Activations
 from probekit.paths import Home
 from probekit.probes import fitting, probing
@@ -107,13 +107,8 @@ def write_features(
     rng: np.random.Generator,
     home: Home,
 ) -> None:
-    """Write features that tell the labels in part, and better from layer to layer."""
-    shard_set = ShardSet.create(
-        folder,
-        model_inputs(examples, home),
-        contents=[Content("lm", "mean")],
-        shard_images=SHARD_PROMPTS,  # a prompt without an image counts for one
-    )
+    """Write features from which labels can be read in part, better from layer to layer."""
+    shard_set = plan_random_shards(folder, examples, home, prompts=SHARD_PROMPTS)
     signs = np.zeros((len(examples), CATEGORIES), np.float32)
     for i, (labels, mask) in enumerate(zip(examples["labels"], examples["mask"], strict=True)):
         signs[i, : len(labels)] = (2 * labels - 1) * mask
@@ -128,9 +123,10 @@ def write_features(
         noise = 0.01 * rng.normal(size=(count, WIDTH)).astype(np.float32)
         states = {}
         for place, layer in enumerate(layers, start=1):
-            told = latent.copy()
-            np.add.at(told.T, directions, 0.8 * place / len(layers) * signs[row : row + count].T)
-            states[TensorKey(layer, "mean")] = (told @ mixing + noise) * scale
+            with_labels = latent.copy()
+            strength = 0.8 * place / len(layers)
+            np.add.at(with_labels.T, directions, strength * signs[row : row + count].T)
+            states[TensorKey(layer, "mean")] = (with_labels @ mixing + noise) * scale
         shard_set.write_shard(number, states)
         row += count
     folder.write_meta({"layers": {"lm": layers}, "model": "random", "untrained": False})
@@ -143,7 +139,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def timed(self, module, name: str, part: str):
-        """Return a patch that times a function, a generator to its end."""
+        """Return a patch of a module's function that adds its seconds to a part."""
         original = getattr(module, name)
 
         def run(*arguments, **options):

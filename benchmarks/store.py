@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from measuring import list_shards, save_json
+from measuring import list_shards, plan_random_shards, save_json
 from tqdm import trange
 
 from probekit.extraction.folder import ActivationFolder, open_folder
-from probekit.extraction.shards import Content, ShardSet, TensorKey, model_inputs
+from probekit.extraction.shards import TensorKey
 from probekit.extraction.store import Activations
 from probekit.paths import Home
 
@@ -33,12 +33,7 @@ SHARD_PROMPTS = 1000
 
 
 def write_random_shards(folder: ActivationFolder, examples: pd.DataFrame, home: Home) -> None:
-    shard_set = ShardSet.create(
-        folder,
-        model_inputs(examples, home),
-        contents=[Content("lm", "mean")],
-        shard_images=SHARD_PROMPTS,  # a prompt without an image counts for one
-    )
+    shard_set = plan_random_shards(folder, examples, home, prompts=SHARD_PROMPTS)
     rng = np.random.default_rng(0)
     for i in trange(shard_set.shard_count, desc="writing", unit="shard"):
         count = len(shard_set.shard_rows(i))

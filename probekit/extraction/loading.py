@@ -240,7 +240,10 @@ def workers_for(images: int, workers: int) -> int:
 
 @contextmanager
 def name_lost_workers() -> Iterator[None]:
-    """Name the fix where a worker process ends before its time; torch tells the main thread."""
+    """Name the fix where a worker process ends before its time.
+
+    torch raises that in the main thread, whichever thread waits for the worker.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -327,7 +330,7 @@ def look_ahead(items: Iterable[Item]) -> Iterator[Item]:
     iterator = iter(items)
     end = object()
     item = next(iterator, end)  # in this thread, in which worker processes are started
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(max_workers=1) as thread:
         while item is not end:
             following = thread.submit(next, iterator, end)
             yield item  # type: ignore[misc]  # it is not the end

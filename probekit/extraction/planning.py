@@ -14,9 +14,8 @@ memory
     the weights, and for each token of a batch its keys and values and the largest of what a block
     holds
 time
-    that of the sample on this device, in two parts, so that the time to begin is told from the time
-    per image, or operations / (operations per second that are
-    named)
+    that of the sample on this device, run in two parts to separate the time to begin from the time
+    per image; or operations / (operations per second that are named)
 """
 
 from __future__ import annotations
@@ -326,6 +325,13 @@ def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
     return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
 
 
+class TimedRun(NamedTuple):
+    """A number of images with their prompts, and the seconds that they took."""
+
+    images: int
+    seconds: float
+
+
 class SampleTimes(NamedTuple):
     """What extracting a sample took.
 
@@ -385,7 +391,7 @@ def measure_sample(
                 first = places.stop
                 start = time.perf_counter()
                 runner.make_shards(places)
-                runs.append(Timed(count_units(part), time.perf_counter() - start))
+                runs.append(TimedRun(count_units(part), time.perf_counter() - start))
             way = runner.way
         finally:
             runner.release()
@@ -393,19 +399,12 @@ def measure_sample(
     return SampleTimes(way, load_s + begin_s, per_image_s)
 
 
-class Timed(NamedTuple):
-    """A number of images with their prompts, and the seconds that they took."""
-
-    images: int
-    seconds: float
-
-
-def fit_times(few: Timed, more: Timed) -> tuple[float, float]:
-    """Tell what any run takes from what each image takes.
+def fit_times(few: TimedRun, more: TimedRun) -> tuple[float, float]:
+    """Estimate what any run takes, and what each image takes.
 
     Parameters
     ----------
-    few, more : Timed
+    few, more : TimedRun
         The second one has seen more of what is slow at first.
 
     Returns

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from itertools import chain, groupby, islice
 from typing import NamedTuple
 
@@ -427,9 +426,12 @@ class Runner:
             raise errors[0]
 
     def _copy_pixels(self, batches: Iterable[list[WorkItem]]) -> Iterator[list[WorkItem]]:
-        """Copy the pixels of batches to the GPU, in the order of what this thread queues there."""
+        """Copy the pixels of batches to the GPU, on the stream of the thread that begins it."""
         stream = torch.cuda.current_stream(self.vlm.device)
-        return map(partial(_copy_in_stream, stream=stream, device=self.vlm.device), batches)
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                copied = copy_pixels(batch, self.vlm.device)
+            yield copied
 
     def _start_batch(self, batch: Sequence[WorkItem], target: ShardStates) -> _Transfer:
         """Queue a batch on the device, and the copies of its states to the host."""
@@ -562,13 +564,6 @@ class _Transfer(NamedTuple):
             writer.write(self.target)
 
 
-def _copy_in_stream(
-    batch: list[WorkItem], *, stream: torch.cuda.Stream, device: str
-) -> list[WorkItem]:
-    with torch.cuda.stream(stream):
-        return copy_pixels(batch, device)
-
-
 class _ShardWriter:
     """Checks and writes shards in a thread, one at a time, while the next is computed.
 
@@ -580,7 +575,7 @@ class _ShardWriter:
     def __init__(self, vlm: Vlm) -> None:
         self.written: list[Shard] = []
         self._vlm = vlm
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
     def write(self, assembled: ShardStates) -> None:
@@ -609,7 +604,7 @@ class _ShardWriter:
         if kind is None:
             self.wait()
         elif self._pending is not None and self._pending.exception() is not None:
-            tqdm.write(f"besides: {self._pending.exception()}")
+            tqdm.write(f"besides, a shard was not written: {self._pending.exception()}")
 
 
 def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:

@@ -27,7 +27,7 @@ SHARING_WAYS = {
 SMALLEST_BATCH_TOKENS = 2048  # what a CPU gets: small batches stay in its cache
 USUAL_BATCH_TOKENS = 8192
 LARGEST_BATCH_TOKENS = 16_384
-BYTES_PER_TOKEN = 1e6  # of a GPU's memory; the most of it is for weights
+BYTES_PER_TOKEN = 1e6  # of a GPU's memory, most of which is for weights
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,10 @@ def _filled_in(value: int | None) -> int:
 
 
 def suitable_batch_tokens(device: str) -> int:
-    """Return how many tokens a batch gets where nobody says it: on GPUs by all of their memory.
+    """Return how many tokens a batch has by default.
 
-    What is free of it changes, and with it the last digits of states would.
+    A GPU's whole memory decides, not what is free of it: that changes, and the last digits of
+    states would change with it.
     """
     kind = torch.device(device).type
     if kind == "cpu":

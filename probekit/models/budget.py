@@ -89,16 +89,16 @@ class TokenBudget:
                 self._most_that_fitted = max(self._most_that_fitted, tokens)
                 return result
             free_memory()  # outside of the except: a traceback holds on to what did not fit
-            self._lower(tokens, reason, can_be_split=len(halves) == 2)
+            if len(halves) < 2:
+                raise MemoryError(
+                    f"one prompt with its image, {tokens:,} tokens, does not fit the memory of "
+                    f"{self._device}: {self._fix} ({reason})"
+                )
+            self._lower(tokens)
         first, second = [self.run(half, run_part, way=way, join=join) for half in halves]
         return join(first, second, len(prepared) > 1)
 
-    def _lower(self, tokens: int, reason: str, *, can_be_split: bool) -> None:
-        if not can_be_split:
-            raise MemoryError(
-                f"one prompt with its image, {tokens:,} tokens, does not fit the memory of "
-                f"{self._device}: {self._fix} ({reason})"
-            )
+    def _lower(self, tokens: int) -> None:
         self._too_many = tokens
         if self._most_that_fitted >= tokens:
             self._most_that_fitted = 0

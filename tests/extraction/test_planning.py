@@ -12,7 +12,7 @@ from probekit.extraction.jobs import plan_job
 from probekit.extraction.loading import prepare_images
 from probekit.extraction.planning import (
     ModelSize,
-    Timed,
+    TimedRun,
     estimate_extraction,
     fit_times,
     hours_by_workers,
@@ -133,8 +133,8 @@ def test_workers_make_whole_shards_and_each_loads_the_model():
 
 
 def test_what_it_costs_to_begin_is_not_multiplied():
-    assert fit_times(Timed(8, 5.0), Timed(24, 7.0)) == pytest.approx((4.0, 0.125))
-    slow_at_first = fit_times(Timed(8, 9.0), Timed(24, 6.0))
+    assert fit_times(TimedRun(8, 5.0), TimedRun(24, 7.0)) == pytest.approx((4.0, 0.125))
+    slow_at_first = fit_times(TimedRun(8, 9.0), TimedRun(24, 6.0))
     assert slow_at_first == (0.0, 0.25)
-    only_one = Timed(1, 5.0)
+    only_one = TimedRun(1, 5.0)
     assert fit_times(only_one, only_one) == (0.0, 5.0)
