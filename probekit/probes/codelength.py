@@ -29,9 +29,6 @@ PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 
 SMALLEST = 8
 """Images that a portion must have; smaller ones are left out."""
 
-TOLERANCE = 1e-3
-"""Gradient norm of the probes: any probe makes a code, so it need not be at its optimum."""
-
 
 def image_blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     """Divide examples into the blocks that are sent one after the other.
@@ -57,23 +54,24 @@ def image_blocks(image_n: np.ndarray, seed: int = 0) -> list[np.ndarray]:
 
 
 def online_codelength(
-    x_lnd: torch.Tensor, labels: LabelSet, *, strengths: Sequence[float], memory_gb: float
+    features: logreg.Features, labels: LabelSet, *, strengths: Sequence[float], memory_gb: float
 ) -> np.ndarray:
     """Measure how many bits it takes to send the training labels.
 
     Each block's probes take, at each layer, the strength with the lowest log loss on validation,
-    the same for all classes. A warning says how many probes did not converge.
+    the same for all classes. Any probe makes a code, so they are solved as roughly as for that
+    choice (:data:`probekit.probes.logreg.ROUGH`). A warning says how many did not converge.
 
     Parameters
     ----------
-    x_lnd : Tensor
-        (l, n, d) float32 standardised features of all examples of the labels, whatever their split.
+    features : Features
+        Standardised features of all examples of the labels, whatever their split.
     labels : LabelSet
         The labels; those of the training split are sent.
     strengths : sequence of float
         Inverse strengths of regularisation C.
     memory_gb : float
-        Bound on what the solver holds besides x.
+        Bound on what the solver holds besides the features.
 
     Returns
     -------
@@ -82,36 +80,39 @@ def online_codelength(
         ``labels.split["train"]``.
     """
     train = labels.split["train"]
-    validation = labels.split["validation"]
-    y_nc = labels.y_nc.to(x_lnd.device)
-    mask_nc = labels.mask_nc.to(x_lnd.device)
+    device = features.z_lne.device
+    y_nsc = labels.y_nc[:, None].to(device)
+    mask_nsc = labels.mask_nc[:, None].to(device)
+    validation_nsc = torch.zeros_like(mask_nsc)
+    validation_nsc[labels.split["validation"]] = mask_nsc[labels.split["validation"]]
     blocks = image_blocks(labels.image_n[train.numpy()])
-    bits_ln = torch.zeros(len(x_lnd), len(train))
+    bits_ln = torch.zeros(len(features.z_lne), len(train))
     bits_ln[:, blocks[0]] = labels.mask_nc[train[blocks[0]]].sum(1)  # uniform code: 1 bit a label
 
     for k in range(1, len(blocks)):
         already_sent = train[np.concatenate(blocks[:k])]
         block = train[blocks[k]]
-        solution = logreg.solve_logreg(
-            x_lnd[:, already_sent],
-            y_nc[already_sent],
-            mask_nk=mask_nc[already_sent],
+        sent_nsc = torch.zeros_like(mask_nsc)
+        sent_nsc[already_sent] = mask_nsc[already_sent]
+        solution = logreg.choose_logreg(
+            features,
+            y_nsc,
+            train_nsk=sent_nsc,
+            validation_nsk=validation_nsc,
             strengths=strengths,
-            tolerance=TOLERANCE,
+            tolerance=None,
             memory_gb=memory_gb,
-        )
-        unconverged = int((~solution.converged_lsk).sum())
-        if unconverged:
+        ).solution
+        unconverged_lsk = ~solution.converged_lsk
+        if unconverged_lsk.any():
             warnings.warn(
-                f"{unconverged} probes of the codelength did not converge: leave out the largest "
-                "strengths",
+                f"{int(unconverged_lsk.sum())} of {unconverged_lsk.numel()} probes of the "
+                "codelength did not converge: leave out the largest strengths",
                 stacklevel=2,
             )
-        losses = solution.losses(x_lnd[:, validation], y_nc[validation], mask_nc[validation])
-        best_l = losses.sum(-1).sum(1).argmin(1)
-        best = solution.select_strengths(best_l)
-        nats_ln = best.losses(x_lnd[:, block], y_nc[block], mask_nc[block]).sum(-1)[..., 0]
-        bits_ln[:, blocks[k]] = nats_ln.cpu() / np.log(2)
+        logits = solution.logits(features.z_lne[:, block])
+        losses = logreg.log_losses(logits, y_nsc[block], mask_nsc[block])
+        bits_ln[:, blocks[k]] = losses.sum((2, 3)).cpu() / np.log(2)
     return bits_ln.numpy()
 
 

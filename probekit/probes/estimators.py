@@ -13,11 +13,11 @@ from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_array, check_random_state, column_or_1d
+from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probekit.probes.logreg import Solution, feature_spread, solve_logreg
+from probekit.probes.logreg import Features, Solution, choose_logreg, feature_spread, solve_logreg
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -51,7 +51,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
     device : str, torch.device or None, default=None
         Where to solve; None takes ``"cuda"`` where there is one, else ``"cpu"``.
     random_state : int, RandomState instance or None, default=0
-        Seed of the solver's starting point, and of which examples are held out.
+        Seed of which examples are held out.
     validation_fraction : float, default=0.2
         Share of the examples that is held out to choose among several `C` when no `validation` is
         given; with the same share of each class if `y` is (n,). Examples are held out one by one:
@@ -204,14 +204,12 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
         labels = self._check_labels(y, mask, n=x_lnd.shape[1], reset=True)
         self._check_both_answers(labels)
         rows = np.flatnonzero(labels.counting_n)
-        # One number for all fits below: a RandomState would give each another starting point.
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
 
         if len(strengths) == 1:
             strength_l = np.full(len(x_lnd), strengths[0])
         else:
             if validation is None:
-                train, validation_rows = self._hold_out(labels, rows, seed)
+                train, validation_rows = self._hold_out(labels, rows)
                 x_validation = x_lnd
                 validation_labels = labels
             else:
@@ -228,9 +226,8 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
                 validation_labels=validation_labels,
                 validation_rows=validation_rows,
                 strengths=strengths,
-                seed=seed,
             )
-        self._fit_layers(x_lnd, labels, rows=rows, strength_l=strength_l, seed=seed)
+        self._fit_layers(x_lnd, labels, rows=rows, strength_l=strength_l)
         self.C_: np.ndarray | float = strength_l if is_layered else float(strength_l[0])
         if not is_layered:
             for name in ("coef_", "intercept_", "n_iter_", "converged_"):
@@ -391,15 +388,13 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
         labels = self._check_labels(y_val, mask_val, n=x_lnd.shape[1], reset=False, name="y_val")
         return x_lnd, labels
 
-    def _hold_out(
-        self, labels: _Labels, rows: np.ndarray, seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _hold_out(self, labels: _Labels, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Divide the rows into those that stay and those that are held out."""
         try:
             train, held_out = train_test_split(
                 rows,
                 test_size=self.validation_fraction,
-                random_state=seed,
+                random_state=self.random_state,
                 stratify=None if labels.classes is None else labels.classes[rows],
             )
         except ValueError as error:
@@ -419,21 +414,33 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
         validation_labels: _Labels,
         validation_rows: np.ndarray,
         strengths: Sequence[float],
-        seed: int,
     ) -> np.ndarray:
         """Return (l,) the C of each layer that has the lowest log loss on validation."""
         device = self._device()
-        y_nk = torch.from_numpy(validation_labels.y_nk[validation_rows]).to(device)
-        mask_nk = torch.from_numpy(validation_labels.mask_nk[validation_rows]).to(device)
+        train_labels = labels.select(train)
+        held_out_labels = validation_labels.select(validation_rows)
+        y_nk = np.concatenate([train_labels.y_nk, held_out_labels.y_nk])
+        train_nk = np.zeros_like(y_nk)
+        train_nk[: len(train)] = train_labels.mask_nk
+        held_out_nk = np.zeros_like(y_nk)
+        held_out_nk[len(train) :] = held_out_labels.mask_nk
         best_l = np.empty(len(x_lnd), int)
         for group in self._layer_groups(x_lnd, np.arange(len(x_lnd))):
             x_group = x_lnd[np.ix_(group, train)]
             scaler = _Scaler.fit(x_group, self.standardize)
-            solution = self._solve(
-                scaler.transform(x_group), labels.select(train), strengths=strengths, seed=seed
+            x_held_out = scaler.transform(x_validation[np.ix_(group, validation_rows)])
+            x_both = torch.cat([scaler.transform(x_group), x_held_out], 1).to(device)
+            choice = choose_logreg(
+                Features(x_both, torch.arange(len(train), device=device)),
+                torch.from_numpy(y_nk)[:, None].to(device),
+                train_nsk=torch.from_numpy(train_nk)[:, None].to(device),
+                validation_nsk=torch.from_numpy(held_out_nk)[:, None].to(device),
+                strengths=strengths,
+                tolerance=None,
+                max_steps=self.max_iter,
+                memory_gb=self.memory_gb,
             )
-            x_held_out = scaler.transform(x_validation[np.ix_(group, validation_rows)]).to(device)
-            best_l[group] = solution.best_strengths(x_held_out, y_nk, mask_nk).cpu().numpy()
+            best_l[group] = choice.strength_ls[:, 0].cpu().numpy()
         return np.asarray(strengths)[best_l]
 
     def _fit_layers(
@@ -443,7 +450,6 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
         *,
         rows: np.ndarray,
         strength_l: np.ndarray,
-        seed: int,
     ) -> None:
         """Set the fitted attributes of all layers, each with its C."""
         n_layers, _, d = x_lnd.shape
@@ -458,7 +464,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
                 x_group = x_lnd[np.ix_(group, rows)]
                 scaler = _Scaler.fit(x_group, self.standardize)
                 solution = self._solve(
-                    scaler.transform(x_group), labels, strengths=[float(strength)], seed=seed
+                    scaler.transform(x_group), labels, strengths=[float(strength)]
                 )
                 weight_lkd = solution.weight_ldsk[:, :, 0].mT.cpu().double().numpy()
                 intercept_lk = solution.intercept_lsk[:, 0].cpu().double().numpy()
@@ -494,7 +500,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
         return self.device
 
     def _solve(
-        self, x_lnd: torch.Tensor, labels: _Labels, *, strengths: Sequence[float], seed: int
+        self, x_lnd: torch.Tensor, labels: _Labels, *, strengths: Sequence[float]
     ) -> Solution:
         device = self._device()
         return solve_logreg(
@@ -502,7 +508,6 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
             torch.from_numpy(labels.y_nk).to(device),
             mask_nk=torch.from_numpy(labels.mask_nk).to(device),
             strengths=strengths,
-            seed=seed,
             tolerance=self.tol,
             max_steps=self.max_iter,
             memory_gb=self.memory_gb,

@@ -25,7 +25,8 @@ class FittedProbes:
         By split (``"validation"`` and ``"test"``) the probabilities (l, n of the split, c).
     strengths : DataFrame
         Of ``"logreg"``: one row per layer with the columns `layer`, `strength` (the one that was
-        selected on validation) and `gradient_norm` (the largest of its classes at the end).
+        selected on validation), `gradient_norm` (the largest of its classes at the end) and
+        `strength_solved` (the weakest regularisation that was solved to choose it).
     losses : DataFrame
         Of ``"linear"`` and ``"mlp"``: columns `layer`, `seed`, `epoch`, `split` and `loss`.
     bits_ln : ndarray or None
@@ -84,7 +85,7 @@ def fit_logreg(
     memory_gb: float,
     measure_codelength: bool = False,
 ) -> list[FittedProbes]:
-    """Fit logistic regressions to several sets of labels of a task, in one solve.
+    """Fit logistic regressions to several sets of labels of a task, side by side.
 
     Features are standardised with the mean and scale of the task's training examples. At each
     layer, a set of labels takes the strength with the lowest log loss on its validation examples.
@@ -119,104 +120,97 @@ def fit_logreg(
     """
     train = task.true.split["train"]
     mean_ld, scale_ld = logreg.feature_spread(x_lnd[:, train])
-    x_lnd = (x_lnd - mean_ld[:, None]) / scale_ld[:, None]
-    y_nk = torch.cat([labels.y_nc[train] for labels in label_sets], 1)
-    mask_nk = torch.cat([_training_mask(labels, train) for labels in label_sets], 1)
-    solution = logreg.solve_logreg(
-        x_lnd[:, train],
-        y_nk.to(x_lnd.device),
-        mask_nk=mask_nk.to(x_lnd.device),
+    features = logreg.Features((x_lnd - mean_ld[:, None]) / scale_ld[:, None], train)
+    device = x_lnd.device
+    choice = logreg.choose_logreg(
+        features,
+        torch.stack([labels.y_nc for labels in label_sets], 1).to(device),
+        train_nsk=_stack_masks(label_sets, "train").to(device),
+        validation_nsk=_stack_masks(label_sets, "validation").to(device),
         strengths=strengths,
         memory_gb=memory_gb,
     )
-    _warn_if_unconverged(solution, task, label_sets=label_sets, strengths=strengths, layers=layers)
+    _warn_if_unconverged(choice, task, label_sets=label_sets, strengths=strengths, layers=layers)
 
-    n_classes = len(task.true.classes)
     fitted = []
     for i, labels in enumerate(label_sets):
-        columns = slice(i * n_classes, (i + 1) * n_classes)
-        candidates = solution.select_columns(columns)
-        best_l = _best_strengths(candidates, x_lnd, labels)
-        best = candidates.select_strengths(best_l)
-        fitted.append(
-            FittedProbes(
-                probabilities=_probabilities(best, x_lnd, labels),
-                strengths=pd.DataFrame(
-                    {
-                        "layer": list(layers),
-                        "strength": [strengths[k] for k in best_l.tolist()],
-                        "gradient_norm": best.gradient_norm_lsk.amax((1, 2)).cpu().numpy(),
-                    }
-                ),
-            )
+        norm_lk = choice.solution.gradient_norm_lsk[:, i]
+        table = pd.DataFrame(
+            {
+                "layer": list(layers),
+                "strength": [strengths[number] for number in choice.strength_ls[:, i].tolist()],
+                "gradient_norm": norm_lk.amax(1).cpu().numpy(),
+                "strength_solved": [
+                    sorted(strengths)[tried - 1] for tried in choice.tried_ls[:, i].tolist()
+                ],
+            }
         )
-        if i == 0:
-            weights = ProbeWeights(
-                weight_ldc=best.weight_ldsk[:, :, 0].cpu().numpy(),
-                intercept_lc=best.intercept_lsk[:, 0].cpu().numpy(),
-                mean_ld=mean_ld.cpu().numpy(),
-                scale_ld=scale_ld.cpu().numpy(),
-            )
-            fitted[0].weights = {layer: weights.layer(k) for k, layer in enumerate(layers)}
+        probabilities = _probabilities(choice.solution, features, labels=labels, number=i)
+        fitted.append(FittedProbes(probabilities=probabilities, strengths=table))
+    first = features.turn_back(choice.solution.select_sets(slice(0, 1)))
+    weights = ProbeWeights(
+        weight_ldc=first.weight_ldsk[:, :, 0].cpu().numpy(),
+        intercept_lc=first.intercept_lsk[:, 0].cpu().numpy(),
+        mean_ld=mean_ld.cpu().numpy(),
+        scale_ld=scale_ld.cpu().numpy(),
+    )
+    fitted[0].weights = {layer: weights.layer(place) for place, layer in enumerate(layers)}
     if measure_codelength:
         fitted[0].bits_ln = codelength.online_codelength(
-            x_lnd, label_sets[0], strengths=strengths, memory_gb=memory_gb
+            features, label_sets[0], strengths=strengths, memory_gb=memory_gb
         )
     return fitted
 
 
-def _training_mask(labels: LabelSet, train: torch.Tensor) -> torch.Tensor:
-    """Return (n, c) which entries of the task's training examples train a set of labels.
+def _stack_masks(label_sets: Sequence[LabelSet], split: str) -> torch.Tensor:
+    """Return (n, s, c) which entries count in a split of each set of labels.
 
     A control of the labels may train on fewer examples than the task does.
     """
-    in_training_n = torch.isin(train, labels.split["train"]).float()
-    return in_training_n[:, None] * labels.mask_nc[train]
+    masks = []
+    for labels in label_sets:
+        mask_nc = torch.zeros_like(labels.mask_nc)
+        rows = labels.split[split]
+        mask_nc[rows] = labels.mask_nc[rows]
+        masks.append(mask_nc)
+    return torch.stack(masks, 1)
 
 
 def _warn_if_unconverged(
-    solution: logreg.Solution,
+    choice: logreg.Choice,
     task: LabelledTask,
     *,
     label_sets: Sequence[LabelSet],
     strengths: Sequence[float],
     layers: Sequence[str],
 ) -> None:
+    solution = choice.solution
     unconverged_lsk = ~solution.converged_lsk
     if not unconverged_lsk.any():
         return
     worst = torch.where(unconverged_lsk, solution.gradient_norm_lsk, -1).argmax()
     place = torch.unravel_index(worst, unconverged_lsk.shape)
-    layer, strength, column = (int(index) for index in place)
-    set_number, class_number = divmod(column, len(task.true.classes))
+    layer, set_number, class_number = (int(index) for index in place)
+    strength = strengths[int(choice.strength_ls[layer, set_number])]
     labels = controls.CONTROL_WORDS.get(label_sets[set_number].name, "true labels")
-    norm = solution.gradient_norm_lsk[layer, strength, column].item()
+    norm = solution.gradient_norm_lsk[layer, set_number, class_number].item()
     warnings.warn(
         f"logreg did not converge in {int(unconverged_lsk.sum()):,} of {unconverged_lsk.numel():,} "
         f"problems; the worst: {task.name}, {layers[layer]}, {labels}, class "
-        f"{task.true.classes[class_number]!r}, C={strengths[strength]:g}, gradient norm {norm:.1e} "
+        f"{task.true.classes[class_number]!r}, C={strength:g}, gradient norm {norm:.1e} "
         f"(converged ones have at most {logreg.TOLERANCE:g})",
         stacklevel=3,
     )
 
 
-def _best_strengths(
-    solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet
-) -> torch.Tensor:
-    """Return (l,) which strength has each layer's lowest log loss on validation."""
-    rows = labels.split["validation"]
-    y_nc = labels.y_nc[rows].to(x_lnd.device)
-    mask_nc = labels.mask_nc[rows].to(x_lnd.device)
-    return solution.best_strengths(x_lnd[:, rows], y_nc, mask_nc)
-
-
 def _probabilities(
-    solution: logreg.Solution, x_lnd: torch.Tensor, labels: LabelSet
+    solution: logreg.Solution, features: logreg.Features, *, labels: LabelSet, number: int
 ) -> dict[str, np.ndarray]:
-    """Return the probabilities (l, n, c) of validation and test, of the only strength."""
+    """Return the probabilities (l, n, c) of validation and test, of a set by its number."""
+    of_set = solution.select_sets(slice(number, number + 1))
     probabilities = {}
     for split in ("validation", "test"):
-        logits = solution.logits(x_lnd[:, labels.split[split]])[:, :, 0]
+        logits = of_set.logits(features.z_lne[:, labels.split[split]])[:, :, 0]
         probabilities[split] = logits.sigmoid().cpu().numpy()
     return probabilities
 

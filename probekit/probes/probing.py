@@ -36,7 +36,7 @@ LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 PREDICTED = ("none", "untrained")
 
 # Of what the tables hold: tables of another version are made again.
-VERSION = 8
+VERSION = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,11 +464,12 @@ def _score_probes(job: _Job, fitted: FittedProbes, *, labels: LabelSet) -> pd.Da
         ),
     ]
     if len(fitted.strengths):
-        table = fitted.strengths.melt("layer", var_name="metric")
+        table = fitted.strengths.melt(["layer", "strength_solved"], var_name="metric")
         table = table.assign(split="validation", **{"class": ""})
         is_strength = table.metric == "strength"
         table.loc[is_strength, "strength_min"] = min(settings.strengths)
         table.loc[is_strength, "strength_max"] = max(settings.strengths)
+        table.loc[~is_strength, "strength_solved"] = np.nan
         tables.append(table)
     if fitted.bits_ln is not None:
         table = codelength.codelength_table(

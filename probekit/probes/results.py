@@ -43,6 +43,7 @@ COLUMNS = [
     *comparison.COLUMNS,
     "strength_min",
     "strength_max",
+    "strength_solved",
     "settings",
 ]
 
@@ -101,8 +102,9 @@ class ProbeResults:
         One row per model, layer, pooling, task, probe, control, split, metric, class and seed.
         Columns are :data:`COLUMNS` and whatever a later step adds. `lo` and `hi` bound the 95 %
         interval of `value`; rows of the metric ``"strength"`` have the ends of the grid that the
-        strength was chosen from in `strength_min` and `strength_max`. Like all tables it has the
-        column `settings`: the fingerprint of what the row was made with, which `stores` spells out.
+        strength was chosen from in `strength_min` and `strength_max`, and the largest one that was
+        solved for that choice in `strength_solved`. Like all tables it has the column `settings`:
+        the fingerprint of what the row was made with, which `stores` spells out.
     losses : DataFrame
         Training and validation loss of the probes ``"linear"`` and ``"mlp"`` by epoch.
     transfer : DataFrame

@@ -32,7 +32,9 @@ def planted(signal, n=600, seed=0):
 
 def measure(signal):
     x_lnd, labels = planted(signal)
-    bits_ln = online_codelength(x_lnd, labels, strengths=[0.01, 1.0], memory_gb=1.0)
+    bits_ln = online_codelength(
+        logreg.Features(x_lnd), labels, strengths=[0.01, 1.0], memory_gb=1.0
+    )
     table = codelength_table(bits_ln, labels, layers=["lm.00"], resamples=200)
     return table.set_index("metric")
 
@@ -76,7 +78,7 @@ def test_few_images_still_make_blocks():
 
 def test_a_block_costs_the_log_loss_of_the_probe_trained_on_the_blocks_before_it():
     x_lnd, labels = planted(1.0, n=160)
-    bits_ln = online_codelength(x_lnd, labels, strengths=[0.1], memory_gb=1.0)
+    bits_ln = online_codelength(logreg.Features(x_lnd), labels, strengths=[0.1], memory_gb=1.0)
     train = labels.split["train"].numpy()
     blocks = image_blocks(labels.image_n[train])
     assert len(blocks) > 2
@@ -95,8 +97,8 @@ def test_the_strength_is_the_one_with_the_lowest_validation_loss():
     """With labels that only validation inverts, the weakest probe has the lowest loss."""
     x_lnd, labels = planted(1.0)
     labels.y_nc[labels.split["validation"]] = 1 - labels.y_nc[labels.split["validation"]]
-    both = online_codelength(x_lnd, labels, strengths=[1e-3, 1.0], memory_gb=1.0)
-    weakest = online_codelength(x_lnd, labels, strengths=[1e-3], memory_gb=1.0)
+    both = online_codelength(logreg.Features(x_lnd), labels, strengths=[1e-3, 1.0], memory_gb=1.0)
+    weakest = online_codelength(logreg.Features(x_lnd), labels, strengths=[1e-3], memory_gb=1.0)
     np.testing.assert_allclose(both, weakest, atol=5e-3)
 
 
@@ -120,17 +122,19 @@ def test_many_rare_classes_of_noise_cost_about_a_bit_per_label_too():
         },
     )
     x_lnd = torch.from_numpy(rng.normal(size=(1, n, 6)).astype(np.float32))
-    bits_ln = online_codelength(x_lnd, labels, strengths=[1e-3, 0.1], memory_gb=1.0)
+    bits_ln = online_codelength(
+        logreg.Features(x_lnd), labels, strengths=[1e-3, 0.1], memory_gb=1.0
+    )
     assert 0.95 < bits_ln.sum() / mask_nc[:500].sum() < 1.12
 
 
 def test_probes_that_do_not_converge_are_counted(monkeypatch):
-    solve = logreg.solve_logreg
+    choose = logreg.choose_logreg
 
     def stop_early(*arguments, **options):
-        return solve(*arguments, **options, max_steps=1)
+        return choose(*arguments, **options, max_steps=1)
 
-    monkeypatch.setattr(logreg, "solve_logreg", stop_early)
+    monkeypatch.setattr(logreg, "choose_logreg", stop_early)
     x_lnd, labels = planted(1.0, n=64)
-    with pytest.warns(UserWarning, match=r"2 probes of the codelength did not converge"):
-        online_codelength(x_lnd, labels, strengths=[1.0, 100.0], memory_gb=1.0)
+    with pytest.warns(UserWarning, match=r"1 of 1 probes of the codelength did not converge"):
+        online_codelength(logreg.Features(x_lnd), labels, strengths=[1.0, 100.0], memory_gb=1.0)

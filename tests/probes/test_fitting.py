@@ -163,8 +163,9 @@ def test_groups_of_layers_are_put_back_together(fitted, x_lnd, task):
 def test_the_codelength_is_that_of_standardised_states(x_lnd, task):
     probes = fit(x_lnd, task, [task.true], measure_codelength=True)[0]
     mean_ld, scale_ld = logreg.feature_spread(x_lnd[:, SPLIT["train"]])
+    standardised_lnd = (x_lnd - mean_ld[:, None]) / scale_ld[:, None]
     bits_ln = online_codelength(
-        (x_lnd - mean_ld[:, None]) / scale_ld[:, None],
+        logreg.Features(standardised_lnd, SPLIT["train"]),
         task.true,
         strengths=STRENGTHS,
         memory_gb=1.0,
@@ -173,17 +174,18 @@ def test_the_codelength_is_that_of_standardised_states(x_lnd, task):
 
 
 def test_the_worst_problem_that_did_not_converge_is_named(x_lnd, task, control, monkeypatch):
-    solve = logreg.solve_logreg
+    choose = logreg.choose_logreg
 
     def leave_one_unconverged(*arguments, **options):
-        solution = solve(*arguments, **options)
-        solution.converged_lsk[1, 2, 3] = False
-        solution.gradient_norm_lsk[1, 2, 3] = 0.5
-        return solution
+        choice = choose(*arguments, **options)
+        choice.solution.converged_lsk[1, 1, 1] = False
+        choice.solution.gradient_norm_lsk[1, 1, 1] = 0.5
+        choice.strength_ls[1, 1] = 2
+        return choice
 
-    monkeypatch.setattr(logreg, "solve_logreg", leave_one_unconverged)
+    monkeypatch.setattr(logreg, "choose_logreg", leave_one_unconverged)
     message = (
-        r"in 1 of 54 problems; the worst: category, lm\.01, control task, class 'dog', C=10, "
+        r"in 1 of 18 problems; the worst: category, lm\.01, control task, class 'dog', C=10, "
         r"gradient norm 5\.0e-01"
     )
     with pytest.warns(UserWarning, match=message):

@@ -3,7 +3,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from probekit.probes.logreg import feature_spread, solve_logreg
+from probekit.probes.logreg import (
+    TOLERANCE,
+    Features,
+    choose_logreg,
+    feature_spread,
+    log_losses,
+    solve_logreg,
+)
 
 
 def problem(kind, n=300, d=40):
@@ -114,33 +121,134 @@ def test_groups_of_problems_that_fit_in_memory_have_the_same_answer():
     torch.testing.assert_close(p[1], p[0], atol=5e-4, rtol=0)
 
 
-def test_parts_of_a_solution_are_its_columns_and_strengths():
-    x_nd, y_n = problem("easy")
-    x_lnd = torch.from_numpy(np.stack([x_nd, 2 * x_nd]))
-    y_nk = torch.cat([as_column(y_n), 1 - as_column(y_n)], 1)
-    mask_nk = torch.ones_like(y_nk)
-    solution = solve_logreg(x_lnd, y_nk, mask_nk=mask_nk, strengths=[1e-3, 1.0])
-    logits = solution.logits(x_lnd)
-    column = solution.select_columns(slice(1, 2))
-    torch.testing.assert_close(column.logits(x_lnd), logits[..., 1:])
-    assert torch.equal(column.steps_lsk, solution.steps_lsk[..., 1:])
-    selected = solution.select_strengths(torch.tensor([1, 0]))
-    expected = torch.stack([logits[0, :, 1], logits[1, :, 0]])
-    torch.testing.assert_close(selected.logits(x_lnd)[:, :, 0], expected)
-    norms = torch.stack([solution.gradient_norm_lsk[0, 1], solution.gradient_norm_lsk[1, 0]])
-    assert torch.equal(selected.gradient_norm_lsk[:, 0], norms)
-
-
-def test_losses_count_what_the_mask_counts_and_choose_the_strength():
+def several_sets():
+    """Three layers, two sets of labels of three columns, and what counts in each split."""
     x_lnd, y_nk, mask_nk = several_problems()
-    solution = solve_logreg(x_lnd, y_nk, mask_nk=mask_nk, strengths=[1e-3, 1.0])
-    p_lnsk = solution.logits(x_lnd).double().sigmoid()
-    label = y_nk[:, None].bool()
-    expected = -torch.where(label, p_lnsk, 1 - p_lnsk).log() * mask_nk[:, None]
-    losses = solution.losses(x_lnd, y_nk, mask_nk)
+    y_nsk = torch.stack([y_nk, 1 - y_nk.roll(7, 0)], 1)
+    is_train = torch.arange(len(y_nk)) < 140
+    train_nsk = (mask_nk * is_train[:, None])[:, None].repeat(1, 2, 1)
+    train_nsk[::5, 1] = 0  # the second set has fewer examples
+    validation_nsk = (mask_nk * ~is_train[:, None])[:, None].repeat(1, 2, 1)
+    return x_lnd, y_nsk, train_nsk, validation_nsk
+
+
+@pytest.mark.parametrize("strengths", [(1.0, 1e-4, 1e-2), (0.1,), (1e-6, 1e-5, 1e-4)])
+@pytest.mark.parametrize("memory_gb", [2.0, 1e-5])
+def test_the_choice_is_that_of_fitting_every_strength(strengths, memory_gb):
+    x_lnd, y_nsk, train_nsk, validation_nsk = several_sets()
+    features = Features(x_lnd, torch.arange(140))
+    choice = choose_logreg(
+        features,
+        y_nsk,
+        train_nsk=train_nsk,
+        validation_nsk=validation_nsk,
+        strengths=strengths,
+        memory_gb=memory_gb,
+    )
+    assert choice.solution.converged_lsk.all()
+    solution = features.turn_back(choice.solution)
+    for number in range(2):
+        every = solve_logreg(
+            x_lnd, y_nsk[:, number], mask_nk=train_nsk[:, number], strengths=strengths
+        )
+        losses = log_losses(every.logits(x_lnd), y_nsk[:, [number]], validation_nsk[:, [number]])
+        best_l = losses.sum((1, 3)).argmin(1)
+        assert torch.equal(choice.strength_ls[:, number], best_l)
+        for layer, best in enumerate(best_l):
+            expected = every.weight_ldsk[layer, :, best]
+            found = solution.weight_ldsk[layer, :, number]
+            torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
+            norm = choice.solution.gradient_norm_lsk[layer, number]
+            assert (norm <= TOLERANCE).all()
+    logits = solution.logits(x_lnd)
+    turned = choice.solution.logits(features.z_lne)
+    torch.testing.assert_close(turned, logits, atol=1e-3, rtol=1e-3)
+
+
+def test_the_search_ends_after_two_strengths_in_a_row_without_a_lower_loss():
+    x_lnd, y_nsk, train_nsk, validation_nsk = several_sets()
+    rng = torch.Generator().manual_seed(0)
+    y_nsk[:, 1] = (torch.rand(y_nsk[:, 1].shape, generator=rng) < 0.5).float()
+    strengths = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
+    choice = choose_logreg(
+        Features(x_lnd),
+        y_nsk,
+        train_nsk=train_nsk,
+        validation_nsk=validation_nsk,
+        strengths=strengths,
+    )
+    expected = (choice.strength_ls + 1 + 2).clamp(max=len(strengths))
+    assert torch.equal(choice.tried_ls, expected)
+    assert (choice.tried_ls[:, 1] < choice.tried_ls[:, 0]).any()
+
+
+def test_equal_losses_are_no_fall_so_that_the_strongest_is_chosen():
+    x_lnd = torch.zeros(1, 40, 3)
+    y_nsk = (torch.arange(40) % 2).float()[:, None, None]
+    choice = choose_logreg(
+        Features(x_lnd),
+        y_nsk,
+        train_nsk=torch.ones_like(y_nsk),
+        validation_nsk=torch.ones_like(y_nsk),
+        strengths=[1.0, 1e-3, 10.0, 1e-2],
+    )
+    assert choice.strength_ls.item() == 1
+    assert choice.tried_ls.item() == 3
+
+
+def test_rough_solutions_lose_almost_nothing():
+    x_lnd, y_nsk, train_nsk, validation_nsk = several_sets()
+    features = Features(x_lnd)
+    choices = [
+        choose_logreg(
+            features,
+            y_nsk,
+            train_nsk=train_nsk,
+            validation_nsk=validation_nsk,
+            strengths=[1e-3, 1.0, 100.0],
+            tolerance=tolerance,
+        )
+        for tolerance in (None, 1e-5)
+    ]
+    assert torch.equal(choices[0].strength_ls, choices[1].strength_ls)
+    rough, exact = (
+        log_losses(choice.solution.logits(features.z_lne), y_nsk, train_nsk).sum((1, 3))
+        for choice in choices
+    )
+    torch.testing.assert_close(rough, exact, atol=0, rtol=1e-2)
+    assert not torch.equal(rough, exact)
+
+
+@pytest.mark.parametrize("n", [15, 200])  # fewer examples than features, and more
+def test_principal_axes_keep_distances_and_have_no_covariance(n):
+    g = torch.Generator().manual_seed(1)
+    x_lnd = torch.randn(2, n, 20, generator=g) @ torch.randn(2, 20, 20, generator=g) + 5
+    rows = torch.arange(n - 3)
+    z_lne = Features(x_lnd, rows).z_lne
+    assert z_lne.shape[2] == min(20, len(rows))
+    z_rows = z_lne[:, rows]
+    torch.testing.assert_close(z_rows.mean(1), torch.zeros(2, z_lne.shape[2]), atol=1e-4, rtol=0)
+    expected = torch.cdist(x_lnd[:, rows], x_lnd[:, rows])
+    torch.testing.assert_close(torch.cdist(z_rows, z_rows), expected, atol=5e-2, rtol=1e-3)
+    for covariance in z_rows.mT @ z_rows / len(rows):
+        off_diagonal = covariance - covariance.diag().diag()
+        assert off_diagonal.abs().max() < 1e-4 * covariance.max()
+
+
+def test_losses_count_what_the_mask_counts():
+    _, y_nsk, train_nsk, _ = several_sets()
+    logits = torch.randn(3, *y_nsk.shape, generator=torch.Generator().manual_seed(0))
+    p = logits.double().sigmoid()
+    expected = -torch.where(y_nsk.bool(), p, 1 - p).log() * train_nsk
+    losses = log_losses(logits, y_nsk, train_nsk)
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-4)
-    assert solution.best_strengths(x_lnd, y_nk, mask_nk).tolist() == [1, 1, 1]
-    assert solution.best_strengths(x_lnd, 1 - y_nk, mask_nk).tolist() == [0, 0, 0]
+
+
+def test_some_sets_of_a_solution_are_selected():
+    x_nd, y_n = problem("easy")
+    solution = solve_one(x_nd, y_n, [1e-3, 1.0, 1e-2])
+    for found, values in zip(solution.select_sets(slice(1, 2)), solution, strict=True):
+        assert torch.equal(found[..., 0, :], values[..., 1, :])
 
 
 def test_each_column_is_fitted_on_the_examples_that_count_for_it():
@@ -171,14 +279,6 @@ def test_one_kind_of_label_is_expected_again_but_not_for_certain():
     expected = np.tile([1 / (n + 2), (n + 1) / (n + 2), 0.5], (n, 1))
     np.testing.assert_allclose(p_nk, expected, rtol=1e-4)
     assert solution.converged_lsk.all()
-
-
-def test_the_seed_of_the_start_does_not_change_the_answer():
-    x_nd, y_n = problem("easy")
-    first = solve_one(x_nd, y_n, [1.0], seed=0).weight_ldsk
-    second = solve_one(x_nd, y_n, [1.0], seed=1).weight_ldsk
-    torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-2)
-    assert not torch.equal(first, second)  # it did start elsewhere
 
 
 def test_problems_that_did_not_converge_are_marked():

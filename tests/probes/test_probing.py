@@ -78,7 +78,7 @@ def test_test_labels_do_not_reach_the_probe(planted, tmp_path):
 def test_results_are_read_back_until_settings_states_or_labels_change(small, tmp_path, monkeypatch):
     first = probe_activations(small, settings=QUICK, folder=tmp_path)
     monkeypatch.setattr(
-        logreg, "solve_logreg", lambda *args, **kwargs: pytest.fail("computed again")
+        logreg, "choose_logreg", lambda *args, **kwargs: pytest.fail("computed again")
     )
     again = probe_activations(small, settings=QUICK, folder=tmp_path)
     pd.testing.assert_frame_equal(first.metrics, again.metrics)
@@ -151,7 +151,10 @@ def test_the_ends_of_the_grid_stand_beside_the_strength_and_are_no_interval(smal
     assert set(strengths.strength_min) == {0.01}
     assert set(strengths.strength_max) == {1.0}
     assert strengths[["lo", "hi"]].isna().all(axis=None)
-    assert metrics.loc[~is_strength, ["strength_min", "strength_max"]].isna().all(axis=None)
+    assert strengths.strength_solved.isin(settings.strengths).all()
+    assert (strengths.strength_solved >= strengths.value).all()
+    columns = ["strength_min", "strength_max", "strength_solved"]
+    assert metrics.loc[~is_strength, columns].isna().all(axis=None)
 
 
 def test_unknown_repeated_and_missing_settings_are_named(small, tmp_path):
@@ -174,8 +177,8 @@ def test_a_split_without_examples_is_named(small, tmp_path):
 
 
 def test_a_problem_that_does_not_converge_is_named(small, tmp_path, monkeypatch):
-    one_step = partial(logreg.solve_logreg, max_steps=1)
-    monkeypatch.setattr(logreg, "solve_logreg", one_step)
+    one_step = partial(logreg.choose_logreg, max_steps=1)
+    monkeypatch.setattr(logreg, "choose_logreg", one_step)
     message = r"in \d+ of \d+ problems; the worst: caption, lm\.0\d, true labels, class"
     with pytest.warns(UserWarning, match=message):
         probe_activations(small, settings=ONLY_LOGREG, folder=tmp_path)
@@ -280,7 +283,7 @@ def test_a_control_without_anything_to_score_is_named_and_left_out(tmp_path):
 def test_a_task_without_anything_to_score_is_refused_before_the_work(
     split, small, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(logreg, "solve_logreg", lambda *args, **kwargs: pytest.fail("was fitted"))
+    monkeypatch.setattr(logreg, "choose_logreg", lambda *args, **kwargs: pytest.fail("was fitted"))
     is_of_split = small.examples.split == split
     image = small.examples.image_id[is_of_split].iloc[0]
     counts = ~is_of_split | (small.examples.image_id == image)
