@@ -259,7 +259,7 @@ def fit_adam(
             settings=settings,
         )
         for place, i in enumerate(group):
-            probe = probes.select_seed(place)
+            probe = probes.select_set(place)
             probabilities = {}
             for name in ("validation", "test"):
                 p_lnc = probe.probabilities(x_lnd[:, label_sets[i].split[name]])[:, 0]

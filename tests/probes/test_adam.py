@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,18 +37,25 @@ def train(x_lnd, y_nc, mask_nc, *, kind="binary", seeds=(0,), settings):
     )
 
 
-def plain_loop(x_nd, y_nc, mask_nc, *, kind, seed, epochs):
-    """The training of one layer with torch's own module and optimiser, without dropout."""
+def plain_loop(x_nd, y_nc, mask_nc, *, kind, seed, settings):
+    """The training of one layer with torch's own modules, autograd and optimiser."""
     outputs = 2 if kind == "binary" else y_nc.shape[1]
+    sizes = [D, settings.hidden, outputs] if settings.hidden else [D, outputs]
     g = torch.Generator().manual_seed(seed)
-    probe = nn.Linear(D, outputs)
-    probe.weight.data = ((torch.rand(D, outputs, generator=g) * 2 - 1) * D**-0.5).T
-    probe.bias.data = (torch.rand(outputs, generator=g) * 2 - 1) * D**-0.5
-    optimiser = torch.optim.Adam(probe.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for rows in TRAIN[torch.randperm(len(TRAIN), generator=g)].split(16):
-            torch.rand(len(rows), D, generator=g)  # what train_adam draws for dropout
-            logits = probe(x_nd[rows])
+    layers = []
+    for fan_in, fan_out in pairwise(sizes):
+        linear = nn.Linear(fan_in, fan_out)
+        linear.weight.data = ((torch.rand(fan_in, fan_out, generator=g) * 2 - 1) * fan_in**-0.5).T
+        linear.bias.data = (torch.rand(fan_out, generator=g) * 2 - 1) * fan_in**-0.5
+        layers += [linear, nn.ReLU()]
+    probe = nn.Sequential(*layers[:-1])
+    optimiser = torch.optim.Adam(probe.parameters(), lr=settings.lr)
+    losses = []
+    for _ in range(settings.epochs):
+        epoch_loss = 0.0
+        for rows in TRAIN[torch.randperm(len(TRAIN), generator=g)].split(settings.batch):
+            keep = torch.rand(len(rows), D, generator=g) >= settings.dropout
+            logits = probe(x_nd[rows] * keep / (1 - settings.dropout))
             if kind == "binary":
                 loss = nn.functional.cross_entropy(logits, y_nc[rows, 0].long())
             else:
@@ -55,25 +63,54 @@ def plain_loop(x_nd, y_nc, mask_nc, *, kind, seed, epochs):
                     logits, y_nc[rows], mask_nc[rows], reduction="sum"
                 )
                 loss = loss / mask_nc[rows].sum()
+            epoch_loss += float(loss.detach()) * len(rows) / len(TRAIN)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    return probe
+        losses.append(epoch_loss)
+    return probe, losses
 
 
+@pytest.mark.parametrize("hidden", [0, 7])
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_every_layer_is_trained_as_by_a_plain_loop(kind):
+def test_every_layer_is_trained_as_by_a_plain_loop(kind, hidden):
     x_lnd, y_nc, mask_nc = planted(kind)
-    settings = AdamSettings(epochs=3, batch=16, dropout=0.0, hidden=0)
+    settings = AdamSettings(epochs=3, batch=16, dropout=0.2, hidden=hidden)
     probes = train(x_lnd, y_nc, mask_nc, kind=kind, seeds=(4,), settings=settings)
     p_lnc = probes.probabilities(x_lnd[:, VALIDATION])[:, 0]
     for layer in range(3):
-        probe = plain_loop(x_lnd[layer], y_nc, mask_nc, kind=kind, seed=4, epochs=3)
-        weight = probe.weight.detach().T
-        torch.testing.assert_close(probes.weights[0][layer, 0], weight, atol=1e-5, rtol=1e-4)
+        probe, losses = plain_loop(
+            x_lnd[layer], y_nc, mask_nc, kind=kind, seed=4, settings=settings
+        )
+        for found, linear in zip(probes.weights, probe[::2], strict=True):
+            weight = linear.weight.detach().T
+            torch.testing.assert_close(found[layer, 0], weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(probes.losses[layer, 0, :, 0], torch.tensor(losses))
         logits = probe(x_lnd[layer, VALIDATION]).detach()
         expected = logits.softmax(-1)[:, 1:] if kind == "binary" else logits.sigmoid()
         torch.testing.assert_close(p_lnc[layer], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_sets_with_the_same_seed_and_seeds_with_other_numbers_of_sets_are_as_alone(kind, hidden):
+    x_lnd, y_nc, mask_nc = planted(kind)
+    y_snc = torch.stack([y_nc, 1 - y_nc, y_nc, y_nc.flip(0)])
+    mask_snc = torch.stack([mask_nc, mask_nc, mask_nc.flip(0), mask_nc])
+    seeds = (3, 5, 3, 7)
+    settings = AdamSettings(epochs=2, hidden=hidden)
+    together = train(x_lnd, y_snc, mask_snc, kind=kind, seeds=seeds, settings=settings)
+    for place, seed in enumerate(seeds):
+        alone = train(
+            x_lnd, y_snc[place], mask_snc[place], kind=kind, seeds=(seed,), settings=settings
+        )
+        of_set = together.select_set(place)
+        for found, expected in zip(
+            [*of_set.weights, *of_set.biases, of_set.losses],
+            [*alone.weights, *alone.biases, alone.losses],
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("hidden", [0, 5])
@@ -85,7 +122,7 @@ def test_layers_and_seeds_do_not_touch_each_other(hidden):
     for all_weights, weight in zip(together.weights, alone.weights, strict=True):
         torch.testing.assert_close(all_weights[2, 1], weight[0, 0])
         assert not torch.allclose(all_weights[:, 0], all_weights[:, 1])
-    one_seed = together.select_seed(1)
+    one_seed = together.select_set(1)
     torch.testing.assert_close(one_seed.losses[2:], alone.losses)
     torch.testing.assert_close(
         one_seed.probabilities(x_lnd)[2:, 0], together.probabilities(x_lnd)[2:, 1]
