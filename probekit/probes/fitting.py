@@ -41,6 +41,22 @@ class FittedProbes:
     bits_ln: np.ndarray | None = None
     weights: dict[str, ProbeWeights] = field(default_factory=dict)
 
+    def layer(self, place: int) -> FittedProbes:
+        """Return what one of the l layers has, by its place."""
+        layers = slice(place, place + 1)
+        tables = {}
+        for name in ("strengths", "losses"):
+            table = getattr(self, name)
+            if len(table):
+                table = table[table.layer == table.layer.unique()[place]]
+            tables[name] = table
+        return FittedProbes(
+            probabilities={split: p_lnc[layers] for split, p_lnc in self.probabilities.items()},
+            bits_ln=None if self.bits_ln is None else self.bits_ln[layers],
+            weights=dict(list(self.weights.items())[layers]),
+            **tables,
+        )
+
     @classmethod
     def concatenate(cls, parts: Sequence[FittedProbes]) -> FittedProbes:
         """Put the layers of several groups one after the other."""
@@ -139,7 +155,7 @@ def fit_logreg(
             {
                 "layer": list(layers),
                 "strength": [strengths[number] for number in choice.strength_ls[:, i].tolist()],
-                "gradient_norm": norm_lk.amax(1).cpu().numpy(),
+                "gradient_norm": norm_lk.amax(1).double().cpu().numpy(),
                 "strength_solved": [
                     sorted(strengths)[tried - 1] for tried in choice.tried_ls[:, i].tolist()
                 ],
@@ -288,6 +304,6 @@ def _loss_table(losses: np.ndarray, layers: Sequence[str], seed: int) -> pd.Data
             "seed": seed,
             "epoch": epoch + 1,
             "split": np.array(["train", "validation"])[split],
-            "loss": losses.ravel(),
+            "loss": losses.ravel().astype(float),
         }
     )

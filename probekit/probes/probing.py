@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +14,9 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction.store import Activations
+from probekit.models.devices import free_memory, is_out_of_memory
 from probekit.probes import adam, codelength, comparison, controls, fitting, metrics, transfer
+from probekit.probes.checkpoints import Checkpoints, LabelKey, forget_checkpoints
 from probekit.probes.fitting import FittedProbes
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey
@@ -66,7 +66,8 @@ class ProbeSettings:
     resamples : int
         Number of bootstrap samples for the intervals.
     memory_gb : float
-        Bound on what is held at a time, in 10^9 bytes; layers are probed in groups that fit.
+        Bound on what is held at a time, in 10^9 bytes; layers are probed in groups that fit. On a
+        GPU it bounds the solver alone, and the groups are as large as the free memory allows.
     """
 
     probes: tuple[str, ...] = ("logreg", "linear")
@@ -98,41 +99,36 @@ class ProbeSettings:
                 raise ValueError(f"{name}={list(values)}: name each once, and at least one")
 
 
-class _LabelKey(NamedTuple):
-    """Which labels a probe was trained on, and with which seed.
-
-    `control` is "none" for the true labels, or a control of the labels. `seed` is that of the
-    control's labels, and of the probe.
-    """
-
-    control: str
-    seed: int
-
-
 @dataclass(frozen=True)
 class _ProbedTask:
     """A task, and the sets of labels that probes are trained on for it: the true ones first."""
 
     task: LabelledTask
-    label_sets: dict[_LabelKey, LabelSet]
+    label_sets: dict[LabelKey, LabelSet]
 
     @property
     def name(self) -> str:
         return self.task.name
 
-    def labels(self, key: _LabelKey) -> LabelSet:
+    def labels(self, key: LabelKey) -> LabelSet:
         return self.task.true if key.control == "none" else self.label_sets[key]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is probed together: one pooling of the activations of one model."""
+    """What is probed together: one pooling of the activations of one model.
+
+    `folder` is where fitted probes are kept until all are; `said` holds the shortage of memory that
+    the user was shown, if there was one.
+    """
 
     activations: Activations
     pooling: str
     tasks: Sequence[_ProbedTask]
     settings: ProbeSettings
     device: str
+    folder: Path
+    said: list[str]
 
     @property
     def model(self) -> str:
@@ -155,9 +151,9 @@ class _Job:
         return [layer for layer in self.layers if layer.startswith("lm.")]
 
     @property
-    def first_key(self) -> _LabelKey:
+    def first_key(self) -> LabelKey:
         """The true labels with the first seed, whose predictions and weights are kept."""
-        return _LabelKey("none", self.settings.seeds[0])
+        return LabelKey("none", self.settings.seeds[0])
 
 
 def probe_activations(
@@ -191,12 +187,19 @@ def probe_activations(
     Raises
     ------
     ValueError
-        A setting is unknown, or a task cannot be probed.
+        A setting is unknown, or no task can be scored.
+    MemoryError
+        The probes of a single layer do not fit.
 
     Warns
     -----
     UserWarning
-        A task cannot have one of the controls, or probes did not converge.
+        A task cannot be scored or cannot have one of the controls, or probes did not converge.
+
+    Notes
+    -----
+    Fitted probes are on disk after every group of layers: stopped and called again, it goes on with
+    the layers that are missing.
     """
     settings.check()
     examples = activations.examples
@@ -214,13 +217,20 @@ def probe_activations(
         return stored
 
     infos = task_infos(examples)
-    tasks = []
-    for name in infos:
-        task = LabelledTask.from_examples(examples, name)
-        tasks.append(_ProbedTask(task, _make_label_sets(task, settings)))
+    tasks = _make_tasks(examples, list(infos), settings)
+    infos = {task.name: infos[task.name] for task in tasks}
     parts = []
+    said: list[str] = []
     for pooling in activations.poolings:
-        job = _Job(activations, pooling, tasks, settings, fitting.training_device(device))
+        job = _Job(
+            activations,
+            pooling,
+            tasks,
+            settings,
+            device=fitting.training_device(device),
+            folder=tables_folder / f"fitted-{fingerprint}",
+            said=said,
+        )
         for part in _probe_pooling(job):
             parts.append(part.with_settings(fingerprint))
     store = {
@@ -232,6 +242,7 @@ def probe_activations(
     }
     results = replace(ProbeResults.join(parts), tasks=infos, stores=(store,))
     results.write(tables_folder, examples_fingerprint)
+    forget_checkpoints(tables_folder)
     return results
 
 
@@ -250,7 +261,32 @@ def _read_stored(folder: Path, examples_fingerprint: str, fingerprint: str) -> P
     return stored if stored.stores[0]["fingerprint"] == fingerprint else None
 
 
-def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[_LabelKey, LabelSet]:
+def _make_tasks(
+    examples: pd.DataFrame, names: Sequence[str], settings: ProbeSettings
+) -> list[_ProbedTask]:
+    """Make the labels of all tasks, and warn of those that cannot be scored.
+
+    Raises
+    ------
+    ValueError
+        No task can be scored.
+    """
+    tasks = []
+    refusals = []
+    for name in names:
+        try:
+            task = LabelledTask.from_examples(examples, name)
+            tasks.append(_ProbedTask(task, _make_label_sets(task, settings)))
+        except ValueError as error:
+            refusals.append(str(error))
+    if not tasks:
+        raise ValueError("; ".join(refusals))
+    for refusal in refusals:
+        warnings.warn(f"{refusal}; the other tasks are probed", stacklevel=3)
+    return tasks
+
+
+def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[LabelKey, LabelSet]:
     """Make the true labels, then those of each control and seed.
 
     Warns of controls that the task cannot have.
@@ -261,10 +297,10 @@ def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[_Label
         The true labels cannot be scored.
     """
     _check_scorable(task.true, f"task {task.name}")
-    label_sets = {_LabelKey("none", settings.seeds[0]): task.true}
+    label_sets = {LabelKey("none", settings.seeds[0]): task.true}
     for name in settings.controls:
         try:
-            of_control = {_LabelKey(name, seed): task.labels(name, seed) for seed in settings.seeds}
+            of_control = {LabelKey(name, seed): task.labels(name, seed) for seed in settings.seeds}
             for labels in of_control.values():
                 _check_scorable(labels, "it")
         except ValueError as error:
@@ -304,29 +340,89 @@ def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
 # ---- fitting ----
 
 
-def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[_LabelKey, FittedProbes]]]:
-    """Fit every kind of probe to all layers, for each task and with each set of labels."""
-    kinds = job.settings.probes
-    parts: dict[tuple[str, str], dict[_LabelKey, list[FittedProbes]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[LabelKey, FittedProbes]]]:
+    """Fit every kind of probe to all layers, for each task and with each set of labels.
+
+    What was fitted is on disk after each group of layers, and is not fitted again.
+    """
+    checkpoints = {
+        (probed_task.name, kind): Checkpoints(
+            job.folder / paths.fingerprint(job.pooling, probed_task.name, kind)
+        )
+        for probed_task in job.tasks
+        for kind in job.settings.probes
+    }
+    by_layer: dict[tuple[str, str, str], dict[LabelKey, FittedProbes]] = {}
+    for (task_name, kind), of_kind in checkpoints.items():
+        for layer in job.layers:
+            fitted = of_kind.read(layer)
+            if fitted is not None:
+                by_layer[task_name, kind, layer] = fitted
+
     description = f"probing {job.model} ({job.control}, {job.pooling})"
-    with tqdm(total=len(job.layers), desc=description, unit="layer") as bar:
-        for layers, x_lnd in _layer_groups(job):
+    missing = [
+        layer
+        for layer in job.layers
+        if any((*names, layer) not in by_layer for names in checkpoints)
+    ]
+    done = len(job.layers) - len(missing)
+    with tqdm(total=len(job.layers), initial=done, desc=description, unit="layer") as bar:
+        for layers, x_lnd in _layer_groups(job, missing):
             for probed_task in job.tasks:
-                x_task_lnd = x_lnd[:, probed_task.task.rows].to(job.device)
-                for kind in kinds:
-                    fitted = _fit(
-                        x_task_lnd, probed_task, kind=kind, layers=layers, settings=job.settings
-                    )
-                    for key, one in fitted.items():
-                        parts[probed_task.name, kind][key].append(one)
+                x_task_lnd = x_lnd[:, torch.from_numpy(probed_task.task.rows).to(x_lnd.device)]
+                for kind in job.settings.probes:
+                    if all((probed_task.name, kind, layer) in by_layer for layer in layers):
+                        continue
+                    fitted = _fit_in_parts(job, x_task_lnd, probed_task, kind=kind, layers=layers)
+                    for place, layer in enumerate(layers):
+                        of_layer = {key: one.layer(place) for key, one in fitted.items()}
+                        checkpoints[probed_task.name, kind].write(layer, of_layer)
+                        by_layer[probed_task.name, kind, layer] = of_layer
             bar.update(len(layers))
     for probed_task in job.tasks:
-        for kind in kinds:
-            groups = parts[probed_task.name, kind]
-            joined = {key: FittedProbes.concatenate(of_key) for key, of_key in groups.items()}
+        for kind in job.settings.probes:
+            of_layers = [by_layer.pop((probed_task.name, kind, layer)) for layer in job.layers]
+            joined = {
+                key: FittedProbes.concatenate([of_layer[key] for of_layer in of_layers])
+                for key in of_layers[0]
+            }
             yield probed_task, kind, joined
+
+
+def _fit_in_parts(
+    job: _Job,
+    x_lnd: torch.Tensor,
+    probed_task: _ProbedTask,
+    *,
+    kind: str,
+    layers: Sequence[str],
+) -> dict[LabelKey, FittedProbes]:
+    """Fit one kind of probe to a group of layers; to half of them first where memory runs out."""
+    settings = job.settings
+    try:
+        return _fit(x_lnd, probed_task, kind=kind, layers=layers, settings=settings)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = str(error).splitlines()[0]
+    free_memory()  # outside of the except: a traceback holds on to what did not fit
+    if len(layers) == 1:
+        raise MemoryError(
+            f"the {kind} probes of one layer ({layers[0]}, {probed_task.name}) do not fit the "
+            f"memory of {job.device} ({shortage}): close other programs, take device: cpu, fewer "
+            "seeds, or fewer images"
+        )
+    if not job.said:
+        job.said.append(shortage)
+        print(
+            f"{len(layers)} layers at a time do not fit the memory of {job.device} ({shortage}): "
+            "they are probed in halves, with the same results",
+            flush=True,
+        )
+    half = len(layers) // 2
+    first = _fit_in_parts(job, x_lnd[:half], probed_task, kind=kind, layers=layers[:half])
+    second = _fit_in_parts(job, x_lnd[half:], probed_task, kind=kind, layers=layers[half:])
+    return {key: FittedProbes.concatenate([first[key], second[key]]) for key in first}
 
 
 def _fit(
@@ -336,7 +432,7 @@ def _fit(
     kind: str,
     layers: Sequence[str],
     settings: ProbeSettings,
-) -> dict[_LabelKey, FittedProbes]:
+) -> dict[LabelKey, FittedProbes]:
     """Fit one kind of probe to a group of layers, with each set of labels."""
     if kind == "logreg":
         fitted = fitting.fit_logreg(
@@ -350,7 +446,7 @@ def _fit(
         )
         return dict(zip(probed_task.label_sets, fitted, strict=True))
     training = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
-    keys = [_LabelKey("none", seed) for seed in settings.seeds]
+    keys = [LabelKey("none", seed) for seed in settings.seeds]
     keys += [key for key in probed_task.label_sets if key.control != "none"]
     fitted = fitting.fit_adam(
         x_lnd,
@@ -362,22 +458,32 @@ def _fit(
     return dict(zip(keys, fitted, strict=True))
 
 
-def _layer_groups(job: _Job) -> Iterator[tuple[list[str], torch.Tensor]]:
+def _layer_groups(job: _Job, layers: Sequence[str]) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Yield neighbouring layers of one width, as many as fit, with their states (l, n, d)."""
     most_bytes = job.settings.memory_gb / 16 * 1e9
+    if job.device.startswith("cuda"):
+        free_bytes, _ = torch.cuda.mem_get_info(job.device)
+        most_bytes = free_bytes / 16
     names: list[str] = []
-    states: list[np.ndarray] = []
-    for layer in job.layers:
-        x_nd = job.activations[layer, job.pooling]
+    states: list[torch.Tensor] = []
+    for layer in layers:
+        x_nd = torch.from_numpy(job.activations[layer, job.pooling]).to(job.device)
         if states:
             is_too_large = (len(states) + 1) * x_nd.nbytes > most_bytes
             if is_too_large or x_nd.shape != states[0].shape:
-                yield names, torch.from_numpy(np.stack(states))
+                yield names, _stack(states)
                 names = []
-                states = []
         names.append(layer)
         states.append(x_nd)
-    yield names, torch.from_numpy(np.stack(states))
+    if names:
+        yield names, _stack(states)
+
+
+def _stack(states: list[torch.Tensor]) -> torch.Tensor:
+    """Stack states, and empty their list: they need not be held twice."""
+    x_lnd = states[0][None] if len(states) == 1 else torch.stack(states)
+    states.clear()
+    return x_lnd
 
 
 # ---- scoring ----
@@ -388,7 +494,7 @@ def _score_task(
     probed_task: _ProbedTask,
     *,
     kind: str,
-    fitted: dict[_LabelKey, FittedProbes],
+    fitted: dict[LabelKey, FittedProbes],
 ) -> ProbeResults:
     """Make the tables of one task and kind of probe, and keep its test predictions."""
     metric_tables = []
@@ -401,7 +507,7 @@ def _score_task(
         if len(one.losses):
             loss_tables.append(one.losses.assign(control=row_control))
         if key.control == "control_task":
-            true_probes = fitted.get(_LabelKey("none", key.seed), fitted[job.first_key])
+            true_probes = fitted.get(LabelKey("none", key.seed), fitted[job.first_key])
             selectivity = _selectivity(
                 job,
                 true_probes=true_probes,
