@@ -11,12 +11,14 @@ size: a step there is 0.6 ms of matrix products and of Adam's own arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.optim.adam import adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +230,11 @@ class _Training:
             self._biases = [self._draw(d, outputs)]
         self._weights[0] = self._side_by_side(self._weights[0])
         self._parameters = [*self._weights, *self._biases]
-        for parameter in self._parameters:
-            parameter.grad = torch.empty_like(parameter)
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._moments = [
+            [torch.zeros_like(parameter) for parameter in self._parameters] for _ in range(2)
+        ]
+        self._steps = [torch.zeros((), device=x_lnd.device) for _ in self._parameters]
 
     def _draw(self, fan_in: int, *shape: int) -> torch.Tensor:
         """Draw parameters (l, s, ...) as torch.nn.Linear does; a seed's are the same everywhere."""
@@ -252,7 +257,6 @@ class _Training:
     def run(self) -> AdamProbes:
         """Train all epochs, or until every probe has lost its patience."""
         settings = self._settings
-        optimiser = torch.optim.Adam(self._parameters, lr=settings.lr, fused=True)
         best_parameters = [parameter.clone() for parameter in self._parameters]
         shape = (self._n_layers, len(self._y_snc))
         lowest_ls = torch.full(shape, torch.inf, device=self._x_lnd.device)
@@ -260,7 +264,7 @@ class _Training:
         patience = settings.patience or torch.inf
         losses = []
         for _ in range(settings.epochs):
-            train_loss_ls = self._run_epoch(optimiser)
+            train_loss_ls = self._run_epoch()
             validation_loss_ls = self._validate()
             stopped_ls = epochs_since_lowest_ls >= patience
             epoch_losses = torch.stack([train_loss_ls, validation_loss_ls], -1)
@@ -292,7 +296,7 @@ class _Training:
                 keep = keep_ls.reshape(*keep_ls.shape, *[1] * (now.dim() - 2))
             best.copy_(torch.where(keep, now, best))
 
-    def _run_epoch(self, optimiser: torch.optim.Optimizer) -> torch.Tensor:
+    def _run_epoch(self) -> torch.Tensor:
         """Train one epoch; return the mean loss (l, s)."""
         device = self._x_lnd.device
         n = len(self._train)
@@ -311,37 +315,53 @@ class _Training:
         for rows_rb, y_sbc, mask_sbc in batches:
             x_lrbd = self._x_lnd[:, rows_rb]
             if self._settings.dropout:
-                x_lrbd *= self._keep_features(x_lrbd.shape[2:])
-            loss_ls += self._step(x_lrbd, y_sbc, mask_sbc, n=n)
-            optimiser.step()
+                x_lrbd.masked_fill_(self._draw_dropped(x_lrbd.shape[2:]), 0)
+                x_lrbd /= 1 - self._settings.dropout
+            share = rows_rb.shape[1] / len(self._train)
+            loss_ls += share * self._compute_gradients(x_lrbd, y_sbc, mask_sbc)
+            self._step()
         return loss_ls
 
-    def _keep_features(self, shape: torch.Size) -> torch.Tensor:
-        """Return (r, b, d): 0 for a share of the features, more than 1 for the others.
+    def _draw_dropped(self, shape: torch.Size) -> torch.Tensor:
+        """Return (r, b, d) whether a feature is dropped; a seed drops the same at all layers."""
+        dropped = [draw_dropped(shape, self._settings.dropout, g) for g in self._generators]
+        return torch.stack(dropped)
 
-        A seed drops the same features at all layers.
-        """
-        share = self._settings.dropout
-        uniform_rbd = torch.stack(
-            [torch.rand(shape, generator=g, device=g.device) for g in self._generators]
+    def _step(self) -> None:
+        """Change the parameters along their gradients."""
+        adam(
+            self._parameters,
+            self._gradients,
+            exp_avgs=self._moments[0],
+            exp_avg_sqs=self._moments[1],
+            max_exp_avg_sqs=[],
+            state_steps=self._steps,
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self._settings.lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
         )
-        return (uniform_rbd >= share) * (1 / (1 - share))
 
-    def _step(
-        self, x_lrbd: torch.Tensor, y_sbc: torch.Tensor, mask_sbc: torch.Tensor, *, n: int
+    def _compute_gradients(
+        self, x_lrbd: torch.Tensor, y_sbc: torch.Tensor, mask_sbc: torch.Tensor
     ) -> torch.Tensor:
-        """Set the gradients of a batch; return what it adds to the loss (l, s) of n examples."""
+        """Set the gradients of a batch; return its loss (l, s)."""
         hidden, logits = self._forward(x_lrbd)
         loss_ls, change = _loss(logits, y_sbc, mask_sbc, self._kind)
-        weight_gradients = [weight.grad for weight in self._weights]
-        bias_gradients = [bias.grad for bias in self._biases]
+        maps = len(self._weights)
+        weight_gradients = self._gradients[:maps]
+        bias_gradients = self._gradients[maps:]
         torch.sum(change, 2, out=bias_gradients[-1])
         if hidden is not None:
             torch.matmul(hidden.mT, change, out=weight_gradients[1])
             change = (change @ self._weights[1].mT) * (hidden > 0)
             torch.sum(change, 2, out=bias_gradients[0])
         torch.matmul(x_lrbd.mT, self._side_by_side(change), out=weight_gradients[0])
-        return loss_ls * (x_lrbd.shape[2] / n)
+        return loss_ls
 
     def _forward(self, x_lrbd: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what the hidden layer gives (l, s, b, hidden), if there is one, and the logits."""
@@ -358,6 +378,18 @@ class _Training:
         y_svc = self._y_snc[:, self._validation]
         mask_svc = self._mask_snc[:, self._validation]
         return _loss(logits, y_svc, mask_svc, self._kind)[0]
+
+
+def draw_dropped(shape: Sequence[int], share: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw which entries are dropped, a share of them (to 1/65,536).
+
+    A random number of 64 bits decides on four: to draw them is what dropout costs.
+    """
+    size = math.prod(shape)
+    numbers = torch.empty(-(-size // 4), dtype=torch.int64, device=generator.device)
+    numbers.random_(-(2**63), None, generator=generator)
+    threshold = round(share * 2**16) - 2**15
+    return (numbers.view(torch.int16)[:size] < threshold).view(*shape)
 
 
 def _loss(

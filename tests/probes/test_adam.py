@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from probekit.probes.adam import AdamSettings, train_adam
+from probekit.probes.adam import AdamSettings, draw_dropped, train_adam
 
 N = 90
 D = 12
@@ -54,7 +54,7 @@ def plain_loop(x_nd, y_nc, mask_nc, *, kind, seed, settings):
     for _ in range(settings.epochs):
         epoch_loss = 0.0
         for rows in TRAIN[torch.randperm(len(TRAIN), generator=g)].split(settings.batch):
-            keep = torch.rand(len(rows), D, generator=g) >= settings.dropout
+            keep = ~draw_dropped((len(rows), D), settings.dropout, g)
             logits = probe(x_nd[rows] * keep / (1 - settings.dropout))
             if kind == "binary":
                 loss = nn.functional.cross_entropy(logits, y_nc[rows, 0].long())
@@ -187,7 +187,7 @@ def test_dropout_leaves_features_out_of_training_alone():
     weight = (torch.rand(D, 2, generator=g) * 2 - 1) * D**-0.5
     bias = (torch.rand(2, generator=g) * 2 - 1) * D**-0.5
     order = TRAIN[torch.randperm(len(TRAIN), generator=g)]
-    keep = torch.rand(len(TRAIN), D, generator=g) >= 0.5
+    keep = ~draw_dropped((len(TRAIN), D), 0.5, g)
     for layer in range(3):
         dropped = nn.functional.cross_entropy(
             2 * keep * x_lnd[layer, order] @ weight + bias, y_nc[order, 0].long()
@@ -218,3 +218,17 @@ def test_patience_keeps_each_probe_at_its_lowest_validation_loss():
             torch.testing.assert_close(loss, losses.min(), atol=1e-5, rtol=1e-4)
             three_epochs_more = int(losses.argmin()) == len(losses) - 4
             assert three_epochs_more or len(losses) == epochs
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.93])
+def test_as_many_entries_are_dropped_as_asked_for_and_none_depends_on_another(share):
+    g = torch.Generator().manual_seed(0)
+    dropped = draw_dropped((300, 401), share, g).float()
+    assert dropped.shape == (300, 401)
+    error = (share * (1 - share) / dropped.numel()) ** 0.5
+    assert abs(dropped.mean() - share) < 4 * error
+    for lag in (1, 2, 3, 4, 401):
+        flat = dropped.ravel() - share
+        correlation = (flat[lag:] * flat[:-lag]).mean() / (share * (1 - share))
+        assert abs(correlation) < 4 / dropped.numel() ** 0.5
+    assert not torch.equal(draw_dropped((300, 401), share, g).float(), dropped)
