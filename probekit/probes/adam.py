@@ -192,9 +192,9 @@ def _arrange_by_seed(seeds: Sequence[int]) -> Iterator[dict[int, list[int]]]:
 class _Training:
     """Training of l layers, r seeds and q sets of labels of each seed.
 
-    The s = r x q sets are numbered seed by seed. The weights of the first map are (l, r, d, q x
-    out), so that the sets of a seed share the product with its examples; those of the second are
-    (l, s, hidden, out).
+    The s = r x q sets are numbered seed by seed. The weights of the first map are (l, r, q x out,
+    d), so that the sets of a seed share the product with its examples; those of the second are (l,
+    s, hidden, out).
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class _Training:
         else:
             self._weights = [self._draw(d, d, outputs)]
             self._biases = [self._draw(d, outputs)]
-        self._weights[0] = self._side_by_side(self._weights[0])
+        self._weights[0] = self._side_by_side(self._weights[0]).contiguous()
         self._parameters = [*self._weights, *self._biases]
         self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._moments = [
@@ -244,15 +244,15 @@ class _Training:
             first.extend([uniform * fan_in**-0.5] * self._sets_per_seed)
         return torch.stack(first).expand(self._n_layers, -1, *shape).clone()
 
-    def _side_by_side(self, weight_lsdo: torch.Tensor) -> torch.Tensor:
-        """Return weights (l, r, d, q x out) of the first map."""
-        by_seed = weight_lsdo.unflatten(1, (-1, self._sets_per_seed))
-        return by_seed.transpose(2, 3).flatten(3).contiguous()
+    def _side_by_side(self, values_lsno: torch.Tensor) -> torch.Tensor:
+        """Return (l, r, q x out, n) of what is (l, s, n, out)."""
+        by_seed = values_lsno.unflatten(1, (-1, self._sets_per_seed))
+        return by_seed.mT.flatten(2, 3)
 
-    def _one_by_one(self, weight_lrdp: torch.Tensor) -> torch.Tensor:
-        """Undo :meth:`_side_by_side`, also for what is (l, r, n, q x out)."""
-        by_set = weight_lrdp.unflatten(3, (self._sets_per_seed, -1))
-        return by_set.transpose(2, 3).flatten(1, 2)
+    def _one_by_one(self, values_lrpn: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`_side_by_side`."""
+        by_set = values_lrpn.unflatten(2, (self._sets_per_seed, -1))
+        return by_set.mT.flatten(1, 2)
 
     def run(self) -> AdamProbes:
         """Train all epochs, or until every probe has lost its patience."""
@@ -289,9 +289,9 @@ class _Training:
         """Take the parameters of now over where they are the best."""
         for number, (best, now) in enumerate(zip(best_parameters, self._parameters, strict=True)):
             if number == 0:
-                outputs = now.shape[3] // self._sets_per_seed
+                outputs = now.shape[2] // self._sets_per_seed
                 keep_lrq = keep_ls.unflatten(1, (-1, self._sets_per_seed))
-                keep = keep_lrq.repeat_interleave(outputs, dim=2)[:, :, None]
+                keep = keep_lrq.repeat_interleave(outputs, dim=2)[..., None]
             else:
                 keep = keep_ls.reshape(*keep_ls.shape, *[1] * (now.dim() - 2))
             best.copy_(torch.where(keep, now, best))
@@ -313,10 +313,9 @@ class _Training:
             strict=True,
         )
         for rows_rb, y_sbc, mask_sbc in batches:
-            x_lrbd = self._x_lnd[:, rows_rb]
+            x_lrbd = self._x_lnd.index_select(1, rows_rb.flatten()).unflatten(1, rows_rb.shape)
             if self._settings.dropout:
                 x_lrbd.masked_fill_(self._draw_dropped(x_lrbd.shape[2:]), 0)
-                x_lrbd /= 1 - self._settings.dropout
             share = rows_rb.shape[1] / len(self._train)
             loss_ls += share * self._compute_gradients(x_lrbd, y_sbc, mask_sbc)
             self._step()
@@ -349,8 +348,12 @@ class _Training:
     def _compute_gradients(
         self, x_lrbd: torch.Tensor, y_sbc: torch.Tensor, mask_sbc: torch.Tensor
     ) -> torch.Tensor:
-        """Set the gradients of a batch; return its loss (l, s)."""
-        hidden, logits = self._forward(x_lrbd)
+        """Set the gradients of a batch; return its loss (l, s).
+
+        Some features of `x_lrbd` are dropped; the others are scaled up here.
+        """
+        scale = 1 / (1 - self._settings.dropout)
+        hidden, logits = self._forward(x_lrbd, scale=scale)
         loss_ls, change = _loss(logits, y_sbc, mask_sbc, self._kind)
         maps = len(self._weights)
         weight_gradients = self._gradients[:maps]
@@ -360,12 +363,15 @@ class _Training:
             torch.matmul(hidden.mT, change, out=weight_gradients[1])
             change = (change @ self._weights[1].mT) * (hidden > 0)
             torch.sum(change, 2, out=bias_gradients[0])
-        torch.matmul(x_lrbd.mT, self._side_by_side(change), out=weight_gradients[0])
+        torch.matmul(self._side_by_side(change * scale), x_lrbd, out=weight_gradients[0])
         return loss_ls
 
-    def _forward(self, x_lrbd: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _forward(
+        self, x_lrbd: torch.Tensor, *, scale: float = 1.0
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return what the hidden layer gives (l, s, b, hidden), if there is one, and the logits."""
-        logits = self._one_by_one(x_lrbd @ self._weights[0]) + self._biases[0][:, :, None]
+        product_lrpb = (x_lrbd @ self._weights[0].mT).mT
+        logits = self._one_by_one(product_lrpb) * scale + self._biases[0][:, :, None]
         if len(self._weights) == 1:
             return None, logits
         hidden = logits.relu()

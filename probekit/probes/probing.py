@@ -327,12 +327,17 @@ def _check_scorable(labels: LabelSet, name: str) -> None:
 def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
     """Yield the results of each task and kind of probe, then how the layers relate."""
     weights: dict[str, ProbeWeights] = {}
-    for probed_task, kind, fitted in _fit_all(job):
-        yield _score_task(job, probed_task, kind=kind, fitted=fitted)
-        by_layer = fitted[job.first_key].weights
-        decoder = [by_layer[layer] for layer in job.decoder_layers if layer in by_layer]
-        if decoder:
-            weights[probed_task.name] = ProbeWeights.concatenate(decoder)
+    description = f"probing {job.model} ({job.control}, {job.pooling})"
+    total = len(job.layers) * len(job.tasks)
+    with tqdm(total=total, desc=description, unit="layer") as bar:
+        for probed_task in job.tasks:
+            bar.set_postfix_str(probed_task.name)
+            for kind, fitted in _fit_task(job, probed_task, bar).items():
+                yield _score_task(job, probed_task, kind=kind, fitted=fitted)
+                by_layer = fitted[job.first_key].weights
+                decoder = [by_layer[layer] for layer in job.decoder_layers if layer in by_layer]
+                if decoder:
+                    weights[probed_task.name] = ProbeWeights.concatenate(decoder)
     if weights and job.is_predicted:
         yield _relate_layers(job, weights)
 
@@ -340,53 +345,45 @@ def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
 # ---- fitting ----
 
 
-def _fit_all(job: _Job) -> Iterator[tuple[_ProbedTask, str, dict[LabelKey, FittedProbes]]]:
-    """Fit every kind of probe to all layers, for each task and with each set of labels.
+def _fit_task(
+    job: _Job, probed_task: _ProbedTask, bar: tqdm
+) -> dict[str, dict[LabelKey, FittedProbes]]:
+    """Fit every kind of probe to all layers, with each set of labels of a task.
 
     What was fitted is on disk after each group of layers, and is not fitted again.
     """
     checkpoints = {
-        (probed_task.name, kind): Checkpoints(
-            job.folder / paths.fingerprint(job.pooling, probed_task.name, kind)
-        )
-        for probed_task in job.tasks
+        kind: Checkpoints(job.folder / paths.fingerprint(job.pooling, probed_task.name, kind))
         for kind in job.settings.probes
     }
-    by_layer: dict[tuple[str, str, str], dict[LabelKey, FittedProbes]] = {}
-    for (task_name, kind), of_kind in checkpoints.items():
+    by_layer: dict[tuple[str, str], dict[LabelKey, FittedProbes]] = {}
+    for kind, of_kind in checkpoints.items():
         for layer in job.layers:
             fitted = of_kind.read(layer)
             if fitted is not None:
-                by_layer[task_name, kind, layer] = fitted
-
-    description = f"probing {job.model} ({job.control}, {job.pooling})"
+                by_layer[kind, layer] = fitted
     missing = [
-        layer
-        for layer in job.layers
-        if any((*names, layer) not in by_layer for names in checkpoints)
+        layer for layer in job.layers if any((kind, layer) not in by_layer for kind in checkpoints)
     ]
-    done = len(job.layers) - len(missing)
-    with tqdm(total=len(job.layers), initial=done, desc=description, unit="layer") as bar:
-        for layers, x_lnd in _layer_groups(job, missing):
-            for probed_task in job.tasks:
-                x_task_lnd = x_lnd[:, torch.from_numpy(probed_task.task.rows).to(x_lnd.device)]
-                for kind in job.settings.probes:
-                    if all((probed_task.name, kind, layer) in by_layer for layer in layers):
-                        continue
-                    fitted = _fit_in_parts(job, x_task_lnd, probed_task, kind=kind, layers=layers)
-                    for place, layer in enumerate(layers):
-                        of_layer = {key: one.layer(place) for key, one in fitted.items()}
-                        checkpoints[probed_task.name, kind].write(layer, of_layer)
-                        by_layer[probed_task.name, kind, layer] = of_layer
-            bar.update(len(layers))
-    for probed_task in job.tasks:
-        for kind in job.settings.probes:
-            of_layers = [by_layer.pop((probed_task.name, kind, layer)) for layer in job.layers]
-            joined = {
-                key: FittedProbes.concatenate([of_layer[key] for of_layer in of_layers])
-                for key in of_layers[0]
-            }
-            yield probed_task, kind, joined
+    bar.update(len(job.layers) - len(missing))
+    for layers, x_lnd in _layer_groups(job, missing, rows=probed_task.task.rows):
+        for kind, of_kind in checkpoints.items():
+            if all((kind, layer) in by_layer for layer in layers):
+                continue
+            fitted = _fit_in_parts(job, x_lnd, probed_task, kind=kind, layers=layers)
+            for place, layer in enumerate(layers):
+                of_layer = {key: one.layer(place) for key, one in fitted.items()}
+                of_kind.write(layer, of_layer)
+                by_layer[kind, layer] = of_layer
+        bar.update(len(layers))
+    joined = {}
+    for kind in checkpoints:
+        of_layers = [by_layer[kind, layer] for layer in job.layers]
+        joined[kind] = {
+            key: FittedProbes.concatenate([of_layer[key] for of_layer in of_layers])
+            for key in of_layers[0]
+        }
+    return joined
 
 
 def _fit_in_parts(
@@ -458,16 +455,18 @@ def _fit(
     return dict(zip(keys, fitted, strict=True))
 
 
-def _layer_groups(job: _Job, layers: Sequence[str]) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Yield neighbouring layers of one width, as many as fit, with their states (l, n, d)."""
-    most_bytes = job.settings.memory_gb / 16 * 1e9
+def _layer_groups(
+    job: _Job, layers: Sequence[str], *, rows: np.ndarray
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Yield neighbouring layers of one width, as many as fit, with the states (l, n, d) of rows."""
+    most_bytes = job.settings.memory_gb / 6 * 1e9
     if job.device.startswith("cuda"):
         free_bytes, _ = torch.cuda.mem_get_info(job.device)
-        most_bytes = free_bytes / 16
+        most_bytes = free_bytes / 8
     names: list[str] = []
     states: list[torch.Tensor] = []
     for layer in layers:
-        x_nd = torch.from_numpy(job.activations[layer, job.pooling]).to(job.device)
+        x_nd = torch.from_numpy(job.activations[layer, job.pooling][rows]).to(job.device)
         if states:
             is_too_large = (len(states) + 1) * x_nd.nbytes > most_bytes
             if is_too_large or x_nd.shape != states[0].shape:
