@@ -1,7 +1,7 @@
 """What a GPU makes of extraction with models of the study's size, in one command.
 
     python benchmarks/gpu.py [--device cuda] [--dtype bfloat16] [--models NAME ...] [--images 512]
-                             [--prompts-per-image 3] [--quick] [--json PATH]
+                             [--prompts-per-image 3] [--layers 4] [--quick] [--json PATH]
 
 The models have the shapes of Qwen2-VL-2B and FastVLM-0.5B with random weights, and read drawn
 scenes of 640 x 480 pixels; nothing is downloaded. Their tokenizers are those of the demo models, so
@@ -14,8 +14,14 @@ plain   the study's way: every image encoded for every prompt, batches of 8, out
         a head, pooling afterwards; over an eighth of the images
 
 `busy` is the share of its time that the device computes, as its driver counts it, `floor_share` the
-time of the floor over that of ours. --quick takes tiny models and few images, to try the command on
-a CPU.
+time of the floor over that of ours. An extraction takes some seconds to begin, whatever its size:
+`further_images_per_s` leaves them out, it is what seven eighths of the images took on top of the
+first eighth.
+
+Then the probes of the study's size, 24,000 images and --layers of 1,536, by part, see
+``paper_scale.py``.
+
+--quick takes tiny models and few images, to try the command on a CPU.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ import pandas as pd
 import torch
 from extract import make_examples, run_floor, run_ours, run_plain
 from measuring import high_water_mb, save_json
+from paper_scale import run_probes, study_settings, write_activations
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -175,6 +182,7 @@ def measure_extraction(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> di
     few = examples[examples.image_id < max(1, images // 8)]
     is_gpu = vlm.device.startswith("cuda")
     run_ours(vlm, checkpoint, few)  # warm up: kernels are chosen, pinned memory is taken
+    few_s = run_ours(vlm, checkpoint, few).seconds
     if is_gpu:
         torch.cuda.reset_peak_memory_stats(vlm.device)
     with BusyMeter(vlm.device) as busy:
@@ -185,6 +193,7 @@ def measure_extraction(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> di
     plain_images_per_s = few.image_id.nunique() / plain.seconds
     return {
         "images_per_s": images / ours.seconds,
+        "further_images_per_s": (images - few.image_id.nunique()) / (ours.seconds - few_s),
         "floor_images_per_s": images / floor_s,
         "plain_images_per_s": plain_images_per_s,
         "speedup": images / ours.seconds / plain_images_per_s,
@@ -193,6 +202,20 @@ def measure_extraction(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> di
         "peak_gpu_gb": peak_gpu_gb,
         "peak_host_mb": high_water_mb(),
     }
+
+
+def measure_probes(root: str, *, images: int, layers: int, device: str) -> dict[str, float]:
+    """Seconds by part for each layer of random activations, and the memory they take."""
+    is_gpu = device.startswith("cuda")
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    examples = write_activations(root, images=images, layers=layers)
+    with BusyMeter(device) as busy:
+        measured = run_probes(root, examples, study_settings(), device)
+    seconds = measured["seconds"]
+    result = {f"{part}_s_per_layer": value / layers for part, value in seconds.items()}
+    peak_gpu_gb = torch.cuda.max_memory_allocated(device) / 1e9 if is_gpu else np.nan
+    return result | {"layers": layers, "busy": busy.share, "peak_gpu_gb": peak_gpu_gb}
 
 
 def main() -> None:
@@ -204,6 +227,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--prompts-per-image", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=4, help="of the probes")
     parser.add_argument("--quick", action="store_true", help="tiny models and 16 images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -223,9 +247,17 @@ def main() -> None:
             measured = measure_extraction(vlm, checkpoint, examples)
             rows[name] = {"parameters_m": parameters / 1e6} | measured
             vlm.release()
+    with tempfile.TemporaryDirectory() as root_of_probes:
+        probes = measure_probes(
+            root_of_probes,
+            images=480 if options.quick else 24_000,
+            layers=options.layers,
+            device=options.device,
+        )
     print(f"{card}, {options.dtype}, {images} images, {options.prompts_per_image} prompts each")
     print(pd.DataFrame(rows).to_string(float_format="{:.3g}".format))
-    result = {"card": card, "dtype": options.dtype, "images": images, "extraction": rows}
+    result = {"card": card, "dtype": options.dtype, "images": images}
+    result |= {"extraction": rows, "probes": probes}
     print(json.dumps(result, indent=1))
     save_json(options.json, result)
 

@@ -23,6 +23,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -184,12 +185,12 @@ def run_probes(root: str, examples: pd.DataFrame, settings: ProbeSettings, devic
     }
 
 
-def run_others(root: str, examples: pd.DataFrame, layer: str) -> dict:
-    """Time scikit-learn and the study's loop on a part of one layer's work."""
+def run_others(root: str, examples: pd.DataFrame) -> dict:
+    """Time scikit-learn and the study's loop on a part of the first layer's work."""
     home = Home.find(root)
     activations = Activations(open_folder(FOLDER, home), examples, ("lm",), ("mean",), home=home)
     rows = ((examples.task == "category") & (examples.split == "train")).to_numpy()
-    x_nd = activations[layer, "mean"][rows]
+    x_nd = activations["lm.00", "mean"][rows]
     x_nd = (x_nd - x_nd.mean(0)) / x_nd.std(0)
     y_nc = np.array(examples["labels"][rows].tolist())
     mask_nc = np.array(examples["mask"][rows].tolist()) > 0
@@ -216,6 +217,29 @@ def run_others(root: str, examples: pd.DataFrame, layer: str) -> dict:
     }
 
 
+def write_activations(root: str, *, images: int, layers: int) -> pd.DataFrame:
+    """Write the activations of a home; return their examples."""
+    rng = np.random.default_rng(0)
+    home = Home.find(root)
+    names = [f"lm.{k:02d}" for k in range(layers)]
+    examples = make_examples(images, rng)
+    write_features(open_folder(FOLDER, home), examples, layers=names, rng=rng, home=home)
+    return examples
+
+
+def study_settings(
+    probes: Sequence[str] = ("logreg", "linear"), *, epochs: int = 10, memory_gb: float = 4.0
+) -> ProbeSettings:
+    """Return what 03 does at the study's size: three seeds and both controls of the labels."""
+    return ProbeSettings(
+        probes=tuple(probes),
+        seeds=(0, 1, 2),
+        controls=("shuffled", "control_task"),
+        training=AdamSettings(epochs=epochs),
+        memory_gb=memory_gb,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -228,24 +252,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    layers = [f"lm.{k:02d}" for k in range(options.layers)]
-    rng = np.random.default_rng(0)
-    settings = ProbeSettings(
-        probes=tuple(options.probes),
-        seeds=(0, 1, 2),
-        controls=("shuffled", "control_task"),
-        training=AdamSettings(epochs=options.epochs),
-        memory_gb=options.gb,
-    )
+    settings = study_settings(options.probes, epochs=options.epochs, memory_gb=options.gb)
     with tempfile.TemporaryDirectory() as temporary:
-        home = Home.find(temporary)
-        examples = make_examples(options.images, rng)
-        write_features(open_folder(FOLDER, home), examples, layers=layers, rng=rng, home=home)
+        examples = write_activations(temporary, images=options.images, layers=options.layers)
         measured = run_in_new_process(run_probes, temporary, examples, settings, options.device)
-        others = run_in_new_process(run_others, temporary, examples, layers[-1])
+        others = run_in_new_process(run_others, temporary, examples)
     seconds = measured.pop("seconds")
-    result = {f"{part}_s_per_layer": value / len(layers) for part, value in seconds.items()}
-    result |= measured | others | {"layers": len(layers), "examples": len(examples)}
+    result = {f"{part}_s_per_layer": value / options.layers for part, value in seconds.items()}
+    result |= measured | others | {"layers": options.layers, "examples": len(examples)}
     print(json.dumps(result, indent=1))
     save_json(options.json, result)
 

@@ -67,7 +67,7 @@ class ProbeSettings:
         Number of bootstrap samples for the intervals.
     memory_gb : float
         Bound on what is held at a time, in 10^9 bytes; layers are probed in groups that fit. On a
-        GPU it bounds the solver alone, and the groups are as large as the free memory allows.
+        GPU the groups are as large as its free memory allows.
     """
 
     probes: tuple[str, ...] = ("logreg", "linear")
@@ -432,13 +432,16 @@ def _fit(
 ) -> dict[LabelKey, FittedProbes]:
     """Fit one kind of probe to a group of layers, with each set of labels."""
     if kind == "logreg":
+        memory_gb = settings.memory_gb / 4
+        if x_lnd.is_cuda:
+            memory_gb = max(memory_gb, torch.cuda.mem_get_info(x_lnd.device)[0] / 4e9)
         fitted = fitting.fit_logreg(
             x_lnd,
             probed_task.task,
             label_sets=list(probed_task.label_sets.values()),
             strengths=settings.strengths,
             layers=layers,
-            memory_gb=settings.memory_gb / 4,
+            memory_gb=memory_gb,
             measure_codelength=settings.codelength,
         )
         return dict(zip(probed_task.label_sets, fitted, strict=True))
@@ -463,10 +466,12 @@ def _layer_groups(
     if job.device.startswith("cuda"):
         free_bytes, _ = torch.cuda.mem_get_info(job.device)
         most_bytes = free_bytes / 8
+    row_numbers = torch.from_numpy(rows)
     names: list[str] = []
     states: list[torch.Tensor] = []
     for layer in layers:
-        x_nd = torch.from_numpy(job.activations[layer, job.pooling][rows]).to(job.device)
+        x_all_nd = torch.from_numpy(job.activations[layer, job.pooling])
+        x_nd = x_all_nd.index_select(0, row_numbers).to(job.device)
         if states:
             is_too_large = (len(states) + 1) * x_nd.nbytes > most_bytes
             if is_too_large or x_nd.shape != states[0].shape:

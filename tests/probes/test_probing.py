@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from probekit import paths
-from probekit.probes import logreg
+from probekit.probes import logreg, probing
 from probekit.probes.adam import AdamSettings
 from probekit.probes.probing import ProbeSettings, probe_activations
 from probekit.probes.results import best_layers, select_curve
@@ -290,3 +290,103 @@ def test_a_task_without_anything_to_score_is_refused_before_the_work(
     one_image = small.with_examples(mask=[[int(one)] for one in counts])
     with pytest.raises(ValueError, match=f"task caption has labels of 1 images in {split}"):
         probe_activations(one_image, settings=QUICK, folder=tmp_path)
+
+
+def two_tasks():
+    """Activations of two tasks, one of which has other labels."""
+    first = planted_activations(images=60)
+    tables = [first.examples, first.examples.assign(task="other")]
+    states = {key: np.concatenate([x_nd, x_nd]) for key, x_nd in first.states.items()}
+    return replace(first, examples=pd.concat(tables, ignore_index=True), states=states)
+
+
+def assert_same_results(found, expected):
+    for name in ("metrics", "losses", "transfer"):
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(expected, name))
+    for key, p_lnc in expected.predictions.items():
+        assert np.array_equal(p_lnc, found.predictions[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fits", [1, 4, 11])
+def test_probing_that_was_stopped_goes_on_where_it_was(fits, tmp_path, monkeypatch):
+    activations = two_tasks()
+    settings = replace(QUICK, memory_gb=1e-9, codelength=True, controls=("shuffled",))
+    expected = probe_activations(activations, settings=settings, folder=tmp_path / "whole")
+    fitted = []
+    original = probing._fit
+
+    def fit_some(x_lnd, probed_task, *, kind, layers, settings):
+        if len(fitted) == fits:
+            raise KeyboardInterrupt
+        fitted.append((probed_task.name, kind, *layers))
+        return original(x_lnd, probed_task, kind=kind, layers=layers, settings=settings)
+
+    monkeypatch.setattr(probing, "_fit", fit_some)
+    with pytest.raises(KeyboardInterrupt):
+        probe_activations(activations, settings=settings, folder=tmp_path / "stopped")
+    before = set(fitted)
+    fitted.clear()
+    fits = 1000
+    results = probe_activations(activations, settings=settings, folder=tmp_path / "stopped")
+    assert len(before) + len(fitted) == 16  # tasks x kinds x layers
+    assert not before & set(fitted)
+    assert_same_results(results, expected)
+    assert not list((tmp_path / "stopped").rglob("fitted-*"))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_fitted_again(tmp_path, monkeypatch):
+    activations = two_tasks()
+    settings = replace(QUICK, memory_gb=1e-9)
+    expected = probe_activations(activations, settings=settings, folder=tmp_path / "whole")
+    monkeypatch.setattr(probing, "_relate_layers", partial(fail_with, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        probe_activations(activations, settings=settings, folder=tmp_path / "stopped")
+    monkeypatch.undo()
+    files = sorted((tmp_path / "stopped").rglob("fitted-*/*/*.safetensors"))
+    assert len(files) == 16
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(b"")
+    results = probe_activations(activations, settings=settings, folder=tmp_path / "stopped")
+    assert_same_results(results, expected)
+
+
+@pytest.mark.slow
+def test_layers_that_do_not_fit_the_memory_are_probed_in_halves(tmp_path, monkeypatch, capsys):
+    activations = two_tasks()
+    expected = probe_activations(activations, settings=QUICK, folder=tmp_path / "whole")
+    original = probing._fit
+
+    def fit_two(x_lnd, probed_task, *, kind, layers, settings):
+        if len(layers) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return original(x_lnd, probed_task, kind=kind, layers=layers, settings=settings)
+
+    monkeypatch.setattr(probing, "_fit", fit_two)
+    results = probe_activations(activations, settings=QUICK, folder=tmp_path / "halves")
+    assert capsys.readouterr().out.count("they are probed in halves") == 1
+    for key, p_lnc in expected.predictions.items():
+        np.testing.assert_allclose(p_lnc, results.predictions[key], atol=1e-3)
+    monkeypatch.setattr(probing, "_fit", partial(fail_with, MemoryError("no memory")))
+    with pytest.raises(MemoryError, match=r"of one layer \(lm.00, caption\) do not fit"):
+        probe_activations(activations, settings=QUICK, folder=tmp_path / "none")
+    monkeypatch.setattr(probing, "_fit", partial(fail_with, RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        probe_activations(activations, settings=QUICK, folder=tmp_path / "none")
+
+
+def fail_with(error, *_args, **_options):
+    raise error
+
+
+@pytest.mark.slow
+def test_a_task_that_cannot_be_scored_costs_the_others_nothing(tmp_path):
+    activations = two_tasks()
+    examples = activations.examples
+    is_test = (examples.task == "other") & (examples.split == "test")
+    activations = activations.with_examples(mask=[[int(not nothing)] for nothing in is_test])
+    with pytest.warns(UserWarning, match=r"task other has labels of 0 images in test.*the other"):
+        results = probe_activations(activations, settings=QUICK, folder=tmp_path)
+    assert set(results.metrics.task) == {"caption"}
+    assert set(results.tasks) == {"caption"}
