@@ -260,11 +260,100 @@ def _average_precision(
     p_n: torch.Tensor, y_n: torch.Tensor, weight_bn: torch.Tensor
 ) -> torch.Tensor:
     p_n, order_n = p_n.sort(descending=True)
+    y_n = y_n[order_n]
     last_of_equal_n = torch.searchsorted(-p_n, -p_n, right=True) - 1
+    # Only at positive examples is the precision needed.
     weight_bn = weight_bn[:, order_n]
-    hits_bn = weight_bn * y_n[order_n]
-    precision_bn = hits_bn.cumsum(1) / weight_bn.cumsum(1).clamp(min=1e-30)
-    return (precision_bn[:, last_of_equal_n] * hits_bn).sum(1) / hits_bn.sum(1)
+    hit_weight_bh = weight_bn[:, y_n]
+    last_h = last_of_equal_n[y_n]
+    last_hit_h = y_n.cumsum(0)[last_h] - 1
+    hits_bh = hit_weight_bh.cumsum(1)
+    if not torch.equal(last_hit_h, torch.arange(len(last_hit_h))):
+        hits_bh = hits_bh[:, last_hit_h]
+    seen_bh = weight_bn.cumsum(1)[:, last_h]
+    precision_bh = hits_bh / seen_bh.clamp(min=1e-30)
+    return (precision_bh * hit_weight_bh).sum(1) / hit_weight_bh.sum(1)
+
+
+def leave_images_out(
+    p_lnc: np.ndarray, y_nc: np.ndarray, *, mask_nc: np.ndarray, image_n: np.ndarray
+) -> np.ndarray:
+    """Compute the average precision of each class without each of the images.
+
+    Parameters
+    ----------
+    p_lnc, y_nc, mask_nc : ndarray
+        See :func:`average_precision`.
+    image_n : ndarray
+        (n,) numbers of the images, from 0 on.
+
+    Returns
+    -------
+    ndarray
+        (images, l, c) average precision; NaN where no positive example is left.
+
+    Notes
+    -----
+    Without one example, all that follow have one fewer before them. So sums over ranks with one,
+    two, ... fewer, and as many hits fewer, serve all images.
+    """
+    image_count = image_n.max() + 1
+    layer_count, _, class_count = p_lnc.shape
+    left_out = np.full((image_count, layer_count, class_count), np.nan)
+    for c in range(class_count):
+        rows = mask_nc[:, c] > 0
+        if not rows.any():
+            continue
+        for layer in range(layer_count):
+            left_out[:, layer, c] = _leave_images_out(
+                p_lnc[layer, rows, c], y_nc[rows, c] > 0, image_n[rows], image_count
+            )
+    return left_out
+
+
+def _leave_images_out(
+    p_n: np.ndarray, y_n: np.ndarray, image_n: np.ndarray, image_count: int
+) -> np.ndarray:
+    """Return (images,) the average precision of one class without each image."""
+    _, step_n = np.unique(-p_n, return_inverse=True)  # equal probabilities are one step
+    seen_g = np.bincount(step_n).cumsum()
+    positives_g = np.bincount(step_n, weights=y_n)
+    hits_g = positives_g.cumsum()
+    steps = len(seen_g)
+
+    # The examples of each image in the order of their steps; `place_n` numbers them from 0 on.
+    order_n = np.lexsort((step_n, image_n))
+    step_n = step_n[order_n]
+    y_n = y_n[order_n]
+    image_n = image_n[order_n]
+    count_i = np.bincount(image_n, minlength=image_count)
+    first_i = count_i.cumsum() - count_i
+    place_n = np.arange(len(step_n)) - first_i[image_n]
+
+    total_i = np.zeros(image_count)
+    start_i = np.zeros(image_count, int)
+    hits_i = np.zeros(image_count, int)
+    for gone in range(count_i.max() + 1):
+        # From the step of this image's example on, `gone` examples are missing, `hits_i` of them
+        # positive, until the step of its next example.
+        end_i = np.full(image_count, steps)
+        is_next = place_n == gone
+        end_i[image_n[is_next]] = step_n[is_next]
+        gone_hits = np.arange(gone + 1)[:, None]
+        precision_hg = _divide(hits_g - gone_hits, seen_g - np.full_like(gone_hits, gone))
+        sums_hg = np.pad((positives_g * precision_hg).cumsum(1), ((0, 0), (1, 0)))
+        total_i += np.where(count_i >= gone, sums_hg[hits_i, end_i] - sums_hg[hits_i, start_i], 0)
+        start_i = end_i
+        hits_i[image_n[is_next]] += y_n[is_next]
+    # The sums counted the positive examples that are gone, at their own steps.
+    differs_n = (image_n[1:] != image_n[:-1]) | (step_n[1:] != step_n[:-1])
+    is_last_n = np.append(differs_n, True)
+    last_n = np.flatnonzero(is_last_n)[is_last_n.cumsum() - is_last_n]
+    gone_n = place_n[last_n] + 1
+    hits_so_far_n = y_n.cumsum() - (y_n.cumsum() - y_n)[first_i[image_n]]
+    precision_n = _divide(hits_g[step_n] - hits_so_far_n[last_n], seen_g[step_n] - gone_n)
+    np.subtract.at(total_i, image_n, y_n * precision_n)
+    return _divide(total_i, positives_g.sum() - hits_i, empty=np.nan)
 
 
 def score_table(
@@ -431,9 +520,10 @@ def _resample_average_precision(
     images, image_number_n = np.unique(image_n, return_inverse=True)
     once = np.ones((1, len(images)), np.uint8)
     drawn = bootstrap.image_weights(images, resamples=resamples)
-    left_out = 1 - np.eye(len(images), dtype=np.uint8)
-    weight_bn = np.concatenate([once, drawn, left_out])[:, image_number_n]
-    average_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
+    weight_bn = np.concatenate([once, drawn])[:, image_number_n]
+    drawn_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
+    left_out_ilc = leave_images_out(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_number_n)
+    average_blc = np.concatenate([drawn_blc, left_out_ilc])
     with warnings.catch_warnings():
         # A resample may lack positive examples of every class.
         warnings.simplefilter("ignore", RuntimeWarning)

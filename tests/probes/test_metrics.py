@@ -115,6 +115,26 @@ def test_intervals_hold_the_value_and_resample_whole_images(rng):
     np.testing.assert_allclose(copied_rows.hi - copied_rows.lo, rows.hi - rows.lo, rtol=1e-6)
 
 
+@pytest.mark.parametrize("decimals", [1, 2, 8])  # many ties, some, and none
+@pytest.mark.parametrize("most", [1, 4])  # examples of an image
+def test_leaving_images_out_is_what_their_weight_of_0_gives(decimals, most, rng):
+    image_n = np.repeat(np.arange(40), rng.integers(1, most + 1, 40))
+    image_n = rng.permutation(image_n)
+    n = len(image_n)
+    y_nc = (rng.random((n, 3)) < [0.5, 0.05, 0.9]).astype(int)
+    y_nc[:, 1] = 0
+    y_nc[7, 1] = 1  # without its image nothing is positive
+    mask_nc = (rng.random((n, 3)) < 0.8).astype(int)
+    mask_nc[7, 1] = 1
+    p_lnc = np.round(0.2 * y_nc + 0.8 * rng.random((2, n, 3)), decimals)
+    weight_bn = 1 - np.eye(40)[:, image_n]
+    options = {"mask_nc": mask_nc}
+    expected = metrics.average_precision(p_lnc, y_nc, weight_bn=weight_bn, **options)
+    found = metrics.leave_images_out(p_lnc, y_nc, image_n=image_n, **options)
+    assert np.isnan(found[image_n[7], :, 1]).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_average_precision_is_that_of_scikit_learn_with_weights_and_ties(rng):
     n, c = 120, 3
     y_nc = rng.integers(0, 2, (n, c))
