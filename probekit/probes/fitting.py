@@ -134,6 +134,43 @@ def fit_logreg(
         Problems did not converge. The message says how many, and names the worst by task, layer,
         labels, class and strength.
     """
+    together = logreg.layers_together(x_lnd, memory_gb)
+    choices = []
+    parts = []
+    for start in range(0, len(x_lnd), together):
+        part = slice(start, start + together)
+        choice, fitted = _fit_logreg_part(
+            x_lnd[part],
+            task,
+            label_sets=label_sets,
+            strengths=strengths,
+            layers=layers[part],
+            memory_gb=memory_gb,
+            measure_codelength=measure_codelength,
+        )
+        choices.append(choice)
+        parts.append(fitted)
+    _warn_if_unconverged(
+        logreg.Choice.concatenate(choices),
+        task,
+        label_sets=label_sets,
+        strengths=strengths,
+        layers=layers,
+    )
+    return [FittedProbes.concatenate(of_set) for of_set in zip(*parts, strict=True)]
+
+
+def _fit_logreg_part(
+    x_lnd: torch.Tensor,
+    task: LabelledTask,
+    *,
+    label_sets: Sequence[LabelSet],
+    strengths: Sequence[float],
+    layers: Sequence[str],
+    memory_gb: float,
+    measure_codelength: bool,
+) -> tuple[logreg.Choice, list[FittedProbes]]:
+    """Do what :func:`fit_logreg` does for as many layers as are solved together."""
     train = task.true.split["train"]
     mean_ld, scale_ld = logreg.feature_spread(x_lnd[:, train])
     features = logreg.Features((x_lnd - mean_ld[:, None]) / scale_ld[:, None], train)
@@ -146,8 +183,6 @@ def fit_logreg(
         strengths=strengths,
         memory_gb=memory_gb,
     )
-    _warn_if_unconverged(choice, task, label_sets=label_sets, strengths=strengths, layers=layers)
-
     fitted = []
     for i, labels in enumerate(label_sets):
         norm_lk = choice.solution.gradient_norm_lsk[:, i]
@@ -175,7 +210,7 @@ def fit_logreg(
         fitted[0].bits_ln = codelength.online_codelength(
             features, label_sets[0], strengths=strengths, memory_gb=memory_gb
         )
-    return fitted
+    return choice, fitted
 
 
 def _stack_masks(label_sets: Sequence[LabelSet], split: str) -> torch.Tensor:

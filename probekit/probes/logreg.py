@@ -126,6 +126,16 @@ class Choice(NamedTuple):
     strength_ls: torch.Tensor
     tried_ls: torch.Tensor
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Choice]) -> Choice:
+        """Put the layers of several choices one after the other."""
+        solutions = zip(*(part.solution for part in parts), strict=True)
+        return cls(
+            solution=Solution(*(torch.cat(of_layers) for of_layers in solutions)),
+            strength_ls=torch.cat([part.strength_ls for part in parts]),
+            tried_ls=torch.cat([part.tried_ls for part in parts]),
+        )
+
 
 def feature_spread(x_lnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure the mean and standard deviation of each feature.
@@ -239,7 +249,7 @@ def solve_logreg(
         with the counts of its labels, and counts as converged.
     """
     parts = []
-    for x_part in x_lnd.split(_layers_together(x_lnd, memory_gb)):
+    for x_part in x_lnd.split(layers_together(x_lnd, memory_gb)):
         features = Features(x_part)
         path = _Path(features.z_lne, y_nk[:, None], mask_nk[:, None], memory_gb=memory_gb)
         solutions: list[Solution | None] = [None] * len(strengths)
@@ -302,17 +312,13 @@ def choose_logreg(
             max_steps=max_steps,
             memory_gb=memory_gb,
         )
-        for z_part in features.z_lne.split(_layers_together(features.z_lne, memory_gb))
+        for z_part in features.z_lne.split(layers_together(features.z_lne, memory_gb))
     ]
-    solutions = zip(*(part.solution for part in parts), strict=True)
-    return Choice(
-        solution=Solution(*(torch.cat(of_layers) for of_layers in solutions)),
-        strength_ls=torch.cat([part.strength_ls for part in parts]),
-        tried_ls=torch.cat([part.tried_ls for part in parts]),
-    )
+    return Choice.concatenate(parts)
 
 
-def _layers_together(x_lnd: torch.Tensor, memory_gb: float) -> int:
+def layers_together(x_lnd: torch.Tensor, memory_gb: float) -> int:
+    """Return how many layers of features (l, n, d) are best solved side by side."""
     _, n, d = x_lnd.shape
     if x_lnd.is_cuda:
         return max(1, int(memory_gb * 1e9 / (4 * 4 * d * (n + 4 * d))))
