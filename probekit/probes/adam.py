@@ -5,8 +5,9 @@ a probe with one hidden layer. Every layer and set of labels has its own weights
 so that one step moves them all and none touches another. Sets with the same seed see the same
 batches with the same features dropped; their outputs stand side by side in one matrix product.
 
-Gradients are written out and not left to autograd, which takes half as long again at the study's
-size: a step there is 0.6 ms of matrix products and of Adam's own arithmetic.
+Gradients are written out and the optimiser is one fused kernel, so that what is left is matrix
+products and memory traffic: at the study's size (three seeds with three sets of labels, 40 classes,
+1,536 features) a step of one layer moves some 20 MB of weights, gradients and moments.
 """
 
 from __future__ import annotations

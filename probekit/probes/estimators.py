@@ -96,7 +96,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
               + \frac{1}{2 C n_m} \lVert w \rVert^2
 
     They are solved in float32 by a Newton method that shares the matrix products of a layer between
-    all columns and strengths; ``benchmarks/probe.py`` measured it 38 times faster than a loop over
+    the columns; ``benchmarks/probe.py`` measured it 20 to 40 times faster than a loop over
     ``LogisticRegression``.
 
     Examples

@@ -12,8 +12,8 @@ by C n_p, so both have the same optimum.
 
 Why a solver of our own: a sweep fits thousands of problems (layers x strengths x classes) to the
 same few feature matrices. Those that count in the same rows share x, so that each step is two
-matrix products with the problems side by side as columns. ``benchmarks/probe.py`` measured it 38
-times faster than a loop over scikit-learn's ``LogisticRegression``, with the same optimum.
+matrix products with the problems side by side as columns. ``benchmarks/probe.py`` measured it 20
+to 40 times faster than a loop over scikit-learn's ``LogisticRegression``, with the same optimum.
 
 The method is Newton's; its linear systems are solved by preconditioned conjugate gradients (Nocedal
 and Wright, chapter 7). Features are first rotated to the principal axes of the training examples
