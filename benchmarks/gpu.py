@@ -1,4 +1,4 @@
-"""What a GPU makes of extraction with models of the study's size, in one command.
+"""What a GPU makes of extraction and probes at the study's size, in one command.
 
     python benchmarks/gpu.py [--device cuda] [--dtype bfloat16] [--models NAME ...] [--images 512]
                              [--prompts-per-image 3] [--layers 4] [--quick] [--json PATH]
@@ -21,7 +21,7 @@ first eighth.
 Then the probes of the study's size, 24,000 images and --layers of 1,536, by part, see
 ``paper_scale.py``.
 
---quick takes tiny models and few images, to try the command on a CPU.
+--quick takes tiny models, 16 images, and probes of 480, to try the command on a CPU.
 """
 
 from __future__ import annotations
@@ -191,9 +191,11 @@ def measure_extraction(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> di
     floor_s = run_floor(vlm, checkpoint, examples)
     plain = run_plain(vlm, few)
     plain_images_per_s = few.image_id.nunique() / plain.seconds
+    further_images = images - few.image_id.nunique()
+    further_s = ours.seconds - few_s
     return {
         "images_per_s": images / ours.seconds,
-        "further_images_per_s": (images - few.image_id.nunique()) / (ours.seconds - few_s),
+        "further_images_per_s": further_images / further_s if further_s > 0 else np.nan,
         "floor_images_per_s": images / floor_s,
         "plain_images_per_s": plain_images_per_s,
         "speedup": images / ours.seconds / plain_images_per_s,
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--prompts-per-image", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4, help="of the probes")
-    parser.add_argument("--quick", action="store_true", help="tiny models and 16 images")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     disable_progress_bar()

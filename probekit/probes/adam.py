@@ -1,4 +1,4 @@
-"""Probes trained with Adam, all layers and seeds in one batched pass.
+"""Probes trained with Adam: layers, seeds and sets of labels side by side.
 
 They are the probe of the published study that probekit started from (dropout and a linear map) and
 a probe with one hidden layer. Every layer and set of labels has its own weights and its own loss,

@@ -53,12 +53,15 @@ class Checkpoints:
     def read(self, layer: str) -> dict[LabelKey, FittedProbes] | None:
         """Return the probes of one layer by their labels; None where they are to be fitted."""
         try:
-            with safe_open(self._path(layer), framework="numpy") as file:
-                tables = json.loads(file.metadata()["tables"])
-                names = file.keys()
-                arrays = {name: file.get_tensor(name) for name in names}
-        except (FileNotFoundError, SafetensorError):
-            return None
+            return self._read(layer)
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            return None  # there is none, or it is damaged
+
+    def _read(self, layer: str) -> dict[LabelKey, FittedProbes]:
+        with safe_open(self._path(layer), framework="numpy") as file:
+            tables = json.loads(file.metadata()["tables"])
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
         fitted = {}
         for prefix, texts in tables.items():
             control, _, seed = prefix.partition("/")
@@ -75,9 +78,7 @@ class Checkpoints:
                 weights[layer] = ProbeWeights(**parts)
             fitted[LabelKey(control, int(seed))] = FittedProbes(
                 probabilities={
-                    name.removeprefix("probabilities/"): values
-                    for name, values in mine.items()
-                    if name.startswith("probabilities/")
+                    split: mine[f"probabilities/{split}"] for split in ("validation", "test")
                 },
                 bits_ln=mine.get("bits_ln"),
                 weights=weights,
@@ -118,4 +119,4 @@ def _read_table(text: str) -> pd.DataFrame:
 def forget_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a folder of results, those of other settings too."""
     for old in folder.glob("fitted-*"):
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)

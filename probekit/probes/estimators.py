@@ -36,7 +36,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
     C : float or sequence of float, default=1.0
         Inverse strength of regularisation. Out of several, each layer takes the one with the lowest
         log loss on `validation` (see :meth:`fit`) or on held-out examples, summed over all columns
-        of labels.
+        of labels. They are tried from the smallest on, until that loss has risen twice.
     standardize : bool, default=True
         Fit on features with mean 0 and standard deviation 1, measured on the training examples:
         the penalty then acts on the weights of standardised features. A constant feature has the
@@ -72,7 +72,7 @@ class LayerwiseLogisticRegression(ClassifierMixin, BaseEstimator):
     n_iter_ : ndarray
         (layers, k) Newton steps that were taken.
     converged_ : ndarray
-        (layers, k) whether the gradient is within `tol`.
+        (layers, k) whether the gradient is within `tol`, and a further step would gain nothing.
     multilabel_ : bool
         Whether `y` had several columns.
     n_features_in_ : int

@@ -249,7 +249,7 @@ def _warn_if_unconverged(
         f"logreg did not converge in {int(unconverged_lsk.sum()):,} of {unconverged_lsk.numel():,} "
         f"problems; the worst: {task.name}, {layers[layer]}, {labels}, class "
         f"{task.true.classes[class_number]!r}, C={strength:g}, gradient norm {norm:.1e} "
-        f"(converged ones have at most {logreg.TOLERANCE:g})",
+        f"(converged ones have at most {logreg.TOLERANCE:g}, and nothing left to gain)",
         stacklevel=3,
     )
 

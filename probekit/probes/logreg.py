@@ -54,14 +54,17 @@ ROUGH = 1e-4
 NARROW = 16
 """Columns: on CPUs a product with 2 to 15 columns takes longer than one with 16."""
 
+ROWS = 4096
+"""Rows of features that are rotated at a time."""
+
 CONJUGATE_ROUNDS = 60
 """Rounds of conjugate gradients in a Newton step, at most."""
 
 RISES = 2
-"""Strengths in a row without a lower validation loss that end the search for the best one."""
+"""Rises of the validation loss above the lowest one that end the search for the best strength."""
 
-LEAST_FALL = 1e-6
-"""Share by which a validation loss must be lower to be lower: less is float32's rounding."""
+LEAST_CHANGE = 1e-6
+"""Share by which a validation loss must differ to be another one: less is float32's rounding."""
 
 SIDE_BY_SIDE = 1_000_000
 """Entries of x of layers and classes that are solved together on CPUs; larger ones one by one."""
@@ -80,9 +83,10 @@ class Solution(NamedTuple):
         (l, s, k) norms of the gradient of the objective at the end.
     converged_lsk : Tensor
         (l, s, k) whether that norm is within the tolerance, and the last step promised less than
-        :data:`FINE`.
+        :data:`FINE`; without a tolerance, whether it promised less than :data:`ROUGH`.
     steps_lsk : Tensor
-        (l, s, k) Newton steps that were taken, from the solution of the strength before this one.
+        (l, s, k) Newton steps that were taken last, from the solution of the strength before this
+        one or from the rough solution of this one.
     """
 
     weight_ldsk: torch.Tensor
@@ -188,7 +192,8 @@ class Features:
         # In float32 the axes would not be orthogonal enough for the penalty to stay the same.
         axes = torch.linalg.eigh(covariance.double()).eigenvectors.to(x_lnd)
         self._axes_lde = axes if basis is None else basis @ axes
-        self.z_lne = x_lnd @ self._axes_lde - self._mean_l1d @ self._axes_lde
+        parts = [(part - self._mean_l1d) @ self._axes_lde for part in x_lnd.split(ROWS, dim=1)]
+        self.z_lne = torch.cat(parts, 1)
 
     def turn_back(self, solution: Solution) -> Solution:
         """Return a solution along the axes as one of the features."""
@@ -275,8 +280,8 @@ def choose_logreg(
     """Fit logistic regressions with the strength that has the lowest log loss on validation.
 
     Each layer and set of labels takes one strength for all of its columns. Strengths are tried from
-    the strongest on, until :data:`RISES` in a row had no lower loss: the weaker ones fit noise, and
-    are the ones that take long.
+    the strongest on, until the loss has risen :data:`RISES` times: the weaker ones fit noise, and
+    are the ones that take long. Of equal ones the strongest is taken.
 
     Parameters
     ----------
@@ -346,21 +351,22 @@ def _choose_in_layers(
     shape = (len(x_lnd), y_nsk.shape[1])
     strength_ls = torch.zeros(shape, dtype=torch.int64, device=x_lnd.device)
     tried_ls = torch.zeros_like(strength_ls)
-    without_fall_ls = torch.zeros_like(strength_ls)
+    rises_ls = torch.zeros_like(strength_ls)
     lowest_ls = torch.full(shape, torch.inf, dtype=torch.float64, device=x_lnd.device)
     for number in sorted(range(len(strengths)), key=strengths.__getitem__):
-        searching_ls = without_fall_ls < RISES
+        searching_ls = rises_ls < RISES
         if not bool(searching_ls.any()):
             break
         path.solve(strengths[number], sets=searching_ls.any(0), max_steps=max_steps)
         losses = log_losses(path.logits(x_validation), y_validation, mask_validation)
         loss_ls = losses.sum((1, 3), dtype=torch.float64)
-        is_lower_ls = searching_ls & (loss_ls < lowest_ls * (1 - LEAST_FALL))
+        is_lower_ls = searching_ls & (loss_ls < lowest_ls * (1 - LEAST_CHANGE))
+        is_higher_ls = loss_ls > lowest_ls * (1 + LEAST_CHANGE)
         path.keep(is_lower_ls)
         lowest_ls = torch.where(is_lower_ls, loss_ls, lowest_ls)
         strength_ls[is_lower_ls] = number
         tried_ls += searching_ls
-        without_fall_ls = torch.where(is_lower_ls, 0, without_fall_ls + 1)
+        rises_ls = torch.where(is_lower_ls, 0, rises_ls + is_higher_ls)
     path.go_back()
     if tolerance is not None:
         for number in strength_ls.unique().tolist():
@@ -372,7 +378,7 @@ def _choose_in_layers(
                 max_steps=max_steps,
             )
             path.keep(chosen_ls)
-        path.go_back()
+            path.go_back()
     return Choice(path.solution(), strength_ls=strength_ls, tried_ls=tried_ls)
 
 
@@ -417,7 +423,8 @@ class _Path:
     ) -> None:
         """Go on to the solutions of one strength, from those of the last one.
 
-        Of some of the sets alone, where `sets` (s,) says so; roughly, without a tolerance.
+        `sets` (s,) says of which sets of labels, if not of all. Without a tolerance, problems are
+        solved roughly.
         """
         for group in self._groups:
             group.solve(
@@ -474,7 +481,7 @@ def _group_by_rows(
     *,
     memory_gb: float,
 ) -> Iterator[_Group]:
-    """Put columns together that count in the same rows, and side by side those with similar many.
+    """Put columns together that count in the same rows, and side by side those with about as many.
 
     The sets of labels of a column share its rows: those that count in any of them.
     """
@@ -522,7 +529,7 @@ def _group_by_rows(
 
 
 class _Group:
-    """Columns of labels with similar many rows, in l layers: b = l x g feature matrices.
+    """Columns of labels with about as many rows, in l layers: b = l x g feature matrices.
 
     g sets of rows have the columns `columns_gk` each; every one of them has s sets of labels, so
     there are p = s x k problems side by side in each matrix product.

@@ -214,11 +214,22 @@ def probe_activations(
     tables_folder = folder / activations.name
     stored = _read_stored(tables_folder, examples_fingerprint, fingerprint)
     if stored is not None:
+        forget_checkpoints(tables_folder)
         return stored
 
     infos = task_infos(examples)
     tasks = _make_tasks(examples, list(infos), settings)
     infos = {task.name: infos[task.name] for task in tasks}
+    training_device = fitting.training_device(device)
+    # What is fitted depends on neither of these, so that they may change before it goes on.
+    settings_of_fits = replace(settings, probes=(), resamples=0, memory_gb=0.0)
+    fingerprint_of_fits = paths.fingerprint(
+        VERSION,
+        settings_of_fits,
+        training_device.partition(":")[0],
+        activations.fingerprint,
+        examples_fingerprint,
+    )
     parts = []
     said: list[str] = []
     for pooling in activations.poolings:
@@ -227,8 +238,8 @@ def probe_activations(
             pooling,
             tasks,
             settings,
-            device=fitting.training_device(device),
-            folder=tables_folder / f"fitted-{fingerprint}",
+            device=training_device,
+            folder=tables_folder / f"fitted-{fingerprint_of_fits}",
             said=said,
         )
         for part in _probe_pooling(job):
@@ -305,7 +316,7 @@ def _make_label_sets(task: LabelledTask, settings: ProbeSettings) -> dict[LabelK
                 _check_scorable(labels, "it")
         except ValueError as error:
             message = f"{task.name} has no {controls.CONTROL_WORDS[name]}: {error}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
             continue
         label_sets.update(of_control)
     return label_sets
@@ -406,14 +417,14 @@ def _fit_in_parts(
     if len(layers) == 1:
         raise MemoryError(
             f"the {kind} probes of one layer ({layers[0]}, {probed_task.name}) do not fit the "
-            f"memory of {job.device} ({shortage}): close other programs, take device: cpu, fewer "
-            "seeds, or fewer images"
+            f"memory of {job.device} ({shortage}): close other programs, or take fewer seeds or "
+            "images, or another device"
         )
     if not job.said:
         job.said.append(shortage)
         print(
             f"{len(layers)} layers at a time do not fit the memory of {job.device} ({shortage}): "
-            "they are probed in halves, with the same results",
+            "they are probed in halves, with the same results to rounding",
             flush=True,
         )
     half = len(layers) // 2

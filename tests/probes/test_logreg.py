@@ -165,7 +165,7 @@ def test_the_choice_is_that_of_fitting_every_strength(strengths, memory_gb):
     torch.testing.assert_close(turned, logits, atol=1e-3, rtol=1e-3)
 
 
-def test_the_search_ends_after_two_strengths_in_a_row_without_a_lower_loss():
+def test_the_search_ends_once_the_loss_has_risen_twice():
     x_lnd, y_nsk, train_nsk, validation_nsk = several_sets()
     rng = torch.Generator().manual_seed(0)
     y_nsk[:, 1] = (torch.rand(y_nsk[:, 1].shape, generator=rng) < 0.5).float()
@@ -193,7 +193,19 @@ def test_equal_losses_are_no_fall_so_that_the_strongest_is_chosen():
         strengths=[1.0, 1e-3, 10.0, 1e-2],
     )
     assert choice.strength_ls.item() == 1
-    assert choice.tried_ls.item() == 3
+    assert choice.tried_ls.item() == 4
+
+
+def test_a_flat_beginning_does_not_end_the_search():
+    x_lnd, y_nsk, train_nsk, validation_nsk = several_sets()
+    choice = choose_logreg(
+        Features(x_lnd),
+        y_nsk,
+        train_nsk=train_nsk,
+        validation_nsk=validation_nsk,
+        strengths=[1e-14, 1e-13, 1e-12, 1e-12, 1.0],
+    )
+    assert (choice.strength_ls[:, 0] == 4).all()
 
 
 def test_rough_solutions_lose_almost_nothing():

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from probekit import paths
 from probekit.probes import logreg, probing
@@ -348,7 +349,23 @@ def test_a_damaged_checkpoint_is_fitted_again(tmp_path, monkeypatch):
     assert len(files) == 16
     files[0].write_bytes(files[0].read_bytes()[:100])
     files[1].write_bytes(b"")
-    results = probe_activations(activations, settings=settings, folder=tmp_path / "stopped")
+    save_file({"something": np.zeros(3)}, files[2])
+    fitted = []
+    original = probing._fit
+
+    def count_fits(*arguments, **options):
+        fitted.append(options["layers"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(probing, "_fit", count_fits)
+    results = probe_activations(
+        activations,
+        settings=replace(settings, memory_gb=2e-9),  # it may change on the way
+        folder=tmp_path / "stopped",
+    )
+    assert len(fitted) == 3
+    results = results.with_settings("")
+    expected = expected.with_settings("")
     assert_same_results(results, expected)
 
 
