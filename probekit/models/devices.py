@@ -49,6 +49,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(message in text for message in OUT_OF_MEMORY_MESSAGES)
 
 
+def free_gpu_bytes(device: str | torch.device) -> int:
+    """Return how much of a GPU's memory can be taken, with what torch keeps for later."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def free_memory() -> None:
     """Give memory back that nothing uses any more, to the device and to the machine."""
     gc.collect()

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -220,18 +221,19 @@ class _Training:
         self._n_layers, _, d = x_lnd.shape
         self._sets_per_seed = len(y_snc) // len(seeds)
         self._generators = [torch.Generator(x_lnd.device).manual_seed(seed) for seed in seeds]
-        outputs = 2 if kind == "binary" else y_snc.shape[-1]
+        sizes = [d]
         if settings.hidden:
-            self._weights = [self._draw(d, d, settings.hidden)]
-            self._biases = [self._draw(d, settings.hidden)]
-            self._weights.append(self._draw(settings.hidden, settings.hidden, outputs))
-            self._biases.append(self._draw(settings.hidden, outputs))
-        else:
-            self._weights = [self._draw(d, d, outputs)]
-            self._biases = [self._draw(d, outputs)]
+            sizes.append(settings.hidden)
+        sizes.append(2 if kind == "binary" else y_snc.shape[-1])
+        self._weights = []
+        self._biases = []
+        for fan_in, fan_out in pairwise(sizes):
+            self._weights.append(self._draw(fan_in, fan_in, fan_out))
+            self._biases.append(self._draw(fan_in, fan_out))
         self._weights[0] = self._side_by_side(self._weights[0]).contiguous()
         self._parameters = [*self._weights, *self._biases]
-        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._weight_gradients = [torch.zeros_like(weight) for weight in self._weights]
+        self._bias_gradients = [torch.zeros_like(bias) for bias in self._biases]
         self._moments = [
             [torch.zeros_like(parameter) for parameter in self._parameters] for _ in range(2)
         ]
@@ -258,7 +260,7 @@ class _Training:
     def run(self) -> AdamProbes:
         """Train all epochs, or until every probe has lost its patience."""
         settings = self._settings
-        best_parameters = [parameter.clone() for parameter in self._parameters]
+        best_parameters = [torch.zeros_like(parameter) for parameter in self._by_set()]
         shape = (self._n_layers, len(self._y_snc))
         lowest_ls = torch.full(shape, torch.inf, device=self._x_lnd.device)
         epochs_since_lowest_ls = torch.zeros_like(lowest_ls)
@@ -275,27 +277,21 @@ class _Training:
                 keep_ls = keep_ls & (validation_loss_ls < lowest_ls)
             epochs_since_lowest_ls = torch.where(keep_ls, 0, epochs_since_lowest_ls + 1)
             lowest_ls = torch.where(keep_ls, validation_loss_ls, lowest_ls)
-            self._keep(best_parameters, keep_ls)
+            for best, now in zip(best_parameters, self._by_set(), strict=True):
+                best[keep_ls] = now[keep_ls]
             if settings.patience and bool((epochs_since_lowest_ls >= patience).all()):
                 break
         maps = len(self._weights)
         return AdamProbes(
-            weights=[self._one_by_one(best_parameters[0]), *best_parameters[1:maps]],
+            weights=best_parameters[:maps],
             biases=best_parameters[maps:],
             losses=torch.stack(losses, 2).cpu(),
             kind=self._kind,
         )
 
-    def _keep(self, best_parameters: list[torch.Tensor], keep_ls: torch.Tensor) -> None:
-        """Take the parameters of now over where they are the best."""
-        for number, (best, now) in enumerate(zip(best_parameters, self._parameters, strict=True)):
-            if number == 0:
-                outputs = now.shape[2] // self._sets_per_seed
-                keep_lrq = keep_ls.unflatten(1, (-1, self._sets_per_seed))
-                keep = keep_lrq.repeat_interleave(outputs, dim=2)[..., None]
-            else:
-                keep = keep_ls.reshape(*keep_ls.shape, *[1] * (now.dim() - 2))
-            best.copy_(torch.where(keep, now, best))
+    def _by_set(self) -> list[torch.Tensor]:
+        """Return the parameters as :class:`AdamProbes` has them, weights first."""
+        return [self._one_by_one(self._parameters[0]), *self._parameters[1:]]
 
     def _run_epoch(self) -> torch.Tensor:
         """Train one epoch; return the mean loss (l, s)."""
@@ -331,7 +327,7 @@ class _Training:
         """Change the parameters along their gradients."""
         adam(
             self._parameters,
-            self._gradients,
+            [*self._weight_gradients, *self._bias_gradients],
             exp_avgs=self._moments[0],
             exp_avg_sqs=self._moments[1],
             max_exp_avg_sqs=[],
@@ -356,15 +352,12 @@ class _Training:
         scale = 1 / (1 - self._settings.dropout)
         hidden, logits = self._forward(x_lrbd, scale=scale)
         loss_ls, change = _loss(logits, y_sbc, mask_sbc, self._kind)
-        maps = len(self._weights)
-        weight_gradients = self._gradients[:maps]
-        bias_gradients = self._gradients[maps:]
-        torch.sum(change, 2, out=bias_gradients[-1])
+        torch.sum(change, 2, out=self._bias_gradients[-1])
         if hidden is not None:
-            torch.matmul(hidden.mT, change, out=weight_gradients[1])
+            torch.matmul(hidden.mT, change, out=self._weight_gradients[1])
             change = (change @ self._weights[1].mT) * (hidden > 0)
-            torch.sum(change, 2, out=bias_gradients[0])
-        torch.matmul(self._side_by_side(change * scale), x_lrbd, out=weight_gradients[0])
+            torch.sum(change, 2, out=self._bias_gradients[0])
+        torch.matmul(self._side_by_side(change * scale), x_lrbd, out=self._weight_gradients[0])
         return loss_ls
 
     def _forward(

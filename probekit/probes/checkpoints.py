@@ -8,31 +8,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from probekit import paths
 from probekit.probes.fitting import FittedProbes
+from probekit.probes.labels import LabelKey
 from probekit.probes.weights import ProbeWeights
-
-
-class LabelKey(NamedTuple):
-    """Which labels a probe was trained on, and with which seed.
-
-    Attributes
-    ----------
-    control : str
-        ``"none"`` for the true labels, or a control of the labels.
-    seed : int
-        That of the control's labels, and of the probe.
-    """
-
-    control: str
-    seed: int
 
 
 class Checkpoints:
@@ -60,8 +45,7 @@ class Checkpoints:
     def _read(self, layer: str) -> dict[LabelKey, FittedProbes]:
         with safe_open(self._path(layer), framework="numpy") as file:
             tables = json.loads(file.metadata()["tables"])
-            names = file.keys()
-            arrays = {name: file.get_tensor(name) for name in names}
+        arrays = load_file(self._path(layer))
         fitted = {}
         for prefix, texts in tables.items():
             control, _, seed = prefix.partition("/")

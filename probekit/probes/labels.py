@@ -16,6 +16,21 @@ from probekit.tasks.base import task_infos
 from probekit.tasks.building import SPLITS
 
 
+class LabelKey(NamedTuple):
+    """Names the labels that a probe was trained on, and the seed.
+
+    Attributes
+    ----------
+    control : str
+        ``"none"`` for the true labels, or a control of the labels.
+    seed : int
+        That of the control's labels, and of the probe.
+    """
+
+    control: str
+    seed: int
+
+
 class LabelArrays(NamedTuple):
     """The labels of the n examples of one split.
 

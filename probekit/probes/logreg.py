@@ -326,7 +326,8 @@ def layers_together(x_lnd: torch.Tensor, memory_gb: float) -> int:
     """Return how many layers of features (l, n, d) are best solved side by side."""
     _, n, d = x_lnd.shape
     if x_lnd.is_cuda:
-        return max(1, int(memory_gb * 1e9 / (4 * 4 * d * (n + 4 * d))))
+        # Four copies of the features, and axes and covariance in double precision.
+        return max(1, int(memory_gb * 1e9 / (16 * d * (n + 4 * d))))
     return max(1, SIDE_BY_SIDE // (n * d))
 
 

@@ -340,9 +340,9 @@ def _leave_images_out(
         is_next = place_n == gone
         end_i[image_n[is_next]] = step_n[is_next]
         gone_hits = np.arange(gone + 1)[:, None]
-        precision_hg = _divide(hits_g - gone_hits, seen_g - np.full_like(gone_hits, gone))
+        precision_hg = _divide(hits_g - gone_hits, seen_g - gone)
         sums_hg = np.pad((positives_g * precision_hg).cumsum(1), ((0, 0), (1, 0)))
-        total_i += np.where(count_i >= gone, sums_hg[hits_i, end_i] - sums_hg[hits_i, start_i], 0)
+        total_i += sums_hg[hits_i, end_i] - sums_hg[hits_i, start_i]
         start_i = end_i
         hits_i[image_n[is_next]] += y_n[is_next]
     # The sums counted the positive examples that are gone, at their own steps.
@@ -350,8 +350,9 @@ def _leave_images_out(
     is_last_n = np.append(differs_n, True)
     last_n = np.flatnonzero(is_last_n)[is_last_n.cumsum() - is_last_n]
     gone_n = place_n[last_n] + 1
-    hits_so_far_n = y_n.cumsum() - (y_n.cumsum() - y_n)[first_i[image_n]]
-    precision_n = _divide(hits_g[step_n] - hits_so_far_n[last_n], seen_g[step_n] - gone_n)
+    hits_n = y_n.cumsum()
+    hits_of_image_n = hits_n - (hits_n - y_n)[first_i[image_n]]
+    precision_n = _divide(hits_g[step_n] - hits_of_image_n[last_n], seen_g[step_n] - gone_n)
     np.subtract.at(total_i, image_n, y_n * precision_n)
     return _divide(total_i, positives_g.sum() - hits_i, empty=np.nan)
 

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction.store import Activations
-from probekit.models.devices import free_memory, is_out_of_memory
+from probekit.models.devices import free_gpu_bytes, free_memory, is_out_of_memory
 from probekit.probes import adam, codelength, comparison, controls, fitting, metrics, transfer
-from probekit.probes.checkpoints import Checkpoints, LabelKey, forget_checkpoints
+from probekit.probes.checkpoints import Checkpoints, forget_checkpoints
 from probekit.probes.fitting import FittedProbes
-from probekit.probes.labels import LabelledTask, LabelSet
+from probekit.probes.labels import LabelKey, LabelledTask, LabelSet
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
@@ -114,12 +114,18 @@ class _ProbedTask:
         return self.task.true if key.control == "none" else self.label_sets[key]
 
 
+@dataclass
+class _GroupLimit:
+    """How many layers fit the memory together, once more of them did not; None before."""
+
+    layers: int | None = None
+
+
 @dataclass(frozen=True)
 class _Job:
     """What is probed together: one pooling of the activations of one model.
 
-    `folder` is where fitted probes are kept until all are; `said` holds the shortage of memory that
-    the user was shown, if there was one.
+    `folder` is where fitted probes are kept until all are.
     """
 
     activations: Activations
@@ -128,7 +134,7 @@ class _Job:
     settings: ProbeSettings
     device: str
     folder: Path
-    said: list[str]
+    group_limit: _GroupLimit
 
     @property
     def model(self) -> str:
@@ -221,7 +227,7 @@ def probe_activations(
     tasks = _make_tasks(examples, list(infos), settings)
     infos = {task.name: infos[task.name] for task in tasks}
     training_device = fitting.training_device(device)
-    # What is fitted depends on neither of these, so that they may change before it goes on.
+    # What is fitted depends on none of these three: they may change before it goes on.
     settings_of_fits = replace(settings, probes=(), resamples=0, memory_gb=0.0)
     fingerprint_of_fits = paths.fingerprint(
         VERSION,
@@ -231,7 +237,7 @@ def probe_activations(
         examples_fingerprint,
     )
     parts = []
-    said: list[str] = []
+    group_limit = _GroupLimit()
     for pooling in activations.poolings:
         job = _Job(
             activations,
@@ -240,7 +246,7 @@ def probe_activations(
             settings,
             device=training_device,
             folder=tables_folder / f"fitted-{fingerprint_of_fits}",
-            said=said,
+            group_limit=group_limit,
         )
         for part in _probe_pooling(job):
             parts.append(part.with_settings(fingerprint))
@@ -420,14 +426,14 @@ def _fit_in_parts(
             f"memory of {job.device} ({shortage}): close other programs, or take fewer seeds or "
             "images, or another device"
         )
-    if not job.said:
-        job.said.append(shortage)
+    if job.group_limit.layers is None:
         print(
             f"{len(layers)} layers at a time do not fit the memory of {job.device} ({shortage}): "
             "they are probed in halves, with the same results to rounding",
             flush=True,
         )
     half = len(layers) // 2
+    job.group_limit.layers = half
     first = _fit_in_parts(job, x_lnd[:half], probed_task, kind=kind, layers=layers[:half])
     second = _fit_in_parts(job, x_lnd[half:], probed_task, kind=kind, layers=layers[half:])
     return {key: FittedProbes.concatenate([first[key], second[key]]) for key in first}
@@ -443,16 +449,14 @@ def _fit(
 ) -> dict[LabelKey, FittedProbes]:
     """Fit one kind of probe to a group of layers, with each set of labels."""
     if kind == "logreg":
-        memory_gb = settings.memory_gb / 4
-        if x_lnd.is_cuda:
-            memory_gb = max(memory_gb, torch.cuda.mem_get_info(x_lnd.device)[0] / 4e9)
+        memory_gb = free_gpu_bytes(x_lnd.device) / 1e9 if x_lnd.is_cuda else settings.memory_gb
         fitted = fitting.fit_logreg(
             x_lnd,
             probed_task.task,
             label_sets=list(probed_task.label_sets.values()),
             strengths=settings.strengths,
             layers=layers,
-            memory_gb=memory_gb,
+            memory_gb=memory_gb / 4,
             measure_codelength=settings.codelength,
         )
         return dict(zip(probed_task.label_sets, fitted, strict=True))
@@ -475,8 +479,7 @@ def _layer_groups(
     """Yield neighbouring layers of one width, as many as fit, with the states (l, n, d) of rows."""
     most_bytes = job.settings.memory_gb / 6 * 1e9
     if job.device.startswith("cuda"):
-        free_bytes, _ = torch.cuda.mem_get_info(job.device)
-        most_bytes = free_bytes / 8
+        most_bytes = free_gpu_bytes(job.device) / 8
     row_numbers = torch.from_numpy(rows)
     names: list[str] = []
     states: list[torch.Tensor] = []
@@ -485,7 +488,8 @@ def _layer_groups(
         x_nd = x_all_nd.index_select(0, row_numbers).to(job.device)
         if states:
             is_too_large = (len(states) + 1) * x_nd.nbytes > most_bytes
-            if is_too_large or x_nd.shape != states[0].shape:
+            is_full = len(states) == job.group_limit.layers
+            if is_too_large or is_full or x_nd.shape != states[0].shape:
                 yield names, _stack(states)
                 names = []
         names.append(layer)

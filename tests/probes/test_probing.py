@@ -375,7 +375,10 @@ def test_layers_that_do_not_fit_the_memory_are_probed_in_halves(tmp_path, monkey
     expected = probe_activations(activations, settings=QUICK, folder=tmp_path / "whole")
     original = probing._fit
 
+    sizes = []
+
     def fit_two(x_lnd, probed_task, *, kind, layers, settings):
+        sizes.append(len(layers))
         if len(layers) > 2:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return original(x_lnd, probed_task, kind=kind, layers=layers, settings=settings)
@@ -383,6 +386,8 @@ def test_layers_that_do_not_fit_the_memory_are_probed_in_halves(tmp_path, monkey
     monkeypatch.setattr(probing, "_fit", fit_two)
     results = probe_activations(activations, settings=QUICK, folder=tmp_path / "halves")
     assert capsys.readouterr().out.count("they are probed in halves") == 1
+    # Each kind tries the group that is loaded; those of the other task come two by two.
+    assert sizes == [4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
     for key, p_lnc in expected.predictions.items():
         np.testing.assert_allclose(p_lnc, results.predictions[key], atol=1e-3)
     monkeypatch.setattr(probing, "_fit", partial(fail_with, MemoryError("no memory")))
