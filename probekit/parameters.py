@@ -134,6 +134,7 @@ PARAMETERS: dict[str, Kind] = {
     "copies": OPTIONAL_COUNT,
     "activations_root": OPTIONAL_TEXT,
     "trust_remote_code": FLAG,
+    "answers": FLAG,
     "probes": TEXTS,
     "seeds": Kind("int", "from 0", _between(0), is_list=True),
     "strengths": Kind(

@@ -60,7 +60,7 @@ def build_examples(
     -------
     DataFrame
         One row per example: `image_id, file, split, task, prompt, labels, mask`, what its task is
-        (`kind, classes, question`), and `run`. It is read back where nothing has changed.
+        (`kind, classes, question, answers`), and `run`. It is read back where nothing has changed.
 
     Raises
     ------
@@ -359,6 +359,7 @@ def probe(
         They are in ``data/probes/<run>``, too; what is there already for these settings is read
         back.
     """
+    from probekit.answers.scores import score_answers
     from probekit.extraction.store import Activations
     from probekit.probes.localisation import add_localisation
     from probekit.probes.probing import probe_activations
@@ -374,12 +375,17 @@ def probe(
     parameters.read_parameters({"localise": localise, "heat_images": heat_images})
     settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
     folder = results_folder(run, home)
-    results = ProbeResults.join(
-        [
-            probe_activations(view, settings=settings_of_probes, folder=folder, device=device)
-            for view in views
-        ]
-    )
+    parts = []
+    for view in views:
+        probed = probe_activations(view, settings=settings_of_probes, folder=folder, device=device)
+        answers = score_answers(
+            view,
+            probed,
+            resamples=settings_of_probes.resamples,
+            seed=settings_of_probes.seeds[0],
+        )
+        parts += [probed, answers.with_settings(probed.stores[0]["fingerprint"])]
+    results = ProbeResults.join(parts)
     if localise:
         results = add_localisation(
             views,

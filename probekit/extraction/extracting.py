@@ -8,6 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from probekit import paths
+from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.jobs import Job, adapt_settings, plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.runner import Runner
@@ -58,7 +59,8 @@ def extract_tables(
     home = paths.Home.find(home)
     job = plan_job(settings, tables, device=device, root=root, home=home)
     launcher.make_shards(job)
-    if job.folder.read_meta() is None:  # lost, while all shards are there
+    # Lost, or new words, while all shards are there.
+    if job.folder.read_meta() is None or job.lacks_answer_head:
         runner = Runner(job)
         runner.load()
         runner.release()
@@ -70,6 +72,7 @@ def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
     views = {}
     for name, table in tables.items():
         adapted = adapt_settings(job.settings, table)
+        is_added = adapted.poolings != job.settings.poolings
         views[name] = Activations(
             job.folder,
             table.reset_index(drop=True),
@@ -77,6 +80,7 @@ def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
             adapted.poolings,
             control=name,
             home=job.home,
+            answer_pooling=ANSWER_POOLING if is_added else "",
         )
     examples = views.pop("none")
     return replace(examples, controls=views)

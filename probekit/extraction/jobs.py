@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from probekit import paths
+from probekit.extraction.answer_heads import ANSWER_POOLING, answer_head_file, collect_words
 from probekit.extraction.folder import ActivationFolder, open_folder
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import Shard, model_inputs, plan_shards
@@ -32,6 +33,8 @@ class Job:
         Done or not.
     home : Home
         Where relative image files and checkpoint folders start.
+    answer_words : tuple of str
+        All words of the answers that are to be read; none where answers are left out.
     """
 
     settings: ExtractionSettings
@@ -39,6 +42,14 @@ class Job:
     device: str
     shards: tuple[Shard, ...]
     home: paths.Home
+    answer_words: tuple[str, ...] = ()
+
+    @property
+    def lacks_answer_head(self) -> bool:
+        """Whether what answers are read with is wanted and not on disk yet."""
+        return bool(self.answer_words) and not self.folder.exists(
+            answer_head_file(self.answer_words)
+        )
 
     def missing_shards(self) -> list[int]:
         """Return the places in `shards` of those that are not done."""
@@ -92,10 +103,22 @@ def plan_job(
             shard_images=adapted.images_per_shard,
         )
         shards |= {shard.name: shard for shard in planned}
-    return Job(settings, folder, device, tuple(shards.values()), home)
+    words = collect_words(tables.values()) if reads_answers(settings) else ()
+    return Job(settings, folder, device, tuple(shards.values()), home, answer_words=words)
+
+
+def reads_answers(settings: ExtractionSettings) -> bool:
+    """Tell whether answers are wanted, and can be read: off the decoder alone."""
+    return settings.answers and "lm" in settings.stages
 
 
 def adapt_settings(settings: ExtractionSettings, table: pd.DataFrame) -> ExtractionSettings:
-    """Return the settings that suit a table: poolings of image tokens need an image."""
-    has_no_image = bool((table.file == "").all()) and len(table) > 0
-    return settings.without_image() if has_no_image else settings
+    """Return the settings that suit a table.
+
+    Poolings of image tokens need an image, and answers are read off the last token.
+    """
+    if bool((table.file == "").all()) and len(table) > 0:
+        settings = settings.without_image()
+    if reads_answers(settings) and collect_words([table]):
+        settings = settings.with_pooling(ANSWER_POOLING)
+    return settings

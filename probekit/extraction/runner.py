@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.extraction.answer_heads import write_answer_head
 from probekit.extraction.jobs import Job
 from probekit.extraction.loading import (
     WorkItem,
@@ -30,7 +31,9 @@ from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
 from probekit.models.budget import TokenBudget
+from probekit.models.devices import free_memory, is_out_of_memory
 from probekit.models.load import Vlm, load_vlm
+from probekit.models.output_head import AnswerHead, take_answer_head
 from probekit.models.processor import PreparedImage
 from probekit.models.sharing import SharingVerdict, choose_way
 from probekit.models.unchecked import check_layers
@@ -131,6 +134,7 @@ class Runner:
             untrained=settings.untrained,
             seed=settings.seed,
             trust_remote_code=settings.trust_remote_code,
+            with_head=self.job.lacks_answer_head,
             home=self.job.home,
         )
         self._check_stages()
@@ -138,6 +142,8 @@ class Runner:
         self._report_what_is_missing()
         self._verdict = self._settle_way()
         self._way_without_image = self._settle_way_without_image()
+        if self.job.lacks_answer_head:
+            self._store_answer_head()
 
     def _check_stages(self) -> None:
         stages = self.job.settings.stages
@@ -176,6 +182,38 @@ class Runner:
             f"{name} on {self.vlm.device} in {self.vlm.dtype}: {examples:,} examples of {images:,} "
             f"images, {len(missing)} of {len(self.job.shards)} shards"
         )
+
+    def _store_answer_head(self) -> None:
+        """Write down what answers are read with, and drop the rest of the output embedding."""
+        head = self._make_answer_head()
+        if head.refusal:
+            tqdm.write(f"{self.vlm.name} gives no answers: {head.refusal}; its layers are read")
+        write_answer_head(self.job.folder, self.job.answer_words, head)
+        self.vlm.head = None
+        free_memory()
+
+    def _make_answer_head(self) -> AnswerHead:
+        shards = [shard for shard in self.job.shards if "lm" in shard.shard_set.stages]
+        for shard in shards:
+            rows = shard.rows[_has_any(shard.rows)]
+            rows = rows[~rows.file.isin(self._changed_images(rows))].head(1)
+            if not len(rows):
+                continue
+            items = prepare_images(
+                self.vlm.prompt_processor,
+                [rows],
+                longest_side=self.job.settings.longest_side,
+                home=self.job.home,
+            )
+            prepared = next(iter(items)).prepared
+            try:
+                return take_answer_head(self.vlm, self.job.answer_words, prepared)
+            except Exception as error:  # whatever it is, its layers can be read
+                if is_out_of_memory(error):
+                    raise
+                reason = f"the whole model does not run ({type(error).__name__}: {error})"
+                return AnswerHead.refused(reason)
+        return AnswerHead.refused("no prompt has an image")
 
     # ------------------------------------------------------------------------------------- the way
 

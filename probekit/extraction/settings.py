@@ -61,6 +61,10 @@ class ExtractionSettings:
         Processes that decode and preprocess images ahead of the model; 0 does it in between. None
         takes 8 with a GPU (fewer with fewer cores), and 0 without, where they would take the
         model's cores.
+    answers : bool
+        Also keep what the model's own answers are read with, for tables that have a column
+        `answers`: the pooling ``last`` of the decoder, and the answers' rows of the output
+        embedding.
     """
 
     model: str
@@ -77,6 +81,7 @@ class ExtractionSettings:
     batch_tokens: int | None = None
     workers: int | None = None
     trust_remote_code: bool = False
+    answers: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
@@ -167,6 +172,12 @@ class ExtractionSettings:
                 "token:<i>"
             )
         return replace(self, stages=("lm",), poolings=poolings)
+
+    def with_pooling(self, pooling: str) -> ExtractionSettings:
+        """Return the settings with one more pooling, where it is not among them."""
+        if pooling in self.poolings:
+            return self
+        return replace(self, poolings=(*self.poolings, pooling))
 
     @property
     def naming(self) -> dict[str, Any]:

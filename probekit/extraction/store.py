@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from probekit import paths
+from probekit.extraction.answer_heads import collect_words, load_answer_head
 from probekit.extraction.folder import ActivationFolder, open_folder
 from probekit.extraction.shards import (
     Content,
@@ -24,6 +25,7 @@ from probekit.extraction.shards import (
     shard_note,
     tensor_digest,
 )
+from probekit.models.output_head import AnswerHead
 
 RowPlaces = slice | torch.Tensor
 
@@ -49,6 +51,8 @@ class Activations:
         Where relative files start.
     controls : mapping of str to Activations
         Those of the same examples with changed inputs, by control.
+    answer_pooling : str
+        The pooling that was added for the model's own answers; ``""`` where none was.
 
     Raises
     ------
@@ -63,6 +67,7 @@ class Activations:
     control: str = "none"
     home: paths.Home = field(default_factory=paths.Home.find)
     controls: Mapping[str, Activations] = field(default_factory=dict)
+    answer_pooling: str = ""
 
     def __post_init__(self) -> None:
         for content in self.contents:
@@ -104,6 +109,7 @@ class Activations:
             tuple(record["poolings"]),
             control=record["control"],
             home=home,
+            answer_pooling=record["answer_pooling"],
         )
 
     @property
@@ -114,6 +120,7 @@ class Activations:
             "stages": self.stages,
             "poolings": self.poolings,
             "control": self.control,
+            "answer_pooling": self.answer_pooling,
         }
 
     @property
@@ -142,6 +149,19 @@ class Activations:
                 "02_extract again for this run, it makes no sound shard again"
             )
         return meta
+
+    @cached_property
+    def answer_head(self) -> AnswerHead:
+        """What the answers to these examples are read with.
+
+        Raises
+        ------
+        FileNotFoundError
+            It was not extracted.
+        ValueError
+            It is damaged.
+        """
+        return load_answer_head(self.folder, collect_words([self.examples]))
 
     # -------------------------------------------------------------------------------- what there is
 

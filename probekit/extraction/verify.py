@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.extraction.answer_heads import ANSWER_HEADS, open_answer_head
 from probekit.extraction.folder import ActivationFolder, open_folder
 from probekit.extraction.shards import ShardSet, TensorKey, shard_note, tensor_digest
 
@@ -40,7 +41,8 @@ def verify_activations(folder: str, *, home: paths.Home | None = None) -> pd.Dat
     Returns
     -------
     DataFrame
-        One row per shard, and one per record that cannot be read: `folder` (of the model's
+        One row per shard, one per file that answers are read with, and one per record that cannot
+        be read: `folder` (of the model's
         settings), `file`, `state` (out of :data:`STATES`) and `reason`. Missing shards were planned
         and not made yet, or lost; records are written anew by 02_extract, and their shards stay.
 
@@ -96,12 +98,18 @@ def _verify_folder(folder: ActivationFolder, home: paths.Home) -> Iterator[FileS
                 state = "damaged" if folder.exists(file) else "missing"
             yield FileState(name, file, state, reason)
     yield from _shards_without_plan(folder, name, planned)
+    for file in sorted(folder.list_files()):
+        if file.startswith(ANSWER_HEADS):
+            head = open_answer_head(folder, file)
+            fault = head if isinstance(head, str) else ""
+            yield FileState(name, file, "damaged" if fault else "sound", fault)
 
 
 def _shards_without_plan(
     folder: ActivationFolder, name: str, planned: set[str]
 ) -> Iterator[FileState]:
-    files = [file for file in folder.list_files() if file.endswith(".safetensors")]
+    files = [file for file in folder.list_files() if file.startswith("shards-")]
+    files = [file for file in files if file.endswith(".safetensors")]
     unknown_sets = [file.partition("/")[0] for file in sorted(files) if file not in planned]
     for shard_set in sorted(set(unknown_sets)):
         count = unknown_sets.count(shard_set)

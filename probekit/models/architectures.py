@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,7 +57,7 @@ class SpecialCase:
 SPECIAL_CASES: dict[str, SpecialCase] = {
     "blip-2": SpecialCase(prompt_format="Question: {prompt} Answer:", runs_without_image=False),
     "instructblip": SpecialCase(prompt_format="{prompt}", runs_without_image=False),
-    "kosmos-2": SpecialCase(prompt_format="{prompt}", runs_without_image=False),
+    "kosmos-2": SpecialCase(prompt_format="Question: {prompt} Answer:", runs_without_image=False),
     "florence2": SpecialCase(prompt_format="{prompt}"),
     "llama4": SpecialCase(has_projector=False),
     "step3p7": SpecialCase(why_no_vision="runs twice"),
@@ -215,6 +217,50 @@ def width_of(blocks: nn.ModuleList, config: Any = None) -> int:
     ]
     _, width = min(norms)
     return width
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """The output embedding of a whole model.
+
+    Attributes
+    ----------
+    full_model : transformers.PreTrainedModel
+    module : torch.nn.Module
+        Its `weight` is (vocabulary, d).
+    places : tuple of (torch.nn.Module, str)
+        The modules that have it, and its name there.
+    """
+
+    full_model: Any
+    module: Any
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @classmethod
+    def of(cls, model: Any) -> LanguageHead | None:
+        """Return the head of a model, before it is removed; None where it has none."""
+        head = model.get_output_embeddings()
+        if head is None:
+            return None
+        places = [
+            (parent, name)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if child is head
+        ]
+        return cls(model, head, tuple(places))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Have the head where it belongs inside the context."""
+        instead = [getattr(parent, name) for parent, name in self.places]
+        for parent, name in self.places:
+            setattr(parent, name, self.module)
+        try:
+            yield
+        finally:
+            for (parent, name), module in zip(self.places, instead, strict=True):
+                setattr(parent, name, module)
 
 
 def remove_head(model: Any) -> Any:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.models.architectures import (
+    LanguageHead,
     find_special_case,
     find_text_stack,
     find_vision_stack,
@@ -106,6 +107,8 @@ class Vlm:
         Where its weights are, and their type.
     revision : str or None
         The commit of a checkpoint from the hub.
+    head : LanguageHead or None
+        Its output embedding, where it was kept.
 
     Attributes
     ----------
@@ -140,6 +143,7 @@ class Vlm:
         device: str,
         dtype: str,
         revision: str | None = None,
+        head: LanguageHead | None = None,
     ) -> None:
         self.name = name
         self.model = model
@@ -147,6 +151,7 @@ class Vlm:
         self.device = device
         self.dtype = dtype
         self.revision = revision
+        self.head = head
         self.config = model.config
         self.special_case = find_special_case(self.config)
         self.forward_arguments = set(inspect.signature(model.forward).parameters)
@@ -198,6 +203,7 @@ class Vlm:
     def release(self) -> None:
         """Drop the weights and give their memory back; the model cannot be used any more."""
         self.model = None
+        self.head = None
         self.stack = None
         self.blocks = nn.ModuleList()
         self.vision = None
@@ -217,6 +223,7 @@ def load_vlm(
     untrained: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    with_head: bool = False,
     home: str | Path | paths.Home | None = None,
 ) -> Vlm:
     """Load a model and its processor, frozen and in evaluation mode; weights from safetensors only.
@@ -239,6 +246,9 @@ def load_vlm(
         Of the random weights.
     trust_remote_code : bool
         Run code that comes with the checkpoint, for architectures that transformers does not have.
+    with_head : bool
+        Keep the output embedding, from which
+        :func:`probekit.models.output_head.take_answer_head` takes the rows of answers.
     home : str, Path or Home, optional
         See :func:`probekit.models.presets.locate`.
 
@@ -275,9 +285,13 @@ def load_vlm(
         full_model = _make_random(
             config, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
         )
+        head = LanguageHead.of(full_model)
         read_model = remove_head(full_model)
     else:
-        read_model = _load_weights(checkpoint, dtype=dtype, device=device)
+        read_model, head = _load_weights(checkpoint, dtype=dtype, device=device)
+    if head is not None and with_head:
+        head.module.requires_grad_(False).to(device)
+        head.full_model.eval().requires_grad_(False).to(device)
     vlm = Vlm(
         short_name(model, home),
         read_model.eval().requires_grad_(False).to(device),
@@ -285,6 +299,7 @@ def load_vlm(
         device=device,
         dtype=dtype,
         revision=checkpoint.commit,
+        head=head if with_head else None,
     )
     remark = vlm.prompt_processor.describe_format()
     if remark:
@@ -356,8 +371,10 @@ def _reads_images(config: Any) -> bool:
 # ----------------------------------------------------------------------------------------- weights
 
 
-def _load_weights(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
-    """Load a model with all its weights, without its head, file by file onto the device.
+def _load_weights(
+    checkpoint: Checkpoint, *, dtype: str, device: str
+) -> tuple[Any, LanguageHead | None]:
+    """Load a model with all its weights, file by file onto the device; take out its head.
 
     Raises
     ------
@@ -394,9 +411,9 @@ def _load_weights(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
                 f"({_first_of(printed.unconverted)}), because some are missing or have another "
                 "shape: take a whole checkpoint of this architecture"
             ) from error
-    head = full_model.get_output_embeddings()
+    head = LanguageHead.of(full_model)
     modules = full_model.named_modules(remove_duplicate=False)
-    head_names = [name for name, module in modules if module is head]
+    head_names = [name for name, module in modules if head and module is head.module]
     read_model = remove_head(full_model)
     faults = _find_weight_faults(full_model, read_model, report, head_names)
     if faults:
@@ -405,7 +422,10 @@ def _load_weights(checkpoint: Checkpoint, *, dtype: str, device: str) -> Any:
             f"{version('transformers')}: {'; '.join(faults)}"
         )
     _add_image_adapter(full_model, checkpoint)
-    return read_model
+    drawn = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if any(name.rpartition(".")[0] in head_names for name in drawn):
+        head = None  # transformers has drawn it at random
+    return read_model, head
 
 
 class _LoadingReport(logging.Filter):

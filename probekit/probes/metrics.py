@@ -29,6 +29,9 @@ PLAIN = (*COUNTS[:4], "prevalence")
 # Metrics for which the layers are compared with each other.
 COMPARED = ("accuracy", "f1_macro", "f1_micro", "average_precision", "log_loss")
 
+# Bins of equal width that answers are sorted into by their confidence, as Guo et al. (2017) do.
+CALIBRATION_BINS = 15
+
 # Metrics that thresholds are tuned for.
 TUNED_BINARY = ("accuracy",)
 TUNED_MULTILABEL = ("f1_macro", "f1_micro")
@@ -355,6 +358,48 @@ def _leave_images_out(
     precision_n = _divide(hits_g[step_n] - hits_of_image_n[last_n], seen_g[step_n] - gone_n)
     np.subtract.at(total_i, image_n, y_n * precision_n)
     return _divide(total_i, positives_g.sum() - hits_i, empty=np.nan)
+
+
+def calibration_counts(confidence_ln: np.ndarray, right_ln: np.ndarray) -> np.ndarray:
+    """Sort answers by how sure they are, for :func:`calibration_error`.
+
+    Parameters
+    ----------
+    confidence_ln : ndarray
+        (l, n) probability of the answer that is given.
+    right_ln : ndarray
+        (l, n) whether it is right.
+
+    Returns
+    -------
+    ndarray
+        (n, l, :data:`CALIBRATION_BINS`, 3) float32: in the bin of each answer its confidence, 1
+        where it is right, and 1. They add up over examples.
+    """
+    bin_nl = np.minimum((confidence_ln.T * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    in_bin_nlk = np.eye(CALIBRATION_BINS, dtype=np.float32)[bin_nl]
+    per_answer_nl3 = np.stack([confidence_ln.T, right_ln.T, np.ones_like(right_ln.T)], -1)
+    return in_bin_nlk[..., None] * per_answer_nl3[:, :, None].astype(np.float32)
+
+
+def calibration_error(sums_blk3: np.ndarray) -> np.ndarray:
+    """Compute the expected calibration error from summed :func:`calibration_counts`.
+
+    It is the mean over answers of how far the confidence in their bin lies from the share that is
+    right there: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3.
+
+    Parameters
+    ----------
+    sums_blk3 : ndarray
+        (b, l, bins, 3): sums of confidence, of right answers, and the number of answers.
+
+    Returns
+    -------
+    ndarray
+        (b, l), 0 to 1. For few answers it is too large: chance fills the bins unevenly.
+    """
+    off_blk = np.abs(sums_blk3[..., 0] - sums_blk3[..., 1])
+    return off_blk.sum(-1) / sums_blk3[..., 2].sum(-1)
 
 
 def score_table(

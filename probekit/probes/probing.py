@@ -36,7 +36,7 @@ LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 PREDICTED = ("none", "untrained")
 
 # Of what the tables hold: tables of another version are made again.
-VERSION = 9
+VERSION = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +239,15 @@ def probe_activations(
     parts = []
     group_limit = _GroupLimit()
     for pooling in activations.poolings:
+        tasks_of_pooling = tasks
+        if pooling == activations.answer_pooling:  # it is there for the answers alone
+            tasks_of_pooling = [task for task in tasks if infos[task.name].answers]
+        if not tasks_of_pooling:
+            continue
         job = _Job(
             activations,
             pooling,
-            tasks,
+            tasks_of_pooling,
             settings,
             device=training_device,
             folder=tables_folder / f"fitted-{fingerprint_of_fits}",

@@ -277,7 +277,12 @@ class ProbeResults:
             parts[entry["field"]] = weight_arrays[str(number)]
         tasks = {}
         for name, info in content["tasks"].items():
-            tasks[name] = TaskInfo(info["kind"], tuple(info["classes"]), info["question"])
+            tasks[name] = TaskInfo(
+                info["kind"],
+                tuple(info["classes"]),
+                info["question"],
+                answers=tuple(tuple(words) for words in info["answers"]),
+            )
         return cls(
             **{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},
             predictions={

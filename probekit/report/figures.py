@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
+from probekit.report.known_and_said import known_and_said_figure, models_with_answers
 from probekit.report.style import metric_words
 
 BAND_NOTE = (
@@ -61,7 +62,8 @@ def run_figures(
         By name, in the order of the page; figures of one section are neighbours.
     """
     table = results.metrics
-    figures = _overview_figures(results, probe=probe)
+    figures = _answer_figures(results, probe=probe, relative=relative)
+    figures |= _overview_figures(results, probe=probe)
     for task in results.tasks:
         figures |= _score_figures(
             results, task, probe=probe, published=published, relative=relative
@@ -79,6 +81,36 @@ def run_figures(
             "category. Dashed: random weights.",
             "Where in the image",
         )
+    return figures
+
+
+def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dict[str, Figure]:
+    """Draw what the models say beside what their layers know."""
+    section = "Known and said"
+    table = results.metrics
+    figures = {}
+    for task, info in results.tasks.items():
+        if not models_with_answers(table, task):
+            continue
+        figures[f"{task}_known_and_said"] = Figure(
+            known_and_said_figure(table, task, info, probe=probe),
+            f"{info.question} Blue: what a probe reads off each layer's last token. Orange: what "
+            "the model itself answers to the same test images, and dashed what it would score if "
+            "it said yes from another probability on (chosen on validation): a model that says "
+            "yes to everything may still know better. Dotted, with its 95 % interval: how far the "
+            "best probe (chosen on validation) is above the answer. Green: what each layer would "
+            "answer through the model's own final norm and output embedding (the logit lens); it "
+            "underestimates early layers, so the probe is the upper curve. Grey: all controls of "
+            "the probe and chance.",
+            section,
+        )
+        if ((table.task == task) & (table.metric == "decided")).any():
+            figures[f"{task}_decided"] = Figure(
+                curves.layer_curves(table, task, "decided", probe="lens", relative=relative),
+                "The share of test examples whose final answer is on top, through the lens, from "
+                "this layer on. It says when an answer is settled, right or wrong.",
+                section,
+            )
     return figures
 
 

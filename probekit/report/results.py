@@ -10,6 +10,11 @@ import plotly.graph_objects as go
 from probekit.probes.results import ProbeResults, best_layers, select_curve
 from probekit.report.curves import layer_curves, scored_split
 from probekit.report.figures import Figure, run_figures
+from probekit.report.known_and_said import (
+    answer_table,
+    known_and_said_figure,
+    models_with_answers,
+)
 from probekit.report.sentences import Summary, compare_pairs, summarise
 
 
@@ -127,7 +132,8 @@ class Results(ProbeResults):
         Parameters
         ----------
         metric : str
-            Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``.
+            Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``; or
+            ``"known_and_said"`` for the probe beside the lens and the model's answer.
         task : str, optional
             The first task that has this metric unless it is named.
         probe : str
@@ -149,6 +155,8 @@ class Results(ProbeResults):
         ValueError
             There is no such metric, task, probe or pooling; the message lists what there is.
         """
+        if metric == "known_and_said":
+            return self._plot_known_and_said(task, probe=probe or "logreg")
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}
@@ -174,6 +182,24 @@ class Results(ProbeResults):
             published=published,
             relative=relative,
         )
+
+    def _plot_known_and_said(self, task: str | None, *, probe: str) -> go.Figure:
+        answered = [name for name in self.tasks if models_with_answers(self.metrics, name)]
+        if task is None and answered:
+            task = answered[0]
+        if task not in answered:
+            raise ValueError(
+                f"no answers to {task or 'any task'} in these results: "
+                + (f"take one of {', '.join(answered)}" if answered else "extract with answers")
+            )
+        return known_and_said_figure(self.metrics, task, self.tasks[task], probe=probe)
+
+    def answers(self, *, probe: str = "logreg") -> pd.DataFrame:
+        """Set what the models say beside what their best layers know.
+
+        See :func:`probekit.report.known_and_said.answer_table`.
+        """
+        return answer_table(self.metrics, self.tasks, probe=probe)
 
     def figures(
         self, *, probe: str = "logreg", published: bool = False, relative: bool = False

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.bootstrap import Curve
 from probekit.probes.comparison import curve_difference, holm, plateau_sentence
 from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
 from probekit.probes.labels import LabelledTask
 from probekit.probes.probing import PROBES
 from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, select_curve
+from probekit.report.known_and_said import NEAR, known_and_said
 from probekit.report.style import capitalise, metric_words
 from probekit.tasks.base import TaskInfo
 
@@ -67,6 +69,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         if curve.plateau.notna().all():
             sentences.append(plateau_sentence(curve))
         sentences += _selectivity_sentences(rows, probe=probe, layer=best_row["best layer"])
+        sentences += _answer_sentences(table, best_row, tasks[best_row.task], probe=probe)
         sentences += _codelength_sentences(rows, probe=probe, layer=best_row["best layer"])
         sentences += _control_sentences(rows, _same_source(best, best_row), probe=probe)
         sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
@@ -103,6 +106,28 @@ def _selectivity_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> lis
         return []
     value = _with_interval(at_layer.iloc[0])
     return [f"Selectivity at {layer}, accuracy minus that of the control task: {value}."]
+
+
+def _answer_sentences(
+    table: pd.DataFrame, best_row: pd.Series, info: TaskInfo, *, probe: str
+) -> list[str]:
+    """Say how far the best probe on the answer's token is above the model's own answer."""
+    if best_row.pooling != ANSWER_POOLING:
+        return []
+    both = known_and_said(table, best_row.task, info, model=best_row.model, probe=probe)
+    if both is None:
+        return []
+    gap = both.over_answer
+    tuned = ""
+    if both.tuned is not None and abs(both.tuned.value - both.said.value) >= NEAR:
+        tuned = f" ({both.tuned.value:.3f} with the threshold that suits the validation images)"
+    return [
+        f"The model itself answers with an {metric_words(both.metric)} of "
+        f"{_with_interval(both.said)}{tuned}. The probe at {both.layer} less the answer, on the "
+        f"same images: {gap.value:+.3f} (95\u00a0% interval {gap.lo:+.3f} to {gap.hi:+.3f}); "
+        f"{both.known_not_said.value:.1%} of the examples are right in the probe and answered "
+        "wrongly."
+    ]
 
 
 def _codelength_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list[str]:

@@ -41,6 +41,12 @@ METRIC_WORDS = {
     "codelength": "codelength (bits per label)",
     "log_loss": "log loss (nats)",
     "f1": "F1",
+    "top1_accuracy": "accuracy of the largest answer",
+    "calibration_error": "expected calibration error",
+    "decided": "share decided",
+    "over_answer": "accuracy less that of the answer",
+    "over_tuned_answer": "accuracy less that of the answer with its best threshold",
+    "known_not_said": "right in the probe, wrong in the answer",
 }
 TASK_WORDS = {
     "caption": "global: does the caption belong?",

@@ -15,6 +15,9 @@ import pandas as pd
 
 from probekit.paths import Home
 
+# The answers to a binary question, in the order of the labels 0 and 1.
+YES_OR_NO = (("no",), ("yes",))
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -137,6 +140,11 @@ class Task:
     needs : str
         What the dataset must have: ``"categories"``, ``"instances"`` (boxes), or ``""`` where
         images and captions are enough.
+    answers : sequence of sequences of str, optional
+        The words for each answer that the model itself may begin with: for a binary task those for
+        "no", then those for "yes"; for ``"one_of"`` those for each class. By default
+        :data:`YES_OR_NO` for a binary task. An empty sequence leaves the model's answer out, as it
+        is for a multilabel task, which has no one answer.
     """
 
     kind: str
@@ -145,6 +153,14 @@ class Task:
     _: KW_ONLY
     classes: Sequence[str] | None = None
     needs: Literal["", "categories", "instances"] = ""
+    answers: Sequence[Sequence[str]] | None = None
+
+    @property
+    def answer_words(self) -> tuple[tuple[str, ...], ...]:
+        """The words for each answer; none where the model's answer is not read."""
+        if self.answers is not None:
+            return tuple(tuple(words) for words in self.answers)
+        return YES_OR_NO if self.kind == "binary" else ()
 
 
 @dataclass(frozen=True)
@@ -159,11 +175,14 @@ class TaskInfo:
         What the entries of `labels` and `mask` stand for.
     question : str
         The question in words.
+    answers : tuple of tuples of str
+        The words for each answer of the model itself, see :class:`Task`; empty without answers.
     """
 
     kind: str
     classes: tuple[str, ...]
     question: str
+    answers: tuple[tuple[str, ...], ...] = ()
 
 
 TASK_COLUMNS = ("kind", "classes", "question")
@@ -172,13 +191,14 @@ TASK_COLUMNS = ("kind", "classes", "question")
 def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
     """Return what each task of an examples table is, in the order in which tasks first occur.
 
-    It stands in the columns `kind`, `classes` and `question`, so that it survives whatever is done
-    to the table.
+    It stands in the columns `kind`, `classes`, `question` and `answers`, so that it survives
+    whatever is done to the table. Tables without the column `answers` have none.
 
     Raises
     ------
     ValueError
-        A column is missing, or the rows of one task contradict each other.
+        A column is missing, the rows of one task contradict each other, or its answers are not as
+        many as its labels have values.
     """
     missing = [name for name in ("task", *TASK_COLUMNS) if name not in examples.columns]
     if missing:
@@ -190,12 +210,45 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
     for name, table in examples.groupby("task", sort=False):
         kinds = table.kind.unique()
         class_lists = {tuple(classes) for classes in table.classes}
-        if len(kinds) > 1 or len(class_lists) > 1:
+        answer_lists = set(table.answers.map(_as_tuples)) if "answers" in table else {()}
+        if len(kinds) > 1 or len(class_lists) > 1 or len(answer_lists) > 1:
             raise ValueError(
-                f"the rows of task {name} differ in kind or classes: give each task its own name"
+                f"the rows of task {name} differ in kind or classes, or in answers: give each "
+                "task its own name"
             )
-        infos[str(name)] = TaskInfo(kinds[0], class_lists.pop(), table.question.iloc[0])
+        info = TaskInfo(
+            kinds[0], class_lists.pop(), table.question.iloc[0], answers=answer_lists.pop()
+        )
+        _check_answers(str(name), info)
+        infos[str(name)] = info
     return infos
+
+
+def _as_tuples(answers: Sequence[Sequence[str]] | None) -> tuple[tuple[str, ...], ...]:
+    return () if answers is None else tuple(tuple(words) for words in answers)
+
+
+def _check_answers(name: str, info: TaskInfo) -> None:
+    """Refuse answers that do not belong to the task's labels."""
+    if not info.answers:
+        return
+    if info.kind == "multilabel":
+        raise ValueError(
+            f"task {name} is multilabel, so it has no one answer: leave answers out, and ask about "
+            "single categories in a binary task, such as object"
+        )
+    expected = 2 if info.kind == "binary" else len(info.classes)
+    if len(info.answers) != expected:
+        raise ValueError(
+            f"task {name} has {len(info.answers)} answers: name the words for each of {expected} "
+            f"({'no, then yes' if info.kind == 'binary' else ', '.join(info.classes)})"
+        )
+    words = [word for of_answer in info.answers for word in of_answer]
+    if not all(info.answers) or any(word.strip() != word or not word for word in words):
+        raise ValueError(
+            f"task {name} has the answers {info.answers}: give each at least one word, without "
+            "spaces around it"
+        )
 
 
 def example_rows(
@@ -246,7 +299,8 @@ def task_source(task: Task) -> list:
         bound_arguments.append(repr((function.args, function.keywords)))
         function = function.func
     classes = list(task.classes or ())
-    return [task.kind, task.question, classes, bound_arguments, _code_of(function)]
+    words = [task.kind, task.question, classes, task.answer_words]
+    return [*words, bound_arguments, _code_of(function)]
 
 
 def _code_of(function: Callable) -> str:

@@ -1,8 +1,8 @@
 """From a dataset to the examples table: draw images, split them, and ask the tasks about them.
 
 A row is one example: `image_id, file, split, task, prompt, labels, mask`, and what its task is:
-`kind, classes, question`. `labels` and `mask` have one entry for each class of the task. A label is
-0 or 1, and counts only where the mask is 1; a binary task has one class.
+`kind, classes, question, answers`. `labels` and `mask` have one entry for each class of the task. A
+label is 0 or 1, and counts only where the mask is 1; a binary task has one class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from probekit.tasks.registry import TASKS, find_tasks
 
 SPLITS = ("train", "validation", "test")
 # Version of the files that a build leaves. Files of another version are built again.
-VERSION = 9
+VERSION = 10
 FREQUENT = 40
 LISTED_IMAGES = 50
 
@@ -344,8 +344,14 @@ def _ask_tasks(tasks: dict[str, Task], selection: Selection) -> pd.DataFrame:
         classes = list(task.classes or selection.shows_nc.columns)
         if task.kind == "binary":
             classes = ["match"]
+        answers = [list(words) for words in task.answer_words]
         tables.append(
-            table.assign(kind=task.kind, classes=[classes] * len(table), question=task.question)
+            table.assign(
+                kind=task.kind,
+                classes=[classes] * len(table),
+                question=task.question,
+                answers=[answers] * len(table),
+            )
         )
     examples = pd.concat(tables, ignore_index=True)
     positions = selection.images.index.get_indexer(examples.image_id)

@@ -82,6 +82,7 @@ TASKS = {
         spatial.count_task,
         "How many of them are there?",
         classes=spatial.COUNTS,
+        answers=spatial.COUNT_ANSWERS,
         needs="instances",
     ),
     "attribute": Task(
@@ -89,6 +90,7 @@ TASKS = {
         spatial.attribute_task,
         "Which colour does it have?",
         classes=spatial.COLOURS,
+        answers=[(colour,) for colour in spatial.COLOURS],
         needs="instances",
     ),
 }

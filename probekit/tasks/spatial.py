@@ -23,6 +23,13 @@ COMPARISON_PROMPT = "Is the {a} {how} the {b} in this image?"
 COUNT_PROMPT = "Number of objects of the type {category} in this image:"
 COLOUR_PROMPT = "Colour of the {category} in this image:"
 COUNTS = ("1", "2", "3", "4 or more")
+# The words that a model may begin each of these counts with.
+COUNT_ANSWERS = (
+    ("1", "one"),
+    ("2", "two"),
+    ("3", "three"),
+    ("4", "5", "6", "7", "8", "9", "four", "five", "six", "seven", "eight", "nine"),
+)
 # The colours of drawn scenes.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 # For each axis, what is said of the first thing and of the second one.

@@ -11,11 +11,15 @@ from probekit.extraction.settings import ExtractionSettings
 
 @pytest.fixture
 def extract(data):
-    """Extract examples with a demo model into the test's own home."""
+    """Extract examples with a demo model into the test's own home.
+
+    What answers are read with is left out unless a test asks for it: exactly the poolings that a
+    test names are extracted.
+    """
 
     def extract_examples(examples, model="tiny-qwen2-vl", *, tables=None, device="cpu", **settings):
         return extract_tables(
-            ExtractionSettings(model, **settings),
+            ExtractionSettings(model, **{"answers": False, **settings}),
             {"none": examples} | (tables or {}),
             device=device,
         )

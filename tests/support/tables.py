@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import xxhash
 
+from probekit.models.output_head import AnswerHead
+
 DECODER_LAYERS = ("lm.00", "lm.01", "lm.02", "lm.03")
 WIDTH = 16
 
@@ -32,6 +34,8 @@ class MemoryActivations:
     model: str = "planted"
     control: str = "none"
     untrained: bool = False
+    answer_pooling: str = ""
+    answer_head: AnswerHead | None = None
 
     def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
         return self.states[key]

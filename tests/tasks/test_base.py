@@ -54,6 +54,7 @@ def test_every_word_and_setting_of_a_task_counts():
         replace(task, question="?"),
         replace(task, kind="one_of"),
         replace(task, classes=("a", "b")),
+        replace(task, answers=[("false",), ("true",)]),
         replace(task, build=partial(task.build, negatives="similar")),
         replace(task, build=partial(task.build, negatives="swapped")),
         replace(task, build=object_task),

@@ -1,0 +1,1 @@
+"""What the model itself says: its answers, and what its layers would answer."""

@@ -1,0 +1,251 @@
+"""What the model says, scored as probes are: the same examples, metrics and intervals.
+
+Rows of the metrics table with the probe ``"answer"`` are about the model's answer, those with the
+probe ``"lens"`` about what its layers would answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from probekit.answers.reading import AnswerLogits, read_answers
+from probekit.extraction.answer_heads import ANSWER_POOLING
+from probekit.extraction.store import Activations
+from probekit.probes import bootstrap, metrics
+from probekit.probes.labels import LabelledTask, LabelSet
+from probekit.probes.probing import PREDICTED, control_name
+from probekit.probes.results import ProbeKey, ProbeResults
+from probekit.tasks.base import TaskInfo, task_infos
+
+ANSWER = "answer"
+LENS = "lens"
+# Metrics that do not depend on a decision between the answers.
+UNDECIDED = ("log_loss", "average_precision")
+
+
+def score_answers(
+    activations: Activations, probed: ProbeResults, *, resamples: int, seed: int
+) -> ProbeResults:
+    """Score what a model says to every task that has answers, and how far probes know more.
+
+    Parameters
+    ----------
+    activations : Activations
+    probed : ProbeResults
+        The probes of these activations.
+    resamples : int
+        Number of bootstrap samples.
+    seed : int
+        What the column `seed` says.
+
+    Returns
+    -------
+    ProbeResults
+        Rows of the metrics table, and as predictions of the probe ``"lens"`` the probabilities of
+        all decoder layers. Besides the metrics of the probes they have
+
+        * ``calibration_error``: Guo et al. (2017), expected calibration error;
+        * ``top1_accuracy`` where one of several answers is right, of the probes, too: the share of
+          examples whose largest answer is right, of those answers that count for the example;
+        * ``decided``: the share of examples whose final answer stays on top from this layer on;
+        * of the probes ``over_answer``: their accuracy less the answer's, on the same images;
+          ``over_tuned_answer``: less that of the answer with the threshold chosen on validation;
+          ``known_not_said``: the share of examples that the probe gets right and the model answers
+          wrongly.
+    """
+    infos = task_infos(activations.examples)
+    tasks = [name for name in infos if name in probed.tasks or not probed.tasks]
+    answers, refusals = read_answers(activations, {name: infos[name] for name in tasks})
+    model = activations.meta["model"]
+    control = control_name(activations)
+    for reason in dict.fromkeys(refusals.values()):
+        names = ", ".join(name for name, one in refusals.items() if one == reason)
+        tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
+    parts = []
+    for name, logits in answers.items():
+        task = LabelledTask.from_examples(activations.examples, name)
+        scored = _TaskAnswers(task.true, infos[name], logits, resamples)
+        predictions = {}
+        tables = [scored.score()]
+        if control in PREDICTED:
+            tables += [
+                scored.compare(p_lnc).assign(probe=key.probe, pooling=key.pooling)
+                for key, p_lnc in probed.predictions.items()
+                if (key.model, key.control, key.task) == (model, control, name)
+            ]
+            key = ProbeKey(model, control, ANSWER_POOLING, name, LENS)
+            predictions[key] = scored.test_probabilities.astype(np.float16)
+        table = pd.concat(tables, ignore_index=True)
+        table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
+        parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
+    return ProbeResults.join(parts)
+
+
+class _TaskAnswers:
+    """What the layers of one model answer to the examples of one task."""
+
+    def __init__(
+        self, labels: LabelSet, info: TaskInfo, logits: AnswerLogits, resamples: int
+    ) -> None:
+        self.labels = labels
+        self.layers = logits.layers
+        self.resamples = resamples
+        self.binary = info.kind == "binary"
+        self.logits = {
+            split: self._select(logits, split, rows.numpy()) for split, rows in labels.split.items()
+        }
+        self.p = {
+            split: of_split.probabilities(binary=self.binary)
+            for split, of_split in self.logits.items()
+        }
+        validation = labels.select("validation")
+        self.threshold_lc = metrics.choose_thresholds(
+            self.p["validation"],
+            validation.y_nc,
+            mask_nc=validation.mask_nc,
+            binary=self.binary,
+        )
+
+    def _select(self, logits: AnswerLogits, split: str, rows: np.ndarray) -> AnswerLogits:
+        """Take the examples of a split, and of several answers those that count for each."""
+        logits_lna = logits.logits_lna[:, rows]
+        if not self.binary:
+            logits_lna = np.where(self.labels.select(split).mask_nc > 0, logits_lna, -np.inf)
+        return AnswerLogits(logits.layers, logits_lna)
+
+    @property
+    def test_probabilities(self) -> np.ndarray:
+        """(l, n, c) of the n test examples."""
+        return self.p["test"]
+
+    def score(self) -> pd.DataFrame:
+        """Score all layers by the lens, and the last one as the answer."""
+        tables = [self._score_split("validation"), self._score_split("test"), self._decided()]
+        of_lens = pd.concat(tables, ignore_index=True).assign(probe=LENS, pooling=ANSWER_POOLING)
+        of_answer = of_lens[(of_lens.layer == self.layers[-1]) & (of_lens.metric != "decided")]
+        of_answer = of_answer.assign(probe=ANSWER, **dict.fromkeys(metrics.comparison.COLUMNS))
+        if len(self.layers) == 1:  # the final norm is not known: there is no lens
+            return of_answer
+        return pd.concat([of_lens, of_answer], ignore_index=True)
+
+    def _score_split(self, split: str) -> pd.DataFrame:
+        p_lnc = self.p[split]
+        is_test = split == "test"
+        table = self.labels.score(
+            p_lnc,
+            split=split,
+            layers=self.layers,
+            resamples=self.resamples,
+            by_class=is_test,
+            threshold_lc=self.threshold_lc if is_test else None,
+        )
+        tables = [table]
+        if not self.binary:  # the largest answer is the one that is given, however probable
+            chosen_lnc = np.eye(p_lnc.shape[-1])[p_lnc.argmax(-1)]
+            decided = self.labels.score(
+                chosen_lnc,
+                split=split,
+                layers=self.layers,
+                resamples=self.resamples,
+                by_class=is_test,
+            )
+            tables = [
+                table[table.metric.isin(UNDECIDED) | table.metric.str.endswith("_tuned")],
+                decided[~decided.metric.isin(UNDECIDED)],
+                self._top1(split),
+            ]
+        if is_test:
+            tables.append(self._calibration_error())
+        return pd.concat(tables, ignore_index=True)
+
+    # ---- what is a ratio of sums over images ----
+
+    def _table(
+        self, metric: str, sums_nlk: np.ndarray, ratio: Callable, *, split: str = "test"
+    ) -> pd.DataFrame:
+        """Score sums over the examples of images, (n, l, ...), with intervals."""
+        images, image_number_n = np.unique(self.labels.select(split).image_n, return_inverse=True)
+        counts = np.zeros((len(images), *sums_nlk.shape[1:]), np.float32)
+        np.add.at(counts, image_number_n, sums_nlk.astype(np.float32))
+        curve = bootstrap.bootstrap_curve(counts, images, score=ratio, resamples=self.resamples)
+        lower_l, upper_l = bootstrap.bca_interval(curve)
+        table = {
+            "layer": self.layers[-sums_nlk.shape[1] :],
+            "metric": metric,
+            "class": "",
+            "value": curve.score_l,
+            "lo": lower_l,
+            "hi": upper_l,
+            "n": len(image_number_n),
+            "split": split,
+        }
+        return pd.DataFrame(table)
+
+    def _top1(self, split: str) -> pd.DataFrame:
+        right_ln = self._is_right(self.p[split], split)
+        sums_nlk = np.stack([right_ln.T, np.ones_like(right_ln.T)], -1)
+        return self._table("top1_accuracy", sums_nlk, _first_by_last, split=split)
+
+    def _calibration_error(self) -> pd.DataFrame:
+        p_lnc = self.p["test"]
+        confidence_ln = p_lnc.max(-1)
+        if self.binary:
+            confidence_ln = np.maximum(p_lnc[..., 0], 1 - p_lnc[..., 0])
+        right_ln = self._is_right(p_lnc, "test")
+        sums_nlk = metrics.calibration_counts(confidence_ln, right_ln)
+        return self._table("calibration_error", sums_nlk, metrics.calibration_error)
+
+    def _decided(self) -> pd.DataFrame:
+        depth_n = self.logits["test"].depth_of_decision()
+        is_decided_nl = depth_n[:, None] <= np.arange(len(self.layers))
+        sums_nlk = np.stack([is_decided_nl, np.ones_like(is_decided_nl)], -1)
+        return self._table("decided", sums_nlk, _first_by_last)
+
+    # ---- probes beside the answer ----
+
+    def compare(self, p_lnc: np.ndarray) -> pd.DataFrame:
+        """Compare probes of all decoder layers with the answer, on the same test images.
+
+        Parameters
+        ----------
+        p_lnc : ndarray
+            (l, n, c) of the probes.
+        """
+        right_ln = self._is_right(p_lnc, "test")
+        answered_n = self._is_right(self.p["test"][-1:], "test")[0]
+        tables = [
+            self._difference("over_answer", right_ln, answered_n),
+            self._share("known_not_said", right_ln & ~answered_n),
+        ]
+        if self.binary:
+            tuned_n = self._is_right(
+                self.p["test"][-1:], "test", threshold=float(self.threshold_lc[-1, 0])
+            )[0]
+            tables.append(self._difference("over_tuned_answer", right_ln, tuned_n))
+        else:
+            tables.append(self._share("top1_accuracy", right_ln))
+        return pd.concat(tables, ignore_index=True)
+
+    def _difference(self, metric: str, right_ln: np.ndarray, other_n: np.ndarray) -> pd.DataFrame:
+        more_nl = right_ln.T.astype(int) - other_n[:, None]
+        return self._table(metric, np.stack([more_nl, np.ones_like(more_nl)], -1), _first_by_last)
+
+    def _share(self, metric: str, is_so_ln: np.ndarray) -> pd.DataFrame:
+        sums_nlk = np.stack([is_so_ln.T, np.ones_like(is_so_ln.T)], -1)
+        return self._table(metric, sums_nlk, _first_by_last)
+
+    def _is_right(self, p_lnc: np.ndarray, split: str, *, threshold: float = 0.5) -> np.ndarray:
+        """(l, n) True where the larger answer is the right one."""
+        labels = self.labels.select(split)
+        if self.binary:
+            return (p_lnc[..., 0] >= threshold) == (labels.y_nc[:, 0] > 0)
+        counting_lnc = np.where(labels.mask_nc > 0, p_lnc, -1)
+        return counting_lnc.argmax(-1) == labels.y_nc.argmax(-1)
+
+
+def _first_by_last(sums_blk: np.ndarray) -> np.ndarray:
+    return sums_blk[..., 0] / sums_blk[..., 1]

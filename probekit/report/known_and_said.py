@@ -1,0 +1,426 @@
+"""What each layer knows beside what the model says: the first picture of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from probekit.answers.scores import ANSWER, LENS
+from probekit.extraction.answer_heads import ANSWER_POOLING
+from probekit.probes.controls import CONTROL_WORDS
+from probekit.probes.results import select_curve
+from probekit.report.curves import CHANCE_ACCURACY, curve_traces
+from probekit.report.style import (
+    CONTROL_DASHES,
+    FULL_PAGE,
+    GREY,
+    HALF_PAGE,
+    LAYER_AXIS,
+    PALETTE,
+    PLATEAU_OPACITY,
+    PLATEAU_WIDTH,
+    SYMBOLS,
+    apply_style,
+    layer_number,
+    legend_entry,
+    metric_words,
+    task_words,
+    tick_step,
+    with_alpha,
+)
+from probekit.tasks.base import TaskInfo
+
+KNOWN_COLOUR, SAID_COLOUR, LENS_COLOUR = PALETTE[:3]
+PANELS_PER_ROW = 2
+# A line that lies closer to another one is not drawn a second time.
+NEAR = 0.01
+
+
+class KnownAndSaid(NamedTuple):
+    """What a model knows of a task at its best layer, and what it says.
+
+    Attributes
+    ----------
+    task, model, control : str
+    metric : str
+        ``"accuracy"``, or ``"top1_accuracy"`` of a task with several answers.
+    layer : str
+        The best layer of the probe, chosen on validation.
+    known, said : Series
+        Rows of the metrics table with `value`, `lo`, `hi`: the probe there, and the answer.
+    tuned : Series or None
+        The answer with the threshold chosen on validation; None where it has none.
+    over_answer, known_not_said : Series
+        How far the probe is above the answer, paired, and the share of examples that it gets right
+        and the model answers wrongly.
+    """
+
+    task: str
+    model: str
+    control: str
+    metric: str
+    layer: str
+    known: pd.Series
+    said: pd.Series
+    tuned: pd.Series | None
+    over_answer: pd.Series
+    known_not_said: pd.Series
+
+
+def said_metric(info: TaskInfo) -> str:
+    """Return the metric by which a task's probes and answers are compared."""
+    return "accuracy" if info.kind == "binary" else "top1_accuracy"
+
+
+def models_with_answers(table: pd.DataFrame, task: str) -> list[str]:
+    """Return the trained models whose answers to a task are in the metrics table."""
+    rows = table[(table.task == task) & (table.probe == ANSWER) & (table.control == "none")]
+    return list(dict.fromkeys(rows.model))
+
+
+def known_and_said(
+    table: pd.DataFrame,
+    task: str,
+    info: TaskInfo,
+    *,
+    model: str,
+    probe: str = "logreg",
+    control: str = "none",
+) -> KnownAndSaid | None:
+    """Compare a model's answer with the probe at its best layer, on the same test images.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The metrics table.
+    task : str
+    info : TaskInfo
+        Of the task.
+    model, probe : str
+    control : str
+        ``"none"`` or ``"untrained"``.
+
+    Returns
+    -------
+    KnownAndSaid or None
+        None where the table has no answers of the model, or no probes on what they are read from.
+    """
+    rows = table[(table.task == task) & (table.model == model) & (table.control == control)]
+    rows = rows[(rows["class"] == "") & (rows.pooling == ANSWER_POOLING)]
+    of_answer = rows[(rows.probe == ANSWER) & (rows.split == "test")].set_index("metric")
+    of_probe = rows[(rows.probe == probe) & (rows.stage == "lm")]
+    if of_answer.empty or "over_answer" not in set(of_probe.metric):
+        return None
+    first_seed = of_probe[of_probe.seed == of_probe.seed.iloc[0]]
+    is_chosen_by = (first_seed.split == "validation") & (first_seed.metric == "accuracy")
+    scores = first_seed[is_chosen_by].set_index("layer").value
+    layer = str(scores.idxmax())
+    at_layer = first_seed[(first_seed.layer == layer) & (first_seed.split == "test")]
+    at_layer = at_layer.set_index("metric")
+    metric = said_metric(info)
+    has_tuned = info.kind == "binary"
+    return KnownAndSaid(
+        task,
+        model,
+        control,
+        metric,
+        layer,
+        known=at_layer.loc[metric],
+        said=of_answer.loc[metric],
+        tuned=of_answer.loc["accuracy_tuned"] if has_tuned else None,
+        over_answer=at_layer.loc["over_answer"],
+        known_not_said=at_layer.loc["known_not_said"],
+    )
+
+
+def answer_table(
+    table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg"
+) -> pd.DataFrame:
+    """Set the answers of all models beside their best probes.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The metrics table.
+    tasks : dict of str to TaskInfo
+    probe : str
+
+    Returns
+    -------
+    DataFrame
+        One row per task, model and control ("none", "untrained"): `answer`, `tuned answer`, `best
+        layer` and `probe` there, `over answer` (the probe less the answer, paired on the same test
+        images) and `known, not said`; each with the ends of its 95 % interval.
+    """
+    rows = []
+    for task, info in tasks.items():
+        for model in models_with_answers(table, task):
+            for control in ("none", "untrained"):
+                both = known_and_said(table, task, info, model=model, probe=probe, control=control)
+                if both is not None:
+                    rows.append(_answer_row(both))
+    return pd.DataFrame(rows)
+
+
+def _answer_row(both: KnownAndSaid) -> dict[str, object]:
+    row: dict[str, object] = {
+        "task": both.task,
+        "model": both.model,
+        "control": both.control,
+        "best layer": both.layer,
+        "n": int(both.over_answer.n),
+    }
+    columns = {
+        "answer": both.said,
+        "tuned answer": both.tuned,
+        "probe": both.known,
+        "over answer": both.over_answer,
+        "known, not said": both.known_not_said,
+    }
+    for name, score in columns.items():
+        if score is not None:
+            row |= {name: score.value, f"{name} lo": score.lo, f"{name} hi": score.hi}
+    return row
+
+
+# -------------------------------------------------------------------------------------- the figure
+
+
+def known_and_said_figure(
+    table: pd.DataFrame, task: str, info: TaskInfo, *, probe: str = "logreg"
+) -> go.Figure:
+    """Draw what each layer knows, what it would say, and what the model says; a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task : str
+        A task that has answers.
+    info : TaskInfo
+        Of the task.
+    probe : str
+        The kind of probe.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        The table has no answers to this task.
+    """
+    models = models_with_answers(table, task)
+    if not models:
+        raise ValueError(
+            f"no answers to {task} in these results: extract with answers, for a task that has some"
+        )
+    columns = min(PANELS_PER_ROW, len(models))
+    panel_rows = -(-len(models) // columns)
+    figure = make_subplots(
+        panel_rows,
+        columns,
+        subplot_titles=models,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.2 / panel_rows,
+    )
+    rows = table[(table.task == task) & (table.pooling == ANSWER_POOLING)]
+    for place, model in enumerate(models):
+        panel = {"row": place // columns + 1, "col": place % columns + 1}
+        of_model = rows[rows.model == model]
+        both = known_and_said(table, task, info, model=model, probe=probe)
+        for trace in _panel_traces(of_model, both, metric=said_metric(info), probe=probe):
+            figure.add_trace(trace, **panel)
+        if both is not None:
+            _mark_gap(figure, both, panel)
+        layers = of_model[of_model.stage == "lm"].layer.nunique()
+        figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(layers), **panel)
+    figure.add_traces(_legend(rows, probe=probe))
+    apply_style(
+        figure,
+        title=f"Known and said — {task_words(task)}",
+        height=150 + 330 * panel_rows,
+        width=FULL_PAGE if columns > 1 else HALF_PAGE,
+        panel_titles=True,
+    )
+    figure.update_yaxes(title=f"{metric_words(said_metric(info))} (test)", col=1)
+    return figure
+
+
+def _panel_traces(
+    rows: pd.DataFrame, both: KnownAndSaid | None, *, metric: str, probe: str
+) -> list[go.Scatter]:
+    """Return the traces of one model: controls, answer, lens and probe, from back to front."""
+    numbers = layer_number(rows[rows.stage == "lm"].layer)
+    ends = [int(numbers.min()), int(numbers.max())]
+    traces = _control_traces(rows, metric=metric, probe=probe)
+    chance = go.Scatter(
+        x=ends,
+        y=[CHANCE_ACCURACY] * 2,
+        mode="lines",
+        line={"color": GREY, "dash": "dot", "width": 1.5},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    traces.append(chance)
+    trained = rows[rows.control == "none"]
+    of_answer = trained[
+        (trained.probe == ANSWER) & (trained.split == "test") & (trained["class"] == "")
+    ].set_index("metric")
+    traces += _answer_traces(of_answer, metric=metric, ends=ends)
+    for kind, name, colour, symbol in (
+        (LENS, "lens", LENS_COLOUR, SYMBOLS[1]),
+        (probe, "probe", KNOWN_COLOUR, SYMBOLS[0]),
+    ):
+        curve = _curve(trained, probe=kind, metric=metric)
+        if curve.empty:
+            continue
+        drawn = curve_traces(
+            curve, name=name, control="none", colour=colour, symbol=symbol, metric=metric
+        )
+        if kind == LENS:  # its plateau says nothing: it ends in the answer
+            drawn = drawn[-2:]
+            drawn[-1].line.width = 2
+        for trace in drawn:
+            trace.showlegend = False
+        traces += drawn
+    return traces
+
+
+def _curve(rows: pd.DataFrame, *, probe: str, metric: str) -> pd.DataFrame:
+    has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.stage == "lm")
+    if not (has_curve & (rows.split == "test")).any():
+        return pd.DataFrame()
+    return select_curve(rows, probe=probe, metric=metric, stage="lm").reset_index(drop=True)
+
+
+def _control_traces(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
+    """Return one band around the curves of all controls and chance, and lines to hover over."""
+    curves = {
+        control: _curve(rows[rows.control == control], probe=probe, metric=metric)
+        for control in CONTROL_DASHES
+    }
+    curves = {control: curve for control, curve in curves.items() if not curve.empty}
+    if not curves:
+        return []
+    by_layer = pd.DataFrame(
+        {name: curve.set_index("layer").value for name, curve in curves.items()}
+    )
+    x = layer_number(by_layer.index.to_series()).to_numpy()
+    highest = by_layer.max(axis=1).clip(lower=CHANCE_ACCURACY)
+    lowest = by_layer.min(axis=1).clip(upper=CHANCE_ACCURACY)
+    band = go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([highest, lowest[::-1]]),
+        mode="lines",
+        line={"width": 1, "color": with_alpha(GREY, 0.5)},
+        fill="toself",
+        fillcolor=with_alpha(GREY, 0.25),
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    traces = [band]
+    for control, values in by_layer.items():
+        words = CONTROL_WORDS[str(control)]
+        traces.append(
+            go.Scatter(
+                x=x,
+                y=values,
+                mode="lines",
+                line={"width": 8, "color": "rgba(0,0,0,0)"},
+                showlegend=False,
+                hovertemplate=f"probe, {words}<br>{metric_words(metric)} %{{y:.3f}}<extra></extra>",
+            )
+        )
+    return traces
+
+
+def _answer_traces(of_answer: pd.DataFrame, *, metric: str, ends: list[int]) -> list[go.Scatter]:
+    """Return the answer as a line across with its band, and with its best threshold dashed."""
+    said = of_answer.loc[metric]
+    band = go.Scatter(
+        x=[*ends, *ends[::-1]],
+        y=[said.hi, said.hi, said.lo, said.lo],
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=with_alpha(SAID_COLOUR, 0.15),
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    traces = [band, _level(said, ends, name="the model’s answer", dash="solid", metric=metric)]
+    if "accuracy_tuned" in of_answer.index and metric == "accuracy":
+        tuned = of_answer.loc["accuracy_tuned"]
+        if abs(tuned.value - said.value) >= NEAR:
+            name = "its answer, yes from another probability on"
+            traces.append(_level(tuned, ends, name=name, dash="dash", metric=metric))
+    return traces
+
+
+def _level(score: pd.Series, ends: list[int], *, name: str, dash: str, metric: str) -> go.Scatter:
+    # Points in between, so that hovering anywhere on the line shows it.
+    x = np.arange(ends[0], ends[1] + 1)
+    return go.Scatter(
+        x=x,
+        y=np.full(len(x), score.value),
+        mode="lines",
+        line={"color": SAID_COLOUR, "width": 2.5 if dash == "solid" else 1.5, "dash": dash},
+        showlegend=False,
+        hovertemplate=(
+            f"<b>{name}</b><br>{metric_words(metric)} {score.value:.3f} "
+            f"[{score.lo:.3f}, {score.hi:.3f}]<br>n = {score.n:,.0f}<extra></extra>"
+        ),
+    )
+
+
+def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> None:
+    """Draw a line from the answer up to the probe at its best layer, with the gap beside it."""
+    place = int(both.layer.partition(".")[2])
+    gap = both.over_answer
+    figure.add_scatter(
+        x=[place, place],
+        y=[both.said.value, both.said.value + gap.value],
+        mode="lines",
+        line={"color": SAID_COLOUR, "width": 2, "dash": "dot"},
+        showlegend=False,
+        hovertemplate=(
+            f"<b>known, not said</b>, {both.layer}<br>probe less answer {gap.value:+.3f} "
+            f"[{gap.lo:+.3f}, {gap.hi:+.3f}]<br>right in the probe, wrong in the answer: "
+            f"{both.known_not_said.value:.1%} of {gap.n:,.0f}<extra></extra>"
+        ),
+        **panel,
+    )
+    figure.add_annotation(
+        x=place,
+        y=max(both.known.hi, both.said.hi),
+        text=f"{gap.value:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]",
+        showarrow=False,
+        yanchor="bottom",
+        xanchor="right" if place > 2 else "left",
+        font={"color": SAID_COLOUR, "size": 12},
+        **panel,
+    )
+
+
+def _legend(rows: pd.DataFrame, *, probe: str) -> list[go.Scatter]:
+    """Return the entries of the legend; no curve has one of its own."""
+    plateau = {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
+    entries = [
+        legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}),
+        legend_entry("no worse than the best layer", line=plateau),
+        legend_entry("lens: would be said", line={"color": LENS_COLOUR, "width": 2}),
+        legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}),
+        legend_entry(
+            "answer, best threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
+        ),
+    ]
+    if rows.control.isin(CONTROL_DASHES).any():
+        line = {"color": with_alpha(GREY, 0.4), "width": PLATEAU_WIDTH}
+        entries.append(legend_entry("all controls and chance", line=line))
+    return entries
