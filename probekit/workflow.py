@@ -6,10 +6,12 @@ What loads torch is imported where it is used: building examples needs none of i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from probekit import parameters, paths
 from probekit.data.scenes import write_scenes
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
     from probekit.extraction.settings import ExtractionSettings
     from probekit.extraction.store import Activations
     from probekit.probes.probing import ProbeSettings
+    from probekit.probes.results import ProbeResults
     from probekit.report.results import Results
     from probekit.report.saved_run import SavedRun
+
+MOST_RESAMPLES_OF_SIMILARITY = 200
 
 HomeLike = str | Path | paths.Home | None
 
@@ -385,7 +390,7 @@ def probe(
             seed=settings_of_probes.seeds[0],
         )
         parts += [probed, answers.with_settings(probed.stores[0]["fingerprint"])]
-    results = ProbeResults.join(parts)
+    results = ProbeResults.join([*parts, _compare_models(views, settings_of_probes)])
     if localise:
         results = add_localisation(
             views,
@@ -400,6 +405,29 @@ def probe(
         )
     results.write(folder, building.table_fingerprint(examples))
     return Results.of(results, examples)
+
+
+def _compare_models(views: Sequence[Activations], settings: ProbeSettings) -> ProbeResults:
+    """Compare the layers of all trained models, as they are pooled first."""
+    from probekit.probes.probing import control_name
+    from probekit.probes.results import ProbeResults
+    from probekit.probes.similarity import compare_models
+
+    nothing = ProbeResults(metrics=pd.DataFrame(), losses=pd.DataFrame())
+    trained = [view for view in views if control_name(view) == "none" and "lm" in view.stages]
+    if not trained:
+        return nothing
+    try:
+        similarity, ranks = compare_models(
+            trained,
+            pooling=trained[0].poolings[0],
+            resamples=min(settings.resamples, MOST_RESAMPLES_OF_SIMILARITY),
+        )
+    except ValueError as error:
+        tqdm.write(f"layers are not compared with each other: {error}")
+        return nothing
+    fingerprint = paths.fingerprint(settings, [view.fingerprint for view in trained])
+    return replace(nothing, similarity=similarity, ranks=ranks).with_settings(fingerprint)
 
 
 def probe_settings(

@@ -266,6 +266,87 @@ def _probabilities(
     return probabilities
 
 
+def fit_mean_difference(
+    x_lnd: torch.Tensor,
+    task: LabelledTask,
+    *,
+    label_sets: Sequence[LabelSet],
+    layers: Sequence[str],
+) -> list[FittedProbes]:
+    r"""Take for each class the difference of the means of its two kinds of training examples.
+
+    Parameters
+    ----------
+    x_lnd : Tensor
+        (l, n, d) float32 features of the task's examples.
+    task : LabelledTask
+        The task.
+    label_sets : sequence of LabelSet
+        The labels; the true ones are the first.
+    layers : sequence of str
+        Names of the l layers.
+
+    Returns
+    -------
+    list of FittedProbes
+        One for each set of labels. The first one also has the weights.
+
+    Notes
+    -----
+    The direction is :math:`\delta = \mu_1 - \mu_0` of the states as they are (Marks and Tegmark
+    2023, arXiv:2310.06824, section 5). The log-odds along it are those of two normal distributions
+    of one variance :math:`v = \mathrm{var}(\delta^\top x)` around the means:
+    :math:`\delta^\top (x - (\mu_0 + \mu_1) / 2) \, \delta^\top \delta / v`.
+    """
+    train = task.true.split["train"]
+    device = x_lnd.device
+    mean_l1d = x_lnd[:, train].mean(1, keepdim=True)
+    y_nsc = torch.stack([labels.y_nc for labels in label_sets], 1).to(device)
+    mask_nsc = _stack_masks(label_sets, "train").to(device)
+    # Counted from the mean of all, so that sums of large numbers keep their digits.
+    centred_lnd = x_lnd - mean_l1d
+    yes_nq = (mask_nsc * y_nsc).flatten(1)
+    no_nq = (mask_nsc * (1 - y_nsc)).flatten(1)
+    mean_yes_ldq = _masked_means(centred_lnd, yes_nq)
+    mean_no_ldq = _masked_means(centred_lnd, no_nq)
+    has_both_q = (yes_nq.sum(0) > 0) & (no_nq.sum(0) > 0)
+    delta_ldq = (mean_yes_ldq - mean_no_ldq) * has_both_q
+    middle_ldq = (mean_yes_ldq + mean_no_ldq) / 2
+    along_lnq = centred_lnd @ delta_ldq
+    length_lq = (delta_ldq**2).sum(1)
+    of_class_lnq = torch.where(
+        yes_nq > 0,
+        along_lnq - (mean_yes_ldq * delta_ldq).sum(1, keepdim=True),
+        along_lnq - (mean_no_ldq * delta_ldq).sum(1, keepdim=True),
+    )
+    counts_nq = yes_nq + no_nq
+    variance_lq = (of_class_lnq**2 * counts_nq).sum(1) / counts_nq.sum(0).clamp(min=1)
+    factor_lq = torch.where(variance_lq > 0, length_lq / variance_lq.clamp(min=1e-30), 0.0)
+    bias_lq = -(middle_ldq * delta_ldq).sum(1) * factor_lq
+    logits_lnq = along_lnq * factor_lq[:, None] + bias_lq[:, None]
+    p_lnsc = logits_lnq.sigmoid().unflatten(2, mask_nsc.shape[1:]).cpu().numpy()
+    fitted = []
+    for i, labels in enumerate(label_sets):
+        probabilities = {
+            split: p_lnsc[:, labels.split[split].numpy(), i] for split in ("validation", "test")
+        }
+        fitted.append(FittedProbes(probabilities=probabilities))
+    class_count = mask_nsc.shape[2]
+    weights = ProbeWeights(
+        weight_ldc=(delta_ldq * factor_lq[:, None])[..., :class_count].cpu().numpy(),
+        intercept_lc=bias_lq[:, :class_count].cpu().numpy(),
+        mean_ld=mean_l1d[:, 0].cpu().numpy(),
+        scale_ld=np.ones(mean_l1d[:, 0].shape, np.float32),
+    )
+    fitted[0].weights = {layer: weights.layer(place) for place, layer in enumerate(layers)}
+    return fitted
+
+
+def _masked_means(x_lnd: torch.Tensor, mask_nq: torch.Tensor) -> torch.Tensor:
+    """Return (l, d, q) the means over the examples of each mask; 0 where it is empty."""
+    return x_lnd.transpose(1, 2) @ (mask_nq / mask_nq.sum(0).clamp(min=1))
+
+
 def fit_adam(
     x_lnd: torch.Tensor,
     label_sets: Sequence[LabelSet],

@@ -28,7 +28,7 @@ from probekit.models.processor import PreparedImage
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
 from probekit.probes import bootstrap, comparison
 from probekit.probes.probing import control_name
-from probekit.probes.results import ProbeResults, StateKey, order_columns
+from probekit.probes.results import ProbeKey, ProbeResults, StateKey, order_columns
 from probekit.probes.weights import ProbeWeights
 
 # Poolings for which a probe's log-odds are the mean of those of single tokens.
@@ -487,7 +487,7 @@ def add_localisation(
                 continue
             model = activations.meta["model"]
             key = StateKey(model, control_name(activations), pooling, task)
-            weights = results.weights.get(key)
+            weights = results.weights.get(ProbeKey(*key, "logreg"))
             if weights is None:
                 name = ", ".join(key)
                 tqdm.write(f"no heat maps of {name}: it has no logreg probes of decoder layers")

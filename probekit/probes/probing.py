@@ -27,6 +27,7 @@ from probekit.tasks.building import SPLITS, table_fingerprint
 # The kinds of probe, and the words for them.
 PROBES = {
     "logreg": "logistic-regression",
+    "mean_difference": "mean-difference",
     "linear": "linear (Adam)",
     "mlp": "one-hidden-layer",
 }
@@ -47,9 +48,9 @@ class ProbeSettings:
     ----------
     probes : tuple of str
         Kinds of probes: ``"logreg"`` (logistic regression on standardised features, solved to
-        convergence, its strength chosen on validation), ``"linear"`` (dropout and one linear layer,
-        trained with Adam: the published study's) and ``"mlp"`` (the same training with one hidden
-        layer).
+        convergence, its strength chosen on validation), ``"mean_difference"`` (along the difference
+        of the classes' means), ``"linear"`` (dropout and one linear layer, trained with Adam: the
+        published study's) and ``"mlp"`` (the same training with one hidden layer).
     seeds : tuple of int
         Seeds of the starting points, dropout and batch order of ``"linear"`` and ``"mlp"``, and of
         the labels of controls. A ``"logreg"`` of the true labels has no seed and is fitted once.
@@ -348,7 +349,7 @@ def _check_scorable(labels: LabelSet, name: str) -> None:
 
 def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
     """Yield the results of each task and kind of probe, then how the layers relate."""
-    weights: dict[str, ProbeWeights] = {}
+    weights: dict[ProbeKey, ProbeWeights] = {}
     description = f"probing {job.model} ({job.control}, {job.pooling})"
     total = len(job.layers) * len(job.tasks)
     with tqdm(total=total, desc=description, unit="layer") as bar:
@@ -359,9 +360,14 @@ def _probe_pooling(job: _Job) -> Iterator[ProbeResults]:
                 by_layer = fitted[job.first_key].weights
                 decoder = [by_layer[layer] for layer in job.decoder_layers if layer in by_layer]
                 if decoder:
-                    weights[probed_task.name] = ProbeWeights.concatenate(decoder)
+                    key = ProbeKey(job.model, job.control, job.pooling, probed_task.name, kind)
+                    weights[key] = ProbeWeights.concatenate(decoder)
     if weights and job.is_predicted:
-        yield _relate_layers(job, weights)
+        no_rows = pd.DataFrame()
+        yield ProbeResults(metrics=no_rows, losses=no_rows, weights=weights)
+        of_logreg = {key.task: probes for key, probes in weights.items() if key.probe == "logreg"}
+        if of_logreg:
+            yield _relate_layers(job, of_logreg)
 
 
 # ---- fitting ----
@@ -463,6 +469,11 @@ def _fit(
             layers=layers,
             memory_gb=memory_gb / 4,
             measure_codelength=settings.codelength,
+        )
+        return dict(zip(probed_task.label_sets, fitted, strict=True))
+    if kind == "mean_difference":
+        fitted = fitting.fit_mean_difference(
+            x_lnd, probed_task.task, label_sets=list(probed_task.label_sets.values()), layers=layers
         )
         return dict(zip(probed_task.label_sets, fitted, strict=True))
     training = settings.training if kind == "mlp" else replace(settings.training, hidden=0)
@@ -712,5 +723,4 @@ def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
         losses=pd.DataFrame(),
         transfer=scores.assign(model=job.model, control=job.control, pooling=job.pooling),
         neighbours={key: np.stack(by_layer) for key, by_layer in nearest.items()},
-        weights={keys[name]: probes for name, probes in weights.items()},
     )

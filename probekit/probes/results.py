@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from probekit import paths
 from probekit.probes import comparison
-from probekit.probes.weights import ProbeWeights
+from probekit.probes.weights import LinearProbe, ProbeWeights
 from probekit.tasks.base import TaskInfo
 
 # The metric that each kind of task is judged by.
 HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro", "one_of": "f1_macro"}
 
-TABLES = ("metrics", "losses", "transfer")
+TABLES = ("metrics", "losses", "transfer", "similarity", "ranks")
 
 # The columns of `metrics` that always exist, in their order; further columns follow them.
 COLUMNS = [
@@ -77,7 +77,8 @@ class ProbeKey(NamedTuple):
     model, control, pooling, task : str
         See :class:`StateKey`.
     probe : str
-        ``"logreg"``, ``"linear"`` or ``"mlp"``.
+        ``"logreg"``, ``"mean_difference"``, ``"linear"`` or ``"mlp"``; ``"lens"`` for what layers
+        would answer.
     """
 
     model: str
@@ -110,13 +111,16 @@ class ProbeResults:
     transfer : DataFrame
         The score of each layer's ``"logreg"`` probe (`probe_layer`) on the states of each decoder
         layer (`layer`), see :func:`probekit.probes.transfer.transfer_scores`.
+    similarity, ranks : DataFrame
+        How the decoder's layers resemble each other, within and between trained models, and how
+        many directions each uses, see :func:`probekit.probes.similarity.compare_models`.
     predictions : dict of ProbeKey to ndarray
         (l, n, c) float16: probabilities of the first seed for the task's n test examples at the l
         decoder layers.
     neighbours : dict of StateKey to ndarray
         (l, n, 5) int32: the nearest test examples of each test example.
-    weights : dict of StateKey to ProbeWeights
-        The ``"logreg"`` probes of the decoder layers.
+    weights : dict of ProbeKey to ProbeWeights
+        The ``"logreg"`` and ``"mean_difference"`` probes of the decoder layers.
     heat : dict of StateKey to str
         The file with the stored heat maps of test images, relative to the home where it lies there.
     tasks : dict of str to TaskInfo
@@ -130,17 +134,19 @@ class ProbeResults:
     metrics: pd.DataFrame
     losses: pd.DataFrame
     transfer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    similarity: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ranks: pd.DataFrame = field(default_factory=pd.DataFrame)
     predictions: dict[ProbeKey, np.ndarray] = field(default_factory=dict)
     neighbours: dict[StateKey, np.ndarray] = field(default_factory=dict)
-    weights: dict[StateKey, ProbeWeights] = field(default_factory=dict)
+    weights: dict[ProbeKey, ProbeWeights] = field(default_factory=dict)
     heat: dict[StateKey, str] = field(default_factory=dict)
     tasks: dict[str, TaskInfo] = field(default_factory=dict)
     stores: tuple[dict[str, Any], ...] = ()
 
     def probe_weights(
-        self, *, model: str, pooling: str, task: str, control: str = "none"
+        self, *, model: str, pooling: str, task: str, control: str = "none", probe: str = "logreg"
     ) -> ProbeWeights:
-        """Return the ``"logreg"`` probes of all decoder layers of a model.
+        """Return the linear probes of all decoder layers of a model.
 
         Parameters
         ----------
@@ -148,19 +154,58 @@ class ProbeResults:
             As in the metrics table.
         control : str
             ``"none"`` for the trained model, ``"untrained"`` for its untrained twin.
+        probe : {"logreg", "mean_difference"}
 
         Raises
         ------
         KeyError
             This run has no such probes.
         """
-        key = StateKey(model, control, pooling, task)
+        key = ProbeKey(model, control, pooling, task, probe)
         if key not in self.weights:
             raise KeyError(
-                f"no logreg probes of {', '.join(key)}: run 03_probe with probes that include "
-                "logreg"
+                f"no {probe} probes of {', '.join(key.state)}: run 03_probe with probes that "
+                f"include {probe}"
             )
         return self.weights[key]
+
+    def probe(
+        self,
+        model: str,
+        layer: str,
+        task: str,
+        *,
+        pooling: str = "mean",
+        control: str = "none",
+        probe: str = "logreg",
+    ) -> LinearProbe:
+        """Return one probe as an object that can be saved, and used in other tools.
+
+        Parameters
+        ----------
+        model, layer, task, pooling, control, probe : str
+            As in the metrics table; a layer of the decoder.
+
+        Raises
+        ------
+        KeyError
+            This run has no such probe, or layer.
+        """
+        weights = self.probe_weights(
+            model=model, pooling=pooling, task=task, control=control, probe=probe
+        )
+        layers = [f"lm.{k:02d}" for k in range(len(weights.weight_ldc))]
+        if layer not in layers:
+            raise KeyError(f"no probe of layer {layer}: take one of {', '.join(layers)}")
+        place = layers.index(layer)
+        return LinearProbe(
+            direction=weights.weight_ldc[place],
+            bias=weights.intercept_lc[place],
+            mean=weights.mean_ld[place],
+            scale=weights.scale_ld[place],
+            classes=self.tasks[task].classes,
+            name=", ".join((model, control, pooling, task, probe, layer)),
+        )
 
     def with_settings(self, fingerprint: str) -> ProbeResults:
         """Return the same results with `fingerprint` in the column `settings` of every table."""
@@ -188,6 +233,8 @@ class ProbeResults:
             metrics=order_columns(metrics),
             losses=_concatenate([part.losses for part in parts]),
             transfer=_concatenate([part.transfer for part in parts]),
+            similarity=_concatenate([part.similarity for part in parts]),
+            ranks=_concatenate([part.ranks for part in parts]),
             stores=tuple(store for part in parts for store in part.stores),
         )
         for part in parts:
@@ -271,9 +318,10 @@ class ProbeResults:
         prediction_arrays = load_file(folder / "predictions.safetensors")
         neighbour_arrays = load_file(folder / "neighbours.safetensors")
         weight_arrays = load_file(folder / "weights.safetensors")
-        weight_fields: dict[StateKey, dict[str, np.ndarray]] = {}
+        weight_fields: dict[ProbeKey, dict[str, np.ndarray]] = {}
         for number, entry in enumerate(content["weights"]):
-            parts = weight_fields.setdefault(_state_key(entry), {})
+            key = ProbeKey(*(entry[name] for name in ProbeKey._fields))
+            parts = weight_fields.setdefault(key, {})
             parts[entry["field"]] = weight_arrays[str(number)]
         tasks = {}
         for name, info in content["tasks"].items():

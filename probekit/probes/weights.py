@@ -1,21 +1,29 @@
-"""The weights of fitted logistic regressions, to be applied to other states.
+"""The weights of fitted linear probes, to be applied to other states.
 
 The probes of a run are read again on the states of other layers
-(:mod:`probekit.probes.transfer`) and on single image tokens (:mod:`probekit.probes.localisation`).
+(:mod:`probekit.probes.transfer`) and on single image tokens (:mod:`probekit.probes.localisation`),
+and a single one can be taken along as a :class:`LinearProbe`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.special import expit
+
+from probekit import paths
 
 
 @dataclass(frozen=True)
 class ProbeWeights:
-    r"""One task's logistic regressions of l layers, with the standardisation of their features.
+    r"""One task's linear probes of l layers, with the standardisation of their features.
 
     The log-odds of class c at layer l are
     :math:`\sum_d w_{ldc} (x_d - m_{ld}) / s_{ld} + b_{lc}`.
@@ -115,3 +123,81 @@ class ProbeWeights:
         standardised_nd = self.standardise(layer, x_nd).astype(np.float32)
         logits_lnc = np.einsum("nd,ldc->lnc", standardised_nd, self.weight_ldc, optimize=True)
         return logits_lnc + self.intercept_lc[:, None]
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    r"""The probe of one layer, for states as the model computes them.
+
+    The log-odds of class c are
+    :math:`\sum_d w_{dc} (x_d - m_d) / s_d + b_c`.
+
+    Attributes
+    ----------
+    direction : ndarray
+        (d, c) weights w of the standardised features.
+    bias : ndarray
+        (c,) b.
+    mean, scale : ndarray
+        (d,) m and s, of the training features. A scale is infinite for a constant feature, which
+        counts for nothing.
+    classes : tuple of str
+        What the c entries stand for; ``("match",)`` for a binary task.
+    name : str
+        Model, control, pooling, task, kind of probe and layer.
+    """
+
+    direction: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    classes: tuple[str, ...]
+    name: str = ""
+
+    def decision_function(self, x_nd: np.ndarray) -> np.ndarray:
+        """Return (n, c) log-odds of states (n, d)."""
+        return (x_nd - self.mean) / self.scale @ self.direction + self.bias
+
+    def predict_proba(self, x_nd: np.ndarray) -> np.ndarray:
+        """Return (n, c) probabilities of each class; they do not exclude each other."""
+        return expit(self.decision_function(x_nd))
+
+    @property
+    def raw_direction(self) -> np.ndarray:
+        """(d, c) weights of states that are not standardised, such as a hook sees them."""
+        return self.direction / self.scale[:, None]
+
+    def save(self, file: str | Path) -> Path:
+        """Write the probe as a safetensors file, with names and classes in its header."""
+        arrays = {
+            name: np.ascontiguousarray(getattr(self, name))
+            for name in ("direction", "bias", "mean", "scale")
+        }
+        note = {"probekit": json.dumps({"classes": self.classes, "name": self.name})}
+        return paths.write_atomic(Path(file), lambda part: save_file(arrays, part, metadata=note))
+
+    @classmethod
+    def load(cls, file: str | Path) -> LinearProbe:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            It holds no probe.
+        """
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: save a probe there first")
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                note = json.loads((opened.metadata() or {})["probekit"])
+                parts = {
+                    name: opened.get_tensor(name) for name in ("direction", "bias", "mean", "scale")
+                }
+            return cls(**parts, classes=tuple(note["classes"]), name=note["name"])
+        except (SafetensorError, LookupError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no probe ({error}): take a file that LinearProbe.save wrote"
+            ) from error

@@ -69,6 +69,7 @@ def run_figures(
             results, task, probe=probe, published=published, relative=relative
         )
         figures |= _detail_figures(results, task, probe=probe)
+    figures |= _similarity_figures(results)
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
         figures[f"{task}_localisation"] = Figure(
             curves.localisation_curves(table, task, relative=relative),
@@ -112,6 +113,29 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
                 section,
             )
     return figures
+
+
+def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:
+    """Draw how layers and models resemble each other."""
+    section = "Which layers resemble each other"
+    if results.similarity.empty:
+        return {}
+    return {
+        "similarity": Figure(
+            heatmaps.similarity_heatmap(results.similarity),
+            "Debiased linear CKA (Kornblith et al., 2019) of the same test images: 1 where the "
+            "states of two layers are alike up to rotation and scale, 0 where they have nothing "
+            "to do with each other. Blocks are stretches of layers that change little.",
+            section,
+        ),
+        "effective_rank": Figure(
+            heatmaps.rank_curves(results.ranks),
+            "The participation ratio of the covariance's eigenvalues: how many equally large "
+            "directions would vary as much. Low where a few directions hold most of the variance. "
+            "Bands are 95 % bootstrap intervals over test images.",
+            section,
+        ),
+    }
 
 
 def _overview_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:

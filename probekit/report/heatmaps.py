@@ -18,9 +18,11 @@ from probekit.report.style import (
     first_pooling,
     layer_number,
     metric_words,
+    model_colours,
     pooling_note,
     task_words,
     tick_step,
+    with_alpha,
 )
 
 # Words and colour of each kind of answer.
@@ -86,6 +88,102 @@ def score_heatmap(
     figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
     _share_colours(figure, low=min(0.5, rows.value.min()), high=1, title="score")
     return figure.update_layout(margin={"l": 150})
+
+
+def similarity_heatmap(similarity: pd.DataFrame) -> go.Figure:
+    """Draw how layers resemble each other: a panel per model, and per pair of models.
+
+    Parameters
+    ----------
+    similarity : DataFrame
+        :attr:`probekit.probes.results.ProbeResults.similarity`.
+
+    Returns
+    -------
+    Figure
+        Panels side by side, three in a row.
+    """
+    pairs = list(similarity.groupby(["model", "other_model"], sort=False))
+    columns = min(3, len(pairs))
+    panel_rows = -(-len(pairs) // columns)
+    figure = make_subplots(
+        panel_rows,
+        columns,
+        subplot_titles=[
+            model if model == other else f"{model} and {other}" for (model, other), _ in pairs
+        ],
+        horizontal_spacing=0.1,
+        vertical_spacing=0.2 / panel_rows,
+    )
+    for place, ((model, other), of_pair) in enumerate(pairs):
+        panel = {"row": place // columns + 1, "col": place % columns + 1}
+        grids = {
+            name: of_pair.pivot_table(index="layer", columns="other_layer", values=name)
+            for name in ("cka", "lo", "hi")
+        }
+        hover = (
+            f"layer %{{y}} of {model}<br>layer %{{x}} of {other}<br>CKA %{{z:.3f}} "
+            "[%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>"
+        )
+        figure.add_heatmap(
+            z=grids["cka"].to_numpy(),
+            x=layer_number(grids["cka"].columns.to_series()),
+            y=layer_number(grids["cka"].index.to_series()),
+            customdata=np.stack([grids["lo"], grids["hi"]], axis=-1),
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hovertemplate=hover,
+            **panel,
+        )
+        step = tick_step(len(grids["cka"]))
+        figure.update_xaxes(
+            title=f"layer of {other}", dtick=step, showgrid=False, constrain="domain", **panel
+        )
+        figure.update_yaxes(title=f"layer of {model}", dtick=step, showgrid=False, **panel)
+    title = "Which layers resemble each other? — debiased linear CKA"
+    apply_style(figure, title=title, height=110 + 330 * panel_rows, width=FULL_PAGE)
+    return _share_colours(figure, low=0, high=1, title="CKA")
+
+
+def rank_curves(ranks: pd.DataFrame) -> go.Figure:
+    """Draw how many directions the states of each layer use, by layer, a colour per model.
+
+    Parameters
+    ----------
+    ranks : DataFrame
+        :attr:`probekit.probes.results.ProbeResults.ranks`.
+    """
+    figure = go.Figure()
+    for model, colour in model_colours(ranks).items():
+        curve = ranks[ranks.model == model]
+        x = layer_number(curve.layer)
+        figure.add_scatter(
+            x=np.concatenate([x, x[::-1]]),
+            y=np.concatenate([curve.hi, curve.lo[::-1]]),
+            mode="lines",
+            line={"width": 0},
+            fill="toself",
+            fillcolor=with_alpha(colour, 0.15),
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=x,
+            y=curve.effective_rank,
+            name=model,
+            mode="lines+markers",
+            line={"color": colour, "width": 2.5},
+            marker={"size": 7},
+            customdata=np.stack([curve.layer, curve.lo, curve.hi], axis=-1),
+            hovertemplate=(
+                f"<b>{model}</b>, %{{customdata[0]}}<br>effective rank %{{y:.1f}} "
+                "[%{customdata[1]:.1f}, %{customdata[2]:.1f}]<extra></extra>"
+            ),
+        )
+    apply_style(figure, title="How many directions do states use? — effective rank by layer")
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(ranks.layer.nunique()))
+    return figure.update_yaxes(title="effective rank (test images)", rangemode="tozero")
 
 
 def _share_colours(figure: go.Figure, *, low: float, high: float, title: str) -> go.Figure:

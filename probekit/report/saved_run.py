@@ -22,7 +22,7 @@ from probekit.probes.localisation import (
     compute_heat,
     relative_boxes,
 )
-from probekit.probes.results import ProbeResults, StateKey
+from probekit.probes.results import ProbeKey, ProbeResults, StateKey
 from probekit.report.results import Results
 from probekit.tasks import building
 
@@ -235,7 +235,7 @@ class SavedRun:
         heat_maps = compute_heat(
             model.vlm,
             [prepared],
-            weights=self.results.weights[key],
+            weights=self.results.weights[ProbeKey(*key, "logreg")],
             cells=[model.grid(prepared, image.size)],
         )
         return heat_maps[0]

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from probekit.probes import logreg
 from probekit.probes.adam import AdamSettings, train_adam
 from probekit.probes.codelength import online_codelength
-from probekit.probes.fitting import FittedProbes, fit_adam, fit_logreg
+from probekit.probes.fitting import FittedProbes, fit_adam, fit_logreg, fit_mean_difference
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.weights import ProbeWeights
 
@@ -218,3 +218,47 @@ def test_adam_probes_of_several_sets_are_those_of_each_alone(x_lnd, task, contro
         assert len(losses) == len(LAYERS) * 2 * 2
     assert isinstance(fitted[0].strengths, pd.DataFrame)
     assert fitted[0].strengths.empty
+
+
+def test_mean_differences_are_those_of_the_counting_examples(x_lnd, task):
+    control = task.labels("shuffled", 0)
+    label_sets = [task.true, control]
+    fitted = fit_mean_difference(x_lnd, task, label_sets=label_sets, layers=LAYERS)
+    for labels, probes in zip(label_sets, fitted, strict=True):
+        train = labels.split["train"]
+        for layer in range(len(LAYERS)):
+            x_nd = x_lnd[layer].double()
+            for c in range(2):
+                counts_n = labels.mask_nc[train, c] > 0
+                yes_n = labels.y_nc[train, c] > 0
+                yes_nd = x_nd[train][counts_n & yes_n]
+                no_nd = x_nd[train][counts_n & ~yes_n]
+                delta_d = yes_nd.mean(0) - no_nd.mean(0)
+                within_n = torch.cat([yes_nd - yes_nd.mean(0), no_nd - no_nd.mean(0)]) @ delta_d
+                middle_d = (yes_nd.mean(0) + no_nd.mean(0)) / 2
+                logits_n = (
+                    (x_nd - middle_d) @ delta_d * (delta_d @ delta_d) / within_n.var(correction=0)
+                )
+                for split in ("validation", "test"):
+                    np.testing.assert_allclose(
+                        probes.probabilities[split][layer, :, c],
+                        logits_n[labels.split[split]].sigmoid(),
+                        atol=1e-4,
+                    )
+    weights = fitted[0].weights[LAYERS[1]]
+    logits_nc = weights.logits_on(0, x_lnd[1, SPLIT["test"]].numpy())[0]
+    np.testing.assert_allclose(
+        torch.from_numpy(logits_nc).sigmoid(), fitted[0].probabilities["test"][1], atol=1e-5
+    )
+    assert not fitted[1].weights
+
+
+def test_a_class_without_both_labels_has_no_mean_difference(x_lnd, task):
+    y_nc = task.true.y_nc.clone()
+    y_nc[:, 0] = 1
+    labels = replace(task.true, y_nc=y_nc)
+    one_sided = replace(task, true=labels)
+    (probes,) = fit_mean_difference(x_lnd, one_sided, label_sets=[labels], layers=LAYERS)
+    weights = ProbeWeights.concatenate(list(probes.weights.values()))
+    assert weights.learnable_classes.tolist() == [1]
+    np.testing.assert_array_equal(probes.probabilities["test"][..., 0], 0.5)

@@ -14,7 +14,7 @@ from probekit.probes.results import (
     best_layers,
     select_curve,
 )
-from probekit.probes.weights import ProbeWeights
+from probekit.probes.weights import LinearProbe, ProbeWeights
 from probekit.tasks.base import TaskInfo
 from probekit.tasks.building import table_fingerprint
 from tests.support.tables import planted_activations
@@ -53,9 +53,10 @@ def test_what_is_written_is_read(results, fingerprint, tmp_path):
         np.testing.assert_array_equal(p_lnc, results.predictions[key])
     assert list(read.neighbours) == [STATE]
     np.testing.assert_array_equal(read.neighbours[STATE], results.neighbours[STATE])
-    assert list(read.weights) == [STATE]
-    for name, array in vars(results.weights[STATE]).items():
-        np.testing.assert_array_equal(getattr(read.weights[STATE], name), array)
+    key = ProbeKey(*STATE, "logreg")
+    assert list(read.weights) == [key]
+    for name, array in vars(results.weights[key]).items():
+        np.testing.assert_array_equal(getattr(read.weights[key], name), array)
     assert read.tasks == results.tasks
     assert read.tasks["caption"].kind == "binary"
     assert read.heat == results.heat
@@ -74,7 +75,7 @@ def test_arrays_go_to_their_own_keys(fingerprint, tmp_path):
             # The transpose is not contiguous in memory.
             predictions[ProbeKey(*state, "logreg")] = rng.normal(size=(2, 5, 3)).T
             arrays = [rng.normal(size=shape) for shape in ((2, 4, 1), (2, 1), (2, 4), (2, 4))]
-            weights[state] = ProbeWeights(*arrays)
+            weights[ProbeKey(*state, "logreg")] = ProbeWeights(*arrays)
     results = ProbeResults(pd.DataFrame(), pd.DataFrame(), predictions=predictions, weights=weights)
     results.write(tmp_path, fingerprint)
     read = ProbeResults.read(tmp_path, fingerprint)
@@ -135,9 +136,33 @@ def test_models_of_one_name_are_not_joined(results):
 
 def test_probe_weights_are_found_by_name(results):
     probes = results.probe_weights(model="planted", pooling="mean", task="caption")
-    assert probes is results.weights[STATE]
+    assert probes is results.weights[ProbeKey(*STATE, "logreg")]
     with pytest.raises(KeyError, match=r"planted, untrained, mean, caption: run 03_probe"):
         results.probe_weights(model="planted", pooling="mean", task="caption", control="untrained")
+
+
+def test_one_probe_can_be_taken_along(results, activations, tmp_path):
+    probe = results.probe("planted", "lm.02", "caption")
+    x_nd = activations["lm.02", "mean"]
+    is_test = (activations.examples.split == "test").to_numpy()
+    stored = results.predictions[ProbeKey(*STATE, "logreg")][2]
+    np.testing.assert_allclose(probe.predict_proba(x_nd)[is_test], stored, atol=1e-3)
+    along_n = x_nd @ probe.raw_direction[:, 0]
+    shift_n = probe.decision_function(x_nd)[:, 0] - along_n
+    np.testing.assert_allclose(shift_n, shift_n[0], atol=1e-3)
+    loaded = LinearProbe.load(probe.save(tmp_path / "probe.safetensors"))
+    np.testing.assert_array_equal(loaded.decision_function(x_nd), probe.decision_function(x_nd))
+    assert loaded.classes == ("match",)
+    assert loaded.name == "planted, none, mean, caption, logreg, lm.02"
+    with pytest.raises(KeyError, match=r"lm\.09: take one of lm\.00"):
+        results.probe("planted", "lm.09", "caption")
+    with pytest.raises(KeyError, match="no mean_difference probes"):
+        results.probe("planted", "lm.02", "caption", probe="mean_difference")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LinearProbe.load(tmp_path / "nothing")
+    (tmp_path / "other").write_bytes(b"no probe")
+    with pytest.raises(ValueError, match="holds no probe"):
+        LinearProbe.load(tmp_path / "other")
 
 
 def test_a_curve_that_is_not_there_is_named(results):

@@ -21,6 +21,7 @@ FORMATS = {
     "chameleon": "<image>{}",
     "phi4_multimodal": "<image>{}",
     "blip-2": "Question: {} Answer:",
+    "kosmos-2": "Question: {} Answer:",
 }
 # Models whose whole forward pass wants an image, by the attribute that is their language model.
 LANGUAGE_MODELS = {
