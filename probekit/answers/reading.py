@@ -2,7 +2,8 @@
 
 The lens (nostalgebraist 2020, "interpreting GPT: the logit lens") lets each layer answer through
 the model's own final norm and output embedding. It underestimates early layers, whose states lie in
-other directions (LatentLens, arXiv:2602.00462): a probe is the upper curve.
+other directions (LatentLens, arXiv:2602.00462): a probe is the upper curve. The tuned lens (Belrose
+et al. 2023, arXiv:2303.08112) first maps a layer's states to the last layer's.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ class AnswerLogits:
         return stays_ln.argmax(0)
 
 
+LENS = "lens"
+TUNED_LENS = "tuned_lens"
+# Ridge penalties of the tuned lens, as shares of the mean variance of a state's entries.
+TUNING_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
 def read_answers(
     activations: Activations, infos: Mapping[str, TaskInfo]
-) -> tuple[dict[str, AnswerLogits], dict[str, str]]:
+) -> tuple[dict[str, dict[str, AnswerLogits]], dict[str, str]]:
     """Read the answers of the tasks that have some, without the model.
 
     Parameters
@@ -67,8 +74,10 @@ def read_answers(
 
     Returns
     -------
-    answers : dict of str to AnswerLogits
-        For each task that can be read, of its examples in their order.
+    answers : dict of str to dict of str to AnswerLogits
+        For each task that can be read, of its examples in their order, by the lens that layers are
+        read through: ``"lens"`` and ``"tuned_lens"``. The last layer of both is what the model
+        says.
     refusals : dict of str to str
         For each other task that has answers why there are none.
     """
@@ -87,21 +96,77 @@ def read_answers(
             tokens[name] = head.answer_tokens(info.answers)
         except NoAnswers as error:
             refusals[name] = str(error)
+    if not tokens:
+        return {}, refusals
+    examples = activations.examples
+    rows = {name: np.flatnonzero((examples.task == name).to_numpy()) for name in tokens}
     layers = [layer for layer in activations.layers if layer.startswith("lm.")]
-    if head.norm is None:
-        layers = layers[-1:]
-    rows = {name: np.flatnonzero((activations.examples.task == name).to_numpy()) for name in tokens}
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in tokens}
-    if tokens:
-        for layer in layers:
-            states_nd = activations[layer, ANSWER_POOLING]
-            for name in tokens:
-                of_layer = _answer_logits(
-                    head, states_nd[rows[name]], tokens[name], is_normed=layer == layers[-1]
+    last_nd = activations[layers[-1], ANSWER_POOLING]
+    logits: dict[tuple[str, str], list[np.ndarray]] = {}
+    split_n = examples.split.to_numpy()
+    can_be_tuned = {"train", "validation"} <= set(split_n)
+    for layer in layers:
+        states_nd = activations[layer, ANSWER_POOLING]
+        tuned_nd = last_nd
+        if layer != layers[-1] and can_be_tuned:
+            tuned_nd = tune_states(states_nd, last_nd, split_n=split_n)
+        for name, task_rows in rows.items():
+            is_last = layer == layers[-1]
+            if is_last or head.norm is not None:
+                logits.setdefault((name, LENS), []).append(
+                    _answer_logits(head, states_nd[task_rows], tokens[name], is_normed=is_last)
                 )
-                logits[name].append(of_layer)
-    read = {name: AnswerLogits(layers, np.stack(by_layer)) for name, by_layer in logits.items()}
-    return read, refusals
+            if can_be_tuned:
+                logits.setdefault((name, TUNED_LENS), []).append(
+                    _answer_logits(head, tuned_nd[task_rows], tokens[name], is_normed=True)
+                )
+    answers: dict[str, dict[str, AnswerLogits]] = {name: {} for name in tokens}
+    for (name, lens), by_layer in logits.items():
+        answers[name][lens] = AnswerLogits(layers[-len(by_layer) :], np.stack(by_layer))
+    return answers, refusals
+
+
+def tune_states(states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarray) -> np.ndarray:
+    """Map a layer's states to the last layer's, by the affine map that fits the training examples.
+
+    Parameters
+    ----------
+    states_nd, last_nd : ndarray
+        (n, d) states of the layer, and of the last one.
+    split_n : ndarray
+        (n,) the split of each example.
+
+    Returns
+    -------
+    ndarray
+        (n, d) float32.
+
+    Notes
+    -----
+    Ridge regression, its penalty chosen by the squared error on the validation examples. Belrose et
+    al. (2023) minimise the divergence between the two predictions instead, over the whole
+    vocabulary, which is not stored.
+    """
+    train_nd = states_nd[split_n == "train"].astype(np.float64)
+    target_nd = last_nd[split_n == "train"].astype(np.float64)
+    mean_d = train_nd.mean(0)
+    target_mean_d = target_nd.mean(0)
+    centred_nd = train_nd - mean_d
+    variance_d, axes_dd = np.linalg.eigh(centred_nd.T @ centred_nd / len(centred_nd))
+    variance_d = variance_d.clip(min=0)
+    along_dd = axes_dd.T @ (centred_nd.T @ (target_nd - target_mean_d)) / len(centred_nd)
+    rotated_nd = (states_nd - mean_d) @ axes_dd
+    is_validation_n = split_n == "validation"
+    best_error = np.inf
+    for share in TUNING_PENALTIES:
+        penalty = share * max(variance_d.mean(), 1e-30)
+        map_dd = along_dd / (variance_d + penalty)[:, None]
+        missed_nd = rotated_nd[is_validation_n] @ map_dd + target_mean_d - last_nd[is_validation_n]
+        error = float((missed_nd**2).mean())
+        if error < best_error:
+            best_error = error
+            best_map_dd = map_dd
+    return (rotated_nd @ best_map_dd + target_mean_d).astype(np.float32)
 
 
 def _answer_logits(

@@ -1,7 +1,7 @@
 """What the model says, scored as probes are: the same examples, metrics and intervals.
 
 Rows of the metrics table with the probe ``"answer"`` are about the model's answer, those with the
-probe ``"lens"`` about what its layers would answer.
+probes ``"lens"`` and ``"tuned_lens"`` about what its layers would answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit.answers.reading import AnswerLogits, read_answers
+from probekit.answers.reading import LENS, AnswerLogits, read_answers
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.store import Activations
 from probekit.probes import bootstrap, metrics
@@ -22,7 +22,6 @@ from probekit.probes.results import ProbeKey, ProbeResults
 from probekit.tasks.base import TaskInfo, task_infos
 
 ANSWER = "answer"
-LENS = "lens"
 # Metrics that do not depend on a decision between the answers.
 UNDECIDED = ("log_loss", "average_precision")
 
@@ -45,8 +44,8 @@ def score_answers(
     Returns
     -------
     ProbeResults
-        Rows of the metrics table, and as predictions of the probe ``"lens"`` the probabilities of
-        all decoder layers. Besides the metrics of the probes they have
+        Rows of the metrics table, and as predictions of the probes ``"lens"`` and ``"tuned_lens"``
+        the probabilities of the decoder layers. Besides the metrics of the probes they have
 
         * ``calibration_error``: Guo et al. (2017), expected calibration error;
         * ``top1_accuracy`` where one of several answers is right, of the probes, too: the share of
@@ -66,19 +65,26 @@ def score_answers(
         names = ", ".join(name for name, one in refusals.items() if one == reason)
         tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
     parts = []
-    for name, logits in answers.items():
+    for name, by_lens in answers.items():
         task = LabelledTask.from_examples(activations.examples, name)
-        scored = _TaskAnswers(task.true, infos[name], logits, resamples)
         predictions = {}
-        tables = [scored.score()]
-        if control in PREDICTED:
+        tables = []
+        for lens, logits in by_lens.items():
+            scored = _TaskAnswers(task.true, infos[name], logits, resamples)
+            if lens == LENS:
+                tables.append(scored.score_answer())
+            if len(logits.layers) > 1:  # else the final norm is not known
+                tables.append(scored.score().assign(probe=lens, pooling=ANSWER_POOLING))
+                key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
+                predictions[key] = scored.test_probabilities.astype(np.float16)
+        if control not in PREDICTED:
+            predictions = {}
+        else:
             tables += [
                 scored.compare(p_lnc).assign(probe=key.probe, pooling=key.pooling)
                 for key, p_lnc in probed.predictions.items()
                 if (key.model, key.control, key.task) == (model, control, name)
             ]
-            key = ProbeKey(model, control, ANSWER_POOLING, name, LENS)
-            predictions[key] = scored.test_probabilities.astype(np.float16)
         table = pd.concat(tables, ignore_index=True)
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
@@ -92,6 +98,8 @@ class _TaskAnswers:
         self, labels: LabelSet, info: TaskInfo, logits: AnswerLogits, resamples: int
     ) -> None:
         self.labels = labels
+        self._info = info
+        self._logits = logits
         self.layers = logits.layers
         self.resamples = resamples
         self.binary = info.kind == "binary"
@@ -123,14 +131,18 @@ class _TaskAnswers:
         return self.p["test"]
 
     def score(self) -> pd.DataFrame:
-        """Score all layers by the lens, and the last one as the answer."""
+        """Score what all layers would say."""
         tables = [self._score_split("validation"), self._score_split("test"), self._decided()]
-        of_lens = pd.concat(tables, ignore_index=True).assign(probe=LENS, pooling=ANSWER_POOLING)
-        of_answer = of_lens[(of_lens.layer == self.layers[-1]) & (of_lens.metric != "decided")]
-        of_answer = of_answer.assign(probe=ANSWER, **dict.fromkeys(metrics.comparison.COLUMNS))
-        if len(self.layers) == 1:  # the final norm is not known: there is no lens
-            return of_answer
-        return pd.concat([of_lens, of_answer], ignore_index=True)
+        return pd.concat(tables, ignore_index=True)
+
+    def score_answer(self) -> pd.DataFrame:
+        """Score what the model says: its last layer alone."""
+        logits = AnswerLogits(self.layers[-1:], self._logits.logits_lna[-1:])
+        alone = _TaskAnswers(self.labels, self._info, logits, self.resamples)
+        tables = [alone._score_split("validation"), alone._score_split("test")]
+        table = pd.concat(tables, ignore_index=True)
+        no_comparison = dict.fromkeys(metrics.comparison.COLUMNS)
+        return table.assign(probe=ANSWER, pooling=ANSWER_POOLING, **no_comparison)
 
     def _score_split(self, split: str) -> pd.DataFrame:
         p_lnc = self.p[split]

@@ -77,8 +77,8 @@ class ProbeKey(NamedTuple):
     model, control, pooling, task : str
         See :class:`StateKey`.
     probe : str
-        ``"logreg"``, ``"mean_difference"``, ``"linear"`` or ``"mlp"``; ``"lens"`` for what layers
-        would answer.
+        ``"logreg"``, ``"mean_difference"``, ``"linear"`` or ``"mlp"``; ``"lens"`` and
+        ``"tuned_lens"`` for what layers would answer.
     """
 
     model: str

@@ -101,8 +101,9 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             "yes to everything may still know better. Dotted, with its 95 % interval: how far the "
             "best probe (chosen on validation) is above the answer. Green: what each layer would "
             "answer through the model's own final norm and output embedding (the logit lens); it "
-            "underestimates early layers, so the probe is the upper curve. Grey: all controls of "
-            "the probe and chance.",
+            "underestimates early layers, so the probe is the upper curve. Green and dashed: the "
+            "tuned lens, which first maps a layer's states to the last one's by what training "
+            "examples show. Grey: all controls of the probe, and chance.",
             section,
         )
         if ((table.task == task) & (table.metric == "decided")).any():

@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.answers.scores import ANSWER, LENS
+from probekit.answers.reading import LENS, TUNED_LENS
+from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.controls import CONTROL_WORDS
 from probekit.probes.results import select_curve
@@ -35,6 +36,7 @@ from probekit.report.style import (
 from probekit.tasks.base import TaskInfo
 
 KNOWN_COLOUR, SAID_COLOUR, LENS_COLOUR = PALETTE[:3]
+LENS_DASHES = {LENS: "solid", TUNED_LENS: "dash"}
 PANELS_PER_ROW = 2
 # A line that lies closer to another one is not drawn a second time.
 NEAR = 0.01
@@ -275,6 +277,7 @@ def _panel_traces(
     ].set_index("metric")
     traces += _answer_traces(of_answer, metric=metric, ends=ends)
     for kind, name, colour, symbol in (
+        (TUNED_LENS, "tuned lens", LENS_COLOUR, SYMBOLS[1]),
         (LENS, "lens", LENS_COLOUR, SYMBOLS[1]),
         (probe, "probe", KNOWN_COLOUR, SYMBOLS[0]),
     ):
@@ -284,9 +287,10 @@ def _panel_traces(
         drawn = curve_traces(
             curve, name=name, control="none", colour=colour, symbol=symbol, metric=metric
         )
-        if kind == LENS:  # its plateau says nothing: it ends in the answer
+        if kind in LENS_DASHES:  # its plateau says nothing: it ends in the answer
             drawn = drawn[-2:]
-            drawn[-1].line.width = 2
+            drawn[-1].line.update(width=2, dash=LENS_DASHES[kind])
+            drawn[-1].marker.size = 5
         for trace in drawn:
             trace.showlegend = False
         traces += drawn
@@ -415,6 +419,7 @@ def _legend(rows: pd.DataFrame, *, probe: str) -> list[go.Scatter]:
         legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}),
         legend_entry("no worse than the best layer", line=plateau),
         legend_entry("lens: would be said", line={"color": LENS_COLOUR, "width": 2}),
+        legend_entry("tuned lens", line={"color": LENS_COLOUR, "width": 2, "dash": "dash"}),
         legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}),
         legend_entry(
             "answer, best threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from probekit.answers.reading import AnswerLogits, read_answers
+from probekit.answers.reading import AnswerLogits, read_answers, tune_states
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.settings import ExtractionSettings
 from probekit.images import load_rgb
@@ -33,7 +33,7 @@ def test_probabilities_are_those_of_the_whole_model(captions, data):
     assert activations.poolings == ("mean", "last")
     answers, refusals = read_answers(activations, task_infos(captions))
     assert not refusals
-    p_n = answers["caption"].probabilities(binary=True)[-1, :, 0]
+    p_n = answers["caption"]["lens"].probabilities(binary=True)[-1, :, 0]
     vlm = load_vlm("tiny-qwen2-vl", device="cpu", with_head=True)
     tokenizer = vlm.processor.tokenizer
     first_of = {
@@ -61,7 +61,7 @@ def test_the_lens_is_final_norm_and_output_embedding_on_every_layer(captions, da
         ExtractionSettings("tiny-fast-vlm"), {"none": captions}, device="cpu"
     )
     answers, _ = read_answers(activations, task_infos(captions))
-    logits = answers["caption"]
+    logits = answers["caption"]["lens"]
     vlm = load_vlm("tiny-fast-vlm", device="cpu", with_head=True)
     hidden_nd = torch.from_numpy(activations["lm.05", "last"])
     with torch.inference_mode():
@@ -91,11 +91,25 @@ def test_blocks_that_add_nothing_leave_the_decision_where_it_was(captions, data)
     vlm.processor.save_pretrained(folder)
     activations = extract_tables(ExtractionSettings(str(folder)), {"none": captions}, device="cpu")
     answers, _ = read_answers(activations, task_infos(captions))
-    logits = answers["caption"]
+    logits = answers["caption"]["lens"]
     depth_n = logits.depth_of_decision()
     assert (depth_n <= 7).all()
     np.testing.assert_allclose(logits.logits_lna[7], logits.logits_lna[-1], atol=2e-2)
     assert (depth_n == 7).any()  # the block before it still changes answers
+
+
+def test_the_tuned_lens_finds_an_affine_map():
+    rng = np.random.default_rng(0)
+    states_nd = rng.normal(size=(300, 8)).astype(np.float32)
+    last_nd = states_nd @ rng.normal(size=(8, 8)) + 5
+    split_n = np.repeat(["train", "validation", "test"], 100)
+    tuned_nd = tune_states(states_nd, last_nd, split_n=split_n)
+    np.testing.assert_allclose(tuned_nd, last_nd, atol=0.01)
+    noise_nd = rng.normal(size=(300, 200)).astype(np.float32)  # more dimensions than examples
+    tuned_nd = tune_states(noise_nd, last_nd, split_n=split_n)
+    error = ((tuned_nd - last_nd)[split_n == "test"] ** 2).mean()
+    guess = ((last_nd[split_n == "train"].mean(0) - last_nd[split_n == "test"]) ** 2).mean()
+    assert error < 1.7 * guess  # the penalty holds it near the mean
 
 
 def test_the_depth_is_where_the_final_answer_begins_to_stay():
@@ -115,7 +129,7 @@ def test_what_has_no_answers_is_named_and_the_rest_is_read(captions, data):
     activations = extract_tables(ExtractionSettings("tiny-qwen2-vl"), {"none": table}, device="cpu")
     answers, refusals = read_answers(activations, task_infos(table))
     assert set(answers) | set(refusals) == {"caption", "named"}
-    assert len(answers["caption"].logits_lna[0]) == len(captions)
+    assert len(answers["caption"]["lens"].logits_lna[0]) == len(captions)
     without = extract_tables(
         ExtractionSettings("tiny-qwen2-vl", answers=False), {"none": captions}, device="cpu"
     )
