@@ -7,18 +7,19 @@ probes ``"lens"`` and ``"tuned_lens"`` about what its layers would answer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from probekit.answers.reading import LENS, AnswerLogits, read_answers
+from probekit.answers.reading import LENS, TUNED_LENS, AnswerLogits, read_answers
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.store import Activations
 from probekit.probes import bootstrap, metrics
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.probing import PREDICTED, control_name
-from probekit.probes.results import ProbeKey, ProbeResults
+from probekit.probes.results import ProbeKey, ProbeResults, StateKey
 from probekit.tasks.base import TaskInfo, task_infos
 
 ANSWER = "answer"
@@ -89,6 +90,75 @@ def score_answers(
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
     return ProbeResults.join(parts)
+
+
+def lens_probabilities(
+    results: ProbeResults, state: StateKey, *, lens: str = LENS
+) -> np.ndarray | None:
+    """Return what the layers would answer to the test examples of a task.
+
+    Parameters
+    ----------
+    results : ProbeResults
+    state : StateKey
+        Model, control and task; answers are read off one pooling, whichever it names.
+    lens : {"lens", "tuned_lens"}
+
+    Returns
+    -------
+    ndarray or None
+        (l, n, c) probabilities, of the last layer what the model says; None where there are no
+        answers.
+    """
+    key = ProbeKey(state.model, state.control, ANSWER_POOLING, state.task, lens)
+    return results.predictions.get(key)
+
+
+def said_probabilities(results: ProbeResults, state: StateKey) -> np.ndarray | None:
+    """Return (n, c) the probabilities of what a model says, see :func:`lens_probabilities`."""
+    for lens in (LENS, TUNED_LENS):
+        p_lnc = lens_probabilities(results, state, lens=lens)
+        if p_lnc is not None:
+            return p_lnc[-1]
+    return None
+
+
+class Said(NamedTuple):
+    """What a model says to an example.
+
+    Attributes
+    ----------
+    words : str
+        Yes, no, or the class.
+    p : float
+        Its probability among the answers.
+    is_right : bool
+    """
+
+    words: str
+    p: float
+    is_right: bool
+
+    @classmethod
+    def of(cls, said_c: np.ndarray, row: pd.Series, info: TaskInfo) -> Said:
+        """Put into words what is said to an example.
+
+        Parameters
+        ----------
+        said_c : ndarray, (c,)
+            Probabilities of the classes, among the answers.
+        row : Series
+            The example.
+        info : TaskInfo
+            Of its task.
+        """
+        if info.kind == "binary":
+            p_yes = float(said_c[0])
+            says_yes = p_yes >= 0.5
+            words = "yes" if says_yes else "no"
+            return cls(words, max(p_yes, 1 - p_yes), says_yes == bool(row.labels[0]))
+        c = int(np.argmax(said_c))
+        return cls(info.classes[c], float(said_c[c]), bool(row.labels[c]))
 
 
 class _TaskAnswers:

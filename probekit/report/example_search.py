@@ -64,7 +64,29 @@ def count_flips(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.
     return flips_lnc.sum(axis=(0, 2))
 
 
+def known_not_said(
+    p_lnc: np.ndarray, said_nc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray
+) -> np.ndarray:
+    """Measure how much more the last layer's probe is of the right answer than the model is.
+
+    Parameters
+    ----------
+    p_lnc, y_nc, mask_nc
+        See :func:`surprise`.
+    said_nc : ndarray, (n, c)
+        Probabilities of what the model says.
+
+    Returns
+    -------
+    ndarray, (n,)
+        From -1 to 1: the probability that the probe gives the true labels less the model's own.
+    """
+    more_nc = p_lnc[-1].astype(np.float32) - said_nc.astype(np.float32)
+    return (np.where(y_nc > 0, more_nc, -more_nc) * mask_nc).sum(1) / mask_nc.sum(1).clip(1)
+
+
 UNSORTED = "as drawn"
+KNOWN_NOT_SAID = "known, but answered wrongly"
 
 # By name of an order the function that gives each example its sort key, from low to high.
 SORT_KEYS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
@@ -79,6 +101,7 @@ def find_examples(
     rows: pd.DataFrame,
     p_lnc: np.ndarray,
     *,
+    said_nc: np.ndarray | None = None,
     order: str = UNSORTED,
     text: str = "",
     image_ids: Container | None = None,
@@ -91,8 +114,10 @@ def find_examples(
         A task's n test examples.
     p_lnc : ndarray, (l, n, c)
         Their probabilities.
+    said_nc : ndarray, (n, c), optional
+        Probabilities of what the model says, for the order :data:`KNOWN_NOT_SAID`.
     order : str
-        One of :data:`ORDERS`; examples of equal rank keep their order.
+        One of :data:`ORDERS`, or :data:`KNOWN_NOT_SAID`; examples of equal rank keep their order.
     text : str
         Words that must all be in the prompt, in upper or lower case.
     image_ids : set, optional
@@ -108,8 +133,9 @@ def find_examples(
     ValueError
         No such order.
     """
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}: take one of {', '.join(ORDERS)}")
+    orders = ORDERS if said_nc is None else (*ORDERS, KNOWN_NOT_SAID)
+    if order not in orders:
+        raise ValueError(f"unknown order {order!r}: take one of {', '.join(orders)}")
     matches = np.ones(len(rows), bool)
     if image_ids is not None:
         matches &= rows.image_id.isin(image_ids).to_numpy()
@@ -121,5 +147,8 @@ def find_examples(
         return places
     y_nc = np.array(rows.labels.tolist())
     mask_nc = np.array(rows["mask"].tolist())
-    sort_key_n = SORT_KEYS[order](p_lnc, y_nc, mask_nc)
+    if order == KNOWN_NOT_SAID and said_nc is not None:
+        sort_key_n = -known_not_said(p_lnc, said_nc, y_nc, mask_nc)
+    else:
+        sort_key_n = SORT_KEYS[order](p_lnc, y_nc, mask_nc)
     return places[np.argsort(sort_key_n[places], kind="stable")]

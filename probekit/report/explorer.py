@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from probekit.answers.reading import LENS, TUNED_LENS
+from probekit.answers.scores import Said, lens_probabilities, said_probabilities
 from probekit.models.token_grid import NoTokenGrid
 from probekit.paths import Home
 from probekit.probes.localisation import POOLINGS, HeatMap, box_shares
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
-from probekit.report.example_search import ORDERS, find_examples
+from probekit.report.example_search import KNOWN_NOT_SAID, ORDERS, find_examples
 from probekit.report.saved_run import SavedRun, list_runs
 from probekit.report.style import PALETTE
 from probekit.report.templates import render
@@ -25,6 +27,7 @@ from probekit.tasks.base import TaskInfo
 
 ANY_CATEGORY = "any"
 HEAT_PROBE = "logreg"
+LENSES = (LENS, TUNED_LENS)
 LONGEST_NEIGHBOUR_PROMPT = 90  # characters
 
 
@@ -248,6 +251,11 @@ class Explorer:
         return self.saved.results.predictions[key]
 
     @property
+    def said_nc(self) -> np.ndarray | None:
+        """(n, c) probabilities of what the model says; None without answers."""
+        return said_probabilities(self.saved.results, self.state)
+
+    @property
     def place(self) -> int:
         """Row number of the chosen example among the test examples of its task."""
         if len(self.places) == 0:
@@ -263,7 +271,7 @@ class Explorer:
 
     def _offer_choices(self) -> None:
         """Offer what a run has to choose from, and show its first example."""
-        keys = list(self.saved.results.predictions)
+        keys = [key for key in self.saved.results.predictions if key.probe not in LENSES]
         if not keys:
             raise ValueError(
                 f"{self.saved.name} has no predictions of decoder layers: extract with the stage lm"
@@ -271,18 +279,23 @@ class Explorer:
         models = dict.fromkeys(ModelChoice(key.model, key.control, key.pooling) for key in keys)
         with_pooling = len({choice.pooling for choice in models}) > 1
         model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
-        probes = {key.probe for key in keys}
-        heat_probe_first = sorted(probes, key=lambda probe: (probe != HEAT_PROBE, probe))
         categories = sorted(self.saved.instances.category.unique())
         self._is_updating = True
         _set_options(self.model_dropdown, model_options)
-        _set_options(self.task_dropdown, list(dict.fromkeys(key.task for key in keys)))
-        _set_options(self.probe_dropdown, heat_probe_first)
         _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
         self._choose_probe()
         self._is_updating = False
 
     def _choose_probe(self) -> None:
+        keys = [key for key in self.saved.results.predictions if key.probe not in LENSES]
+        chosen = self.model_dropdown.value
+        of_model = [key for key in keys if (key.model, key.control, key.pooling) == chosen]
+        _keep_option(self.task_dropdown, list(dict.fromkeys(key.task for key in of_model)))
+        probes = {key.probe for key in of_model if key.task == self.task_dropdown.value}
+        heat_probe_first = sorted(probes, key=lambda probe: (probe != HEAT_PROBE, probe))
+        _keep_option(self.probe_dropdown, heat_probe_first)
+        orders = [*ORDERS] if self.said_nc is None else [*ORDERS, KNOWN_NOT_SAID]
+        _keep_option(self.order_dropdown, orders)
         is_local = self.task.kind == "multilabel"
         self.heat_controls.layout.display = None if is_local else "none"
         if is_local and self.heat_category_dropdown.options != tuple(self.task.classes):
@@ -300,6 +313,7 @@ class Explorer:
         self.places = find_examples(
             self.rows,
             self.p_lnc,
+            said_nc=self.said_nc,
             order=self.order_dropdown.value,
             text=self.search_box.value,
             image_ids=image_ids,
@@ -386,7 +400,13 @@ class Explorer:
         names = [self.task.classes[c] for c in counted]
         labels = np.array(row.labels)[counted]
         p_lc = self.p_lnc[:, place, counted].astype(float)
-        self.curve.value = pictures.curve_svg(p_lc, names, labels=labels, layer=layer)
+        lens_lnc = lens_probabilities(self.saved.results, self.state)
+        lens_lc = None if lens_lnc is None else lens_lnc[:, place, counted].astype(float)
+        said_nc = self.said_nc
+        said = None if said_nc is None else Said.of(said_nc[place], row, self.task)
+        self.curve.value = pictures.curve_svg(
+            p_lc, names, labels=labels, layer=layer, lens_lc=lens_lc
+        )
         answers = []
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
@@ -397,6 +417,7 @@ class Explorer:
             categories=self.saved.categories_of(row.image_id),
             layer_name=f"lm.{layer:02d}",
             answers=answers,
+            said=said,
         )
 
     def _show_neighbours(self, row: pd.Series, place: int, layer: int) -> None:
@@ -433,6 +454,15 @@ def _set_options(dropdown: widgets.Dropdown, options: list) -> None:
     """Offer other options, with the first of them chosen."""
     dropdown.options = options
     dropdown.index = 0
+
+
+def _keep_option(dropdown: widgets.Dropdown, options: list) -> None:
+    """Offer other options; the chosen one stays where it is among them, else it is the first."""
+    if dropdown.options == tuple(options):
+        return
+    chosen = dropdown.value
+    dropdown.options = options
+    dropdown.value = chosen if chosen in options else options[0]
 
 
 def _model_words(choice: ModelChoice, with_pooling: bool) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from probekit.answers.scores import Said, said_probabilities
 from probekit.probes.localisation import HeatMap
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
@@ -269,6 +270,10 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
         boxes_b4 = run.boxes(row.image_id, category)
         title += f" · heat of “{category}”"
         heat_lhw = _rasterise_layers(heat_map, c, width=photo.width / photo.height)
+    said_nc = said_probabilities(run.results, state)
+    if said_nc is not None:
+        said = Said.of(said_nc[place], row, info)
+        title += f" · the model says {said.words} ({said.p:.2f})"
     return _Example(
         label=f"{label} — image {row.image_id}",
         title=title,

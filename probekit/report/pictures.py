@@ -145,7 +145,12 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def curve_svg(
-    p_lc: np.ndarray, names: Sequence[str], *, labels: Sequence[int] | np.ndarray, layer: int
+    p_lc: np.ndarray,
+    names: Sequence[str],
+    *,
+    labels: Sequence[int] | np.ndarray,
+    layer: int,
+    lens_lc: np.ndarray | None = None,
 ) -> str:
     """Draw the probability of "yes" by layer as an SVG picture, a line per class.
 
@@ -159,6 +164,8 @@ def curve_svg(
         True labels: 1 has a full line, 0 a dashed one.
     layer : int
         Number of the layer to mark.
+    lens_lc : ndarray, (l, c), optional
+        What the layers would answer, as thin lines.
 
     Returns
     -------
@@ -167,19 +174,25 @@ def curve_svg(
     """
     layers = len(p_lc)
     x_l = CURVE_LEFT + np.arange(layers) * (CURVE_RIGHT - CURVE_LEFT) / max(1, layers - 1)
-    y_lc = CURVE_TOP + (1 - p_lc) * (CURVE_BOTTOM - CURVE_TOP)
+    curves = [(p_lc, "", 2.5)]
+    if lens_lc is not None:
+        curves.append((lens_lc, ", lens", 1.2))
     lines = []
-    for c, name in enumerate(names):
-        points = [
-            {"x": x_l[k], "y": y_lc[k, c], "layer": k, "p": p_lc[k, c]} for k in range(layers)
-        ]
-        line = {
-            "name": name,
-            "colour": PALETTE[c % len(PALETTE)],
-            "is_yes": bool(labels[c]),
-            "points": points,
-        }
-        lines.append(line)
+    for values_lc, words, width in curves:
+        y_lc = CURVE_TOP + (1 - values_lc) * (CURVE_BOTTOM - CURVE_TOP)
+        for c, name in enumerate(names):
+            points = [
+                {"x": x_l[k], "y": y_lc[k, c], "layer": k, "p": values_lc[k, c]}
+                for k in range(layers)
+            ]
+            line = {
+                "name": name + words,
+                "colour": PALETTE[c % len(PALETTE)],
+                "is_yes": bool(labels[c]),
+                "width": width,
+                "points": points,
+            }
+            lines.append(line)
     return render(
         "curve.svg.jinja",
         left=CURVE_LEFT,
