@@ -8,8 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from probekit import paths
-from probekit.extraction.answer_heads import ANSWER_POOLING
-from probekit.extraction.jobs import Job, adapt_settings, plan_job
+from probekit.extraction.jobs import Job, adapt_settings, added_pooling, plan_job
 from probekit.extraction.launch import Launcher
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
@@ -72,15 +71,15 @@ def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
     views = {}
     for name, table in tables.items():
         adapted = adapt_settings(job.settings, table)
-        is_added = adapted.poolings != job.settings.poolings
+        pooling = added_pooling(job.settings, table)
         views[name] = Activations(
             job.folder,
             table.reset_index(drop=True),
             adapted.stages,
-            adapted.poolings,
+            (*adapted.poolings, pooling) if pooling else adapted.poolings,
             control=name,
             home=job.home,
-            answer_pooling=ANSWER_POOLING if is_added else "",
+            answer_pooling=pooling,
         )
     examples = views.pop("none")
     return replace(examples, controls=views)

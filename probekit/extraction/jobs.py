@@ -11,7 +11,7 @@ from probekit import paths
 from probekit.extraction.answer_heads import ANSWER_POOLING, answer_head_file, collect_words
 from probekit.extraction.folder import ActivationFolder, open_folder
 from probekit.extraction.settings import ExtractionSettings
-from probekit.extraction.shards import Shard, model_inputs, plan_shards
+from probekit.extraction.shards import Content, Shard, model_inputs, plan_shards
 from probekit.models.load import best_device
 
 ACTIVATIONS = "data/activations"  # below the home
@@ -90,17 +90,17 @@ def plan_job(
     settings = settings.fill_in(device, home)
     root = (root or ACTIVATIONS).rstrip("/")
     folder = open_folder(f"{root}/{settings.folder_name(home)}", home)
-    rows_by_settings: dict[ExtractionSettings, list[pd.DataFrame]] = {}
+    rows_by_contents: dict[tuple[Content, ...], list[pd.DataFrame]] = {}
     for table in tables.values():
-        adapted = adapt_settings(settings, table)
-        rows_by_settings.setdefault(adapted, []).append(model_inputs(table, home))
+        contents = tuple(wanted_contents(settings, table))
+        rows_by_contents.setdefault(contents, []).append(model_inputs(table, home))
     shards: dict[str, Shard] = {}
-    for adapted, row_tables in rows_by_settings.items():
+    for contents, row_tables in rows_by_contents.items():
         planned = plan_shards(
             folder,
             pd.concat(row_tables, ignore_index=True),
-            contents=adapted.contents,
-            shard_images=adapted.images_per_shard,
+            contents=contents,
+            shard_images=settings.images_per_shard,
         )
         shards |= {shard.name: shard for shard in planned}
     words = collect_words(tables.values()) if reads_answers(settings) else ()
@@ -113,12 +113,20 @@ def reads_answers(settings: ExtractionSettings) -> bool:
 
 
 def adapt_settings(settings: ExtractionSettings, table: pd.DataFrame) -> ExtractionSettings:
-    """Return the settings that suit a table.
+    """Return the settings that suit a table: poolings of image tokens need an image."""
+    has_no_image = bool((table.file == "").all()) and len(table) > 0
+    return settings.without_image() if has_no_image else settings
 
-    Poolings of image tokens need an image, and answers are read off the last token.
-    """
-    if bool((table.file == "").all()) and len(table) > 0:
-        settings = settings.without_image()
-    if reads_answers(settings) and collect_words([table]):
-        settings = settings.with_pooling(ANSWER_POOLING)
-    return settings
+
+def added_pooling(settings: ExtractionSettings, table: pd.DataFrame) -> str:
+    """Return the pooling of the decoder that is added for a table's answers; ``""`` for none."""
+    if not reads_answers(settings) or not collect_words([table]):
+        return ""
+    return "" if ANSWER_POOLING in settings.poolings else ANSWER_POOLING
+
+
+def wanted_contents(settings: ExtractionSettings, table: pd.DataFrame) -> list[Content]:
+    """Return what is to be stored of a table."""
+    contents = adapt_settings(settings, table).contents
+    pooling = added_pooling(settings, table)
+    return [*contents, Content("lm", pooling)] if pooling else contents

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -35,11 +35,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probekit import paths
 from probekit.extraction.folder import open_folder
-from probekit.extraction.jobs import Job
+from probekit.extraction.jobs import Job, wanted_contents
 from probekit.extraction.loading import WorkItem, prepare_images, workers_for
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
-from probekit.extraction.shards import count_units, model_inputs, plan_shards, unit_numbers
+from probekit.extraction.shards import (
+    Content,
+    count_units,
+    model_inputs,
+    plan_shards,
+    unit_numbers,
+)
 from probekit.models.batches import input_shape
 from probekit.models.load import Vlm, best_device, load_skeleton, stage_width
 from probekit.models.presets import PRESETS, read_checked_architectures
@@ -241,6 +247,7 @@ def estimate_extraction(
     vlm = skeleton.vlm
     inputs = [model_inputs(table, home) for table in tables.values()]
     rows = pd.concat(inputs).drop_duplicates().reset_index(drop=True)
+    contents = {one for table in tables.values() for one in wanted_contents(settings, table)}
     size = ModelSize.of(vlm)
     if "lm" not in settings.stages:
         size = replace(size, active_parameters=0, operations_per_pair=0)
@@ -266,7 +273,7 @@ def estimate_extraction(
         plain_tokens=round(tokens["plain"]),
         operations=ratio * operations["shared"],
         plain_operations=ratio * operations["plain"],
-        disk_gb=ratio * _count_disk_bytes(settings, vlm, rows) / 1e9,
+        disk_gb=ratio * _count_disk_bytes(contents, vlm, rows) / 1e9,
         weights_gb=size.parameters * number_bytes / 1e9,
         batch_gb=settings.token_budget * size.bytes_per_token * number_bytes / 2 / 1e9,
         shards=int(np.ceil(ratio * count_units(rows) / settings.images_per_shard)),
@@ -307,14 +314,15 @@ def _encoder_operations_or_nan(vlm: Vlm, prepared: PreparedImage) -> float:
     return np.nan if operations is None else float(operations)
 
 
-def _count_disk_bytes(settings: ExtractionSettings, vlm: Vlm, rows: pd.DataFrame) -> int:
+def _count_disk_bytes(contents: Collection[Content], vlm: Vlm, rows: pd.DataFrame) -> int:
+    """Count the bytes of states in float16."""
     total = 0
-    for stage, layers in vlm.layers_of_stage.items():
-        if stage not in settings.stages or not layers:
+    for content in contents:
+        layers = vlm.layers_of_stage[content.stage]
+        if not layers:
             continue
-        count = len(rows) if stage == "lm" else rows.file.nunique()
-        width = stage_width(vlm, stage)
-        total += 2 * len(settings.poolings) * count * len(layers) * width
+        count = rows.file.nunique() if content.is_of_image else len(rows)
+        total += 2 * count * len(layers) * stage_width(vlm, content.stage)
     return total
 
 

@@ -173,12 +173,6 @@ class ExtractionSettings:
             )
         return replace(self, stages=("lm",), poolings=poolings)
 
-    def with_pooling(self, pooling: str) -> ExtractionSettings:
-        """Return the settings with one more pooling, where it is not among them."""
-        if pooling in self.poolings:
-            return self
-        return replace(self, poolings=(*self.poolings, pooling))
-
     @property
     def naming(self) -> dict[str, Any]:
         """Those settings that decide the hidden states, and so name the folder."""

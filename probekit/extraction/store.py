@@ -173,8 +173,9 @@ class Activations:
         ]
 
     def poolings_of(self, stage: str) -> list[str]:
-        """Return the poolings of a stage."""
-        return [pooling for pooling in self.poolings if stage == "lm" or pooling != "text_mean"]
+        """Return the poolings of a stage: text is no part of an image, and says no answer."""
+        of_decoder = ("text_mean", self.answer_pooling)
+        return [pooling for pooling in self.poolings if stage == "lm" or pooling not in of_decoder]
 
     @property
     def layers(self) -> list[str]:

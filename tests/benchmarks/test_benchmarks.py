@@ -62,6 +62,14 @@ def test_the_gpu_benchmark_runs_on_a_cpu_too(run):
         assert measured["images_per_s"] > 0
 
 
+def test_what_answers_cost_and_how_near_they_are(run):
+    result = run("answers", "--quick")
+    assert result["with_over_without"] > 0
+    assert result["read_seconds"] < result["read_and_score_seconds"]
+    assert len(result["logit_differences"]) == 2
+    assert all(difference < 1e-5 for difference in result["logit_differences"].values())
+
+
 def test_faults_cost_the_shards_in_flight_and_nothing_else(run):
     rows = {row["fault"]: row for row in run("faults", "--kills", 3, "--images", 30)}
     assert rows["kill -9 at a random moment"]["times"] == 3

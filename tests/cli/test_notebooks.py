@@ -51,13 +51,13 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
         "bag_of_words",
         "word_order",
     }
-    assert set(table.probe) == {"logreg", "linear"}
+    assert set(table.probe) == {"logreg", "linear", "answer", "lens", "tuned_lens"}
     assert set(table.stage) == {"lm", "vision", "projector"}
     assert "heat_in_boxes" in set(table.metric)
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure") == 32  # 30 of the tables, and an explorer for each model
+    assert page.count("<figure") == 37  # 35 of the tables, and an explorer for each model
     executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
     assert [path.stem[:2] for path in executed] == ["01", "02", "03", "04", "05"]
     for path in executed:
@@ -120,7 +120,9 @@ def test_real_photographs_go_the_whole_way(tmp_path):
     table = pd.read_csv(tmp_path / "figures" / "photos" / "metrics.csv")
     is_score = (table.split == "test") & (table.metric == "accuracy") & table["class"].isna()
     scores = table[is_score & (table.stage == "lm")]
-    assert scores.groupby(["task", "probe"]).layer.nunique().eq(9).all()
+    is_answer = scores.probe == "answer"
+    assert scores[is_answer].groupby("task").layer.unique().map(list).tolist() == [["lm.08"]]
+    assert scores[~is_answer].groupby(["task", "probe"]).layer.nunique().eq(9).all()
     assert scores.value.between(0, 1).all()
     categories = set(table[table.task == "category"]["class"].dropna())
     assert categories >= {"person", "dog", "car"}

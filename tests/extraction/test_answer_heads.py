@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from probekit.extraction.answer_heads import answer_head_file, collect_words, load_answer_head
+from probekit.extraction.shards import Content, ShardSet
 from probekit.extraction.verify import remove_damaged, verify_activations
 
 WORDS = ("no", "yes")
@@ -37,6 +38,14 @@ def test_other_words_compute_no_shard_again(extract, few, computed):
     activations = extract(colours, answers=True)
     assert not computed
     assert {spelling.word for spelling in activations.answer_head.spellings} == {"green", "red"}
+
+
+def test_the_pooling_is_added_to_the_decoder_alone(extract, few):
+    activations = extract(few, answers=True, stages=("lm", "vision"))
+    assert activations.layers_with("last") == [f"lm.{k:02d}" for k in range(9)]
+    assert "vision.01" in activations.layers_with("mean")
+    (shard_set,) = ShardSet.list_all(activations.folder)
+    assert Content("vision", "last") not in shard_set.contents
 
 
 def test_tables_and_stages_without_answers_have_none(extract, few):

@@ -62,7 +62,11 @@ def test_operations_are_those_of_the_forward_passes(examples, name, way):
 @pytest.mark.slow
 def test_tokens_bytes_and_examples_are_those_of_the_extraction(extract, examples):
     controls = ("no_image", "wrong_image")
-    settings = {"stages": ("lm", "vision", "projector"), "poolings": ("mean", "max")}
+    settings = {
+        "stages": ("lm", "vision", "projector"),
+        "poolings": ("mean", "max"),
+        "answers": True,
+    }
     tables = {name: change_inputs(examples, name) for name in controls}
     activations = extract(examples, tables=tables, **settings)
     result = estimate(ExtractionSettings("tiny-qwen2-vl", **settings), examples, controls=controls)

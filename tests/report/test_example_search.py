@@ -6,6 +6,7 @@ from probekit.report.example_search import (
     count_flips,
     decision_layer,
     find_examples,
+    known_not_said,
     surprise,
 )
 
@@ -65,3 +66,17 @@ def test_examples_are_found_by_words_and_images():
 def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="take one of as drawn"):
         find_examples(ROWS, P_LNC, order="loudest")
+
+
+def test_what_is_known_but_answered_wrongly_comes_first():
+    """The probe gives its last answers, the model's own are right, wrong and unsure."""
+    right_nc = np.where(Y_NC > 0, 0.9, 0.1)
+    said_nc = right_nc.copy()
+    said_nc[1] = 1 - said_nc[1]
+    p_lnc = np.broadcast_to(right_nc, P_LNC.shape)
+    order = "known, but answered wrongly"
+    assert find_examples(ROWS, p_lnc, said_nc=said_nc, order=order).tolist()[0] == 1
+    known = known_not_said(p_lnc, said_nc, Y_NC, MASK_NC)
+    np.testing.assert_allclose(known, [0, 0.8, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="unknown order 'known"):
+        find_examples(ROWS, p_lnc, order=order)

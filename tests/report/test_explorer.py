@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from probekit.models.token_grid import NoTokenGrid
-from probekit.probes.results import StateKey
+from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import saved_run as saved_run_module
 from probekit.report.explorer import Explorer, ModelChoice
 
@@ -188,3 +188,34 @@ def test_a_model_without_a_known_grid_says_so_and_shows_the_rest(explorer, monke
     assert "lie &lt;nowhere&gt;" in explorer.heat_share.value
     assert explorer.message.value == ""
     assert explorer.rows.prompt.iloc[-1] in explorer.details.value
+
+
+def test_what_the_model_says_stands_beside_the_probe(explorer):
+    key = ProbeKey("tiny-qwen2-vl", "none", "last", "caption", "lens")
+    said_nc = explorer.saved.results.predictions[key][-1]
+    np.testing.assert_array_equal(explorer.said_nc, said_nc)
+    p_yes = float(said_nc[explorer.place, 0])
+    words = f"{'yes' if p_yes >= 0.5 else 'no'} ({max(p_yes, 1 - p_yes):.2f})"
+    assert f"<b>The model says</b> {words}" in explorer.details.value
+    assert explorer.curve.value.count("<polyline") == 2  # the probe, and the lens
+    explorer.order_dropdown.value = "known, but answered wrongly"
+    labels = np.array(explorer.rows["labels"].tolist())[:, 0]
+    known = np.where(labels, explorer.p_lnc[-1, :, 0], 1 - explorer.p_lnc[-1, :, 0])
+    said = np.where(labels, said_nc[:, 0], 1 - said_nc[:, 0])
+    assert explorer.place == np.argmax(known - said)
+    explorer.task_dropdown.value = "category"
+    assert explorer.said_nc is None
+    assert explorer.order_dropdown.value == "as drawn"
+    assert "The model says" not in explorer.details.value
+
+
+def test_only_what_was_probed_can_be_chosen(explorer):
+    """The pooling that answers are read from is probed for tasks with answers alone."""
+    for _, choice in explorer.model_dropdown.options:
+        explorer.model_dropdown.value = choice
+        for task in explorer.task_dropdown.options:
+            explorer.task_dropdown.value = task
+            for probe in explorer.probe_dropdown.options:
+                explorer.probe_dropdown.value = probe
+                assert explorer.message.value == ""
+    assert "lens" not in explorer.probe_dropdown.options
