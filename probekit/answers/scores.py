@@ -19,7 +19,7 @@ from probekit.extraction.store import Activations
 from probekit.probes import bootstrap, metrics
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.probing import PREDICTED, control_name
-from probekit.probes.results import ProbeKey, ProbeResults, StateKey
+from probekit.probes.results import ProbeKey, ProbeResults, StateKey, compact_predictions
 from probekit.tasks.base import TaskInfo, task_infos
 
 ANSWER = "answer"
@@ -77,7 +77,7 @@ def score_answers(
             if len(logits.layers) > 1:  # else the final norm is not known
                 tables.append(scored.score().assign(probe=lens, pooling=ANSWER_POOLING))
                 key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
-                predictions[key] = scored.test_probabilities.astype(np.float16)
+                predictions[key] = compact_predictions(scored.test_probabilities)
         if control not in PREDICTED:
             predictions = {}
         else:

@@ -19,7 +19,7 @@ from probekit.probes import adam, codelength, comparison, controls, fitting, met
 from probekit.probes.checkpoints import Checkpoints, forget_checkpoints
 from probekit.probes.fitting import FittedProbes
 from probekit.probes.labels import LabelKey, LabelledTask, LabelSet
-from probekit.probes.results import ProbeKey, ProbeResults, StateKey
+from probekit.probes.results import ProbeKey, ProbeResults, StateKey, compact_predictions
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
 from probekit.tasks.building import SPLITS, table_fingerprint
@@ -37,7 +37,7 @@ LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 PREDICTED = ("none", "untrained")
 
 # Of what the tables hold: tables of another version are made again.
-VERSION = 10
+VERSION = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -568,8 +568,8 @@ def _score_task(
     predictions = {}
     if job.is_predicted and job.decoder_layers:
         is_decoder = [layer in job.decoder_layers for layer in job.layers]
-        p_lnc = fitted[job.first_key].probabilities["test"][is_decoder].astype(np.float16)
-        predictions[ProbeKey(control=job.control, **names)] = p_lnc
+        p_lnc = fitted[job.first_key].probabilities["test"][is_decoder]
+        predictions[ProbeKey(control=job.control, **names)] = compact_predictions(p_lnc)
     stage = metrics_table.layer.str.partition(".")[0]
     return ProbeResults(
         metrics=metrics_table.assign(stage=stage, **names),

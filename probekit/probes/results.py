@@ -348,6 +348,13 @@ class ProbeResults:
         )
 
 
+def compact_predictions(p_lnc: np.ndarray) -> np.ndarray:
+    """Return probabilities as float16, each on the side of one half where it was."""
+    half_lnc = p_lnc.astype(np.float16)
+    below_half = np.nextafter(np.float16(0.5), np.float16(0))
+    return np.where((p_lnc < 0.5) & (half_lnc >= 0.5), below_half, half_lnc)
+
+
 def order_columns(metrics: pd.DataFrame) -> pd.DataFrame:
     """Return a metrics table with :data:`COLUMNS` first and in order, then any further columns."""
     further = [name for name in metrics.columns if name not in COLUMNS]

@@ -12,6 +12,7 @@ from probekit.probes.results import (
     ProbeResults,
     StateKey,
     best_layers,
+    compact_predictions,
     select_curve,
 )
 from probekit.probes.weights import LinearProbe, ProbeWeights
@@ -220,3 +221,11 @@ def score_table(layers, validation, test):
         "seed": 0,
     }
     return pd.concat(tables).assign(**columns).reindex(columns=COLUMNS)
+
+
+def test_predictions_stay_on_their_side_of_one_half():
+    p = np.array([0.5 - 1e-6, 0.5, 0.5 + 1e-6, 0.4999, 0.0, 1.0, 0.3])
+    half = compact_predictions(p)
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half >= 0.5, p >= 0.5)
+    np.testing.assert_allclose(half, p, atol=5e-4)
