@@ -408,19 +408,24 @@ def probe(
 
 
 def _compare_models(views: Sequence[Activations], settings: ProbeSettings) -> ProbeResults:
-    """Compare the layers of all trained models, as they are pooled first."""
+    """Compare the layers of all trained models, by the first pooling that all of them have."""
     from probekit.probes.probing import control_name
     from probekit.probes.results import ProbeResults
     from probekit.probes.similarity import compare_models
 
     nothing = ProbeResults(metrics=pd.DataFrame(), losses=pd.DataFrame())
     trained = [view for view in views if control_name(view) == "none" and "lm" in view.stages]
-    if not trained:
+    shared = [
+        pooling
+        for pooling in (trained[0].poolings if trained else ())
+        if all(pooling in view.poolings for view in trained)
+    ]
+    if not shared:
         return nothing
     try:
         similarity, ranks = compare_models(
             trained,
-            pooling=trained[0].poolings[0],
+            pooling=shared[0],
             resamples=min(settings.resamples, MOST_RESAMPLES_OF_SIMILARITY),
         )
     except ValueError as error:

@@ -55,14 +55,17 @@ class AnswerLogits:
         return stays_ln.argmax(0)
 
 
+NOT_EXTRACTED = "what they are read with was not extracted, or is lost: run 02_extract with answers"
 LENS = "lens"
 TUNED_LENS = "tuned_lens"
 # Ridge penalties of the tuned lens, as shares of the mean variance of a state's entries.
+MOST_TUNING_EXAMPLES = 16_384
+TUNING_BLOCK = 4096  # examples that are multiplied at a time
 TUNING_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def read_answers(
-    activations: Activations, infos: Mapping[str, TaskInfo]
+    activations: Activations, infos: Mapping[str, TaskInfo], *, with_tuned_lens: bool = True
 ) -> tuple[dict[str, dict[str, AnswerLogits]], dict[str, str]]:
     """Read the answers of the tasks that have some, without the model.
 
@@ -71,13 +74,16 @@ def read_answers(
     activations : Activations
     infos : mapping of str to TaskInfo
         The tasks of its examples.
+    with_tuned_lens : bool
+        Also fit the tuned lens, to the training examples.
 
     Returns
     -------
     answers : dict of str to dict of str to AnswerLogits
         For each task that can be read, of its examples in their order, by the lens that layers are
-        read through: ``"lens"`` and ``"tuned_lens"``. The last layer of both is what the model
-        says.
+        read through: ``"lens"``, whose only layer is the last one where the final norm is not
+        known, and ``"tuned_lens"``, which has NaN for training examples. The last layer of both is
+        what the model says.
     refusals : dict of str to str
         For each other task that has answers why there are none.
     """
@@ -85,8 +91,11 @@ def read_answers(
     if not asked:
         return {}, {}
     if ANSWER_POOLING not in activations.poolings or "lm" not in activations.stages:
-        return {}, dict.fromkeys(asked, "they were extracted without answers")
-    head = activations.answer_head
+        return {}, dict.fromkeys(asked, NOT_EXTRACTED)
+    try:
+        head = activations.answer_head
+    except FileNotFoundError:
+        return {}, dict.fromkeys(asked, NOT_EXTRACTED)
     if head.refusal:
         return {}, dict.fromkeys(asked, head.refusal)
     tokens: dict[str, list[list[int]]] = {}
@@ -104,22 +113,25 @@ def read_answers(
     last_nd = activations[layers[-1], ANSWER_POOLING]
     logits: dict[tuple[str, str], list[np.ndarray]] = {}
     split_n = examples.split.to_numpy()
-    can_be_tuned = {"train", "validation"} <= set(split_n)
+    is_tuned = with_tuned_lens and {"train", "validation"} <= set(split_n)
+    is_answered_n = np.isin(np.arange(len(examples)), np.concatenate([*rows.values()]))
     for layer in layers:
-        states_nd = activations[layer, ANSWER_POOLING]
-        tuned_nd = last_nd
-        if layer != layers[-1] and can_be_tuned:
-            tuned_nd = tune_states(states_nd, last_nd, split_n=split_n)
+        is_last = layer == layers[-1]
+        states_nd = last_nd if is_last else activations[layer, ANSWER_POOLING]
         for name, task_rows in rows.items():
-            is_last = layer == layers[-1]
             if is_last or head.norm is not None:
                 logits.setdefault((name, LENS), []).append(
                     _answer_logits(head, states_nd[task_rows], tokens[name], is_normed=is_last)
                 )
-            if can_be_tuned:
-                logits.setdefault((name, TUNED_LENS), []).append(
-                    _answer_logits(head, tuned_nd[task_rows], tokens[name], is_normed=True)
-                )
+        if not is_tuned:
+            continue
+        tuned_nd = last_nd
+        if not is_last:
+            tuned_nd = tune_states(states_nd, last_nd, split_n=np.where(is_answered_n, split_n, ""))
+        for name, task_rows in rows.items():
+            logits.setdefault((name, TUNED_LENS), []).append(
+                _answer_logits(head, tuned_nd[task_rows], tokens[name], is_normed=True)
+            )
     answers: dict[str, dict[str, AnswerLogits]] = {name: {} for name in tokens}
     for (name, lens), by_layer in logits.items():
         answers[name][lens] = AnswerLogits(layers[-len(by_layer) :], np.stack(by_layer))
@@ -134,39 +146,47 @@ def tune_states(states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarr
     states_nd, last_nd : ndarray
         (n, d) states of the layer, and of the last one.
     split_n : ndarray
-        (n,) the split of each example.
+        (n,) the split of each example; others than train, validation and test take no part.
 
     Returns
     -------
     ndarray
-        (n, d) float32.
+        (n, d) float32; NaN but for validation and test examples.
 
     Notes
     -----
-    Ridge regression, its penalty chosen by the squared error on the validation examples. Belrose et
-    al. (2023) minimise the divergence between the two predictions instead, over the whole
-    vocabulary, which is not stored.
+    Ridge regression on at most :data:`MOST_TUNING_EXAMPLES` training examples, its penalty chosen
+    by the squared error on as many validation examples. Belrose et al. (2023) minimise the
+    divergence between the two predictions instead, over the whole vocabulary, which is not stored.
     """
-    train_nd = states_nd[split_n == "train"].astype(np.float64)
-    target_nd = last_nd[split_n == "train"].astype(np.float64)
-    mean_d = train_nd.mean(0)
-    target_mean_d = target_nd.mean(0)
-    centred_nd = train_nd - mean_d
-    variance_d, axes_dd = np.linalg.eigh(centred_nd.T @ centred_nd / len(centred_nd))
+    train = np.flatnonzero(split_n == "train")[:MOST_TUNING_EXAMPLES]
+    validation = np.flatnonzero(split_n == "validation")[:MOST_TUNING_EXAMPLES]
+    mean_d = states_nd[train].mean(0)
+    target_mean_d = last_nd[train].mean(0)
+    gram_dd = np.zeros((states_nd.shape[1], states_nd.shape[1]))
+    cross_dd = np.zeros((states_nd.shape[1], last_nd.shape[1]))
+    for block in np.array_split(train, -(-len(train) // TUNING_BLOCK)):
+        centred_nd = states_nd[block] - mean_d
+        gram_dd += centred_nd.T @ centred_nd
+        cross_dd += centred_nd.T @ (last_nd[block] - target_mean_d)
+    variance_d, axes_dd = np.linalg.eigh(gram_dd / len(train))
     variance_d = variance_d.clip(min=0)
-    along_dd = axes_dd.T @ (centred_nd.T @ (target_nd - target_mean_d)) / len(centred_nd)
-    rotated_nd = (states_nd - mean_d) @ axes_dd
-    is_validation_n = split_n == "validation"
+    along_dd = axes_dd.T @ cross_dd / len(train)
+    held_out_nd = (states_nd[validation] - mean_d) @ axes_dd
     best_error = np.inf
+    best_map_dd = cross_dd
     for share in TUNING_PENALTIES:
-        penalty = share * max(variance_d.mean(), 1e-30)
+        penalty = share * max(float(variance_d.mean()), 1e-30)
         map_dd = along_dd / (variance_d + penalty)[:, None]
-        missed_nd = rotated_nd[is_validation_n] @ map_dd + target_mean_d - last_nd[is_validation_n]
-        error = float((missed_nd**2).mean())
+        error = float(((held_out_nd @ map_dd + target_mean_d - last_nd[validation]) ** 2).mean())
         if error < best_error:
             best_error = error
-            best_map_dd = map_dd
-    return (rotated_nd @ best_map_dd + target_mean_d).astype(np.float32)
+            best_map_dd = axes_dd @ map_dd
+    tuned_nd = np.full(last_nd.shape, np.nan, np.float32)
+    mapped = np.flatnonzero(np.isin(split_n, ("validation", "test")))
+    map_dd = best_map_dd.astype(np.float32)
+    tuned_nd[mapped] = (states_nd[mapped] - mean_d) @ map_dd + target_mean_d
+    return tuned_nd
 
 
 def _answer_logits(

@@ -6,7 +6,8 @@ probes ``"lens"`` and ``"tuned_lens"`` about what its layers would answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +60,12 @@ def score_answers(
     """
     infos = task_infos(activations.examples)
     tasks = [name for name in infos if name in probed.tasks or not probed.tasks]
-    answers, refusals = read_answers(activations, {name: infos[name] for name in tasks})
     model = activations.meta["model"]
     control = control_name(activations)
+    answers, refusals = read_answers(
+        activations, {name: infos[name] for name in tasks}, with_tuned_lens=control in PREDICTED
+    )
+    decoder_layers = [layer for layer in activations.layers if layer.startswith("lm.")]
     for reason in dict.fromkeys(refusals.values()):
         names = ", ".join(name for name, one in refusals.items() if one == reason)
         tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
@@ -69,23 +73,24 @@ def score_answers(
     for name, by_lens in answers.items():
         task = LabelledTask.from_examples(activations.examples, name)
         predictions = {}
-        tables = []
-        for lens, logits in by_lens.items():
-            scored = _TaskAnswers(task.true, infos[name], logits, resamples)
-            if lens == LENS:
-                tables.append(scored.score_answer())
-            if len(logits.layers) > 1:  # else the final norm is not known
-                tables.append(scored.score().assign(probe=lens, pooling=ANSWER_POOLING))
+        scored = {
+            lens: _TaskAnswers(task.true, infos[name], logits, resamples)
+            for lens, logits in by_lens.items()
+        }
+        said = scored[LENS]
+        tables = [said.score_answer()]
+        for lens, of_lens in scored.items():
+            if len(of_lens.layers) == 1:  # the final norm is not known
+                continue
+            table = of_lens.score(by_class=control in PREDICTED)
+            tables.append(table.assign(probe=lens, pooling=ANSWER_POOLING))
+            if control in PREDICTED:
                 key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
-                predictions[key] = compact_predictions(scored.test_probabilities)
-        if control not in PREDICTED:
-            predictions = {}
-        else:
-            tables += [
-                scored.compare(p_lnc).assign(probe=key.probe, pooling=key.pooling)
-                for key, p_lnc in probed.predictions.items()
-                if (key.model, key.control, key.task) == (model, control, name)
-            ]
+                predictions[key] = compact_predictions(of_lens.test_probabilities)
+        for key, p_lnc in probed.predictions.items():
+            if (key.model, key.control, key.task) == (model, control, name):
+                compared = said.compare(p_lnc, decoder_layers)
+                tables.append(compared.assign(probe=key.probe, pooling=key.pooling))
         table = pd.concat(tables, ignore_index=True)
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
@@ -167,20 +172,26 @@ class _TaskAnswers:
     def __init__(
         self, labels: LabelSet, info: TaskInfo, logits: AnswerLogits, resamples: int
     ) -> None:
-        self.labels = labels
+        self._all_labels = labels
         self._info = info
         self._logits = logits
         self.layers = logits.layers
         self.resamples = resamples
         self.binary = info.kind == "binary"
+        # Examples whose right answer does not count have nothing to be scored.
+        self.counts = {split: self._find_counting(split) for split in labels.split}
+        self.labels = replace(
+            labels,
+            split={split: rows[self.counts[split]] for split, rows in labels.split.items()},
+        )
         self.logits = {
-            split: self._select(logits, split, rows.numpy()) for split, rows in labels.split.items()
+            split: self._select(split, rows.numpy()) for split, rows in self.labels.split.items()
         }
         self.p = {
             split: of_split.probabilities(binary=self.binary)
             for split, of_split in self.logits.items()
         }
-        validation = labels.select("validation")
+        validation = self.labels.select("validation")
         self.threshold_lc = metrics.choose_thresholds(
             self.p["validation"],
             validation.y_nc,
@@ -188,33 +199,51 @@ class _TaskAnswers:
             binary=self.binary,
         )
 
-    def _select(self, logits: AnswerLogits, split: str, rows: np.ndarray) -> AnswerLogits:
+    def _find_counting(self, split: str) -> np.ndarray:
+        """(n,) True where the right answer to an example of a split counts."""
+        labels = self._all_labels.select(split)
+        right_nc = labels.mask_nc if self.binary else labels.mask_nc * labels.y_nc
+        return np.asarray(right_nc.max(1) > 0)
+
+    def _select(self, split: str, rows: np.ndarray) -> AnswerLogits:
         """Take the examples of a split, and of several answers those that count for each."""
-        logits_lna = logits.logits_lna[:, rows]
+        logits_lna = self._logits.logits_lna[:, rows]
         if not self.binary:
             logits_lna = np.where(self.labels.select(split).mask_nc > 0, logits_lna, -np.inf)
-        return AnswerLogits(logits.layers, logits_lna)
+        return AnswerLogits(self.layers, logits_lna)
 
     @property
     def test_probabilities(self) -> np.ndarray:
-        """(l, n, c) of the n test examples."""
-        return self.p["test"]
+        """(l, n, c) of all n test examples, 0 where no answer counts."""
+        counts_n = self.counts["test"]
+        layers, _, classes = self.p["test"].shape
+        p_lnc = np.zeros((layers, len(counts_n), classes))
+        p_lnc[:, counts_n] = self.p["test"]
+        return p_lnc
 
-    def score(self) -> pd.DataFrame:
+    def score(self, *, by_class: bool) -> pd.DataFrame:
         """Score what all layers would say."""
-        tables = [self._score_split("validation"), self._score_split("test"), self._decided()]
+        tables = [
+            self._score_split("validation"),
+            self._score_split("test", by_class=by_class),
+            self._decided(),
+        ]
         return pd.concat(tables, ignore_index=True)
 
     def score_answer(self) -> pd.DataFrame:
         """Score what the model says: its last layer alone."""
         logits = AnswerLogits(self.layers[-1:], self._logits.logits_lna[-1:])
-        alone = _TaskAnswers(self.labels, self._info, logits, self.resamples)
-        tables = [alone._score_split("validation"), alone._score_split("test")]
+        alone = _TaskAnswers(self._all_labels, self._info, logits, self.resamples)
+        tables = [
+            alone._score_split("validation"),
+            alone._score_split("test", by_class=True),
+            alone._guess(),
+        ]
         table = pd.concat(tables, ignore_index=True)
         no_comparison = dict.fromkeys(metrics.comparison.COLUMNS)
         return table.assign(probe=ANSWER, pooling=ANSWER_POOLING, **no_comparison)
 
-    def _score_split(self, split: str) -> pd.DataFrame:
+    def _score_split(self, split: str, *, by_class: bool = False) -> pd.DataFrame:
         p_lnc = self.p[split]
         is_test = split == "test"
         table = self.labels.score(
@@ -222,7 +251,7 @@ class _TaskAnswers:
             split=split,
             layers=self.layers,
             resamples=self.resamples,
-            by_class=is_test,
+            by_class=by_class,
             threshold_lc=self.threshold_lc if is_test else None,
         )
         tables = [table]
@@ -233,7 +262,7 @@ class _TaskAnswers:
                 split=split,
                 layers=self.layers,
                 resamples=self.resamples,
-                by_class=is_test,
+                by_class=by_class,
             )
             tables = [
                 table[table.metric.isin(UNDECIDED) | table.metric.str.endswith("_tuned")],
@@ -246,31 +275,51 @@ class _TaskAnswers:
 
     # ---- what is a ratio of sums over images ----
 
-    def _table(
-        self, metric: str, sums_nlk: np.ndarray, ratio: Callable, *, split: str = "test"
+    def _mean(
+        self,
+        metric: str,
+        values_ln: np.ndarray,
+        *,
+        split: str = "test",
+        layers: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """Score sums over the examples of images, (n, l, ...), with intervals."""
+        """Average values (l, n) over the examples of a split, with intervals over images."""
+        sums_nl2 = np.stack([values_ln.T, np.ones_like(values_ln.T)], -1)
+        curve = self._curve(sums_nl2, lambda sums_bl2: sums_bl2[..., 0] / sums_bl2[..., 1], split)
+        bounds = bootstrap.bca_interval(curve)
+        return self._rows(metric, curve.score_l, bounds, split=split, layers=layers)
+
+    def _curve(self, sums_nlk: np.ndarray, score: Callable, split: str) -> bootstrap.Curve:
+        """Score what adds up over examples (n, l, ...), and resamples of the images."""
         images, image_number_n = np.unique(self.labels.select(split).image_n, return_inverse=True)
         counts = np.zeros((len(images), *sums_nlk.shape[1:]), np.float32)
         np.add.at(counts, image_number_n, sums_nlk.astype(np.float32))
-        curve = bootstrap.bootstrap_curve(counts, images, score=ratio, resamples=self.resamples)
-        lower_l, upper_l = bootstrap.bca_interval(curve)
+        return bootstrap.bootstrap_curve(counts, images, score=score, resamples=self.resamples)
+
+    def _rows(
+        self,
+        metric: str,
+        score_l: np.ndarray,
+        bounds: tuple[np.ndarray | float, np.ndarray | float],
+        *,
+        split: str = "test",
+        layers: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        lower_l, upper_l = bounds
         table = {
-            "layer": self.layers[-sums_nlk.shape[1] :],
+            "layer": list(layers or self.layers),
             "metric": metric,
             "class": "",
-            "value": curve.score_l,
+            "value": score_l,
             "lo": lower_l,
             "hi": upper_l,
-            "n": len(image_number_n),
+            "n": len(self.labels.split[split]),
             "split": split,
         }
         return pd.DataFrame(table)
 
     def _top1(self, split: str) -> pd.DataFrame:
-        right_ln = self._is_right(self.p[split], split)
-        sums_nlk = np.stack([right_ln.T, np.ones_like(right_ln.T)], -1)
-        return self._table("top1_accuracy", sums_nlk, _first_by_last, split=split)
+        return self._mean("top1_accuracy", self._is_right(self.p[split], split), split=split)
 
     def _calibration_error(self) -> pd.DataFrame:
         p_lnc = self.p["test"]
@@ -278,47 +327,50 @@ class _TaskAnswers:
         if self.binary:
             confidence_ln = np.maximum(p_lnc[..., 0], 1 - p_lnc[..., 0])
         right_ln = self._is_right(p_lnc, "test")
-        sums_nlk = metrics.calibration_counts(confidence_ln, right_ln)
-        return self._table("calibration_error", sums_nlk, metrics.calibration_error)
+        counts = metrics.calibration_counts(confidence_ln, right_ln)
+        curve = self._curve(counts, metrics.calibration_error, "test")
+        bounds = metrics.calibration_interval(curve, confidence_ln)
+        return self._rows("calibration_error", curve.score_l, bounds)
 
     def _decided(self) -> pd.DataFrame:
         depth_n = self.logits["test"].depth_of_decision()
-        is_decided_nl = depth_n[:, None] <= np.arange(len(self.layers))
-        sums_nlk = np.stack([is_decided_nl, np.ones_like(is_decided_nl)], -1)
-        return self._table("decided", sums_nlk, _first_by_last)
+        return self._mean("decided", np.arange(len(self.layers))[:, None] >= depth_n)
+
+    def _guess(self) -> pd.DataFrame:
+        """Say how often a guess among the answers that count is right."""
+        mask_nc = self.labels.select("test").mask_nc
+        answers_n = np.full(len(mask_nc), 2) if self.binary else mask_nc.sum(1)
+        return self._rows("guess", np.array([np.mean(1 / answers_n)]), (np.nan, np.nan))
 
     # ---- probes beside the answer ----
 
-    def compare(self, p_lnc: np.ndarray) -> pd.DataFrame:
-        """Compare probes of all decoder layers with the answer, on the same test images.
+    def compare(self, p_lnc: np.ndarray, layers: Sequence[str]) -> pd.DataFrame:
+        """Compare probes with the answer, on the same test images.
 
         Parameters
         ----------
         p_lnc : ndarray
-            (l, n, c) of the probes.
+            (l, n, c) of the probes, for all test examples.
+        layers : sequence of str
+            Names of their l layers.
         """
+        p_lnc = p_lnc[:, self.counts["test"]]
         right_ln = self._is_right(p_lnc, "test")
         answered_n = self._is_right(self.p["test"][-1:], "test")[0]
-        tables = [
-            self._difference("over_answer", right_ln, answered_n),
-            self._share("known_not_said", right_ln & ~answered_n),
-        ]
+        shares = {"known_not_said": right_ln & ~answered_n}
+        differences = {"over_answer": answered_n}
         if self.binary:
-            tuned_n = self._is_right(
-                self.p["test"][-1:], "test", threshold=float(self.threshold_lc[-1, 0])
-            )[0]
-            tables.append(self._difference("over_tuned_answer", right_ln, tuned_n))
+            threshold = float(self.threshold_lc[-1, 0])
+            tuned_n = self._is_right(self.p["test"][-1:], "test", threshold=threshold)[0]
+            differences["over_tuned_answer"] = tuned_n
         else:
-            tables.append(self._share("top1_accuracy", right_ln))
-        return pd.concat(tables, ignore_index=True)
-
-    def _difference(self, metric: str, right_ln: np.ndarray, other_n: np.ndarray) -> pd.DataFrame:
-        more_nl = right_ln.T.astype(int) - other_n[:, None]
-        return self._table(metric, np.stack([more_nl, np.ones_like(more_nl)], -1), _first_by_last)
-
-    def _share(self, metric: str, is_so_ln: np.ndarray) -> pd.DataFrame:
-        sums_nlk = np.stack([is_so_ln.T, np.ones_like(is_so_ln.T)], -1)
-        return self._table(metric, sums_nlk, _first_by_last)
+            shares["top1_accuracy"] = right_ln
+        for metric, other_n in differences.items():
+            shares[metric] = right_ln.astype(int) - other_n
+        return pd.concat(
+            [self._mean(metric, values_ln, layers=layers) for metric, values_ln in shares.items()],
+            ignore_index=True,
+        )
 
     def _is_right(self, p_lnc: np.ndarray, split: str, *, threshold: float = 0.5) -> np.ndarray:
         """(l, n) True where the larger answer is the right one."""
@@ -327,7 +379,3 @@ class _TaskAnswers:
             return (p_lnc[..., 0] >= threshold) == (labels.y_nc[:, 0] > 0)
         counting_lnc = np.where(labels.mask_nc > 0, p_lnc, -1)
         return counting_lnc.argmax(-1) == labels.y_nc.argmax(-1)
-
-
-def _first_by_last(sums_blk: np.ndarray) -> np.ndarray:
-    return sums_blk[..., 0] / sums_blk[..., 1]

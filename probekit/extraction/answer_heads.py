@@ -16,6 +16,7 @@ from probekit.extraction.shards import shard_note, tensor_digest
 from probekit.models.output_head import AnswerHead
 
 ANSWER_POOLING = "last"  # after this token the answer begins
+VERSION = 1  # of what is taken from a model: another one is made anew
 ANSWER_HEADS = "answers-"  # how the names of their files begin
 
 
@@ -26,13 +27,14 @@ def collect_words(tables: Iterable[pd.DataFrame]) -> tuple[str, ...]:
         if "answers" not in table:
             continue
         for answers in table.drop_duplicates("task").answers if "task" in table else table.answers:
-            words.update(str(word) for of_answer in answers for word in of_answer)
+            if isinstance(answers, (list, tuple, np.ndarray)):  # tables without answers have NaN
+                words.update(str(word) for of_answer in answers for word in of_answer)
     return tuple(sorted(words))
 
 
 def answer_head_file(words: Sequence[str]) -> str:
     """Return the name of the file for some words, from the model's folder."""
-    return f"{ANSWER_HEADS}{paths.fingerprint(list(words))}.safetensors"
+    return f"{ANSWER_HEADS}{paths.fingerprint(VERSION, list(words))}.safetensors"
 
 
 def write_answer_head(folder: ActivationFolder, words: Sequence[str], head: AnswerHead) -> None:

@@ -103,7 +103,8 @@ def plan_job(
             shard_images=settings.images_per_shard,
         )
         shards |= {shard.name: shard for shard in planned}
-    words = collect_words(tables.values()) if reads_answers(settings) else ()
+    with_images = [table for table in tables.values() if bool((table.file != "").any())]
+    words = collect_words(with_images) if reads_answers(settings) else ()
     return Job(settings, folder, device, tuple(shards.values()), home, answer_words=words)
 
 

@@ -186,13 +186,15 @@ class Runner:
     def _store_answer_head(self) -> None:
         """Write down what answers are read with, and drop the rest of the output embedding."""
         head = self._make_answer_head()
-        if head.refusal:
-            tqdm.write(f"{self.vlm.name} gives no answers: {head.refusal}; its layers are read")
-        write_answer_head(self.job.folder, self.job.answer_words, head)
+        if head is not None:
+            write_answer_head(self.job.folder, self.job.answer_words, head)
+            if head.refusal:
+                tqdm.write(f"{self.vlm.name} gives no answers: {head.refusal}; its layers are read")
         self.vlm.head = None
         free_memory()
 
-    def _make_answer_head(self) -> AnswerHead:
+    def _make_answer_head(self) -> AnswerHead | None:
+        """Take it from the model, by the first image that is there; None is tried again."""
         shards = [shard for shard in self.job.shards if "lm" in shard.shard_set.stages]
         for shard in shards:
             rows = shard.rows[_has_any(shard.rows)]
@@ -211,9 +213,13 @@ class Runner:
             except Exception as error:  # whatever it is, its layers can be read
                 if is_out_of_memory(error):
                     raise
-                reason = f"the whole model does not run ({type(error).__name__}: {error})"
-                return AnswerHead.refused(reason)
-        return AnswerHead.refused("no prompt has an image")
+                tqdm.write(
+                    f"{self.vlm.name} gives no answers, because the whole model does not run "
+                    f"({type(error).__name__}: {error}); its layers are read, and answers are "
+                    "tried again when 02_extract is run again"
+                )
+                return None
+        return None
 
     # ------------------------------------------------------------------------------------- the way
 

@@ -24,6 +24,8 @@ SHARING_WAYS = {
     "off": ("plain",),
 }  # for each setting of `sharing` what is tried, the cheapest first
 
+PROMPT_VERSION = 2  # of how prompts are wrapped where a checkpoint has no chat template
+
 SMALLEST_BATCH_TOKENS = 2048  # what a CPU gets: small batches stay in its cache
 USUAL_BATCH_TOKENS = 8192
 LARGEST_BATCH_TOKENS = 16_384
@@ -201,7 +203,7 @@ class ExtractionSettings:
                 for file in files
             ]
         release = ".".join(version("transformers").split(".")[:2])
-        deciding = self.naming | {"transformers": release}
+        deciding = self.naming | {"transformers": release, "prompts": PROMPT_VERSION}
         suffix = "-untrained" if self.untrained else ""
         return f"{short_name(self.model, home=home)}{suffix}/{paths.fingerprint(deciding, weights)}"
 

@@ -211,12 +211,12 @@ def _hsic(k_nn: torch.Tensor, others_lnn: torch.Tensor, weight_bn: torch.Tensor)
 def compare_models(
     views: Sequence[Activations], *, pooling: str, resamples: int = 200
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare the layers of each model with each other, and of each pair of models.
+    """Compare the layers of each model with each other, and of each pair with the same images.
 
     Parameters
     ----------
     views : sequence of Activations
-        Of trained models, for the same examples.
+        Of trained models.
     pooling : str
     resamples : int
 
@@ -229,7 +229,8 @@ def compare_models(
     similarities = []
     for i, first in enumerate(grams):
         for second in grams[i:]:
-            similarities.append(layer_similarity(first, second, resamples=resamples))
+            if first.images == second.images:
+                similarities.append(layer_similarity(first, second, resamples=resamples))
     ranks = [effective_rank(one, resamples=resamples) for one in grams]
     return (
         pd.concat(similarities, ignore_index=True).assign(pooling=pooling),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from probekit.answers.reading import LENS
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
@@ -103,12 +104,13 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             "answer through the model's own final norm and output embedding (the logit lens); it "
             "underestimates early layers, so the probe is the upper curve. Green and dashed: the "
             "tuned lens, which first maps a layer's states to the last one's by what training "
-            "examples show. Grey: all controls of the probe, and chance.",
+            "examples show. Grey: the controls of the probe, and a guess.",
             section,
         )
-        if ((table.task == task) & (table.metric == "decided")).any():
+        is_decided = (table.metric == "decided") & (table.probe == LENS)
+        if ((table.task == task) & is_decided).any():
             figures[f"{task}_decided"] = Figure(
-                curves.layer_curves(table, task, "decided", probe="lens", relative=relative),
+                curves.layer_curves(table, task, "decided", probe=LENS, relative=relative),
                 "The share of test examples whose final answer is on top, through the lens, from "
                 "this layer on. It says when an answer is settled, right or wrong.",
                 section,

@@ -14,7 +14,7 @@ from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.controls import CONTROL_WORDS
 from probekit.probes.results import select_curve
-from probekit.report.curves import CHANCE_ACCURACY, curve_traces
+from probekit.report.curves import curve_traces
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
@@ -220,7 +220,8 @@ def known_and_said_figure(
     models = models_with_answers(table, task)
     if not models:
         raise ValueError(
-            f"no answers to {task} in these results: extract with answers, for a task that has some"
+            f"no answers of a trained model to {task} in these results: extract with answers, for "
+            "a task that has some"
         )
     columns = min(PANELS_PER_ROW, len(models))
     panel_rows = -(-len(models) // columns)
@@ -243,7 +244,7 @@ def known_and_said_figure(
             _mark_gap(figure, both, panel)
         layers = of_model[of_model.stage == "lm"].layer.nunique()
         figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(layers), **panel)
-    figure.add_traces(_legend(rows, probe=probe))
+    figure.add_traces(_legend(rows, metric=said_metric(info), probe=probe))
     apply_style(
         figure,
         title=f"Known and said — {task_words(task)}",
@@ -261,20 +262,20 @@ def _panel_traces(
     """Return the traces of one model: controls, answer, lens and probe, from back to front."""
     numbers = layer_number(rows[rows.stage == "lm"].layer)
     ends = [int(numbers.min()), int(numbers.max())]
-    traces = _control_traces(rows, metric=metric, probe=probe)
-    chance = go.Scatter(
+    trained = rows[rows.control == "none"]
+    is_said = (trained.probe == ANSWER) & (trained.split == "test") & (trained["class"] == "")
+    of_answer = trained[is_said].set_index("metric")
+    chance = float(of_answer.value["guess"])
+    traces = _control_traces(rows, metric=metric, probe=probe, chance=chance)
+    line = go.Scatter(
         x=ends,
-        y=[CHANCE_ACCURACY] * 2,
+        y=[chance] * 2,
         mode="lines",
         line={"color": GREY, "dash": "dot", "width": 1.5},
         showlegend=False,
         hoverinfo="skip",
     )
-    traces.append(chance)
-    trained = rows[rows.control == "none"]
-    of_answer = trained[
-        (trained.probe == ANSWER) & (trained.split == "test") & (trained["class"] == "")
-    ].set_index("metric")
+    traces.append(line)
     traces += _answer_traces(of_answer, metric=metric, ends=ends)
     for kind, name, colour, symbol in (
         (TUNED_LENS, "tuned lens", LENS_COLOUR, SYMBOLS[1]),
@@ -304,7 +305,9 @@ def _curve(rows: pd.DataFrame, *, probe: str, metric: str) -> pd.DataFrame:
     return select_curve(rows, probe=probe, metric=metric, stage="lm").reset_index(drop=True)
 
 
-def _control_traces(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
+def _control_traces(
+    rows: pd.DataFrame, *, metric: str, probe: str, chance: float
+) -> list[go.Scatter]:
     """Return one band around the curves of all controls and chance, and lines to hover over."""
     curves = {
         control: _curve(rows[rows.control == control], probe=probe, metric=metric)
@@ -317,8 +320,8 @@ def _control_traces(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.S
         {name: curve.set_index("layer").value for name, curve in curves.items()}
     )
     x = layer_number(by_layer.index.to_series()).to_numpy()
-    highest = by_layer.max(axis=1).clip(lower=CHANCE_ACCURACY)
-    lowest = by_layer.min(axis=1).clip(upper=CHANCE_ACCURACY)
+    highest = by_layer.max(axis=1).clip(lower=chance)
+    lowest = by_layer.min(axis=1).clip(upper=chance)
     band = go.Scatter(
         x=np.concatenate([x, x[::-1]]),
         y=np.concatenate([highest, lowest[::-1]]),
@@ -412,7 +415,7 @@ def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> N
     )
 
 
-def _legend(rows: pd.DataFrame, *, probe: str) -> list[go.Scatter]:
+def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
     """Return the entries of the legend; no curve has one of its own."""
     plateau = {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
     entries = [
@@ -425,7 +428,10 @@ def _legend(rows: pd.DataFrame, *, probe: str) -> list[go.Scatter]:
             "answer, best threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
         ),
     ]
-    if rows.control.isin(CONTROL_DASHES).any():
+    of_probe = rows[(rows.probe == probe) & (rows.metric == metric) & (rows.stage == "lm")]
+    controls = [control for control in CONTROL_DASHES if control in set(of_probe.control)]
+    if controls:
         line = {"color": with_alpha(GREY, 0.4), "width": PLATEAU_WIDTH}
-        entries.append(legend_entry("all controls and chance", line=line))
+        name = "all controls" if len(controls) > 1 else CONTROL_WORDS[controls[0]]
+        entries.append(legend_entry(f"{name} and chance", line=line))
     return entries

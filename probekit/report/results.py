@@ -189,7 +189,7 @@ class Results(ProbeResults):
             task = answered[0]
         if task not in answered:
             raise ValueError(
-                f"no answers to {task or 'any task'} in these results: "
+                f"no answers of a trained model to {task or 'any task'} in these results: "
                 + (f"take one of {', '.join(answered)}" if answered else "extract with answers")
             )
         return known_and_said_figure(self.metrics, task, self.tasks[task], probe=probe)

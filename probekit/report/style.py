@@ -44,6 +44,7 @@ METRIC_WORDS = {
     "top1_accuracy": "accuracy of the largest answer",
     "calibration_error": "expected calibration error",
     "decided": "share decided",
+    "guess": "accuracy of a guess",
     "over_answer": "accuracy less that of the answer",
     "over_tuned_answer": "accuracy less that of the answer with its best threshold",
     "known_not_said": "right in the probe, wrong in the answer",

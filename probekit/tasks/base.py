@@ -224,8 +224,11 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
     return infos
 
 
-def _as_tuples(answers: Sequence[Sequence[str]] | None) -> tuple[tuple[str, ...], ...]:
-    return () if answers is None else tuple(tuple(words) for words in answers)
+def _as_tuples(answers: object) -> tuple[tuple[str, ...], ...]:
+    """Return answers as they can be compared; where tables were joined, rows may have NaN."""
+    if not isinstance(answers, (list, tuple, np.ndarray)):
+        return ()
+    return tuple(tuple(words) for words in answers)
 
 
 def _check_answers(name: str, info: TaskInfo) -> None:

@@ -9,11 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.answers.scores import ANSWER, LENS, score_answers
+from probekit.answers.reading import LENS, TUNED_LENS
+from probekit.answers.scores import ANSWER, score_answers
 from probekit.models.output_head import AnswerHead, FinalNorm, Spelling
-from probekit.probes.metrics import CALIBRATION_BINS, calibration_counts, calibration_error
+from probekit.probes.bootstrap import bootstrap_curve
+from probekit.probes.metrics import (
+    CALIBRATION_BINS,
+    calibration_counts,
+    calibration_error,
+    calibration_interval,
+)
 from probekit.probes.probing import ProbeSettings, probe_activations
 from probekit.probes.results import ProbeResults
+from probekit.report.figures import run_figures
 from probekit.report.known_and_said import answer_table, known_and_said, known_and_said_figure
 from tests.support.tables import DECODER_LAYERS, WIDTH, planted_activations
 
@@ -114,7 +122,7 @@ def test_the_table_and_the_figure_have_a_row_and_a_panel_for_each_model(tmp_path
     lens = [trace for trace in figure.data if trace.name == "lens"]
     assert len(lens) == 2
     np.testing.assert_allclose(lens[0].y, values(first.metrics, LENS, "accuracy"))
-    with pytest.raises(ValueError, match="no answers to category"):
+    with pytest.raises(ValueError, match="no answers of a trained model to category"):
         known_and_said_figure(joined.metrics, "category", joined.tasks["caption"])
 
 
@@ -125,7 +133,7 @@ def test_one_of_several_answers_is_the_largest_of_those_that_count(tmp_path):
     right_n = rng.integers(0, 3, n)
     other_n = (right_n + rng.integers(1, 3, n)) % 3
     mask_nc = np.zeros((n, 3), int)
-    mask_nc[np.arange(n), right_n] = 1
+    mask_nc[np.arange(n), right_n] = np.arange(n) % 10 > 0  # some right answers do not count
     mask_nc[np.arange(n), other_n] = 1
     states_nd = np.zeros((n, WIDTH), np.float32)
     states_nd[np.arange(n), right_n] = 1.0
@@ -170,7 +178,54 @@ def test_intervals_of_noise_hold_chance():
     assert misses <= 6  # of 40 intervals of 95 %: more in one of 300 studies
 
 
+def test_without_a_known_norm_there_is_an_answer_and_a_tuned_lens(tmp_path):
+    planted = planted_answers(from_layer="lm.02")
+    unknown = replace(planted, answer_head=replace(planted.answer_head, norm=None))
+    results = score(unknown, tmp_path)
+    table = results.metrics
+    assert set(table.probe) == {"logreg", ANSWER, TUNED_LENS}
+    assert values(table, ANSWER, "accuracy").to_dict() == {"lm.03": 1.0}
+    assert list(values(table, "logreg", "over_answer").index) == list(DECODER_LAYERS)
+    figures = run_figures(results)
+    assert "caption_known_and_said" in figures
+    assert "caption_decided" not in figures
+
+
+def test_what_does_not_count_is_not_compared(tmp_path):
+    """Every fourth example is masked: the probe and the answer are scored on the same others."""
+    planted = planted_answers(from_layer="lm.02", bias=20.0)
+    mask = [[int(k % 4 > 0)] for k in range(len(planted.examples))]
+    results = score(planted.with_examples(mask=mask), tmp_path)
+    table = results.metrics
+    said = values(table, ANSWER, "accuracy").iloc[0]
+    known = values(table, "logreg", "accuracy")
+    np.testing.assert_allclose(values(table, "logreg", "over_answer"), known - said, atol=1e-6)
+    rows = table[
+        (table.split == "test") & table.metric.isin(["accuracy", "over_answer", "decided"])
+    ]
+    rows = rows[(rows.control == "none") & (rows["class"] == "")]
+    assert rows.n.nunique() == 1
+
+
 # ------------------------------------------------------------------------------------- calibration
+
+
+def test_intervals_of_calibration_errors_hold_the_truth():
+    """Of calibrated answers 0 is held, and of answers that are less often right than is said."""
+    rng = np.random.default_rng(0)
+    for off in (0.0, 0.1):
+        held = 0
+        for _ in range(20):
+            confidence_ln = rng.uniform(0.6, 1, (1, 500))
+            right_ln = rng.random((1, 500)) < confidence_ln - off
+            counts = calibration_counts(confidence_ln, right_ln)
+            curve = bootstrap_curve(
+                counts, [str(k) for k in range(500)], score=calibration_error, resamples=200
+            )
+            lower_l, upper_l = calibration_interval(curve, confidence_ln)
+            assert lower_l[0] <= curve.score_l[0] <= upper_l[0]
+            held += lower_l[0] <= off <= upper_l[0]
+        assert held >= 17
 
 
 def test_the_calibration_error_is_that_of_its_definition():

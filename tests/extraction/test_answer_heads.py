@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from probekit.extraction.answer_heads import answer_head_file, collect_words, load_answer_head
 from probekit.extraction.shards import Content, ShardSet
 from probekit.extraction.verify import remove_damaged, verify_activations
+from probekit.tasks.base import task_infos
 
 WORDS = ("no", "yes")
 
@@ -81,6 +83,17 @@ def test_a_model_that_cannot_run_whole_is_read_without_answers(extract, few, mon
 
     monkeypatch.setattr(runner, "take_answer_head", fail)
     activations = extract(few, answers=True)
-    assert "the whole model does not run (KeyError" in activations.answer_head.refusal
+    assert "the whole model does not run (KeyError" in capsys.readouterr().out
     assert len(activations["lm.03", "mean"]) == len(few)
-    assert "gives no answers" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="run 02_extract"):
+        activations.answer_head  # noqa: B018  # reading it is what is tested
+    monkeypatch.undo()
+    assert not extract(few, answers=True).answer_head.refusal
+
+
+def test_tables_can_be_joined_with_those_that_have_no_answers(extract, few):
+    mine = few[few.task == "caption"].drop(columns="answers").assign(task="mine")
+    joined = pd.concat([few, mine], ignore_index=True)
+    assert collect_words([joined]) == WORDS
+    assert task_infos(joined)["mine"].answers == ()
+    assert extract(joined, answers=True).poolings == ("mean", "last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from probekit.models.output_head import (
     FinalNorm,
     NoAnswers,
     Spelling,
+    _describe_norm,
     spell,
     take_answer_head,
 )
@@ -99,6 +101,30 @@ def test_the_lens_norms_as_the_model_does(checkpoint, noise_images, name, kind):
     np.testing.assert_allclose(
         through_lens, head.token_logits(last_d, is_normed=True), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_norms_are_told_apart_at_full_width_in_every_dtype(dtype):
+    """In bfloat16 the mean of 2,560 entries is lost in rounding, and so is 1 beside 60."""
+    torch_dtype = getattr(torch, dtype)
+    model = SimpleNamespace(width=2560, dtype=dtype, device="cpu")
+    layer_norm = nn.LayerNorm(2560).to(torch_dtype)
+    assert _describe_norm(layer_norm, model).kind == "layer"
+
+    class ShiftedNorm(nn.Module):
+        """As in Gemma: 1 is added to the weights."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2560,), 60.0))
+            self.eps = 1e-6
+
+        def forward(self, hidden):
+            return nn.functional.rms_norm(hidden, (2560,), 1 + self.weight, self.eps)
+
+    norm = _describe_norm(ShiftedNorm().to(torch_dtype), model)
+    assert norm.kind == "rms"
+    np.testing.assert_array_equal(norm.weight_d, 61)
 
 
 def test_a_norm_that_is_not_known_has_answers_and_no_lens(checkpoint, noise_images):

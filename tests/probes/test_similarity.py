@@ -127,6 +127,10 @@ def test_models_are_compared_in_pairs():
     assert set(similarity.pooling) == {"mean"}
     pairs = similarity.groupby(["model", "other_model"]).size()
     assert pairs.to_dict() == {("planted", "planted"): 16, ("planted", "b"): 16, ("b", "b"): 16}
-    other = planted_activations(images=24)
+    other = replace(planted_activations(images=24), model="other")
+    similarity, _ = compare_models([first, other], pooling="mean", resamples=20)
+    pairs = similarity.groupby(["model", "other_model"]).size()
+    assert pairs.to_dict() == {("planted", "planted"): 16, ("other", "other"): 16}
+    grams = [LayerGrams.of(one, pooling="mean") for one in (first, other)]
     with pytest.raises(ValueError, match="other images"):
-        compare_models([first, other], pooling="mean", resamples=20)
+        layer_similarity(*grams)
