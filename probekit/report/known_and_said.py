@@ -59,6 +59,8 @@ class KnownAndSaid(NamedTuple):
     over_answer, known_not_said : Series
         How far the probe is above the answer, paired, and the share of examples that it gets right
         and the model answers wrongly.
+    says_yes : float
+        The share of examples that the model says yes to; NaN where that is no answer.
     """
 
     task: str
@@ -71,6 +73,7 @@ class KnownAndSaid(NamedTuple):
     tuned: pd.Series | None
     over_answer: pd.Series
     known_not_said: pd.Series
+    says_yes: float
 
 
 def said_metric(info: TaskInfo) -> str:
@@ -112,7 +115,10 @@ def known_and_said(
         None where the table has no answers of the model, or no probes on what they are read from.
     """
     rows = table[(table.task == task) & (table.model == model) & (table.control == control)]
-    rows = rows[(rows["class"] == "") & (rows.pooling == ANSWER_POOLING)]
+    rows = rows[rows.pooling == ANSWER_POOLING]
+    is_answer = (rows.probe == ANSWER) & (rows.split == "test")
+    of_yes = rows[is_answer & (rows["class"] == "yes")].set_index("metric").value
+    rows = rows[rows["class"] == ""]
     of_answer = rows[(rows.probe == ANSWER) & (rows.split == "test")].set_index("metric")
     of_probe = rows[(rows.probe == probe) & (rows.stage == "lm")]
     if of_answer.empty or "over_answer" not in set(of_probe.metric):
@@ -136,7 +142,13 @@ def known_and_said(
         tuned=of_answer.loc["accuracy_tuned"] if has_tuned else None,
         over_answer=at_layer.loc["over_answer"],
         known_not_said=at_layer.loc["known_not_said"],
+        says_yes=_share_of_yes(of_yes) if has_tuned else np.nan,
     )
+
+
+def _share_of_yes(counts: pd.Series) -> float:
+    """Return the share of examples that are answered with yes, from counts of right and wrong."""
+    return float((counts["tp"] + counts["fp"]) / counts[["tp", "fp", "fn", "tn"]].sum())
 
 
 def answer_table(
@@ -154,9 +166,10 @@ def answer_table(
     Returns
     -------
     DataFrame
-        One row per task, model and control ("none", "untrained"): `answer`, `tuned answer`, `best
-        layer` and `probe` there, `over answer` (the probe less the answer, paired on the same test
-        images) and `known, not said`; each with the ends of its 95 % interval.
+        One row per task, model and control ("none", "untrained"): `best layer`, `says yes` (the
+        share of examples, without an interval), `answer`, `tuned answer`, `probe` (at the best
+        layer), `over answer` (the probe less the answer, paired on the same test images) and
+        `known, not said`, with the ends of their 95 % intervals.
     """
     rows = []
     for task, info in tasks.items():
@@ -175,6 +188,7 @@ def _answer_row(both: KnownAndSaid) -> dict[str, object]:
         "control": both.control,
         "best layer": both.layer,
         "n": int(both.over_answer.n),
+        "says yes": both.says_yes,
     }
     columns = {
         "answer": both.said,

@@ -94,6 +94,7 @@ def test_a_model_that_says_yes_to_all_knows_better_at_another_threshold(tmp_path
     assert both.over_answer.value == pytest.approx(1 - n_yes)
     assert both.known_not_said.value == pytest.approx(1 - n_yes)
     assert both.over_answer.lo > 0.35
+    assert both.says_yes == 1.0
     over_tuned = values(table, "logreg", "over_tuned_answer")
     assert over_tuned["lm.03"] == pytest.approx(0.0)
 
