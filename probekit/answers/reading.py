@@ -2,8 +2,8 @@
 
 The lens (nostalgebraist 2020, "interpreting GPT: the logit lens") lets each layer answer through
 the model's own final norm and output embedding. It underestimates early layers, whose states lie in
-other directions (LatentLens, arXiv:2602.00462): a probe is the upper curve. The tuned lens (Belrose
-et al. 2023, arXiv:2303.08112) first maps a layer's states to the last layer's.
+other directions (LatentLens, arXiv:2602.00462): a probe is mostly the upper curve. The tuned lens
+(Belrose et al. 2023, arXiv:2303.08112) first maps a layer's states to the last layer's.
 """
 
 from __future__ import annotations

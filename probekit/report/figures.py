@@ -102,8 +102,8 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             "yes to everything may still know better. Dotted, with its 95 % interval: how far the "
             "best probe (chosen on validation) is above the answer. Green: what each layer would "
             "answer through the model's own final norm and output embedding (the logit lens); it "
-            "underestimates early layers, so the probe is the upper curve. Green and dashed: the "
-            "tuned lens, which first maps a layer's states to the last one's by what training "
+            "underestimates early layers, so the probe is mostly the upper curve. Green, dashed: "
+            "the tuned lens, which first maps a layer's states to the last one's by what training "
             "examples show. Grey: the controls of the probe, and a guess.",
             section,
         )

@@ -28,6 +28,7 @@ from probekit.report.style import (
     apply_style,
     layer_number,
     legend_entry,
+    make_room_for_legend,
     metric_words,
     task_words,
     tick_step,
@@ -266,6 +267,8 @@ def known_and_said_figure(
         width=FULL_PAGE if columns > 1 else HALF_PAGE,
         panel_titles=True,
     )
+    if columns == 1:
+        make_room_for_legend(figure)
     figure.update_yaxes(title=f"{metric_words(said_metric(info))} (test)", col=1)
     return figure
 
@@ -420,7 +423,7 @@ def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> N
     figure.add_annotation(
         x=place,
         y=max(both.known.hi, both.said.hi),
-        text=f"{gap.value:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]",
+        text=f"probe less answer {gap.value:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]",
         showarrow=False,
         yanchor="bottom",
         xanchor="right" if place > 2 else "left",
@@ -434,12 +437,12 @@ def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
     plateau = {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
     entries = [
         legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}),
-        legend_entry("no worse than the best layer", line=plateau),
+        legend_entry("cannot be told apart from the best", line=plateau),
         legend_entry("lens: would be said", line={"color": LENS_COLOUR, "width": 2}),
         legend_entry("tuned lens", line={"color": LENS_COLOUR, "width": 2, "dash": "dash"}),
         legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}),
         legend_entry(
-            "answer, best threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
+            "answer, tuned threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
         ),
     ]
     of_probe = rows[(rows.probe == probe) & (rows.metric == metric) & (rows.stage == "lm")]

@@ -15,6 +15,7 @@ from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
 from probekit.probes.labels import LabelledTask
 from probekit.probes.probing import PROBES
 from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, select_curve
+from probekit.report.curves import CHANCE_ACCURACY
 from probekit.report.known_and_said import NEAR, known_and_said
 from probekit.report.style import capitalise, metric_words
 from probekit.tasks.base import TaskInfo
@@ -64,7 +65,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
             f"{name}: of the {PROBES[probe]} probes on {len(curve)} layers, the one on "
             f"{best_row['best layer']} (chosen on validation images) has a test "
             f"{metric_words(best_row.metric)} of {_with_interval(best_row)}, "
-            f"n = {best_row.n:,.0f} labels."
+            f"n = {best_row.n:,.0f} labels{_chance_words(best_row, tasks[best_row.task])}."
         ]
         if curve.plateau.notna().all():
             sentences.append(plateau_sentence(curve))
@@ -75,6 +76,12 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
         paragraphs.append(" ".join(sentences))
     return paragraphs
+
+
+def _chance_words(row: pd.Series, info: TaskInfo) -> str:
+    """Say of an accuracy of balanced yes-or-no labels that a guess is as good."""
+    is_chance = info.kind == "binary" and row.lo <= CHANCE_ACCURACY
+    return ": no better than a guess" if is_chance else ""
 
 
 def _same_source(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
@@ -121,12 +128,17 @@ def _answer_sentences(
     tuned = ""
     if both.tuned is not None and abs(both.tuned.value - both.said.value) >= NEAR:
         tuned = f" ({both.tuned.value:.3f} with the threshold that suits the validation images)"
+    known_not_said = ""
+    if gap.lo > 0:  # else two that guess differ so, too
+        known_not_said = (
+            f"; {both.known_not_said.value:.1%} of the examples are right in the probe and "
+            "answered wrongly"
+        )
     return [
         f"The model itself answers with an {metric_words(both.metric)} of "
-        f"{_with_interval(both.said)}{tuned}. The probe at {both.layer} less the answer, on the "
-        f"same images: {gap.value:+.3f} (95\u00a0% interval {gap.lo:+.3f} to {gap.hi:+.3f}); "
-        f"{both.known_not_said.value:.1%} of the examples are right in the probe and answered "
-        "wrongly."
+        f"{_with_interval(both.said)}{tuned}{_chance_words(both.said, info)}. The probe at "
+        f"{both.layer} less the answer, on the same images: {gap.value:+.3f} (95\u00a0% interval "
+        f"{gap.lo:+.3f} to {gap.hi:+.3f}){known_not_said}."
     ]
 
 
