@@ -58,9 +58,9 @@ class AnswerLogits:
 NOT_EXTRACTED = "what they are read with was not extracted, or is lost: run 02_extract with answers"
 LENS = "lens"
 TUNED_LENS = "tuned_lens"
-# Ridge penalties of the tuned lens, as shares of the mean variance of a state's entries.
 MOST_TUNING_EXAMPLES = 16_384
 TUNING_BLOCK = 4096  # examples that are multiplied at a time
+# Ridge penalties of the tuned lens, as shares of the mean variance of a state's entries.
 TUNING_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

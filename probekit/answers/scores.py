@@ -6,7 +6,7 @@ probes ``"lens"`` and ``"tuned_lens"`` about what its layers would answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from probekit.probes.results import ProbeKey, ProbeResults, StateKey, compact_pr
 from probekit.tasks.base import TaskInfo, task_infos
 
 ANSWER = "answer"
+SCORED_SPLITS = ("validation", "test")
 # Metrics that do not depend on a decision between the answers.
 UNDECIDED = ("log_loss", "average_precision")
 
@@ -71,30 +72,50 @@ def score_answers(
         tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
     parts = []
     for name, by_lens in answers.items():
-        task = LabelledTask.from_examples(activations.examples, name)
-        predictions = {}
-        scored = {
-            lens: _TaskAnswers(task.true, infos[name], logits, resamples)
-            for lens, logits in by_lens.items()
+        of_task = {
+            key: p_lnc
+            for key, p_lnc in probed.predictions.items()
+            if (key.model, key.control, key.task) == (model, control, name)
         }
-        said = scored[LENS]
-        tables = [said.score_answer()]
-        for lens, of_lens in scored.items():
-            if len(of_lens.layers) == 1:  # the final norm is not known
-                continue
-            table = of_lens.score(by_class=control in PREDICTED)
-            tables.append(table.assign(probe=lens, pooling=ANSWER_POOLING))
-            if control in PREDICTED:
-                key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
-                predictions[key] = compact_predictions(of_lens.test_probabilities)
-        for key, p_lnc in probed.predictions.items():
-            if (key.model, key.control, key.task) == (model, control, name):
-                compared = said.compare(p_lnc, decoder_layers)
-                tables.append(compared.assign(probe=key.probe, pooling=key.pooling))
-        table = pd.concat(tables, ignore_index=True)
+        try:
+            task = LabelledTask.from_examples(activations.examples, name)
+            scored = {
+                lens: _TaskAnswers(task.true, infos[name], logits, resamples)
+                for lens, logits in by_lens.items()
+            }
+            table = _score_task(scored, of_task, decoder_layers, by_class=control in PREDICTED)
+        except ValueError as error:  # too few examples that count
+            tqdm.write(f"{model} ({control}): answers to {name} cannot be scored: {error}")
+            continue
+        predictions = {}
+        if control in PREDICTED:
+            for lens, of_lens in scored.items():
+                if len(of_lens.layers) > 1:
+                    key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
+                    predictions[key] = compact_predictions(of_lens.test_probabilities)
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
     return ProbeResults.join(parts)
+
+
+def _score_task(
+    scored: Mapping[str, _TaskAnswers],
+    probed: Mapping[ProbeKey, np.ndarray],
+    decoder_layers: Sequence[str],
+    *,
+    by_class: bool,
+) -> pd.DataFrame:
+    """Score the answer to one task, both lenses, and its probes beside the answer."""
+    said = scored[LENS]
+    tables = [said.score_answer().assign(probe=ANSWER, pooling=ANSWER_POOLING)]
+    for lens, of_lens in scored.items():
+        if len(of_lens.layers) > 1:  # else the final norm is not known
+            table = of_lens.score(by_class=by_class)
+            tables.append(table.assign(probe=lens, pooling=ANSWER_POOLING))
+    for key, p_lnc in probed.items():
+        table = said.compare(p_lnc, decoder_layers)
+        tables.append(table.assign(probe=key.probe, pooling=key.pooling))
+    return pd.concat(tables, ignore_index=True)
 
 
 def lens_probabilities(
@@ -179,10 +200,10 @@ class _TaskAnswers:
         self.resamples = resamples
         self.binary = info.kind == "binary"
         # Examples whose right answer does not count have nothing to be scored.
-        self.counts = {split: self._find_counting(split) for split in labels.split}
+        self.counts = {split: self._find_counting(split) for split in SCORED_SPLITS}
         self.labels = replace(
             labels,
-            split={split: rows[self.counts[split]] for split, rows in labels.split.items()},
+            split={split: labels.split[split][self.counts[split]] for split in SCORED_SPLITS},
         )
         self.logits = {
             split: self._select(split, rows.numpy()) for split, rows in self.labels.split.items()
@@ -240,8 +261,7 @@ class _TaskAnswers:
             alone._guess(),
         ]
         table = pd.concat(tables, ignore_index=True)
-        no_comparison = dict.fromkeys(metrics.comparison.COLUMNS)
-        return table.assign(probe=ANSWER, pooling=ANSWER_POOLING, **no_comparison)
+        return table.assign(**dict.fromkeys(metrics.comparison.COLUMNS))  # one layer has no others
 
     def _score_split(self, split: str, *, by_class: bool = False) -> pd.DataFrame:
         p_lnc = self.p[split]
@@ -357,20 +377,18 @@ class _TaskAnswers:
         p_lnc = p_lnc[:, self.counts["test"]]
         right_ln = self._is_right(p_lnc, "test")
         answered_n = self._is_right(self.p["test"][-1:], "test")[0]
-        shares = {"known_not_said": right_ln & ~answered_n}
-        differences = {"over_answer": answered_n}
+        averaged = {"known_not_said": right_ln & ~answered_n}
+        averaged["over_answer"] = right_ln.astype(int) - answered_n
         if self.binary:
             threshold = float(self.threshold_lc[-1, 0])
             tuned_n = self._is_right(self.p["test"][-1:], "test", threshold=threshold)[0]
-            differences["over_tuned_answer"] = tuned_n
+            averaged["over_tuned_answer"] = right_ln.astype(int) - tuned_n
         else:
-            shares["top1_accuracy"] = right_ln
-        for metric, other_n in differences.items():
-            shares[metric] = right_ln.astype(int) - other_n
-        return pd.concat(
-            [self._mean(metric, values_ln, layers=layers) for metric, values_ln in shares.items()],
-            ignore_index=True,
-        )
+            averaged["top1_accuracy"] = right_ln
+        tables = [
+            self._mean(name, values_ln, layers=layers) for name, values_ln in averaged.items()
+        ]
+        return pd.concat(tables, ignore_index=True)
 
     def _is_right(self, p_lnc: np.ndarray, split: str, *, threshold: float = 0.5) -> np.ndarray:
         """(l, n) True where the larger answer is the right one."""

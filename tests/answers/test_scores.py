@@ -208,6 +208,28 @@ def test_what_does_not_count_is_not_compared(tmp_path):
     assert rows.n.nunique() == 1
 
 
+def test_answers_that_cannot_be_scored_are_named_and_cost_the_others_nothing(capsys):
+    """Only one image of the second task counts on validation: there is nothing to resample."""
+    planted = planted_answers(from_layer="lm.02")
+    mask = [[1]] * len(planted.examples)
+    is_validation = planted.examples.split == "validation"
+    first_image = planted.examples.image_id[is_validation].iloc[0]
+    masked = [
+        [int(split != "validation" or image == first_image)]
+        for split, image in zip(planted.examples.split, planted.examples.image_id, strict=True)
+    ]
+    both = pd.concat(
+        [planted.examples.assign(mask=mask), planted.examples.assign(task="few", mask=masked)],
+        ignore_index=True,
+    )
+    states = {key: np.concatenate([x_nd, x_nd]) for key, x_nd in planted.states.items()}
+    activations = replace(planted, examples=both, states=states)
+    no_probes = ProbeResults(metrics=pd.DataFrame(), losses=pd.DataFrame())
+    table = score_answers(activations, no_probes, resamples=50, seed=0).metrics
+    assert set(table.task) == {"caption"}
+    assert "answers to few cannot be scored" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------- calibration
 
 
