@@ -69,7 +69,8 @@ def demo_metrics(tmp_path_factory):
 
 
 def accuracy_by_layer(metrics, control: str, task: str):
-    table = metrics[(metrics.control == control) & (metrics.task == task)]
+    of_task = (metrics.control == control) & (metrics.task == task)
+    table = metrics[of_task & (metrics.pooling == "mean")]
     curve = select_curve(table, probe="logreg", metric="accuracy")
     return curve.set_index("layer").value
 
