@@ -26,7 +26,8 @@ def collect_words(tables: Iterable[pd.DataFrame]) -> tuple[str, ...]:
     for table in tables:
         if "answers" not in table:
             continue
-        for answers in table.drop_duplicates("task").answers if "task" in table else table.answers:
+        of_tasks = table.drop_duplicates("task") if "task" in table else table
+        for answers in of_tasks.answers:
             if isinstance(answers, (list, tuple, np.ndarray)):  # tables without answers have NaN
                 words.update(str(word) for of_answer in answers for word in of_answer)
     return tuple(sorted(words))
@@ -61,24 +62,34 @@ def load_answer_head(folder: ActivationFolder, words: Sequence[str]) -> AnswerHe
             f"{folder.url} has nothing to read the answers {', '.join(words)} with: run 02_extract "
             "for this run, it makes no sound shard again"
         )
-    head = open_answer_head(folder, name)
-    if isinstance(head, str):
+    try:
+        return open_answer_head(folder, name)
+    except ValueError as error:
         folder.forget_copy(name)
         raise ValueError(
-            f"{folder.url}/{name} {head}: delete it, then 02_extract makes just that again"
-        )
-    return head
+            f"{folder.url}/{name} {error}: delete it, then 02_extract makes just that again"
+        ) from error
 
 
-def open_answer_head(folder: ActivationFolder, name: str) -> AnswerHead | str:
-    """Read a file of an answer head; return what is wrong with it where it cannot be read."""
+def open_answer_head(folder: ActivationFolder, name: str) -> AnswerHead:
+    """Read the file of an answer head.
+
+    Raises
+    ------
+    ValueError
+        It is damaged; the message says how.
+    """
     try:
+        arrays = {}
         with safe_open(folder.local_copy(name), framework="numpy") as file:
             note = shard_note(file)
-            arrays: dict[str, np.ndarray] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dictionary
+            for key in file.keys():  # noqa: SIM118  # it is no dictionary
+                arrays[key] = file.get_tensor(key)
         digests = {key: tensor_digest(array) for key, array in arrays.items()}
-        if digests != note["digests"]:
-            return "is not what was written"
-        return AnswerHead.from_tensors(arrays, note["head"])
+        is_as_written = digests == note["digests"]
+        head = AnswerHead.from_tensors(arrays, note["head"])
     except (OSError, SafetensorError, LookupError, TypeError) as error:
-        return f"cannot be read ({error})"
+        raise ValueError(f"cannot be read ({error})") from error
+    if not is_as_written:
+        raise ValueError("is not what was written")
+    return head

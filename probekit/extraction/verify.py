@@ -100,9 +100,11 @@ def _verify_folder(folder: ActivationFolder, home: paths.Home) -> Iterator[FileS
     yield from _shards_without_plan(folder, name, planned)
     for file in sorted(folder.list_files()):
         if file.startswith(ANSWER_HEADS):
-            head = open_answer_head(folder, file)
-            fault = head if isinstance(head, str) else ""
-            yield FileState(name, file, "damaged" if fault else "sound", fault)
+            try:
+                open_answer_head(folder, file)
+                yield FileState(name, file, "sound", "")
+            except ValueError as error:
+                yield FileState(name, file, "damaged", str(error))
 
 
 def _shards_without_plan(

@@ -277,13 +277,11 @@ def remove_head(model: Any) -> Any:
     """
     if model.base_model is not model:
         return model.base_model
-    head = model.get_output_embeddings()
-    if head is None or isinstance(head, nn.Embedding):
+    head = LanguageHead.of(model)
+    if head is None or isinstance(head.module, nn.Embedding):
         return model
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is head:
-                setattr(parent, name, nn.Identity())
+    for parent, name in head.places:
+        setattr(parent, name, nn.Identity())
     return model
 
 

@@ -26,6 +26,8 @@ from probekit.models.processor import PreparedImage
 TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
 # How far each entry of a normed state may be off in float32, as a share of it.
 NORM_TOLERANCE = 1e-3
+# Under which names norms state what is added to the variance.
+EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 # Tokens with a lower logit are those that a model is kept from saying.
 LOWEST_LOGIT = -1e4
 # Names under which configs state the soft cap of logits.
@@ -467,32 +469,24 @@ def _describe_norm(module: nn.Module, vlm: Vlm) -> FinalNorm | None:
     bias = getattr(module, "bias", None)
     weight_d = None if weight is None else _as_numpy(weight)
     bias_d = None if bias is None else _as_numpy(bias)
-    epsilon = float(
-        next(
-            (
-                getattr(module, name)
-                for name in ("variance_epsilon", "eps", "epsilon")
-                if isinstance(getattr(module, name, None), float)
-            ),
-            1e-6,
-        )
-    )
-    weights = [weight_d] if weight_d is None else [weight_d, 1 + weight_d]
-    # In float32, and of states that are not around zero: else a norm with and without centring, or
-    # large weights with and without one more, could not be told apart.
+    epsilons = [getattr(module, name, None) for name in EPSILON_NAMES]
+    epsilon = next((value for value in epsilons if value is not None), 1e-6)
+    candidates = [FinalNorm(kind, weight_d, bias_d, epsilon) for kind in ("rms", "layer")]
+    if weight_d is not None:  # some add 1 to their weights
+        candidates += [replace(norm, weight_d=1 + weight_d) for norm in candidates]
+    # In float32, and of states that are not around zero: else nothing would distinguish a norm that
+    # centres from one that does not, or large weights from those with 1 added.
     exact = copy.deepcopy(module).float().cpu()
     generator = torch.Generator().manual_seed(0)
     sample_nd = torch.randn(8, vlm.width, generator=generator) + 1
     sample_nd = sample_nd * torch.logspace(-1, 2, 8)[:, None]
     expected_nd = _as_numpy(exact(sample_nd))
-    errors = {}
-    for kind in ("rms", "layer"):
-        for number, candidate_d in enumerate(weights):
-            norm = FinalNorm(kind, weight_d=candidate_d, bias_d=bias_d, epsilon=epsilon)
-            off_nd = np.abs(norm(_as_numpy(sample_nd)) - expected_nd)
-            errors[kind, number] = (float((off_nd / (np.abs(expected_nd) + 1e-3)).max()), norm)
-    error, best = min(errors.values(), key=lambda one: one[0])
-    return best if error < NORM_TOLERANCE else None
+    errors = []
+    for norm in candidates:
+        off_nd = np.abs(norm(_as_numpy(sample_nd)) - expected_nd)
+        errors.append(float((off_nd / (np.abs(expected_nd) + 1e-3)).max()))
+    best = int(np.argmin(errors))
+    return candidates[best] if errors[best] < NORM_TOLERANCE else None
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, dtype: str) -> bool:

@@ -441,6 +441,24 @@ def select_curve(
     return pd.concat([means, spread, compared], axis=1).reset_index()
 
 
+def find_curve(
+    table: pd.DataFrame,
+    *,
+    probe: str,
+    metric: str,
+    control: str = "none",
+    stage: str | None = None,
+) -> pd.DataFrame:
+    """Return :func:`select_curve` of the test split and one control, empty where there is none."""
+    rows = table[table.control == control]
+    has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")
+    if stage is not None:
+        has_curve &= rows.stage == stage
+    if not has_curve.any():
+        return pd.DataFrame(columns=["layer", "value", "lo", "hi"])
+    return select_curve(rows, probe=probe, metric=metric, stage=stage)
+
+
 def best_layers(
     table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg"
 ) -> pd.DataFrame:

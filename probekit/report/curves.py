@@ -15,12 +15,14 @@ from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
     GREY,
+    LAYER_AXIS,
     PALETTE,
     PLATEAU_OPACITY,
     PLATEAU_WIDTH,
     SYMBOLS,
     add_depth_menu,
     apply_style,
+    band,
     first_pooling,
     layer_number,
     legend_entry,
@@ -29,6 +31,7 @@ from probekit.report.style import (
     model_colours,
     pooling_note,
     task_words,
+    tick_step,
     title_by_layer,
     with_alpha,
 )
@@ -184,18 +187,7 @@ def curve_traces(
         )
         traces.append(plateau)
     if control in ("none", "untrained"):
-        band = go.Scatter(
-            x=np.concatenate([x, np.flip(x)]),
-            y=np.concatenate([curve.hi, np.flip(curve.lo)]),
-            mode="lines",
-            line={"width": 0},
-            fill="toself",
-            fillcolor=with_alpha(colour, 0.15),
-            legendgroup=group,
-            showlegend=False,
-            hoverinfo="skip",
-        )
-        traces.append(band)
+        traces.append(band(x, curve.lo, curve.hi, colour=colour, legendgroup=group))
 
     best = curve.value.idxmin() if metric in LOWER_IS_BETTER else curve.value.idxmax()
     details = [
@@ -286,6 +278,32 @@ def _published_traces(task: str, metric: str) -> list[go.Scatter]:
         )
         traces.append(trace)
     return traces
+
+
+def rank_curves(ranks: pd.DataFrame) -> go.Figure:
+    """Draw how many directions the states of each layer use, by layer, a colour per model.
+
+    Parameters
+    ----------
+    ranks : DataFrame
+        :attr:`probekit.probes.results.ProbeResults.ranks`.
+    """
+    metric = "effective_rank"
+    figure = go.Figure()
+    for model, colour in model_colours(ranks).items():
+        curve = ranks[ranks.model == model].rename(columns={metric: "value"})
+        traces = curve_traces(
+            curve.assign(plateau=pd.NA).reset_index(drop=True),
+            name=model,
+            control="none",
+            colour=colour,
+            symbol=SYMBOLS[0],
+            metric=metric,
+        )
+        figure.add_traces(traces)
+    apply_style(figure, title="How many directions do states use? — effective rank by layer")
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(ranks.layer.nunique()))
+    return figure.update_yaxes(title=f"{metric_words(metric)} (test images)", rangemode="tozero")
 
 
 def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = False) -> go.Figure:

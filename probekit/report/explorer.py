@@ -251,6 +251,10 @@ class Explorer:
         return self.saved.results.predictions[key]
 
     @property
+    def _probe_keys(self) -> list[ProbeKey]:
+        return [key for key in self.saved.results.predictions if key.probe not in LENSES]
+
+    @property
     def said_nc(self) -> np.ndarray | None:
         """(n, c) probabilities of what the model says; None without answers."""
         return said_probabilities(self.saved.results, self.state)
@@ -271,7 +275,7 @@ class Explorer:
 
     def _offer_choices(self) -> None:
         """Offer what a run has to choose from, and show its first example."""
-        keys = [key for key in self.saved.results.predictions if key.probe not in LENSES]
+        keys = self._probe_keys
         if not keys:
             raise ValueError(
                 f"{self.saved.name} has no predictions of decoder layers: extract with the stage lm"
@@ -287,9 +291,10 @@ class Explorer:
         self._is_updating = False
 
     def _choose_probe(self) -> None:
-        keys = [key for key in self.saved.results.predictions if key.probe not in LENSES]
         chosen = self.model_dropdown.value
-        of_model = [key for key in keys if (key.model, key.control, key.pooling) == chosen]
+        of_model = [
+            key for key in self._probe_keys if (key.model, key.control, key.pooling) == chosen
+        ]
         _keep_option(self.task_dropdown, list(dict.fromkeys(key.task for key in of_model)))
         probes = {key.probe for key in of_model if key.task == self.task_dropdown.value}
         heat_probe_first = sorted(probes, key=lambda probe: (probe != HEAT_PROBE, probe))

@@ -132,7 +132,7 @@ def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:
             section,
         ),
         "effective_rank": Figure(
-            heatmaps.rank_curves(results.ranks),
+            curves.rank_curves(results.ranks),
             "The participation ratio of the covariance's eigenvalues: how many equally large "
             "directions would vary as much. Low where a few directions hold most of the variance. "
             "Bands are 95 % bootstrap intervals over test images.",

@@ -18,11 +18,9 @@ from probekit.report.style import (
     first_pooling,
     layer_number,
     metric_words,
-    model_colours,
     pooling_note,
     task_words,
     tick_step,
-    with_alpha,
 )
 
 # Words and colour of each kind of answer.
@@ -144,46 +142,6 @@ def similarity_heatmap(similarity: pd.DataFrame) -> go.Figure:
     title = "Which layers resemble each other? — debiased linear CKA"
     apply_style(figure, title=title, height=110 + 330 * panel_rows, width=FULL_PAGE)
     return _share_colours(figure, low=0, high=1, title="CKA")
-
-
-def rank_curves(ranks: pd.DataFrame) -> go.Figure:
-    """Draw how many directions the states of each layer use, by layer, a colour per model.
-
-    Parameters
-    ----------
-    ranks : DataFrame
-        :attr:`probekit.probes.results.ProbeResults.ranks`.
-    """
-    figure = go.Figure()
-    for model, colour in model_colours(ranks).items():
-        curve = ranks[ranks.model == model]
-        x = layer_number(curve.layer)
-        figure.add_scatter(
-            x=np.concatenate([x, x[::-1]]),
-            y=np.concatenate([curve.hi, curve.lo[::-1]]),
-            mode="lines",
-            line={"width": 0},
-            fill="toself",
-            fillcolor=with_alpha(colour, 0.15),
-            showlegend=False,
-            hoverinfo="skip",
-        )
-        figure.add_scatter(
-            x=x,
-            y=curve.effective_rank,
-            name=model,
-            mode="lines+markers",
-            line={"color": colour, "width": 2.5},
-            marker={"size": 7},
-            customdata=np.stack([curve.layer, curve.lo, curve.hi], axis=-1),
-            hovertemplate=(
-                f"<b>{model}</b>, %{{customdata[0]}}<br>effective rank %{{y:.1f}} "
-                "[%{customdata[1]:.1f}, %{customdata[2]:.1f}]<extra></extra>"
-            ),
-        )
-    apply_style(figure, title="How many directions do states use? — effective rank by layer")
-    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(ranks.layer.nunique()))
-    return figure.update_yaxes(title="effective rank (test images)", rangemode="tozero")
 
 
 def _share_colours(figure: go.Figure, *, low: float, high: float, title: str) -> go.Figure:

@@ -13,7 +13,7 @@ from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.controls import CONTROL_WORDS
-from probekit.probes.results import select_curve
+from probekit.probes.results import find_curve
 from probekit.report.curves import curve_traces
 from probekit.report.style import (
     CONTROL_DASHES,
@@ -26,6 +26,7 @@ from probekit.report.style import (
     PLATEAU_WIDTH,
     SYMBOLS,
     apply_style,
+    band,
     layer_number,
     legend_entry,
     make_room_for_legend,
@@ -299,7 +300,7 @@ def _panel_traces(
         (LENS, "lens", LENS_COLOUR, SYMBOLS[1]),
         (probe, "probe", KNOWN_COLOUR, SYMBOLS[0]),
     ):
-        curve = _curve(trained, probe=kind, metric=metric)
+        curve = find_curve(trained, probe=kind, metric=metric, stage="lm").reset_index(drop=True)
         if curve.empty:
             continue
         drawn = curve_traces(
@@ -315,19 +316,12 @@ def _panel_traces(
     return traces
 
 
-def _curve(rows: pd.DataFrame, *, probe: str, metric: str) -> pd.DataFrame:
-    has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.stage == "lm")
-    if not (has_curve & (rows.split == "test")).any():
-        return pd.DataFrame()
-    return select_curve(rows, probe=probe, metric=metric, stage="lm").reset_index(drop=True)
-
-
 def _control_traces(
     rows: pd.DataFrame, *, metric: str, probe: str, chance: float
 ) -> list[go.Scatter]:
     """Return one band around the curves of all controls and chance, and lines to hover over."""
     curves = {
-        control: _curve(rows[rows.control == control], probe=probe, metric=metric)
+        control: find_curve(rows, probe=probe, metric=metric, control=control, stage="lm")
         for control in CONTROL_DASHES
     }
     curves = {control: curve for control, curve in curves.items() if not curve.empty}
@@ -339,17 +333,8 @@ def _control_traces(
     x = layer_number(by_layer.index.to_series()).to_numpy()
     highest = by_layer.max(axis=1).clip(lower=chance)
     lowest = by_layer.min(axis=1).clip(upper=chance)
-    band = go.Scatter(
-        x=np.concatenate([x, x[::-1]]),
-        y=np.concatenate([highest, lowest[::-1]]),
-        mode="lines",
-        line={"width": 1, "color": with_alpha(GREY, 0.5)},
-        fill="toself",
-        fillcolor=with_alpha(GREY, 0.25),
-        showlegend=False,
-        hoverinfo="skip",
-    )
-    traces = [band]
+    line = {"width": 1, "color": with_alpha(GREY, 0.5)}
+    traces = [band(x, lowest, highest, colour=GREY, opacity=0.25, line=line)]
     for control, values in by_layer.items():
         words = CONTROL_WORDS[str(control)]
         traces.append(
@@ -368,17 +353,10 @@ def _control_traces(
 def _answer_traces(of_answer: pd.DataFrame, *, metric: str, ends: list[int]) -> list[go.Scatter]:
     """Return the answer as a line across with its band, and with its best threshold dashed."""
     said = of_answer.loc[metric]
-    band = go.Scatter(
-        x=[*ends, *ends[::-1]],
-        y=[said.hi, said.hi, said.lo, said.lo],
-        mode="lines",
-        line={"width": 0},
-        fill="toself",
-        fillcolor=with_alpha(SAID_COLOUR, 0.15),
-        showlegend=False,
-        hoverinfo="skip",
-    )
-    traces = [band, _level(said, ends, name="the model’s answer", dash="solid", metric=metric)]
+    traces = [
+        band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR),
+        _level(said, ends, name="the model’s answer", dash="solid", metric=metric),
+    ]
     if "accuracy_tuned" in of_answer.index and metric == "accuracy":
         tuned = of_answer.loc["accuracy_tuned"]
         if abs(tuned.value - said.value) >= NEAR:
@@ -437,7 +415,7 @@ def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
     plateau = {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
     entries = [
         legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}),
-        legend_entry("cannot be told apart from the best", line=plateau),
+        legend_entry("plateau of the probe", line=plateau),
         legend_entry("lens: would be said", line={"color": LENS_COLOUR, "width": 2}),
         legend_entry("tuned lens", line={"color": LENS_COLOUR, "width": 2, "dash": "dash"}),
         legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}),

@@ -156,7 +156,7 @@ class Results(ProbeResults):
             There is no such metric, task, probe or pooling; the message lists what there is.
         """
         if metric == "known_and_said":
-            return self._plot_known_and_said(task, probe=probe or "logreg")
+            return self._plot_known_and_said(task, probe=probe)
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}

@@ -14,7 +14,7 @@ from probekit.probes.comparison import curve_difference, holm, plateau_sentence
 from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
 from probekit.probes.labels import LabelledTask
 from probekit.probes.probing import PROBES
-from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, select_curve
+from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, find_curve
 from probekit.report.curves import CHANCE_ACCURACY
 from probekit.report.known_and_said import NEAR, known_and_said
 from probekit.report.style import capitalise, metric_words
@@ -57,7 +57,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
     paragraphs = Summary()
     for _, best_row in best[best.control == "none"].iterrows():
         rows = _same_source(table, best_row)
-        curve = _test_curve(rows, probe=probe, metric=HEADLINE[tasks[best_row.task].kind])
+        curve = find_curve(rows, probe=probe, metric=HEADLINE[tasks[best_row.task].kind])
         name = f"{best_row.task}, {best_row.model}"
         if several_poolings:
             name += f", {best_row.pooling} pooling"
@@ -91,23 +91,12 @@ def _same_source(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
     ]
 
 
-def _test_curve(
-    rows: pd.DataFrame, *, probe: str, metric: str, control: str = "none"
-) -> pd.DataFrame:
-    """Return a curve of the test split, empty where there is none."""
-    rows = rows[rows.control == control]
-    has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")
-    if not has_curve.any():
-        return pd.DataFrame(columns=["layer", "value", "lo", "hi"])
-    return select_curve(rows, probe=probe, metric=metric)
-
-
 def _with_interval(row: pd.Series) -> str:
     return f"{row.value:.3f} (95\u00a0% interval {row.lo:.3f} to {row.hi:.3f})"
 
 
 def _selectivity_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list[str]:
-    curve = _test_curve(rows, probe=probe, metric="selectivity")
+    curve = find_curve(rows, probe=probe, metric="selectivity")
     at_layer = curve[curve.layer == layer]
     if len(at_layer) == 0:
         return []
@@ -174,7 +163,7 @@ def _control_sentences(
     """
     baseline_curves = {}
     for baseline in BASELINES:
-        curve = _test_curve(rows, probe=probe, metric="accuracy", control=baseline)
+        curve = find_curve(rows, probe=probe, metric="accuracy", control=baseline)
         if len(curve):
             baseline_curves[baseline] = curve
     guess_accuracy = np.nanmax([0.5, *(curve.value.max() for curve in baseline_curves.values())])
@@ -184,9 +173,9 @@ def _control_sentences(
     is_control = ~best_of_controls.control.isin(["none", *BASELINES])
     for _, best_row in best_of_controls[is_control].iterrows():
         control = best_row.control
-        accuracy = _test_curve(rows, probe=probe, metric="accuracy", control=control)
+        accuracy = find_curve(rows, probe=probe, metric="accuracy", control=control)
         at_best = accuracy[accuracy.layer == best_row["best layer"]].iloc[0]
-        chance = _test_curve(rows, probe=probe, metric="chance", control=control).value.max()
+        chance = find_curve(rows, probe=probe, metric="chance", control=control).value.max()
         level = np.nanmax([guess_accuracy, chance])
         score = (
             f"{CONTROL_WORDS[control]} {at_best.value:.3f} ({at_best.lo:.3f} to {at_best.hi:.3f})"

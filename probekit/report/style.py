@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
@@ -46,7 +48,7 @@ METRIC_WORDS = {
     "decided": "share decided",
     "guess": "accuracy of a guess",
     "over_answer": "accuracy less that of the answer",
-    "over_tuned_answer": "accuracy less that of the answer with its best threshold",
+    "over_tuned_answer": "accuracy less that of the answer with its tuned threshold",
     "known_not_said": "right in the probe, wrong in the answer",
 }
 TASK_WORDS = {
@@ -261,6 +263,39 @@ def first_pooling(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows of the first pooling, and the end of a title that names it among several."""
     pooling = rows.pooling.iloc[0]
     return rows[rows.pooling == pooling], pooling_note(rows, pooling)
+
+
+def band(
+    x: np.ndarray | pd.Series | Sequence[int],
+    low: np.ndarray | pd.Series,
+    high: np.ndarray | pd.Series,
+    *,
+    colour: str,
+    opacity: float = 0.15,
+    **options: Any,
+) -> go.Scatter:
+    """Return the area between two curves, without an entry in the legend.
+
+    Parameters
+    ----------
+    x, low, high : array-like, (l,)
+        Places on the axis, and the lower and the upper curve there.
+    colour : str
+        Hexadecimal.
+    opacity : float
+        Of the area.
+    **options
+        Properties of the trace, such as `legendgroup`.
+    """
+    properties: dict[str, Any] = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    return go.Scatter(
+        x=np.concatenate([x, np.flip(x)]),
+        y=np.concatenate([high, np.flip(low)]),
+        mode="lines",
+        fill="toself",
+        fillcolor=with_alpha(colour, opacity),
+        **(properties | options),
+    )
 
 
 def legend_entry(name: str, **options: Any) -> go.Scatter:

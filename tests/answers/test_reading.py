@@ -16,7 +16,7 @@ from probekit.models.load import load_vlm
 from probekit.models.output_head import AnswerHead
 from probekit.paths import Home
 from probekit.tasks.base import task_infos
-from tests.models.test_output_head import whole_logits
+from tests.support.whole_models import whole_logits
 
 
 @pytest.fixture(scope="module")

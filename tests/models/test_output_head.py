@@ -23,6 +23,7 @@ from probekit.models.output_head import (
     spell,
     take_answer_head,
 )
+from tests.support.whole_models import whole_logits
 
 PROMPTS = ["Is there a dog?", "Two cats sleep on a red chair.\nIs this right?", "Dog?"]
 YES_OR_NO = [("no",), ("yes",)]
@@ -46,20 +47,6 @@ ARCHITECTURES = [
     "internvl",
     "muse_glimmer",
 ]
-
-
-@torch.inference_mode()
-def whole_logits(vlm, prepared) -> torch.Tensor:
-    """(k, vocabulary) what transformers' whole model says after each prompt, one at a time."""
-    from probekit.models.batches import batch_images, batch_tokens
-
-    rows = []
-    for k in range(len(prepared.tokens)):
-        inputs = batch_tokens(vlm, [prepared.tokens[k]]) | batch_images(vlm, [prepared])
-        inputs.pop("labels", None)
-        with vlm.head.in_place():
-            rows.append(vlm.head.full_model(**vlm.to_device(inputs)).logits[0, -1].float())
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
