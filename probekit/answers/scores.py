@@ -6,7 +6,7 @@ probes ``"lens"`` and ``"tuned_lens"`` about what its layers would answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from probekit.answers.flips import score_flips
 from probekit.answers.reading import LENS, TUNED_LENS, AnswerLogits, read_answers
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.store import Activations
@@ -57,7 +58,8 @@ def score_answers(
         * of the probes ``over_answer``: their accuracy less the answer's, on the same images;
           ``over_tuned_answer``: less that of the answer with the threshold chosen on validation;
           ``known_not_said``: the share of examples that the probe gets right and the model answers
-          wrongly.
+          wrongly;
+        * of all in another wording ``flips``, see :func:`probekit.answers.flips.score_flips`.
     """
     infos = task_infos(activations.examples)
     tasks = [name for name in infos if name in probed.tasks or not probed.tasks]
@@ -71,6 +73,7 @@ def score_answers(
         names = ", ".join(name for name, one in refusals.items() if one == reason)
         tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
     parts = []
+    said: dict[ProbeKey, np.ndarray] = {}
     for name, by_lens in answers.items():
         of_task = {
             key: p_lnc
@@ -89,13 +92,25 @@ def score_answers(
             continue
         predictions = {}
         if control in PREDICTED:
+            key = ProbeKey(model, control, ANSWER_POOLING, name, ANSWER)
+            said[key] = scored[LENS].test_probabilities[-1:]
             for lens, of_lens in scored.items():
                 if len(of_lens.layers) > 1:
                     key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
                     predictions[key] = compact_predictions(of_lens.test_probabilities)
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
-    return ProbeResults.join(parts)
+    joined = ProbeResults.join(parts)
+    judged = {
+        key: p_lnc
+        for key, p_lnc in (probed.predictions | joined.predictions | said).items()
+        if (key.model, key.control) == (model, control)
+    }
+    flips = score_flips(activations.examples, judged, decoder_layers, resamples=resamples)
+    if flips.empty:
+        return joined
+    flips = flips.assign(stage="lm", seed=seed)
+    return ProbeResults.join([joined, ProbeResults(metrics=flips, losses=pd.DataFrame())])
 
 
 def _score_task(
@@ -293,8 +308,6 @@ class _TaskAnswers:
             tables.append(self._calibration_error())
         return pd.concat(tables, ignore_index=True)
 
-    # ---- what is a ratio of sums over images ----
-
     def _mean(
         self,
         metric: str,
@@ -304,17 +317,10 @@ class _TaskAnswers:
         layers: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """Average values (l, n) over the examples of a split, with intervals over images."""
-        sums_nl2 = np.stack([values_ln.T, np.ones_like(values_ln.T)], -1)
-        curve = self._curve(sums_nl2, lambda sums_bl2: sums_bl2[..., 0] / sums_bl2[..., 1], split)
+        image_n = self.labels.select(split).image_n
+        curve = bootstrap.mean_curve(values_ln.T, image_n, resamples=self.resamples)
         bounds = bootstrap.bca_interval(curve)
         return self._rows(metric, curve.score_l, bounds, split=split, layers=layers)
-
-    def _curve(self, sums_nlk: np.ndarray, score: Callable, split: str) -> bootstrap.Curve:
-        """Score what adds up over examples (n, l, ...), and resamples of the images."""
-        images, image_number_n = np.unique(self.labels.select(split).image_n, return_inverse=True)
-        counts = np.zeros((len(images), *sums_nlk.shape[1:]), np.float32)
-        np.add.at(counts, image_number_n, sums_nlk.astype(np.float32))
-        return bootstrap.bootstrap_curve(counts, images, score=score, resamples=self.resamples)
 
     def _rows(
         self,
@@ -347,8 +353,12 @@ class _TaskAnswers:
         if self.binary:
             confidence_ln = np.maximum(p_lnc[..., 0], 1 - p_lnc[..., 0])
         right_ln = self._is_right(p_lnc, "test")
-        counts = metrics.calibration_counts(confidence_ln, right_ln)
-        curve = self._curve(counts, metrics.calibration_error, "test")
+        counts, images = bootstrap.sum_by_image(
+            metrics.calibration_counts(confidence_ln, right_ln), self.labels.select("test").image_n
+        )
+        curve = bootstrap.bootstrap_curve(
+            counts, images, score=metrics.calibration_error, resamples=self.resamples
+        )
         bounds = metrics.calibration_interval(curve, confidence_ln)
         return self._rows("calibration_error", curve.score_l, bounds)
 

@@ -148,6 +148,49 @@ def bootstrap_curve(
     )
 
 
+def sum_by_image(count_n: np.ndarray, image_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the counts (n, ...) of examples for each image.
+
+    Returns
+    -------
+    counts : ndarray
+        (images, ...) float64.
+    images : ndarray
+        (images,) their names, each once.
+    """
+    images, image_number_n = np.unique(image_n, return_inverse=True)
+    counts = np.zeros((len(images), *count_n.shape[1:]))
+    np.add.at(counts, image_number_n, count_n)
+    return counts, images
+
+
+def mean_curve(
+    value_nl: np.ndarray, image_n: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> Curve:
+    """Average values over examples, and again in each bootstrap resample of their images.
+
+    Parameters
+    ----------
+    value_nl : ndarray
+        (n, l) values of n examples.
+    image_n : ndarray
+        (n,) the image of each.
+    resamples, seed : int
+        See :func:`bootstrap_curve`.
+
+    Raises
+    ------
+    ValueError
+        They are examples of fewer than two images.
+    """
+    counts, images = sum_by_image(np.stack([value_nl, np.ones_like(value_nl)], -1), image_n)
+
+    def mean_score(total: np.ndarray) -> np.ndarray:
+        return total[..., 0] / total[..., 1].clip(1e-9)
+
+    return bootstrap_curve(counts, images, score=mean_score, resamples=resamples, seed=seed)
+
+
 def acceleration(left_out: np.ndarray) -> np.ndarray:
     """Estimate the acceleration of a score from its jackknife values.
 

@@ -275,17 +275,9 @@ def localisation_table(
         the share of tokens there, and `localisation` the first minus the second, by which the
         layers are compared.
     """
-    images, image_number_n = np.unique(image_n, return_inverse=True)
-
-    def mean_score(total: np.ndarray) -> np.ndarray:
-        return total[..., 0] / total[..., 1].clip(1e-9)
-
     tables = []
     for metric in METRICS:
-        value_nl = scores[metric]
-        counts = np.zeros((len(images), len(layers), 2))
-        np.add.at(counts, image_number_n, np.stack([value_nl, np.ones_like(value_nl)], -1))
-        curve = bootstrap.bootstrap_curve(counts, images, score=mean_score, resamples=resamples)
+        curve = bootstrap.mean_curve(scores[metric], image_n, resamples=resamples)
         lower, upper = bootstrap.bca_interval(curve)
         table = pd.DataFrame(
             {

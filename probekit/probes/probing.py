@@ -21,6 +21,7 @@ from probekit.probes.fitting import FittedProbes
 from probekit.probes.labels import LabelKey, LabelledTask, LabelSet
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey, compact_predictions
 from probekit.probes.weights import ProbeWeights
+from probekit.probes.wordings import WordingScores
 from probekit.tasks.base import task_infos
 from probekit.tasks.building import SPLITS, table_fingerprint
 
@@ -36,8 +37,21 @@ LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "torch")
 # Controls whose test predictions are kept, and whose layers are compared.
 PREDICTED = ("none", "untrained")
 
+# Of the probes of one layer or wording on the states of another.
+TRANSFER_COLUMNS = [
+    "task",
+    "probe_task",
+    "layer",
+    "probe_layer",
+    "metric",
+    "value",
+    "lo",
+    "hi",
+    "n",
+]
+
 # Of what the tables hold: tables of another version are made again.
-VERSION = 11
+VERSION = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -695,11 +709,13 @@ def _score_baseline(
 def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
     """Read every decoder layer once more, with the probes of all layers."""
     tasks = [probed_task.task for probed_task in job.tasks if probed_task.name in weights]
+    wordings = WordingScores(job.activations.examples, {task.name: task for task in tasks}, weights)
     tables = []
     nearest: dict[StateKey, list[np.ndarray]] = {}
     keys = {task.name: StateKey(job.model, job.control, job.pooling, task.name) for task in tasks}
     for place, layer in enumerate(job.decoder_layers):
         x_nd = job.activations[layer, job.pooling]
+        wordings.read_layer(place, x_nd)
         for task in tasks:
             probes = weights[task.name]
             x_test_nd = x_nd[task.rows[task.true.split["test"].numpy()]]
@@ -707,6 +723,7 @@ def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
             table = pd.DataFrame(
                 {
                     "task": task.name,
+                    "probe_task": task.name,
                     "layer": layer,
                     "probe_layer": job.decoder_layers,
                     "metric": metric,
@@ -717,7 +734,9 @@ def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
             standardised_nd = probes.standardise(place, x_test_nd)
             neighbours_nk = transfer.nearest_examples(standardised_nd)
             nearest.setdefault(keys[task.name], []).append(neighbours_nk)
-    scores = pd.concat(tables, ignore_index=True)
+    tables.append(wordings.table(job.decoder_layers, resamples=job.settings.resamples))
+    scores = pd.concat([table for table in tables if len(table)], ignore_index=True)
+    scores = scores.reindex(columns=TRANSFER_COLUMNS)
     return ProbeResults(
         metrics=pd.DataFrame(),
         losses=pd.DataFrame(),

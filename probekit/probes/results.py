@@ -110,7 +110,9 @@ class ProbeResults:
         Training and validation loss of the probes ``"linear"`` and ``"mlp"`` by epoch.
     transfer : DataFrame
         The score of each layer's ``"logreg"`` probe (`probe_layer`) on the states of each decoder
-        layer (`layer`), see :func:`probekit.probes.transfer.transfer_scores`.
+        layer (`layer`), see :func:`probekit.probes.transfer.transfer_scores`; and of the probe
+        that was trained on one wording of a question (`probe_task`) on the states of another one
+        (`task`), see :class:`probekit.probes.wordings.WordingScores`.
     similarity, ranks : DataFrame
         How the decoder's layers resemble each other, within and between trained models, and how
         many directions each uses, see :func:`probekit.probes.similarity.compare_models`.
@@ -330,6 +332,7 @@ class ProbeResults:
                 tuple(info["classes"]),
                 info["question"],
                 answers=tuple(tuple(words) for words in info["answers"]),
+                variant_of=info["variant_of"],
             )
         return cls(
             **{name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES},

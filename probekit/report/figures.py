@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from probekit.answers.flips import FLIPS
 from probekit.answers.reading import LENS
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
 from probekit.report.style import metric_words
+from probekit.report.wordings import wordings_figure
+from probekit.tasks.variants import is_variant_of_another, wordings
 
 BAND_NOTE = (
     "Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told apart "
@@ -66,6 +69,8 @@ def run_figures(
     figures = _answer_figures(results, probe=probe, relative=relative)
     figures |= _overview_figures(results, probe=probe)
     for task in results.tasks:
+        if is_variant_of_another(task, results.tasks):  # it is drawn beside the plain wording
+            continue
         figures |= _score_figures(
             results, task, probe=probe, published=published, relative=relative
         )
@@ -92,7 +97,7 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
     table = results.metrics
     figures = {}
     for task, info in results.tasks.items():
-        if not models_with_answers(table, task):
+        if is_variant_of_another(task, results.tasks) or not models_with_answers(table, task):
             continue
         figures[f"{task}_known_and_said"] = Figure(
             known_and_said_figure(table, task, info, probe=probe),
@@ -113,6 +118,19 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
                 curves.layer_curves(table, task, "decided", probe=LENS, relative=relative),
                 "The share of test examples whose final answer is on top, through the lens, from "
                 "this layer on. It says when an answer is settled, right or wrong.",
+                section,
+            )
+        if (table.task[table.metric == FLIPS].isin(wordings(results.tasks).get(task, []))).any():
+            figures[f"{task}_wordings"] = Figure(
+                wordings_figure(table, results.transfer, results.tasks, task, probe=probe),
+                "The same things asked about the same test images in other words. Left: the "
+                "logreg probe of the plain wording, on the states of each wording (standardised "
+                "by their own mean and spread), scored by what it was trained for. Middle: what "
+                "the model answers, and what a probe of that very wording scores, at its best "
+                "layer. Right: the share of examples that are judged in another way than in the "
+                "plain wording: the opposite answer to a negated question judges in the same way. "
+                "Where orange lies far to the right of blue, the answer hangs on the wording, and "
+                "what is known does not. Bands and bars are 95 % intervals.",
                 section,
             )
     return figures
@@ -155,7 +173,11 @@ def _overview_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]
             "turns left or down, one is traded for the other.",
             section,
         )
-    caption_tasks = [task for task in results.tasks if task.startswith("caption")]
+    caption_tasks = [
+        task
+        for task, info in results.tasks.items()
+        if task.startswith("caption") and not info.variant_of
+    ]
     if len(caption_tasks) > 1:
         figures["negatives"] = Figure(
             comparisons.task_curves(results.metrics, caption_tasks, probe=probe),
@@ -268,7 +290,7 @@ def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str
         "probe that prefers yes, or no.",
         section,
     )
-    if len(results.transfer) and (results.transfer.task == task).any():
+    if len(results.transfer) and (results.transfer.probe_task == task).any():
         figures[f"{task}_transfer"] = Figure(
             heatmaps.transfer_heatmap(results.transfer, task),
             "Logreg probes. Row: the layer that a probe was trained on; column: the layer whose "

@@ -308,6 +308,7 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
         A panel per model, side by side.
     """
     trained = transfer[(transfer.task == task) & (transfer.control == "none")]
+    trained = trained[trained.probe_task == task]
     rows, pooling_words = first_pooling(trained)
     models = list(dict.fromkeys(rows.model))
     metric = rows.metric.iloc[0]

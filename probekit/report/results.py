@@ -16,6 +16,8 @@ from probekit.report.known_and_said import (
     models_with_answers,
 )
 from probekit.report.sentences import Summary, compare_pairs, summarise
+from probekit.report.wordings import wording_table, wordings_figure
+from probekit.tasks.variants import wordings
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +135,8 @@ class Results(ProbeResults):
         ----------
         metric : str
             Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``; or
-            ``"known_and_said"`` for the probe beside the lens and the model's answer.
+            ``"known_and_said"`` for the probe beside the lens and the model's answer, or
+            ``"wordings"`` for a question in all its wordings.
         task : str, optional
             The first task that has this metric unless it is named.
         probe : str
@@ -157,6 +160,8 @@ class Results(ProbeResults):
         """
         if metric == "known_and_said":
             return self._plot_known_and_said(task, probe=probe)
+        if metric == "wordings":
+            return self._plot_wordings(task, probe=probe)
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}
@@ -193,6 +198,24 @@ class Results(ProbeResults):
                 + (f"take one of {', '.join(answered)}" if answered else "extract with answers")
             )
         return known_and_said_figure(self.metrics, task, self.tasks[task], probe=probe)
+
+    def _plot_wordings(self, task: str | None, *, probe: str) -> go.Figure:
+        families = wordings(self.tasks)
+        if task is None and families:
+            task = next(iter(families))
+        if task not in families:
+            raise ValueError(
+                f"these results have {task or 'no task'} in one wording only: "
+                + (f"take one of {', '.join(families)}" if families else "add variants to tasks")
+            )
+        return wordings_figure(self.metrics, self.transfer, self.tasks, task, probe=probe)
+
+    def wordings(self, *, probe: str = "logreg") -> pd.DataFrame:
+        """Set the wordings of each question beside each other.
+
+        See :func:`probekit.report.wordings.wording_table`.
+        """
+        return wording_table(self.metrics, self.transfer, self.tasks, probe=probe)
 
     def answers(self, *, probe: str = "logreg") -> pd.DataFrame:
         """Set what the models say beside what their best layers know.

@@ -32,7 +32,7 @@ TABLE_CONTENTS = {
         "seed"
     ),
     "losses": "a row per probe trained with Adam, epoch and split",
-    "transfer": "the score of each layer's probe on the states of each layer",
+    "transfer": "the score of each layer's probe on the states of other layers and wordings",
 }
 
 

@@ -18,7 +18,9 @@ from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layer
 from probekit.report.curves import CHANCE_ACCURACY
 from probekit.report.known_and_said import NEAR, known_and_said
 from probekit.report.style import capitalise, metric_words
+from probekit.report.wordings import wording_sentence, wording_table
 from probekit.tasks.base import TaskInfo
+from probekit.tasks.variants import is_variant_of_another
 
 WIDE_INTERVAL = 0.1
 LARGE_SPREAD = 0.01  # of the seeds' scores at a layer
@@ -50,9 +52,14 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
     Returns
     -------
     Summary
-        A paragraph for each, in the order of the table.
+        A paragraph for each, in the order of the table. Other wordings of a question have no
+        paragraph of their own: that of the plain one says how far they differ.
     """
-    best = best_layers(table, tasks, probe=probe)
+    plain_tasks = {
+        name: info for name, info in tasks.items() if not is_variant_of_another(name, tasks)
+    }
+    best = best_layers(table, plain_tasks, probe=probe)
+    in_other_words = wording_table(table, pd.DataFrame(), tasks, probe=probe)
     several_poolings = table.pooling.nunique() > 1
     paragraphs = Summary()
     for _, best_row in best[best.control == "none"].iterrows():
@@ -71,6 +78,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
             sentences.append(plateau_sentence(curve))
         sentences += _selectivity_sentences(rows, probe=probe, layer=best_row["best layer"])
         sentences += _answer_sentences(table, best_row, tasks[best_row.task], probe=probe)
+        sentences += _wording_sentences(in_other_words, best_row)
         sentences += _codelength_sentences(rows, probe=probe, layer=best_row["best layer"])
         sentences += _control_sentences(rows, _same_source(best, best_row), probe=probe)
         sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
@@ -129,6 +137,15 @@ def _answer_sentences(
         f"{both.layer} less the answer, on the same images: {gap.value:+.3f} (95\u00a0% interval "
         f"{gap.lo:+.3f} to {gap.hi:+.3f}){known_not_said}."
     ]
+
+
+def _wording_sentences(in_other_words: pd.DataFrame, best_row: pd.Series) -> list[str]:
+    """Say how much the answer hangs on the wording, beside the answer itself."""
+    if best_row.pooling != ANSWER_POOLING:
+        return []
+    is_same = (in_other_words.task == best_row.task) & (in_other_words.model == best_row.model)
+    sentence = wording_sentence(in_other_words[is_same])
+    return [sentence] if sentence else []
 
 
 def _codelength_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list[str]:

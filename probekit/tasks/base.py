@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,26 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Another wording of a task's question, see :mod:`probekit.tasks.variants`.
+
+    Attributes
+    ----------
+    prompt : str
+        The template of its prompts, with the same fields as the task's.
+    answers : tuple of tuples of str
+        See :attr:`Task.answers`.
+    negated : bool
+        Whether the right answer is the opposite of the task's.
+    """
+
+    prompt: str
+    _: KW_ONLY
+    answers: tuple[tuple[str, ...], ...] = YES_OR_NO
+    negated: bool = False
+
+
+@dataclass(frozen=True)
 class Task:
     """A question about images.
 
@@ -145,15 +165,26 @@ class Task:
         "no", then those for "yes"; for ``"one_of"`` those for each class. By default
         :data:`YES_OR_NO` for a binary task. An empty sequence leaves the model's answer out, as it
         is for a multilabel task, which has no one answer.
+    variants : mapping of str to Variant
+        Other wordings of the question by name. ``build`` then takes the argument `prompt`, and with
+        the same `rng` asks about the same things whatever it is. The variant `negated` of the task
+        `object` is the task `object_negated`.
+    variant_of : str
+        The task whose variant this is; ``""`` for none.
+    negated : bool
+        Whether the examples have the opposite of the labels that `build` returns.
     """
 
     kind: str
-    build: Callable[[Selection, np.random.Generator], pd.DataFrame]
+    build: Callable[..., pd.DataFrame]
     question: str
     _: KW_ONLY
     classes: Sequence[str] | None = None
     needs: Literal["", "categories", "instances"] = ""
     answers: Sequence[Sequence[str]] | None = None
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    variant_of: str = ""
+    negated: bool = False
 
     @property
     def answer_words(self) -> tuple[tuple[str, ...], ...]:
@@ -177,12 +208,15 @@ class TaskInfo:
         The question in words.
     answers : tuple of tuples of str
         The words for each answer of the model itself, see :class:`Task`; empty without answers.
+    variant_of : str
+        The task whose question this asks in other words; ``""`` for none.
     """
 
     kind: str
     classes: tuple[str, ...]
     question: str
     answers: tuple[tuple[str, ...], ...] = ()
+    variant_of: str = ""
 
 
 TASK_COLUMNS = ("kind", "classes", "question")
@@ -191,8 +225,8 @@ TASK_COLUMNS = ("kind", "classes", "question")
 def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
     """Return what each task of an examples table is, in the order in which tasks first occur.
 
-    It stands in the columns `kind`, `classes`, `question` and `answers`, so that it survives
-    whatever is done to the table. Tables without the column `answers` have none.
+    It stands in the columns `kind`, `classes`, `question`, `answers` and `variant_of`, so that it
+    survives whatever is done to the table. Tables may lack the last two.
 
     Raises
     ------
@@ -211,13 +245,18 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
         kinds = table.kind.unique()
         class_lists = {tuple(classes) for classes in table.classes}
         answer_lists = set(table.answers.map(_as_tuples)) if "answers" in table else {()}
-        if len(kinds) > 1 or len(class_lists) > 1 or len(answer_lists) > 1:
+        variants = set(table.variant_of.fillna("")) if "variant_of" in table else {""}
+        if any(len(values) > 1 for values in (kinds, class_lists, answer_lists, variants)):
             raise ValueError(
-                f"the rows of task {name} differ in kind or classes, or in answers: give each "
-                "task its own name"
+                f"the rows of task {name} differ in kind or classes, in answers, or in what they "
+                "are a variant of: give each task its own name"
             )
         info = TaskInfo(
-            kinds[0], class_lists.pop(), table.question.iloc[0], answers=answer_lists.pop()
+            kinds[0],
+            class_lists.pop(),
+            table.question.iloc[0],
+            answers=answer_lists.pop(),
+            variant_of=variants.pop(),
         )
         _check_answers(str(name), info)
         infos[str(name)] = info
@@ -302,7 +341,7 @@ def task_source(task: Task) -> list:
         bound_arguments.append(repr((function.args, function.keywords)))
         function = function.func
     classes = list(task.classes or ())
-    words = [task.kind, task.question, classes, task.answer_words]
+    words = [task.kind, task.question, classes, task.answer_words, task.variant_of, task.negated]
     return [*words, bound_arguments, _code_of(function)]
 
 

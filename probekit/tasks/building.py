@@ -1,8 +1,9 @@
 """From a dataset to the examples table: draw images, split them, and ask the tasks about them.
 
-A row is one example: `image_id, file, split, task, prompt, labels, mask`, and what its task is:
-`kind, classes, question, answers`. `labels` and `mask` have one entry for each class of the task. A
-label is 0 or 1, and counts only where the mask is 1; a binary task has one class.
+A row is one example: `image_id, file, split, task, item, prompt, labels, mask`, and what its task
+is: `kind, classes, question, answers, variant_of`. `item` numbers what a task asks about, the same
+in all of its variants. `labels` and `mask` have one entry for each class of the task. A label is 0
+or 1, and counts only where the mask is 1; a binary task has one class.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from probekit.tasks import objects
 from probekit.tasks.balance import TooFewImages
 from probekit.tasks.base import BuildSettings, Selection, Task, task_infos, task_source
 from probekit.tasks.captions import clean_caption
-from probekit.tasks.registry import TASKS, find_tasks
+from probekit.tasks.registry import find_task, find_tasks
 
 SPLITS = ("train", "validation", "test")
 # Version of the files that a build leaves. Files of another version are built again.
-VERSION = 10
+VERSION = 11
 FREQUENT = 40
 LISTED_IMAGES = 50
 
@@ -123,7 +124,7 @@ def select_images(
 def _statement_files(names: Sequence[str], home: str | Path | paths.Home | None) -> dict[str, Path]:
     files = {}
     for name in names:
-        if name not in TASKS:
+        if find_task(name) is None:
             files.update(statement_files.find_statement_files(name, home))
     return files
 
@@ -309,7 +310,8 @@ def _source_fingerprint(settings: BuildSettings, home: paths.Home) -> str:
         for name, file in _statement_files(settings.tasks, home).items()
     }
     state = layouts.dataset_state(home.resolve(settings.folder), settings.coco_splits)
-    sources = [task_source(TASKS[name]) for name in settings.tasks if name in TASKS]
+    tasks = [find_task(name) for name in settings.tasks]
+    sources = [task_source(task) for task in tasks if task is not None]
     return paths.fingerprint(VERSION, settings, statements, state, sources)
 
 
@@ -351,6 +353,7 @@ def _ask_tasks(tasks: dict[str, Task], selection: Selection) -> pd.DataFrame:
                 classes=[classes] * len(table),
                 question=task.question,
                 answers=[answers] * len(table),
+                variant_of=task.variant_of,
             )
         )
     examples = pd.concat(tables, ignore_index=True)
@@ -366,8 +369,12 @@ def _ask_task(name: str, task: Task, *, selection: Selection) -> pd.DataFrame:
     TooFewImages
         It finds nothing to ask in a split.
     """
-    rng = np.random.default_rng([selection.settings.seed, crc32(name.encode())])
+    # A variant draws what the plain task draws, so that both ask about the same things.
+    seed_name = task.variant_of or name
+    rng = np.random.default_rng([selection.settings.seed, crc32(seed_name.encode())])
     rows = task.build(selection, rng)
+    if task.negated:
+        rows["labels"] = [[1 - label for label in labels] for labels in rows["labels"]]
     image_counts = selection.images.split.value_counts()
     asked_splits = set(rows.split)
     empty_splits = [
@@ -381,7 +388,8 @@ def _ask_task(name: str, task: Task, *, selection: Selection) -> pd.DataFrame:
             f"task {name} finds nothing to ask in {', '.join(empty_splits)} (images there: "
             f"{counts}): take {more} categories, or leave it out"
         )
-    return rows.reset_index(names="image_id").assign(task=name)
+    rows = rows.reset_index(names="image_id")
+    return rows.assign(task=name, item=np.arange(len(rows)))
 
 
 def _caption_agreement(selection: Selection) -> pd.DataFrame:

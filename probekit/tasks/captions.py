@@ -42,7 +42,11 @@ def clean_caption(caption: str) -> str:
 
 
 def caption_task(
-    selection: Selection, rng: np.random.Generator, *, negatives: str = "random"
+    selection: Selection,
+    rng: np.random.Generator,
+    *,
+    negatives: str = "random",
+    prompt: str = PROMPT,
 ) -> pd.DataFrame:
     """Ask each image about some of its captions (label 1) and as many others (label 0).
 
@@ -67,6 +71,8 @@ def caption_task(
         ``"swapped"``
             The image's own captions with two words exchanged. Captions in which nothing can be
             exchanged are left out.
+    prompt : str
+        Template of the prompts, with the field `caption`.
 
     Raises
     ------
@@ -96,7 +102,7 @@ def caption_task(
         kept = [k for k, caption in enumerate(other_captions) if caption is not None]
         kept_images = images.iloc[[positions[k] for k in kept]]
         for label, texts in ((1, captions), (0, other_captions)):
-            prompts = [PROMPT.format(caption=texts[k]) for k in kept]
+            prompts = [prompt.format(caption=texts[k]) for k in kept]
             parts.append(example_rows(kept_images, prompts, [label] * len(kept)))
     return pd.concat(parts)
 

@@ -291,11 +291,15 @@ def _company(shows_nc: np.ndarray) -> np.ndarray:
 
 
 def object_task(
-    selection: Selection, rng: np.random.Generator, *, absent: str = "random"
+    selection: Selection,
+    rng: np.random.Generator,
+    *,
+    absent: str = "random",
+    prompt: str = QUERY_PROMPT,
 ) -> pd.DataFrame:
     """Ask each image about one object that it shows and one that it lacks.
 
-    The prompt lists all categories before, in an order of its own for each image.
+    The plain prompt lists all categories before, in an order of its own for each image.
 
     Parameters
     ----------
@@ -306,6 +310,8 @@ def object_task(
         Source of the random numbers.
     absent : str
         How the objects are sampled, see :func:`choose_objects`.
+    prompt : str
+        Template of the prompts, with the fields `category` and, for the list, `categories`.
     """
     names = np.array(selection.shows_nc.columns)
     parts = []
@@ -320,8 +326,7 @@ def object_task(
         asked_rows = np.flatnonzero(lacked >= 0)
         for label, objects in ((1, present), (0, lacked)):
             prompts = [
-                QUERY_PROMPT.format(categories=lists[i], category=names[objects[i]])
-                for i in asked_rows
+                prompt.format(categories=lists[i], category=names[objects[i]]) for i in asked_rows
             ]
             parts.append(example_rows(images.iloc[asked_rows], prompts, [label] * len(prompts)))
     return pd.concat(parts)

@@ -127,14 +127,24 @@ def compare_sizes(a: Box, b: Box) -> Comparison | None:
     return Comparison("size", int(b.area > a.area))
 
 
-def relation_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Ask whether one thing is left of, right of, above or below another one, in both orders."""
-    return _comparison_rows(selection, rng, compare=compare_positions)
+def relation_task(
+    selection: Selection, rng: np.random.Generator, *, prompt: str = COMPARISON_PROMPT
+) -> pd.DataFrame:
+    """Ask whether one thing is left of, right of, above or below another one, in both orders.
+
+    The template `prompt` has the fields `a`, `how` and `b`.
+    """
+    return _comparison_rows(selection, rng, compare=compare_positions, prompt=prompt)
 
 
-def size_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
-    """Ask whether one thing is larger, or smaller, than another one, in both orders."""
-    return _comparison_rows(selection, rng, compare=compare_sizes)
+def size_task(
+    selection: Selection, rng: np.random.Generator, *, prompt: str = COMPARISON_PROMPT
+) -> pd.DataFrame:
+    """Ask whether one thing is larger, or smaller, than another one, in both orders.
+
+    The template `prompt` has the fields `a`, `how` and `b`.
+    """
+    return _comparison_rows(selection, rng, compare=compare_sizes, prompt=prompt)
 
 
 def count_task(selection: Selection, rng: np.random.Generator) -> pd.DataFrame:
@@ -182,6 +192,7 @@ def _comparison_rows(
     rng: np.random.Generator,
     *,
     compare: Callable[[Box, Box], Comparison | None],
+    prompt: str,
 ) -> pd.DataFrame:
     """Return two rows per image: a question about two things, and the same with them exchanged."""
     parts = []
@@ -198,7 +209,7 @@ def _comparison_rows(
                     # What is said of the first thing is true of it, its opposite of the other.
                     is_first = subject_number == first
                     asked_images.append(image)
-                    prompts.append(COMPARISON_PROMPT.format(a=subject, b=reference, how=how))
+                    prompts.append(prompt.format(a=subject, b=reference, how=how))
                     labels.append(int(is_first == (direction == 0)))
         parts.append(example_rows(images.loc[asked_images], prompts, labels))
     return pd.concat(parts)
