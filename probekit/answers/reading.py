@@ -17,6 +17,7 @@ from scipy.special import logsumexp, softmax
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.store import Activations
 from probekit.models.output_head import AnswerHead, NoAnswers
+from probekit.probes.results import LENS
 from probekit.tasks.base import TaskInfo
 
 
@@ -56,7 +57,6 @@ class AnswerLogits:
 
 
 NOT_EXTRACTED = "what they are read with was not extracted, or is lost: run 02_extract with answers"
-LENS = "lens"
 TUNED_LENS = "tuned_lens"
 MOST_TUNING_EXAMPLES = 16_384
 TUNING_BLOCK = 4096  # examples that are multiplied at a time

@@ -223,7 +223,23 @@ class AnswerHead:
     # -------------------------------------------------------------------------------- answers
 
     def answer_tokens(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Find the tokens that tell answers apart.
+        """Find the tokens that tell answers apart, see :meth:`distinct_tokens`.
+
+        Raises
+        ------
+        NoAnswers
+            An answer is left without a token.
+        """
+        tokens_by_answer = self.distinct_tokens(answers)
+        for words, tokens in zip(answers, tokens_by_answer, strict=True):
+            if not tokens:
+                is_spelled = any(one.word in words for one in self.spellings)
+                reason = "begins like another one" if is_spelled else "is not in its vocabulary"
+                raise NoAnswers(f"its tokenizer cannot tell {words[0]!r} apart: it {reason}")
+        return tokens_by_answer
+
+    def distinct_tokens(self, answers: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Find the tokens with which one answer begins and no other one.
 
         In each spelling, that is the first token that is more than space. A token that two answers
         begin with tells nothing, and is left out.
@@ -236,12 +252,7 @@ class AnswerHead:
         Returns
         -------
         list of list of int
-            For each answer places among the v tokens.
-
-        Raises
-        ------
-        NoAnswers
-            An answer is left without a token.
+            For each answer places among the v tokens; none where it has no token of its own.
         """
         tokens_by_answer: list[set[int]] = [set() for _ in answers]
         for form in range(len(SPELLINGS)):
@@ -257,14 +268,10 @@ class AnswerHead:
                 tokens.update(self._first_that_is_not_blank(ids) for ids in spelled)
         claims = [token for tokens in tokens_by_answer for token in tokens]
         places = {token: place for place, token in enumerate(self.token_ids)}
-        found = []
-        for words, tokens in zip(answers, tokens_by_answer, strict=True):
-            distinct = sorted(token for token in tokens if claims.count(token) == 1)
-            if not distinct:
-                reason = "begins like another one" if tokens else "is not in its vocabulary"
-                raise NoAnswers(f"its tokenizer cannot tell {words[0]!r} apart: it {reason}")
-            found.append([places[token] for token in distinct])
-        return found
+        return [
+            [places[token] for token in sorted(tokens) if claims.count(token) == 1]
+            for tokens in tokens_by_answer
+        ]
 
     def _first_that_is_not_blank(self, token_ids: Sequence[int]) -> int:
         return next((token for token in token_ids if token not in self.blank_ids), token_ids[0])

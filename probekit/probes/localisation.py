@@ -1,8 +1,8 @@
-"""Where in the image a probe sees its category: local probes applied to every image token."""
+"""Where in the image a category is seen: local probes, and the lens, applied to image tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,21 @@ from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models import forward
 from probekit.models.budget import TokenBudget
-from probekit.models.devices import copy_to
 from probekit.models.load import Vlm, load_vlm
+from probekit.models.output_head import NoAnswers
 from probekit.models.processor import PreparedImage
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
 from probekit.probes import bootstrap, comparison
 from probekit.probes.probing import control_name
-from probekit.probes.results import ProbeKey, ProbeResults, StateKey, order_columns
+from probekit.probes.results import LENS, ProbeKey, ProbeResults, order_columns
+from probekit.probes.token_readers import LensReader, ProbeReader, TokenReader
 from probekit.probes.weights import ProbeWeights
 
 # Poolings for which a probe's log-odds are the mean of those of single tokens.
 POOLINGS = ("mean", "image_mean")
+
+# What the column `pooling` says for the lens, which reads each token by itself.
+NOT_POOLED = "none"
 
 # The metrics that localisation adds to the metrics table, see localisation_table.
 METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
@@ -44,7 +48,7 @@ CHECKED_IMAGES = 4
 LOADING_SETTINGS = ("revision", "dtype", "untrained", "seed", "trust_remote_code")
 
 # Of what the files hold: files of another version are made again.
-VERSION = 3
+VERSION = 4
 
 LEAVE_OUT = 'localise="" leaves it out'
 
@@ -58,13 +62,14 @@ class _NothingToLocalise(ValueError):
 
 @dataclass(frozen=True)
 class HeatMap:
-    """What the probes of all layers say of each image token of one example.
+    """What is read off each image token of one example, at all layers.
 
     Attributes
     ----------
     logit_ltc : ndarray
-        (l, t, c) log-odds of each class. With ``image_mean`` pooling the log-odds of the example
-        are the mean over its image tokens, with ``mean`` the mean over image and text tokens.
+        (l, t, c) of each class: log-odds of a probe, log-probabilities of the lens. With
+        ``image_mean`` pooling the log-odds of the example are the mean over its image tokens, with
+        ``mean`` the mean over image and text tokens.
     cells_t4 : ndarray
         (t, 4) where each token lies, see :class:`probekit.models.token_grid.TokenGrid`.
     """
@@ -74,7 +79,7 @@ class HeatMap:
 
     @cached_property
     def heat_ltc(self) -> np.ndarray:
-        """Heat (l, t, c): log-odds above the mean of the image's tokens, 0 for the other tokens."""
+        """Heat (l, t, c): how far a token is above the mean of the image's tokens, else 0."""
         logit_ltc = self.logit_ltc.astype(np.float32)
         return np.maximum(logit_ltc - logit_ltc.mean(1, keepdims=True), 0)
 
@@ -83,13 +88,13 @@ def compute_heat(
     vlm: Vlm,
     prepared: Sequence[PreparedImage],
     *,
-    weights: ProbeWeights,
+    readers: Sequence[TokenReader],
     cells: Sequence[np.ndarray],
     budget: TokenBudget | None = None,
-) -> list[HeatMap]:
-    """Run images through the model and apply each layer's probe to every image token.
+) -> list[list[HeatMap]]:
+    """Run images through the model and read every image token at each layer.
 
-    No hidden states are kept: the probes are applied on the device, in the hooks of the layers.
+    No hidden states are kept: tokens are read on the device, in the hooks of the layers.
 
     Parameters
     ----------
@@ -97,8 +102,8 @@ def compute_heat(
         The model.
     prepared : sequence of PreparedImage
         Images of one shape; each runs with its first prompt.
-    weights : ProbeWeights
-        Probes of all decoder layers.
+    readers : sequence of TokenReader
+        Who reads the tokens; the images run once for all of them.
     cells : sequence of ndarray
         (t, 4) where each image's tokens lie.
     budget : TokenBudget or None
@@ -106,44 +111,44 @@ def compute_heat(
 
     Returns
     -------
-    list of HeatMap
-        One per image.
+    list of list of HeatMap
+        For each image one per reader.
     """
-    probes = {}
-    for place, layer in enumerate(vlm.layers):
-        weight_dc, intercept_c = weights.raw_weights(place)
-        probes[layer] = (copy_to(vlm.device, weight_dc), copy_to(vlm.device, intercept_c))
 
-    def run(part: Sequence[PreparedImage]) -> list[np.ndarray]:
-        return _read_logits(vlm, part, probes)
+    def run(part: Sequence[PreparedImage]) -> list[list[np.ndarray]]:
+        return _read_tokens(vlm, part, readers)
 
     first_prompts = [one.with_prompt(0) for one in prepared]
     if budget is None:
-        logits = run(first_prompts)
+        logits_by_image = run(first_prompts)
     else:
-        logits = budget.run(
+        logits_by_image = budget.run(
             first_prompts, run, way="plain", join=lambda first, second, _: [*first, *second]
         )
-    return [HeatMap(logit_ltc, cells_t4) for logit_ltc, cells_t4 in zip(logits, cells, strict=True)]
+    return [
+        [HeatMap(logit_ltc, cells_t4) for logit_ltc in logits]
+        for logits, cells_t4 in zip(logits_by_image, cells, strict=True)
+    ]
 
 
-def _read_logits(
-    vlm: Vlm,
-    prepared: Sequence[PreparedImage],
-    probes: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-) -> list[np.ndarray]:
-    """(l, t, c) log-odds per image; `probes` are (d, c) weights and (c,) intercepts of layers."""
-    logits_by_layer: list[torch.Tensor] = []
+def _read_tokens(
+    vlm: Vlm, prepared: Sequence[PreparedImage], readers: Sequence[TokenReader]
+) -> list[list[np.ndarray]]:
+    """Return what each reader reads, (l, t, c), image by image."""
+    by_layer: list[list[torch.Tensor]] = [[] for _ in readers]
 
-    def apply_probe(layer: str, hidden_ntd: torch.Tensor) -> None:
-        weight_dc, intercept_c = probes[layer]
-        logits_by_layer.append(hidden_ntd.float() @ weight_dc + intercept_c)
+    def read(layer: str, hidden_ntd: torch.Tensor) -> None:
+        for reader, read_so_far in zip(readers, by_layer, strict=True):
+            read_so_far.append(reader(layer, hidden_ntd))
 
-    forward.read_layers(vlm, prepared, apply_probe)
-    logit_lntc = torch.stack(logits_by_layer).cpu().numpy()
+    forward.read_layers(vlm, prepared, read)
+    of_readers = [torch.stack(layers).cpu().numpy() for layers in by_layer]
     # np.take lays numbers out in their order, as they are written to files.
     return [
-        np.take(logit_lntc[:, i], np.flatnonzero(one.image_masks[0]), axis=1)
+        [
+            np.take(read_lntc[:, i], np.flatnonzero(one.image_masks[0]), axis=1)
+            for read_lntc in of_readers
+        ]
         for i, one in enumerate(prepared)
     ]
 
@@ -215,19 +220,19 @@ def _score_categories(
     instances: pd.DataFrame,
     *,
     classes: Sequence[str],
-    learnable: Sequence[int] | np.ndarray,
+    readable: Sequence[int] | np.ndarray,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the metrics (l,) of each category that the image shows in boxes and probes could learn.
+    """Yield the metrics (l,) of each category that the image shows in boxes and can be read.
 
     Categories with a crowd are left out, since no box tells how far a crowd reaches. A category
     that is shown only as a crowd does not count as absent either.
     """
     shown = set(instances.category)
     crowds = set(instances.category[instances.iscrowd != 0])
-    absent = [k for k in learnable if classes[k] not in shown]
+    absent = [k for k in readable if classes[k] not in shown]
     if not absent:
         return
-    for k in learnable:
+    for k in readable:
         if classes[k] not in shown - crowds:
             continue
         of_category = instances[instances.category == classes[k]]
@@ -307,67 +312,165 @@ class _Question(NamedTuple):
     resamples: int
 
 
+@dataclass(frozen=True)
+class _Heat:
+    """Heat that is wanted: who reads the tokens of a model, and where the result goes.
+
+    `weights` are those of the probes; None for the lens.
+    """
+
+    key: ProbeKey
+    folder: Path
+    weights: ProbeWeights | None
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "heat.json"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "heat.safetensors"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "localisation.parquet"
+
+    def write(self, table: pd.DataFrame, stored: dict[str, np.ndarray]) -> None:
+        """Write the metrics, and the heat to keep as tensors."""
+        paths.write_atomic(self.table, table.to_parquet)
+        paths.write_atomic(self.file, lambda part: save_file(stored, part))
+        paths.write_json(self.record, {"reason": ""})
+
+    def refuse(self, reason: str) -> None:
+        """Write down why there is none, so that it is not tried again."""
+        paths.write_json(self.record, {"reason": reason})
+
+    def forget_others(self) -> None:
+        """Remove the heat of other settings."""
+        name_without_version = self.folder.name.rpartition("-")[0]
+        for file in self.folder.parent.glob(f"{name_without_version}-*/*"):
+            file.unlink()
+
+
+class _Scores:
+    """Collects what one reader's heat maps score, and those that are stored."""
+
+    def __init__(self, reader: TokenReader) -> None:
+        self.reader = reader
+        self.stored: dict[str, np.ndarray] = {}
+        self._image_n: list[Any] = []
+        self._scores: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
+
+    def add(
+        self,
+        heat_map: HeatMap,
+        image_id: Any,
+        instances: pd.DataFrame,
+        *,
+        classes: Sequence[str],
+        keep: bool,
+    ) -> None:
+        """Score one image, and keep its heat map where it is to be stored."""
+        if keep:
+            self.stored[_tensor_name(image_id, "logit_ltc")] = heat_map.logit_ltc.astype(np.float16)
+            self.stored[_tensor_name(image_id, "cells_t4")] = heat_map.cells_t4
+        for of_category in _score_categories(
+            heat_map, instances, classes=classes, readable=self.reader.readable
+        ):
+            self._image_n.append(image_id)
+            for metric, score_l in of_category.items():
+                self._scores[metric].append(score_l)
+
+    def table(self, layers: Sequence[str], *, model: str, resamples: int) -> pd.DataFrame:
+        """Return the metrics.
+
+        Raises
+        ------
+        _NothingToLocalise
+            There are too few pairs of image and category.
+        """
+        if len(set(self._image_n)) < 2:
+            raise _NothingToLocalise(
+                f"no heat maps of {model}: fewer than two test images show a category of the task "
+                "in a box that covers a part of them; more test images may"
+            )
+        return localisation_table(
+            {metric: np.array(scores_nl) for metric, scores_nl in self._scores.items()},
+            np.array(self._image_n),
+            layers=layers,
+            resamples=resamples,
+        )
+
+
 def _localise(
     activations: Activations,
     question: _Question,
+    wanted: Sequence[_Heat],
     *,
-    weights: ProbeWeights,
     device: str | None,
     home: paths.Home,
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Run one model over the test images; return its table, and the heat to keep as tensors."""
+) -> None:
+    """Run one model over the test images, and write the heat of all who read its tokens."""
     layers = [layer for layer in activations.layers if layer.startswith("lm.")]
+    model = activations.meta["model"]
     examples = activations.examples
     is_wanted = (examples.task == question.task) & (examples.split == "test")
     rows = examples[is_wanted].reset_index(drop=True)
     shown = question.instances[question.instances.image_id.isin(rows.image_id)]
     instances_by_image = dict(iter(shown.groupby("image_id")))
-    no_instances = question.instances[:0]
-    stored: dict[str, np.ndarray] = {}
-    image_n = []
-    scores: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
     settings = activations.meta["jobs"][-1] | activations.meta["settings"]
-    vlm = _load_model(settings, device, home)
+    scores: dict[ProbeKey, _Scores] = {}
+    with_lens = any(heat.weights is None for heat in wanted)
+    vlm = _load_model(settings, device, home, with_head=with_lens)
+
+    def make_readers(prepared: PreparedImage) -> list[TokenReader]:
+        for heat in wanted:
+            try:
+                scores[heat.key] = _Scores(_make_reader(heat, vlm, question.classes, prepared))
+            except NoAnswers as error:
+                heat.refuse(f"no heat maps of the lens of {model}: {error}")
+        return [of_reader.reader for of_reader in scores.values()]
+
     try:
-        heat_maps = _compute_all_heat(vlm, rows, weights=weights, settings=settings, home=home)
-        description = f"heat maps of {activations.meta['model']} ({control_name(activations)})"
-        for place, heat_map in tqdm(heat_maps, total=len(rows), desc=description, unit="image"):
+        all_heat = _compute_all_heat(vlm, rows, make_readers, settings=settings, home=home)
+        description = f"heat maps of {model} ({control_name(activations)})"
+        for place, heat_maps in tqdm(all_heat, total=len(rows), desc=description, unit="image"):
             image_id = rows.image_id.iloc[place]
-            if place < question.keep:
-                stored[_tensor_name(image_id, "logit_ltc")] = heat_map.logit_ltc.astype(np.float16)
-                stored[_tensor_name(image_id, "cells_t4")] = heat_map.cells_t4
-            instances = instances_by_image.get(image_id, no_instances)
-            for of_category in _score_categories(
-                heat_map,
-                instances,
-                classes=question.classes,
-                learnable=weights.learnable_classes,
-            ):
-                image_n.append(image_id)
-                for metric, score_l in of_category.items():
-                    scores[metric].append(score_l)
+            instances = instances_by_image.get(image_id, question.instances[:0])
+            for heat_map, of_reader in zip(heat_maps, scores.values(), strict=True):
+                of_reader.add(
+                    heat_map,
+                    image_id,
+                    instances,
+                    classes=question.classes,
+                    keep=place < question.keep,
+                )
     finally:
         vlm.release()
-    if len(set(image_n)) < 2:
-        raise _NothingToLocalise(
-            f"no heat maps of {activations.meta['model']}: fewer than two test images show a "
-            "category of the task in a box that covers a part of them; more test images may"
-        )
-    table = localisation_table(
-        {metric: np.array(scores_nl) for metric, scores_nl in scores.items()},
-        np.array(image_n),
-        layers=layers,
-        resamples=question.resamples,
-    )
-    return table, stored
+    for heat in wanted:
+        if heat.key in scores:
+            of_reader = scores[heat.key]
+            table = of_reader.table(layers, model=model, resamples=question.resamples)
+            heat.write(table, of_reader.stored)
 
 
-def _load_model(settings: Mapping[str, Any], device: str | None, home: paths.Home) -> Vlm:
+def _make_reader(
+    heat: _Heat, vlm: Vlm, classes: Sequence[str], prepared: PreparedImage
+) -> TokenReader:
+    if heat.weights is None:
+        return LensReader.of(vlm, classes, prepared)
+    return ProbeReader(heat.weights, vlm)
+
+
+def _load_model(
+    settings: Mapping[str, Any], device: str | None, home: paths.Home, *, with_head: bool
+) -> Vlm:
     try:
         return load_vlm(
             settings["model"],
             device=device,
             home=home,
+            with_head=with_head,
             **{name: settings[name] for name in LOADING_SETTINGS},
         )
     except OSError as error:
@@ -377,12 +480,12 @@ def _load_model(settings: Mapping[str, Any], device: str | None, home: paths.Hom
 def _compute_all_heat(
     vlm: Vlm,
     rows: pd.DataFrame,
+    make_readers: Callable[[PreparedImage], list[TokenReader]],
     *,
-    weights: ProbeWeights,
     settings: Mapping[str, Any],
     home: paths.Home,
-) -> Iterator[tuple[int, HeatMap]]:
-    """Yield the place in `rows` and the heat of each example, batch by batch."""
+) -> Iterator[tuple[int, list[HeatMap]]]:
+    """Yield the place in `rows` of each example and the heat that each reader finds there."""
     longest_side = settings["longest_side"]
     items = loading.prepare_images(
         vlm.prompt_processor,
@@ -399,16 +502,16 @@ def _compute_all_heat(
     )
     batches = loading.fill_batches(items, token_budget=lambda: budget.tokens, way=lambda: "plain")
     grid = TokenGrid(vlm)
-    is_checked = False
+    readers: list[TokenReader] | None = None
     for batch in batches:
         places = [int(item.rows[0]) for item in batch]
         prepared = [item.prepared for item in batch]
         images = [load_rgb(home.resolve(rows.file.iloc[place]), longest_side) for place in places]
-        if not is_checked:
+        if readers is None:
             check_token_grid(vlm, images[:CHECKED_IMAGES], prompt=rows.prompt.iloc[0])
-            is_checked = True
+            readers = make_readers(prepared[0].with_prompt(0))
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
-        heat_maps = compute_heat(vlm, prepared, weights=weights, cells=cells, budget=budget)
+        heat_maps = compute_heat(vlm, prepared, readers=readers, cells=cells, budget=budget)
         yield from zip(places, heat_maps, strict=True)
 
 
@@ -427,12 +530,12 @@ def add_localisation(
     device: str | None = None,
     home: str | Path | paths.Home | None = None,
 ) -> ProbeResults:
-    """Apply the probes of a local task to every image token of all test images.
+    """Apply the probes of a local task, and the lens, to every image token of all test images.
 
     The models run once more, over the test images. Heat that `folder` holds for these settings is
     read back. What can have no heat (activations without ``"logreg"`` probes of decoder layers, a
-    model whose tokens have no known place in the image, test images without boxes) is passed over
-    with a line that says so.
+    model whose tokens have no known place in the image, test images without boxes, a lens without
+    words) is passed over with a line that says so.
 
     Parameters
     ----------
@@ -472,38 +575,74 @@ def add_localisation(
         return results
     question = _Question(task, info.classes, instances, keep, resamples)
     tables = [results.metrics]
-    heat = {}
+    heat_files = {}
     for activations in activations_list:
-        for pooling in POOLINGS:
-            if activations.control != "none" or pooling not in activations.poolings:
-                continue
-            model = activations.meta["model"]
-            key = StateKey(model, control_name(activations), pooling, task)
-            weights = results.weights.get(ProbeKey(*key, "logreg"))
-            if weights is None:
-                name = ", ".join(key)
-                tqdm.write(f"no heat maps of {name}: it has no logreg probes of decoder layers")
-                continue
-            settings = _probe_fingerprint(results, activations)
-            version = paths.fingerprint(VERSION, settings, keep, resamples)
-            heat_folder = folder / activations.name / f"heat-{pooling}-{task}-{version}"
-            reason = _store_heat(
-                heat_folder,
-                activations,
-                question=question,
-                weights=weights,
-                device=device,
-                home=home,
-            )
+        if activations.control != "none":
+            continue
+        wanted = _wanted_heat(activations, results, question=question, folder=folder)
+        _make_missing(activations, wanted, question=question, device=device, home=home)
+        for heat in wanted:
+            reason = paths.read_json(heat.record)["reason"]
             if reason:
                 tqdm.write(reason)
                 continue
-            table = pd.read_parquet(heat_folder / "localisation.parquet")
-            columns = {**key._asdict(), "stage": "lm", "probe": "logreg", "split": "test"}
-            tables.append(table.assign(**columns, seed=0, settings=settings))
-            heat[key] = home.relative(heat_folder / "heat.safetensors")
+            table = pd.read_parquet(heat.table)
+            table = table.assign(**heat.key._asdict(), stage="lm", split="test", seed=0)
+            tables.append(table.assign(settings=_probe_fingerprint(results, activations)))
+            heat_files[heat.key] = home.relative(heat.file)
     metrics = order_columns(pd.concat(tables, ignore_index=True))
-    return replace(results, metrics=metrics, heat=heat)
+    return replace(results, metrics=metrics, heat=heat_files)
+
+
+def _wanted_heat(
+    activations: Activations, results: ProbeResults, *, question: _Question, folder: Path
+) -> list[_Heat]:
+    """Return who is to read the tokens of a model: its probes, and the lens."""
+    wanted = []
+    model = activations.meta["model"]
+    control = control_name(activations)
+    version = paths.fingerprint(
+        VERSION, _probe_fingerprint(results, activations), question.keep, question.resamples
+    )
+    for pooling in POOLINGS:
+        if pooling not in activations.poolings:
+            continue
+        key = ProbeKey(model, control, pooling, question.task, "logreg")
+        weights = results.weights.get(key)
+        if weights is None:
+            tqdm.write(
+                f"no heat maps of {', '.join(key.state)}: it has no logreg probes of decoder layers"
+            )
+            continue
+        name = f"heat-{pooling}-{question.task}-{version}"
+        wanted.append(_Heat(key, folder / activations.name / name, weights))
+    if "lm" in activations.stages:
+        key = ProbeKey(model, control, NOT_POOLED, question.task, LENS)
+        name = f"heat-{LENS}-{question.task}-{version}"
+        wanted.append(_Heat(key, folder / activations.name / name, None))
+    return wanted
+
+
+def _make_missing(
+    activations: Activations,
+    wanted: Sequence[_Heat],
+    *,
+    question: _Question,
+    device: str | None,
+    home: paths.Home,
+) -> None:
+    """Make the heat that is not on disk, or write down why there is none."""
+    missing = [heat for heat in wanted if not heat.record.exists()]
+    if not missing:
+        return
+    for heat in missing:
+        heat.forget_others()
+    try:
+        _localise(activations, question, missing, device=device, home=home)
+    except (NoTokenGrid, _NothingToLocalise) as error:
+        for heat in missing:
+            if not heat.record.exists():
+                heat.refuse(str(error))
 
 
 def _probe_fingerprint(results: ProbeResults, activations: Activations) -> str:
@@ -515,34 +654,6 @@ def _probe_fingerprint(results: ProbeResults, activations: Activations) -> str:
     raise ValueError(f"the results hold no probes of {activations.name}: run 03_probe again")
 
 
-def _store_heat(
-    folder: Path,
-    activations: Activations,
-    *,
-    question: _Question,
-    weights: ProbeWeights,
-    device: str | None,
-    home: paths.Home,
-) -> str:
-    """Write table and heat to `folder` unless they are there; return why there are none."""
-    record = folder / "heat.json"
-    if record.exists():
-        return paths.read_json(record)["reason"]
-    name_without_version = folder.name.rpartition("-")[0]
-    for file in folder.parent.glob(f"{name_without_version}-*/*"):
-        file.unlink()  # heat of other settings
-    reason = ""
-    try:
-        table, tensors = _localise(activations, question, weights=weights, device=device, home=home)
-    except (NoTokenGrid, _NothingToLocalise) as error:
-        reason = str(error)
-    else:
-        paths.write_atomic(folder / "localisation.parquet", table.to_parquet)
-        paths.write_atomic(folder / "heat.safetensors", lambda part: save_file(tensors, part))
-    paths.write_json(record, {"reason": reason})
-    return reason
-
-
 def _tensor_name(image_id: object, part: str) -> str:
     return f"{image_id}/{part}"
 
@@ -552,7 +663,7 @@ class StoredHeat:
 
     Parameters
     ----------
-    heat : mapping of StateKey to str
+    heat : mapping of ProbeKey to str
         The files, such as :attr:`probekit.probes.results.ProbeResults.heat`; those that are gone
         are passed over.
     home : str, Path or Home, optional
@@ -560,17 +671,17 @@ class StoredHeat:
 
     Attributes
     ----------
-    files : dict of StateKey to Path
+    files : dict of ProbeKey to Path
         The files that exist.
     """
 
     def __init__(
-        self, heat: Mapping[StateKey, str], home: str | Path | paths.Home | None = None
+        self, heat: Mapping[ProbeKey, str], home: str | Path | paths.Home | None = None
     ) -> None:
         home = paths.Home.find(home)
-        self.files: dict[StateKey, Path] = {}
-        self._opened: dict[StateKey, Any] = {}
-        self._names: dict[StateKey, set[str]] = {}
+        self.files: dict[ProbeKey, Path] = {}
+        self._opened: dict[ProbeKey, Any] = {}
+        self._names: dict[ProbeKey, set[str]] = {}
         for key, name in heat.items():
             file = home.resolve(name)
             if file.exists():
@@ -578,7 +689,7 @@ class StoredHeat:
                 self._opened[key] = safe_open(file, framework="numpy")
                 self._names[key] = set(self._opened[key].keys())
 
-    def get(self, key: StateKey, image_id: object) -> HeatMap | None:
+    def get(self, key: ProbeKey, image_id: object) -> HeatMap | None:
         """Return the heat map of a test image, or None where none is stored."""
         logit_name = _tensor_name(image_id, "logit_ltc")
         if logit_name not in self._names.get(key, set()):

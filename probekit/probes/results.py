@@ -21,6 +21,9 @@ from probekit.tasks.base import TaskInfo
 # The metric that each kind of task is judged by.
 HEADLINE = {"binary": "accuracy", "multilabel": "f1_macro", "one_of": "f1_macro"}
 
+# Called like a probe in tables and keys: what a layer would say through the model's own head.
+LENS = "lens"
+
 TABLES = ("metrics", "losses", "transfer", "similarity", "ranks")
 
 # The columns of `metrics` that always exist, in their order; further columns follow them.
@@ -123,8 +126,9 @@ class ProbeResults:
         (l, n, 5) int32: the nearest test examples of each test example.
     weights : dict of ProbeKey to ProbeWeights
         The ``"logreg"`` and ``"mean_difference"`` probes of the decoder layers.
-    heat : dict of StateKey to str
-        The file with the stored heat maps of test images, relative to the home where it lies there.
+    heat : dict of ProbeKey to str
+        The file with the stored heat maps of test images, relative to the home where it lies there:
+        of ``"logreg"`` probes and of the ``"lens"``.
     tasks : dict of str to TaskInfo
         Kind, classes and question of each task.
     stores : tuple of dict
@@ -141,7 +145,7 @@ class ProbeResults:
     predictions: dict[ProbeKey, np.ndarray] = field(default_factory=dict)
     neighbours: dict[StateKey, np.ndarray] = field(default_factory=dict)
     weights: dict[ProbeKey, ProbeWeights] = field(default_factory=dict)
-    heat: dict[StateKey, str] = field(default_factory=dict)
+    heat: dict[ProbeKey, str] = field(default_factory=dict)
     tasks: dict[str, TaskInfo] = field(default_factory=dict)
     stores: tuple[dict[str, Any], ...] = ()
 
@@ -345,7 +349,10 @@ class ProbeResults:
                 for number, entry in enumerate(content["neighbours"])
             },
             weights={key: ProbeWeights(**parts) for key, parts in weight_fields.items()},
-            heat={_state_key(entry): entry["file"] for entry in content["heat"]},
+            heat={
+                ProbeKey(*(entry[name] for name in ProbeKey._fields)): entry["file"]
+                for entry in content["heat"]
+            },
             tasks=tasks,
             stores=tuple(content["stores"]),
         )
@@ -374,10 +381,6 @@ def _write_arrays(file: Path, arrays: Sequence[np.ndarray]) -> None:
     # safetensors writes the memory as it lies: an array in another order would be scrambled.
     numbered = {str(number): np.ascontiguousarray(array) for number, array in enumerate(arrays)}
     paths.write_atomic(file, lambda part: save_file(numbered, part))
-
-
-def _state_key(entry: dict[str, str]) -> StateKey:
-    return StateKey(*(entry[name] for name in StateKey._fields))
 
 
 def default_stage(table: pd.DataFrame) -> str:

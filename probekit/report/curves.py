@@ -10,11 +10,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from probekit.probes.controls import BASELINES, CONTROL_WORDS
-from probekit.probes.results import select_curve
+from probekit.probes.results import LENS, select_curve
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
     GREY,
+    HALF_PAGE,
     LAYER_AXIS,
     PALETTE,
     PLATEAU_OPACITY,
@@ -41,6 +42,8 @@ LOWER_IS_BETTER = ("codelength", "log_loss")
 # An F1 of guesses says little, so other metrics have no line for baselines.
 BASELINE_METRICS = ("accuracy", "log_loss")
 CHANCE_ACCURACY = 0.5  # of balanced yes-or-no labels
+HEAT_METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes")
+ABSENT_WORDS = "absent categories, same boxes"
 LOSS_DASHES = {"train": "solid", "validation": "dash"}
 
 
@@ -309,8 +312,9 @@ def rank_curves(ranks: pd.DataFrame) -> go.Figure:
 def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = False) -> go.Figure:
     """Draw the share of a category's heat that lies in its boxes by layer, and the boxes' share.
 
-    Dotted: the heat of probes of categories that the image does not show, in the same boxes.
-    Dashed: the untrained model. See :mod:`probekit.probes.localisation`.
+    Left the local probe, right the lens where there is one. Dotted: the heat of categories that
+    the image does not show, in the same boxes. Dashed: the untrained model. See
+    :mod:`probekit.probes.localisation`.
 
     Parameters
     ----------
@@ -324,14 +328,53 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
     Returns
     -------
     Figure
-        One panel.
+        A panel for each of them.
     """
-    figure = go.Figure()
+    heat = table[(table.task == task) & table.metric.isin(HEAT_METRICS)]
+    panels = {}
+    of_probe = heat[heat.probe != LENS]
+    if len(of_probe):
+        rows, pooling_words = first_pooling(of_probe)
+        panels[f"local probe{pooling_words}"] = rows
+    if (heat.probe == LENS).any():
+        panels["lens: the word for the category"] = heat[heat.probe == LENS]
+    figure = make_subplots(
+        1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.04
+    )
     colours = model_colours(table)
-    absent_words = "probes of absent categories, same boxes"
-    is_heat = table.metric.isin(["heat_in_boxes", "others_in_boxes", "area_in_boxes"])
-    rows, pooling_words = first_pooling(table[(table.task == task) & is_heat])
+    for column, rows in enumerate(panels.values(), 1):
+        for trace in _heat_traces(rows, colours=colours):
+            # The entries of the first panel stand for both.
+            trace.showlegend = bool(trace.showlegend) and column == 1
+            figure.add_trace(trace, row=1, col=column)
+        of_area = (rows.metric == "area_in_boxes") & (rows.control == "none")
+        figure.add_hline(
+            y=rows[of_area].value.mean(),
+            line={"color": GREY, "width": 1.5},
+            annotation_text="share of area",
+            annotation_font_color=GREY,
+            annotation_position="bottom right",
+            row=1,
+            col=column,
+        )
+    figure.add_trace(legend_entry(ABSENT_WORDS, line={"dash": "dot", "color": GREY}))
+    apply_style(
+        figure,
+        title="Where in the image: heat within the boxes of the category",
+        height=480,
+        width=FULL_PAGE if len(panels) > 1 else HALF_PAGE,
+        panel_titles=True,
+    )
+    if len(panels) == 1:
+        make_room_for_legend(figure)
+    figure.update_yaxes(title="share of heat in the boxes", col=1)
+    figure.update_yaxes(rangemode="tozero")
+    return add_depth_menu(figure, relative=relative)
 
+
+def _heat_traces(rows: pd.DataFrame, *, colours: dict[str, str]) -> list[go.Scatter]:
+    """Return the curves of one reader: of categories in their boxes, and of absent ones there."""
+    traces = []
     curves = rows[rows.metric != "area_in_boxes"]
     for (model, control, metric), curve in curves.groupby(
         ["model", "control", "metric"], sort=False
@@ -342,7 +385,7 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
             name += " untrained"
         if is_absent:
             name += ", absent categories"
-        traces = curve_traces(
+        of_curve = curve_traces(
             curve.reset_index(drop=True),
             name=name,
             control=control,
@@ -351,33 +394,20 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
             metric=metric,
             dash="dot" if is_absent else None,
         )
-        line = traces[-1]
+        line = of_curve[-1]
         if is_absent:
             line.update(
                 showlegend=False,
                 opacity=0.8,
                 line={"width": 1.5},
                 mode="lines",
-                legendgroup=absent_words,
+                legendgroup=ABSENT_WORDS,
             )
-            traces = [line]
+            of_curve = [line]
         else:
             line.update(showlegend=True)
-        figure.add_traces(traces)
-
-    figure.add_trace(legend_entry(absent_words, line={"dash": "dot", "color": GREY}))
-    of_area = (rows.metric == "area_in_boxes") & (rows.control == "none")
-    figure.add_hline(
-        y=rows[of_area].value.mean(),
-        line={"color": GREY, "width": 1.5},
-        annotation_text="share of area",
-        annotation_font_color=GREY,
-        annotation_position="bottom right",
-    )
-    title = f"Where in the image: heat of the local probe within the boxes{pooling_words}"
-    make_room_for_legend(apply_style(figure, title=title))
-    figure.update_yaxes(title="share of heat in the boxes", rangemode="tozero")
-    return add_depth_menu(figure, relative=relative)
+        traces += of_curve
+    return traces
 
 
 def loss_curves(

@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import Said, lens_probabilities, said_probabilities
+from probekit.models.output_head import NoAnswers
 from probekit.models.token_grid import NoTokenGrid
 from probekit.paths import Home
-from probekit.probes.localisation import POOLINGS, HeatMap, box_shares
+from probekit.probes.localisation import NOT_POOLED, POOLINGS, HeatMap, box_shares
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
 from probekit.report.example_search import KNOWN_NOT_SAID, ORDERS, find_examples
@@ -28,6 +29,8 @@ from probekit.tasks.base import TaskInfo
 ANY_CATEGORY = "any"
 HEAT_PROBE = "logreg"
 LENSES = (LENS, TUNED_LENS)
+# Who reads the image tokens for the heat.
+PROBE_HEAT, LENS_HEAT = "this probe", "lens"
 LONGEST_NEIGHBOUR_PROMPT = 90  # characters
 
 
@@ -139,6 +142,11 @@ class Explorer:
             description="category", options=[], layout=widgets.Layout(width="210px")
         )
         self.heat_checkbox = checkbox("heat", True)
+        self.heat_reader_dropdown = widgets.Dropdown(
+            description="heat of",
+            options=[PROBE_HEAT, LENS_HEAT],
+            layout=widgets.Layout(width="210px"),
+        )
         self.boxes_checkbox = checkbox("boxes", True)
         self.run_model_checkbox = checkbox("run the model where none is stored", False)
         self.heat_share = widgets.HTML()
@@ -160,7 +168,9 @@ class Explorer:
         drawing_choices = widgets.HBox(
             [self.heat_category_dropdown, self.heat_checkbox, self.boxes_checkbox]
         )
-        self.heat_controls = widgets.VBox([drawing_choices, self.run_model_checkbox])
+        self.heat_controls = widgets.VBox(
+            [drawing_choices, self.heat_reader_dropdown, self.run_model_checkbox]
+        )
         left = widgets.VBox(
             [self.photo, self.heat_controls, self.heat_share],
             layout=widgets.Layout(flex="0 0 400px"),
@@ -190,7 +200,10 @@ class Explorer:
             self._find_examples,
             [self.order_dropdown, self.image_category_dropdown, self.search_box],
         )
-        self._react(self._show_example, [self.example_slider, self.run_model_checkbox])
+        self._react(
+            self._show_example,
+            [self.example_slider, self.heat_reader_dropdown, self.run_model_checkbox],
+        )
         self._react(
             self._show_layer,
             [
@@ -253,6 +266,19 @@ class Explorer:
     @property
     def _probe_keys(self) -> list[ProbeKey]:
         return [key for key in self.saved.results.predictions if key.probe not in LENSES]
+
+    @property
+    def heat_key(self) -> ProbeKey:
+        """Who reads the image tokens for the heat: the chosen probes, or the lens."""
+        state = self.state
+        if self.heat_reader_dropdown.value == LENS_HEAT:
+            return ProbeKey(state.model, state.control, NOT_POOLED, state.task, LENS)
+        return ProbeKey(*state, self.probe_dropdown.value)
+
+    @property
+    def _can_have_heat(self) -> bool:
+        key = self.heat_key
+        return key.probe == LENS or (key.probe == HEAT_PROBE and key.pooling in POOLINGS)
 
     @property
     def said_nc(self) -> np.ndarray | None:
@@ -355,10 +381,10 @@ class Explorer:
             self.no_heat_reason = (
                 "Image tokens stand before the text: only category tasks have heat."
             )
-        elif self.state.pooling not in POOLINGS or self.probe_dropdown.value != HEAT_PROBE:
+        elif not self._can_have_heat:
             poolings = " or ".join(POOLINGS)
             self.no_heat_reason = (
-                f"Only {HEAT_PROBE} probes on states pooled as {poolings} have heat."
+                f"Only {HEAT_PROBE} probes on states pooled as {poolings} have heat, and the lens."
             )
         else:
             self.no_heat_reason = (
@@ -366,9 +392,9 @@ class Explorer:
             )
             try:
                 self.heat_map = self.saved.heat_map(
-                    self.state, row, run_model=self.run_model_checkbox.value
+                    self.heat_key, row, run_model=self.run_model_checkbox.value
                 )
-            except NoTokenGrid as error:
+            except (NoTokenGrid, NoAnswers) as error:
                 self.no_heat_reason = _fill("{}", str(error))
 
     def _show_layer(self) -> None:

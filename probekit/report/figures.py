@@ -79,13 +79,14 @@ def run_figures(
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
         figures[f"{task}_localisation"] = Figure(
             curves.localisation_curves(table, task, relative=relative),
-            "The local logreg probe, applied to every image token. Heat is how far a token's "
-            "score for a category lies above the image's mean; drawn is the share of it that lies "
-            "in the boxes of that category's instances, over all pairs of test image and category "
-            "(bands: 95 % over images). The grey line is the share of tokens in the boxes. Dotted: "
-            "probes of categories that the image does not show, in the same boxes: any object "
-            "stands out from its background, and only what lies above that line is about the "
-            "category. Dashed: random weights.",
+            "Left: the local logreg probe, applied to every image token. Right: which category's "
+            "word each image token would say through the model's own final norm and output "
+            "embedding (the lens). Heat is how far a token's score for a category lies above the "
+            "image's mean; drawn is the share of it that lies in the boxes of that category's "
+            "instances, over all pairs of test image and category (bands: 95 % over images). The "
+            "grey line is the share of tokens in the boxes. Dotted: categories that the image does "
+            "not show, in the same boxes: any object stands out from its background, and only what "
+            "lies above that line is about the category. Dashed: random weights.",
             "Where in the image",
         )
     return figures

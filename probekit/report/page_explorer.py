@@ -179,10 +179,14 @@ def _states_to_show(run: SavedRun, model: str) -> list[StateKey]:
         if key.model == model and key.control == "none" and key.probe == PROBE
     ]
     first_of_kind: dict[str, StateKey] = {}
-    for state in sorted(states, key=lambda state: state not in run.stored_heat.files):
+    for state in sorted(states, key=lambda state: _heat_key(state) not in run.stored_heat.files):
         kind = run.results.tasks[state.task].kind
         first_of_kind.setdefault(kind, state)
     return [first_of_kind[kind] for kind in ("multilabel", "binary") if kind in first_of_kind]
+
+
+def _heat_key(state: StateKey) -> ProbeKey:
+    return ProbeKey(*state, PROBE)
 
 
 def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tuple[str, int]]:
@@ -194,7 +198,7 @@ def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tupl
     p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
 
     def has_heat(image_id: int) -> bool:
-        return run.stored_heat.get(state, image_id) is not None
+        return run.stored_heat.get(_heat_key(state), image_id) is not None
 
     needs_heat = any(has_heat(image_id) for image_id in rows.image_id.unique())
     selected: list[tuple[str, int]] = []
@@ -263,7 +267,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     title = f"“{_shorten(row.prompt)}”"
     boxes_b4 = np.zeros((0, 4))
     heat_lhw = None
-    heat_map = run.stored_heat.get(state, row.image_id)
+    heat_map = run.stored_heat.get(_heat_key(state), row.image_id)
     if heat_map is not None:
         c = int(counted[np.argmax(is_yes)])  # the first that is truly there, else the first
         category = info.classes[c]

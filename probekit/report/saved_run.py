@@ -22,7 +22,8 @@ from probekit.probes.localisation import (
     compute_heat,
     relative_boxes,
 )
-from probekit.probes.results import ProbeKey, ProbeResults, StateKey
+from probekit.probes.results import LENS, ProbeKey, ProbeResults
+from probekit.probes.token_readers import LensReader, ProbeReader, TokenReader
 from probekit.report.results import Results
 from probekit.tasks import building
 
@@ -50,10 +51,11 @@ def list_runs(home: str | Path | Home | None = None) -> list[str]:
 
 
 class _LoadedModel(NamedTuple):
-    """A model that makes heat maps which are not stored."""
+    """A model that makes heat maps which are not stored; `has_head` for the lens."""
 
     name: str
     control: str
+    has_head: bool
     vlm: Vlm
     grid: TokenGrid
 
@@ -202,14 +204,15 @@ class SavedRun:
         return dict(iter(instances.groupby("image_id")))
 
     def heat_map(
-        self, key: StateKey, example: pd.Series, *, run_model: bool = True
+        self, key: ProbeKey, example: pd.Series, *, run_model: bool = True
     ) -> HeatMap | None:
-        """Return what the logreg probes say of each image token of a test example.
+        """Return what is read off each image token of a test example.
 
         Parameters
         ----------
-        key : StateKey
-            Which probes.
+        key : ProbeKey
+            Who reads them: logreg probes, or the lens, see
+            :attr:`probekit.probes.results.ProbeResults.heat`.
         example : Series
             A row of :meth:`test_examples`.
         run_model : bool
@@ -224,6 +227,8 @@ class SavedRun:
         ------
         NoTokenGrid
             It is not known where in the image the model's tokens lie.
+        NoAnswers
+            The lens has no words to read.
         """
         stored = self.stored_heat.get(key, example.image_id)
         if stored is not None or not run_model:
@@ -232,18 +237,21 @@ class SavedRun:
         longest_side = self._extraction_settings(key)["longest_side"]
         image = load_rgb(self.home.resolve(example.file), longest_side)
         prepared = model.vlm.prompt_processor.prepare(image, [example.prompt])
-        heat_maps = compute_heat(
-            model.vlm,
-            [prepared],
-            weights=self.results.weights[ProbeKey(*key, "logreg")],
-            cells=[model.grid(prepared, image.size)],
-        )
-        return heat_maps[0]
+        reader: TokenReader
+        if key.probe == LENS:
+            reader = LensReader.of(model.vlm, self.results.tasks[key.task].classes, prepared)
+        else:
+            reader = ProbeReader(self.results.weights[key], model.vlm)
+        cells = [model.grid(prepared, image.size)]
+        ((heat_map,),) = compute_heat(model.vlm, [prepared], readers=[reader], cells=cells)
+        return heat_map
 
-    def _load_model(self, key: StateKey, *, prompt: str) -> _LoadedModel:
+    def _load_model(self, key: ProbeKey, *, prompt: str) -> _LoadedModel:
         """Return the model of a key; one is kept at a time."""
         model = self._model
-        if model is not None and (model.name, model.control) == (key.model, key.control):
+        needs_head = key.probe == LENS
+        is_same = model is not None and (model.name, model.control) == (key.model, key.control)
+        if model is not None and is_same and (model.has_head or not needs_head):
             return model
         if model is not None:
             model.vlm.release()
@@ -252,6 +260,7 @@ class SavedRun:
         vlm = load_vlm(
             settings["model"],
             home=self.home,
+            with_head=needs_head,
             **{name: settings[name] for name in LOADING_SETTINGS},
         )
         test_files = self.examples.file[self.examples.split == "test"].unique()
@@ -261,10 +270,10 @@ class SavedRun:
         except NoTokenGrid:
             vlm.release()
             raise
-        self._model = _LoadedModel(key.model, key.control, vlm, TokenGrid(vlm))
+        self._model = _LoadedModel(key.model, key.control, needs_head, vlm, TokenGrid(vlm))
         return self._model
 
-    def _extraction_settings(self, key: StateKey) -> dict[str, Any]:
+    def _extraction_settings(self, key: ProbeKey) -> dict[str, Any]:
         wanted = ("none", key.model, key.control == "untrained")
         for store in self.results.stores:
             meta = store["meta"]

@@ -60,7 +60,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
     }
     best = best_layers(table, plain_tasks, probe=probe)
     in_other_words = wording_table(table, pd.DataFrame(), tasks, probe=probe)
-    several_poolings = table.pooling.nunique() > 1
+    several_poolings = table.pooling[table.probe == probe].nunique() > 1
     paragraphs = Summary()
     for _, best_row in best[best.control == "none"].iterrows():
         rows = _same_source(table, best_row)

@@ -338,16 +338,18 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
             depth_xs.append(x)
     step = tick_step(max(last_layers) + 1)
 
-    layer_button = {
-        "label": "layer",
-        "method": "update",
-        "args": [{"x": layer_xs}, {"xaxis.title.text": LAYER_AXIS, "xaxis.dtick": step}],
-    }
-    depth_button = {
-        "label": "relative depth",
-        "method": "update",
-        "args": [{"x": depth_xs}, {"xaxis.title.text": DEPTH_AXIS, "xaxis.dtick": 0.1}],
-    }
+    axes = [name for name in figure.layout if name.startswith("xaxis")] or ["xaxis"]
+
+    def button(label: str, xs: list, title: str, dtick: float) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        for axis in axes:
+            changes |= {f"{axis}.title.text": title, f"{axis}.dtick": dtick}
+        return {"label": label, "method": "update", "args": [{"x": xs}, changes]}
+
+    buttons = [
+        button("layer", layer_xs, LAYER_AXIS, step),
+        button("relative depth", depth_xs, DEPTH_AXIS, 0.1),
+    ]
     for trace, x in zip(figure.data, depth_xs if relative else layer_xs, strict=True):
         trace.x = x
     if relative:
@@ -360,7 +362,7 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
     menu = {
         "type": "buttons",
         "direction": "right",
-        "buttons": [layer_button, depth_button],
+        "buttons": buttons,
         "showactive": False,
         "x": 1,
         "xanchor": "right",

@@ -10,7 +10,8 @@ from probekit.extraction.store import Activations
 from probekit.models import batches, forward
 from probekit.models.token_grid import NoTokenGrid, TokenGrid
 from probekit.probes import localisation
-from probekit.probes.results import StateKey
+from probekit.probes.results import ProbeKey
+from probekit.probes.token_readers import ProbeReader
 from probekit.probes.weights import ProbeWeights
 
 # Two tokens: the left and the right half of the image.
@@ -60,12 +61,15 @@ def cells(vlm, prepared):
 
 @pytest.fixture(scope="module")
 def heat_maps(vlm, weights, prepared, cells):
-    return localisation.compute_heat(vlm, prepared, weights=weights, cells=cells)
+    reader = ProbeReader(weights, vlm)
+    by_image = localisation.compute_heat(vlm, prepared, readers=[reader], cells=cells)
+    return [heat_map for (heat_map,) in by_image]
 
 
 def test_heat_does_not_depend_on_the_batch(vlm, weights, prepared, cells, heat_maps):
     for one, cells_t4, heat_map in zip(prepared, cells, heat_maps, strict=True):
-        (alone,) = localisation.compute_heat(vlm, [one], weights=weights, cells=[cells_t4])
+        reader = ProbeReader(weights, vlm)
+        ((alone,),) = localisation.compute_heat(vlm, [one], readers=[reader], cells=[cells_t4])
         np.testing.assert_allclose(alone.logit_ltc, heat_map.logit_ltc, atol=2e-3)
 
 
@@ -148,10 +152,10 @@ CUP = {
 }
 
 
-def score_categories(*instances, learnable=(0, 1, 2)):
+def score_categories(*instances, readable=(0, 1, 2)):
     table = pd.DataFrame(list(instances))
     scores = localisation._score_categories(
-        planted_heat(), table, classes=CLASSES, learnable=learnable
+        planted_heat(), table, classes=CLASSES, readable=readable
     )
     return list(scores)
 
@@ -172,8 +176,8 @@ def test_a_crowd_is_neither_scored_nor_absent():
     np.testing.assert_allclose(scores["others_in_boxes"], [1, 1])  # of cars alone
 
 
-def test_a_category_that_no_probe_could_learn_is_not_scored():
-    assert score_categories(CUP, learnable=(1, 2)) == []
+def test_a_category_that_cannot_be_read_is_not_scored():
+    assert score_categories(CUP, readable=(1, 2)) == []
 
 
 def test_the_table_averages_pairs_and_finds_the_layer():
@@ -234,9 +238,10 @@ def test_only_local_tasks_have_heat(small_run, localise, capsys):
     assert "no task 'caption' about categories" in capsys.readouterr().out
 
 
-def test_heat_needs_probes_of_decoder_layers(small_run, localise, capsys):
+def test_without_probes_of_decoder_layers_the_lens_is_left(small_run, localise, capsys):
     without_probes = replace(small_run.results, weights={})
-    assert localise(results=without_probes).heat == {}
+    heat = localise(results=without_probes).heat
+    assert {(key.probe, key.pooling) for key in heat} == {("lens", "none")}
     assert "no logreg probes" in capsys.readouterr().out
 
 
@@ -263,7 +268,7 @@ def test_a_model_that_is_gone_names_the_setting_that_leaves_it_out(localise, mon
 
 
 def test_stored_heat_is_that_of_the_first_test_images(small_run):
-    key = StateKey("tiny-qwen2-vl", "none", "mean", "category")
+    key = ProbeKey("tiny-qwen2-vl", "none", "mean", "category", "logreg")
     stored = localisation.StoredHeat(small_run.results.heat)
     assert key in stored.files
     is_test = (small_run.examples.task == "category") & (small_run.examples.split == "test")
@@ -283,7 +288,9 @@ def test_localisation_adds_its_metrics_beside_those_of_the_probes(small_run):
     metrics = small_run.results.metrics
     rows = metrics[metrics.metric == "localisation"]
     assert set(rows.control) == {"none", "untrained"}
-    assert set(rows.pooling) == {"mean"}  # of "last" tokens no mean is taken
+    readers = set(zip(rows.probe, rows.pooling, strict=True))
+    assert readers == {("logreg", "mean"), ("lens", "none")}  # of "last" tokens no mean is taken
     assert set(rows.settings) <= set(metrics.settings[metrics.metric == "accuracy"])
     layers = metrics.layer[(metrics.metric == "accuracy") & (metrics.stage == "lm")]
-    assert set(rows.layer) == set(layers)
+    for _, of_reader in rows.groupby("probe"):
+        assert set(of_reader.layer) == set(layers)

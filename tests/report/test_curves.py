@@ -1,5 +1,6 @@
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from probekit.report.curves import layer_curves, localisation_curves, loss_curves
@@ -100,22 +101,36 @@ def test_guesses_without_the_states_are_lines_unless_they_lie_on_chance(table):
 def test_heat_in_boxes_is_drawn_beside_that_of_absent_categories(saved_run):
     table = saved_run.results.metrics
     figure = localisation_curves(table, "category")
-    curves = curves_by_name(figure)
-    assert set(curves) == {
+    names = {
         "tiny-qwen2-vl",
         "tiny-qwen2-vl, absent categories",
         "tiny-qwen2-vl untrained",
         "tiny-qwen2-vl untrained, absent categories",
     }
-    rows = table[(table.pooling == "mean") & (table.control == "none")]
-    for name, metric in (
-        ("tiny-qwen2-vl", "heat_in_boxes"),
-        ("tiny-qwen2-vl, absent categories", "others_in_boxes"),
-    ):
-        values = rows[rows.metric == metric].sort_values("layer").value
-        np.testing.assert_allclose(curves[name].y, values)
+    for probe, axis in (("logreg", "x"), ("lens", "x2")):
+        panel = go.Figure([trace for trace in figure.data if (trace.xaxis or "x") == axis])
+        curves = curves_by_name(panel)
+        assert names <= set(curves)
+        rows = table[(table.probe == probe) & (table.control == "none")]
+        for name, metric in (
+            ("tiny-qwen2-vl", "heat_in_boxes"),
+            ("tiny-qwen2-vl, absent categories", "others_in_boxes"),
+        ):
+            values = rows[rows.metric == metric].sort_values("layer").value
+            np.testing.assert_allclose(curves[name].y, values)
     area = rows[rows.metric == "area_in_boxes"].value.mean()
     assert figure.layout.shapes[0].y0 == pytest.approx(area)
+    entries = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert len(entries) == len(set(entries))
+    depth = figure.layout.updatemenus[0].buttons[1].args[1]
+    assert depth["xaxis.title.text"] == depth["xaxis2.title.text"]
+
+
+def test_without_a_lens_the_probe_has_the_figure_to_itself(saved_run):
+    table = saved_run.results.metrics
+    alone = localisation_curves(table[table.probe != "lens"], "category")
+    assert not [trace for trace in alone.data if trace.xaxis == "x2"]
+    assert localisation_curves(table[table.probe == "lens"], "category").data
 
 
 def test_losses_of_every_layer_are_on_the_slider(table, losses):

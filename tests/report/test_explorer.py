@@ -88,6 +88,21 @@ def test_heat_that_is_not_stored_is_made_when_it_is_wanted(explorer):
     assert explorer.message.value == ""
 
 
+def test_the_lens_draws_its_heat_over_the_same_photo(explorer):
+    explorer.task_dropdown.value = "category"
+    probe = explorer.heat_map
+    photo = explorer.photo.value
+    explorer.heat_reader_dropdown.value = "lens"
+    assert explorer.message.value == ""
+    assert explorer.heat_map.logit_ltc.shape == probe.logit_ltc.shape
+    assert not np.allclose(explorer.heat_map.logit_ltc, probe.logit_ltc, atol=0.1)
+    np.testing.assert_array_equal(explorer.heat_map.cells_t4, probe.cells_t4)
+    assert "of the tokens" in explorer.heat_share.value
+    assert explorer.photo.value != photo
+    explorer.probe_dropdown.value = "linear"  # the lens needs no probe
+    assert explorer.heat_map is not None
+
+
 def test_another_model_has_other_heat(explorer):
     explorer.task_dropdown.value = "category"
     trained = explorer.heat_map

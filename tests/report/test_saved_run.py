@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.probes.results import StateKey
+from probekit.probes.localisation import NOT_POOLED
+from probekit.probes.results import ProbeKey
 from probekit.report import saved_run as module
 from probekit.report.saved_run import SavedRun, list_runs
 
-STATE = StateKey("tiny-qwen2-vl", "none", "mean", "category")
+PROBES = ProbeKey("tiny-qwen2-vl", "none", "mean", "category", "logreg")
+LENS = PROBES._replace(pooling=NOT_POOLED, probe="lens")
 
 
 def test_a_run_is_opened_from_the_home_that_is_named(saved_run, small_home, data):
@@ -40,7 +42,8 @@ def test_a_run_without_results_names_the_step(small_home, data):
 def test_a_home_can_be_moved(small_home, tmp_path):
     shutil.copytree(small_home / "data", tmp_path / "data")
     moved = SavedRun.open("small", tmp_path)
-    assert set(moved.stored_heat.files) == {STATE, STATE._replace(control="untrained")}
+    expected = {key._replace(control=c) for key in (PROBES, LENS) for c in ("none", "untrained")}
+    assert set(moved.stored_heat.files) == expected
     assert all(file.is_relative_to(tmp_path) for file in moved.stored_heat.files.values())
 
 
@@ -71,28 +74,33 @@ def test_boxes_are_shares_of_the_image_and_leave_crowds_out(saved_run):
 @pytest.mark.slow
 def test_heat_is_read_where_it_is_stored_and_made_where_it_is_not(small_home, monkeypatch):
     run = SavedRun.open("small", small_home)
-    rows = run.test_examples(STATE.task)
+    rows = run.test_examples(PROBES.task)
     loaded = []
     load_vlm = module.load_vlm
 
     def load_and_record(*args, **options):
-        loaded.append(options["untrained"])
+        loaded.append((options["untrained"], options["with_head"]))
         return load_vlm(*args, **options)
 
     monkeypatch.setattr(module, "load_vlm", load_and_record)
-    stored = run.heat_map(STATE, rows.iloc[0])
-    assert run.heat_map(STATE, rows.iloc[-1], run_model=False) is None
+    stored = {key: run.heat_map(key, rows.iloc[0]) for key in (PROBES, LENS)}
+    assert run.heat_map(PROBES, rows.iloc[-1], run_model=False) is None
     assert loaded == []
 
-    trained = run.heat_map(STATE, rows.iloc[-1])
+    trained = run.heat_map(PROBES, rows.iloc[-1])
     run.stored_heat = module.StoredHeat({}, small_home)
-    computed = run.heat_map(STATE, rows.iloc[0])
-    np.testing.assert_allclose(computed.logit_ltc, stored.logit_ltc, atol=0.02, rtol=2e-3)
-    np.testing.assert_allclose(computed.cells_t4, stored.cells_t4)
-    assert loaded == [False]  # once for all examples
+    computed = {key: run.heat_map(key, rows.iloc[0]) for key in (PROBES, LENS)}
+    for key, heat_map in stored.items():
+        np.testing.assert_allclose(
+            computed[key].logit_ltc, heat_map.logit_ltc, atol=0.02, rtol=2e-3
+        )
+        np.testing.assert_allclose(computed[key].cells_t4, heat_map.cells_t4)
+    run.heat_map(PROBES, rows.iloc[1])
+    # Once for the probes of all examples, and once more with the head that the lens needs.
+    assert loaded == [(False, False), (False, True)]
 
-    untrained = run.heat_map(STATE._replace(control="untrained"), rows.iloc[-1])
-    assert loaded == [False, True]
+    untrained = run.heat_map(PROBES._replace(control="untrained"), rows.iloc[-1])
+    assert loaded[2:] == [(True, False)]
     assert not np.allclose(trained.logit_ltc, untrained.logit_ltc, atol=0.1)
 
 
