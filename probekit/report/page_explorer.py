@@ -10,11 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probekit.answers.scores import Said, said_probabilities
+from probekit.answers.scores import Said, lens_probabilities, said_probabilities
 from probekit.probes.localisation import HeatMap
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
-from probekit.report.example_search import SORT_KEYS, find_examples
+from probekit.report.example_search import KNOWN_NOT_SAID, SORT_KEYS, find_examples
 from probekit.report.figures import Figure
 from probekit.report.saved_run import SavedRun
 from probekit.report.style import FULL_PAGE, LAYER_AXIS, PALETTE, apply_style, tick_step
@@ -47,9 +47,13 @@ def page_explorers(run: SavedRun) -> dict[str, Figure]:
             f"{model}, logreg probes. Choose an example above the photo, and move the slider "
             "through the layers. Left: heat of the category in the title, as this layer's local "
             "probe scores each image token, with the category's boxes. Right: the probability "
-            "that each probe gives its class; full lines are truly yes, dashed ones truly no. "
+            "that each probe gives its class; full lines are truly yes, dashed ones truly no. The "
+            "thin line is what each layer would answer through the lens; it ends in what the model "
+            "says. "
             "“Most surprising” examples are those where the last layer is surest of a wrong "
-            "answer; “earliest decided” ones keep their answers from an early layer on.",
+            "answer; “earliest decided” ones keep their answers from an early layer on; those that "
+            "are “known, but answered wrongly” the probe of the last layer gets right, and the "
+            "model does not.",
             "Single examples",
         )
     return figures
@@ -125,7 +129,7 @@ def example_figure(run: SavedRun, model: str, *, examples_per_order: int = 2) ->
 
 
 def _empty_figure(curve_count: int) -> go.Figure:
-    """Return a figure with the traces: heat, boxes, a curve per class, a mark of the layer."""
+    """Return a figure with the traces: heat, boxes, a curve per class, lens, the layer's mark."""
     figure = make_subplots(1, 2, column_widths=[0.45, 0.55], horizontal_spacing=0.09)
     figure.add_heatmap(
         colorscale=pictures.plotly_heat_scale(),
@@ -152,6 +156,13 @@ def _empty_figure(curve_count: int) -> go.Figure:
             row=1,
             col=2,
         )
+    figure.add_scatter(
+        mode="lines",
+        line={"color": PALETTE[2], "width": 1.2},
+        hovertemplate="layer %{x}<br>lens: p(yes) %{y:.3f}<extra></extra>",
+        row=1,
+        col=2,
+    )
     figure.add_scatter(
         y=[0, 1],
         mode="lines",
@@ -203,11 +214,21 @@ def _choose_examples(run: SavedRun, state: StateKey, *, count: int) -> list[tupl
     needs_heat = any(has_heat(image_id) for image_id in rows.image_id.unique())
     selected: list[tuple[str, int]] = []
     used_images = set()
-    for order in SORT_KEYS:
+    said_nc = said_probabilities(run.results, state)
+    orders = [*SORT_KEYS]
+    is_known_not_said_n = np.zeros(len(rows), bool)
+    if said_nc is not None and run.results.tasks[state.task].kind == "binary":
+        orders.append(KNOWN_NOT_SAID)
+        is_yes_n = np.array(rows.labels.tolist())[:, 0] > 0
+        is_known_n = (p_lnc[-1, :, 0] >= 0.5) == is_yes_n
+        is_known_not_said_n = is_known_n & ((said_nc[:, 0] >= 0.5) != is_yes_n)
+    for order in orders:
         count_of_order = 0
-        for place in find_examples(rows, p_lnc, order=order):
+        for place in find_examples(rows, p_lnc, said_nc=said_nc, order=order):
             image_id = rows.image_id.iloc[place]
             if image_id in used_images or (needs_heat and not has_heat(image_id)):
+                continue
+            if order == KNOWN_NOT_SAID and not is_known_not_said_n[place]:
                 continue
             used_images.add(image_id)
             selected.append((order, int(place)))
@@ -238,6 +259,8 @@ class _Example:
         The true labels.
     p_lc : ndarray, (l, c)
         Probabilities.
+    lens_l : ndarray, (l,), or None
+        Probability of yes through the lens; None where there is no lens or no one question.
     boxes_b4 : ndarray, (b, 4)
         Boxes of the category whose heat is drawn.
     heat_lhw : list of ndarray (h, w), or None
@@ -251,6 +274,7 @@ class _Example:
     class_names: list[str]
     is_yes: list[bool]
     p_lc: np.ndarray
+    lens_l: np.ndarray | None
     boxes_b4: np.ndarray
     heat_lhw: list[np.ndarray] | None
 
@@ -278,6 +302,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     if said_nc is not None:
         said = Said.of(said_nc[place], row, info)
         title += f" · the model says {said.words} ({said.p:.2f})"
+    lens_lnc = lens_probabilities(run.results, state) if info.kind == "binary" else None
     return _Example(
         label=f"{label} — image {row.image_id}",
         title=title,
@@ -286,6 +311,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
         class_names=class_names,
         is_yes=is_yes,
         p_lc=p_lnc[:, place, counted].astype(float),
+        lens_l=None if lens_lnc is None else lens_lnc[:, place, 0].astype(float),
         boxes_b4=boxes_b4,
         heat_lhw=heat_lhw,
     )
@@ -344,8 +370,11 @@ def _trace_properties(example: _Example, *, curve_count: int) -> list[dict[str, 
                 "showlegend": False,
             }
         curves.append(curve)
+    lens: dict[str, Any] = {"x": [None], "y": [None], "name": "", "showlegend": False}
+    if example.lens_l is not None:
+        lens = {"x": np.arange(layers), "y": example.lens_l, "name": "lens", "showlegend": True}
     layer_mark = {"x": at_last.mark_x, "y": [0, 1], "showlegend": False}
-    return [heat, boxes, *curves, layer_mark]
+    return [heat, boxes, *curves, lens, layer_mark]
 
 
 def _layout_properties(example: _Example, *, curve_count: int) -> dict[str, Any]:
@@ -357,7 +386,7 @@ def _layout_properties(example: _Example, *, curve_count: int) -> dict[str, Any]
             "z": [at_layer.heat_hw, None],
             "x": [at_layer.heat_x, at_layer.mark_x],
         }
-        mark_number = curve_count + 2
+        mark_number = curve_count + 3
         step = {"label": str(layer), "method": "restyle", "args": [changes, [0, mark_number]]}
         steps.append(step)
     slider = {

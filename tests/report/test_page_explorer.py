@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from probekit.report.example_search import SORT_KEYS
+from probekit.probes.results import ProbeKey
+from probekit.report.example_search import KNOWN_NOT_SAID, SORT_KEYS
 from probekit.report.page_explorer import example_figure, page_explorers
 
 
@@ -24,9 +27,37 @@ def test_the_menu_has_two_examples_of_each_order_and_task(figure):
     expected = [
         f"{task}: {order}" for task in ("category", "caption") for order in SORT_KEYS for _ in "12"
     ]
-    assert kinds == expected
+    assert kinds[:12] == expected
+    assert set(kinds[12:]) <= {f"caption: {KNOWN_NOT_SAID}"}
     images = [label.partition(" — image ")[2] for label in labels]
-    assert len(set(images[:6])) == len(set(images[6:])) == 6
+    assert len(set(images[:6])) == 6
+    assert len(set(images[6:])) == len(images[6:])
+
+
+def test_what_is_known_but_answered_wrongly_is_just_that(saved_run):
+    """Whatever the model says: here the opposite of what its probe reads in the last layer."""
+    results = saved_run.results
+    predictions = dict(results.predictions)
+    state = ("tiny-qwen2-vl", "none")
+    probe = predictions[ProbeKey(*state, "mean", "caption", "logreg")]
+    for key in predictions:
+        if key.task == "caption" and key.probe == "lens" and key.control == "none":
+            predictions[key] = (1 - probe.astype(float)).astype(np.float16)
+    run = replace(saved_run, results=replace(results, predictions=predictions))
+    figure = example_figure(run, "tiny-qwen2-vl")
+    buttons = [
+        button for button in figure.layout.updatemenus[0].buttons if KNOWN_NOT_SAID in button.label
+    ]
+    assert len(buttons) == 2
+    for button in buttons:
+        properties, layout = button.args
+        said = layout["title.text"].partition("the model says ")[2].partition(" (")[0]
+        curve = properties["y"][2]
+        truth = properties["name"][2].rpartition(": ")[2]
+        assert ("yes" if curve[-1] >= 0.5 else "no") == truth
+        assert {said, truth} == {"yes", "no"}
+        lens = properties["y"][properties["name"].index("lens")]
+        np.testing.assert_allclose(lens, 1 - np.array(curve), atol=2e-3)
 
 
 def test_a_button_changes_every_trace_to_its_example(saved_run, figure):
