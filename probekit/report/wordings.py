@@ -41,6 +41,9 @@ VARIANT_WORDS = {
 # Neither those of probe and answer, and readable on white and on dark.
 PLAIN_COLOUR = "#6b7285"
 VARIANT_COLOURS = PALETTE[2:]
+# Wordings that the legend has room for in one line, and the height of another one in pixels.
+MOST_IN_A_LINE = 6
+LEGEND_LINE = 30
 
 
 def wording_words(task: str, base: str) -> str:
@@ -225,6 +228,9 @@ def wordings_figure(
         width=FULL_PAGE,
         panel_titles=True,
     )
+    if len(names) > MOST_IN_A_LINE:
+        top = figure.layout.margin.t + LEGEND_LINE
+        figure.update_layout(height=figure.layout.height + LEGEND_LINE, margin={"t": top})
     figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1)
     figure.update_xaxes(range=[0, 1.04], dtick=0.25, col=2)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, tickformat=".0%", col=3)
@@ -346,6 +352,6 @@ def wording_sentence(rows: pd.DataFrame) -> str:
         probe = f" (its probe: {row['probe flips']:.0%})" if pd.notna(row["probe flips"]) else ""
         parts.append(f"{row['wording']}, {row['answer flips']:.0%} {interval}{probe}")
     return (
-        "Asked in other words, the model judges as many of the same examples in another way: "
+        "Asked in other words, the model judges this share of the same examples in another way: "
         f"{'; '.join(parts)}."
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.tasks.base import BuildSettings, Variant, task_infos
+from probekit.tasks.base import BuildSettings, Task, Variant, example_rows, task_infos
 from probekit.tasks.building import build_examples, table_fingerprint
 from probekit.tasks.registry import TASKS, find_task, find_tasks
 from probekit.tasks.variants import (
@@ -85,6 +85,34 @@ def test_the_answers_are_those_that_the_prompt_asks_for(all_wordings, name):
         assert (no, yes) == ("false", "true")
     else:
         assert (no, yes) == ("no", "yes")
+
+
+def test_a_task_of_a_user_has_variants_too(many_scenes, tmp_path, monkeypatch):
+    def build(selection, rng, *, prompt="Is {name} on top?"):
+        parts = []
+        for images in selection.images_by_split():
+            label_n = rng.permutation(len(images)) % 2
+            prompts = [prompt.format(name=f"it {rng.integers(100)}") for _ in label_n]
+            parts.append(example_rows(images, prompts, label_n))
+        return pd.concat(parts)
+
+    variants = {"negated": Variant("Is {name} anywhere but on top?", negated=True)}
+    mine = Task("binary", build, "On top?", variants=variants)
+    monkeypatch.setitem(TASKS, "mine", mine)
+    settings = BuildSettings(
+        str(many_scenes), train=20, validation=10, test=10, tasks=("mine", "mine_negated")
+    )
+    examples = build_examples(settings, tmp_path)
+    first, second = pair_examples(examples, "mine", "mine_negated")
+    plain = examples[examples.task == "mine"].iloc[first]
+    negated = examples[examples.task == "mine_negated"].iloc[second]
+    assert len(plain) == 40
+    number = r"it (\d+)"
+    assert plain.prompt.str.extract(number).to_numpy().tolist() == (
+        negated.prompt.str.extract(number).to_numpy().tolist()
+    )
+    assert all(a[0] + b[0] == 1 for a, b in zip(plain.labels, negated.labels, strict=True))
+    assert negated.question.iloc[0] == "On top? (negated)"
 
 
 def test_families_begin_with_the_plain_wording(all_wordings):
