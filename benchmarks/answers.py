@@ -88,7 +88,8 @@ def main() -> None:
             Path(folder), images, held_out=images // 4, seed=0, tasks=("caption", "object")
         )
         seconds, activations = time_extraction(examples, rounds=rounds)
-        medians = {name: float(np.median(times)) for name, times in seconds.items()}
+        # Whatever else runs on the machine only adds to a time.
+        shortest = {name: min(times) for name, times in seconds.items()}
         started = time.perf_counter()
         read_answers(activations, task_infos(examples))
         read_seconds = time.perf_counter() - started
@@ -101,14 +102,14 @@ def main() -> None:
         "images": images,
         "examples": len(examples),
         "extraction_seconds": seconds,
-        "with_over_without": medians["with"] / medians["without"],
+        "with_over_without": shortest["with"] / shortest["without"],
         "read_seconds": read_seconds,
         "read_and_score_seconds": score_seconds,
         "logit_differences": differences,
     }
     print(
         f"{len(examples)} examples of {images} scenes, {MODEL}: extraction "
-        f"{medians['without']:.2f} s, with answers {medians['with']:.2f} s "
+        f"{shortest['without']:.2f} s, with answers {shortest['with']:.2f} s "
         f"({result['with_over_without']:.3f} times)\n"
         f"answers and lenses read in {read_seconds:.2f} s, read and scored in {score_seconds:.2f} s"
     )
