@@ -244,7 +244,7 @@ def _score_figures(
             "easier to extract.",
             section,
         )
-    if rows.pooling.nunique() > 1:
+    if rows.pooling[rows.probe == probe].nunique() > 1:
         figures[f"{task}_poolings"] = Figure(
             comparisons.pooling_curves(table, task, metric, probe=probe),
             "How tokens become one vector: the same probe on each pooling. Bands are 95 % "

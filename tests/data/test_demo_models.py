@@ -91,10 +91,21 @@ def test_categories_are_known_early_and_better_by_the_trained_model(demo_metrics
 
 
 def test_the_trained_model_finds_a_category_in_its_boxes(demo_metrics):
-    table = demo_metrics.set_index(["control", "metric", "layer"])
-    trained = table.loc["none"]
-    untrained = table.loc["untrained"]
+    table = demo_metrics.set_index(["probe", "control", "metric", "layer"]).sort_index()
+    trained = table.loc["logreg", "none"]
+    untrained = table.loc["logreg", "untrained"]
     best = trained.loc["localisation"].value.idxmax()
     assert trained.lo["heat_in_boxes", best] > 4 * trained.value["area_in_boxes", best]
     assert trained.lo["localisation", best] > 0.25
     assert untrained.hi["localisation", best] < 0.1
+
+
+def test_the_tokens_of_a_category_would_say_its_word(demo_metrics):
+    """Above chance for the trained model, and at chance for the untrained one."""
+    table = demo_metrics.set_index(["probe", "control", "metric", "layer"]).sort_index()
+    trained = table.loc["lens", "none"]
+    untrained = table.loc["lens", "untrained"]
+    last = "lm.08"
+    assert trained.lo["localisation", last] > 0.1
+    assert untrained.hi["localisation", last] < 0.1
+    assert trained.lo["heat_in_boxes", last] > 2 * trained.value["area_in_boxes", last]

@@ -39,7 +39,7 @@ def results(activations, tmp_path_factory):
     probed = probe_activations(
         activations, settings=settings, folder=tmp_path_factory.mktemp("results")
     )
-    return replace(probed, heat={STATE: "data/heat.safetensors"})
+    return replace(probed, heat={ProbeKey(*STATE, "logreg"): "data/heat.safetensors"})
 
 
 @pytest.mark.slow
