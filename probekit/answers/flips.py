@@ -10,8 +10,9 @@ import pandas as pd
 from probekit.probes import bootstrap
 from probekit.probes.labels import LabelledTask
 from probekit.probes.results import ProbeKey
+from probekit.probes.wordings import pair_test_examples
 from probekit.tasks.base import task_infos
-from probekit.tasks.variants import pair_examples, wordings
+from probekit.tasks.variants import wordings
 
 FLIPS = "flips"
 
@@ -51,8 +52,13 @@ def score_flips(
     for plain, *variants in families.values():
         if infos[plain].kind == "multilabel":  # there is no one answer that could change
             continue
+        plain_task = LabelledTask.from_examples(examples, plain)
         for variant in variants:
-            pairs = _PairedTest(examples, plain, variant)
+            task = LabelledTask.from_examples(examples, variant)
+            rows = pair_test_examples(examples, plain_task, task)
+            if rows is None:
+                continue
+            pairs = _PairedTest((plain_task, task), rows)
             for key, p_lnc in predictions.items():
                 p_plain_lnc = predictions.get(key._replace(task=plain))
                 if key.task != variant or p_plain_lnc is None:
@@ -78,18 +84,19 @@ def score_flips(
 class _PairedTest:
     """The test examples of two wordings that ask the same image about the same thing."""
 
-    def __init__(self, examples: pd.DataFrame, plain: str, variant: str) -> None:
-        numbers = pair_examples(examples, plain, variant)
-        tasks = [LabelledTask.from_examples(examples, name) for name in (plain, variant)]
-        is_test = tasks[0].split_n[numbers[0]] == "test"
-        self.image_n = tasks[0].true.image_n[numbers[0][is_test]]
+    def __init__(
+        self,
+        tasks: tuple[LabelledTask, LabelledTask],
+        rows: tuple[np.ndarray, np.ndarray],
+    ) -> None:
+        self.image_n = tasks[0].true.image_n[rows[0]]
         self._binary = tasks[0].true.kind == "binary"
         self._places = []
         self._labels = []
-        for task, rows in zip(tasks, numbers, strict=True):
+        for task, rows_n in zip(tasks, rows, strict=True):
             test_rows = task.true.split["test"].numpy()
-            self._places.append(np.searchsorted(test_rows, rows[is_test]))
-            self._labels.append(task.true.y_nc[rows[is_test], 0].numpy() > 0)
+            self._places.append(np.searchsorted(test_rows, rows_n))
+            self._labels.append(task.true.y_nc[rows_n, 0].numpy() > 0)
 
     def flips(self, p_plain_lnc: np.ndarray, p_variant_lnc: np.ndarray) -> np.ndarray:
         """(l, n) True where an example is judged in another way than in the plain wording."""

@@ -391,8 +391,8 @@ class _Scores:
         """
         if len(set(self._image_n)) < 2:
             raise _NothingToLocalise(
-                f"no heat maps of {model}: fewer than two test images show a category of the task "
-                "in a box that covers a part of them; more test images may"
+                f"no heat maps of {model}: fewer than two test images show a category that "
+                "can be read in a box that covers a part of them; more test images may"
             )
         return localisation_table(
             {metric: np.array(scores_nl) for metric, scores_nl in self._scores.items()},
@@ -450,8 +450,12 @@ def _localise(
     for heat in wanted:
         if heat.key in scores:
             of_reader = scores[heat.key]
-            table = of_reader.table(layers, model=model, resamples=question.resamples)
-            heat.write(table, of_reader.stored)
+            try:
+                table = of_reader.table(layers, model=model, resamples=question.resamples)
+            except _NothingToLocalise as error:
+                heat.refuse(str(error))
+            else:
+                heat.write(table, of_reader.stored)
 
 
 def _make_reader(
@@ -510,6 +514,8 @@ def _compute_all_heat(
         if readers is None:
             check_token_grid(vlm, images[:CHECKED_IMAGES], prompt=rows.prompt.iloc[0])
             readers = make_readers(prepared[0].with_prompt(0))
+            if not readers:
+                return
         cells = [grid(one, image.size) for one, image in zip(prepared, images, strict=True)]
         heat_maps = compute_heat(vlm, prepared, readers=readers, cells=cells, budget=budget)
         yield from zip(places, heat_maps, strict=True)
@@ -639,10 +645,9 @@ def _make_missing(
         heat.forget_others()
     try:
         _localise(activations, question, missing, device=device, home=home)
-    except (NoTokenGrid, _NothingToLocalise) as error:
+    except NoTokenGrid as error:
         for heat in missing:
-            if not heat.record.exists():
-                heat.refuse(str(error))
+            heat.refuse(str(error))
 
 
 def _probe_fingerprint(results: ProbeResults, activations: Activations) -> str:

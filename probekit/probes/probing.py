@@ -709,13 +709,15 @@ def _score_baseline(
 def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
     """Read every decoder layer once more, with the probes of all layers."""
     tasks = [probed_task.task for probed_task in job.tasks if probed_task.name in weights]
-    wordings = WordingScores(job.activations.examples, {task.name: task for task in tasks}, weights)
+    wording_scores = WordingScores(
+        job.activations.examples, {task.name: task for task in tasks}, weights
+    )
     tables = []
     nearest: dict[StateKey, list[np.ndarray]] = {}
     keys = {task.name: StateKey(job.model, job.control, job.pooling, task.name) for task in tasks}
     for place, layer in enumerate(job.decoder_layers):
         x_nd = job.activations[layer, job.pooling]
-        wordings.read_layer(place, x_nd)
+        wording_scores.read_layer(place, x_nd)
         for task in tasks:
             probes = weights[task.name]
             x_test_nd = x_nd[task.rows[task.true.split["test"].numpy()]]
@@ -734,7 +736,7 @@ def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
             standardised_nd = probes.standardise(place, x_test_nd)
             neighbours_nk = transfer.nearest_examples(standardised_nd)
             nearest.setdefault(keys[task.name], []).append(neighbours_nk)
-    tables.append(wordings.table(job.decoder_layers, resamples=job.settings.resamples))
+    tables.append(wording_scores.table(job.decoder_layers, resamples=job.settings.resamples))
     scores = pd.concat([table for table in tables if len(table)], ignore_index=True)
     scores = scores.reindex(columns=TRANSFER_COLUMNS)
     return ProbeResults(

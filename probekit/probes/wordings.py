@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
+from tqdm.auto import tqdm
 
 from probekit.probes import bootstrap
 from probekit.probes.labels import LabelledTask, LabelSet
@@ -17,6 +18,32 @@ from probekit.probes.results import HEADLINE
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
 from probekit.tasks.variants import pair_examples, wordings
+
+
+def pair_test_examples(
+    examples: pd.DataFrame, first: LabelledTask, second: LabelledTask
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find the test examples that count in which two wordings ask about the same thing.
+
+    Returns
+    -------
+    first_n, second_n : ndarray of int
+        (n,) their numbers among the examples of each task. None, with a line that says so, where
+        they are of fewer than two images, so that nothing can be resampled.
+    """
+    first_n, second_n = pair_examples(examples, first.name, second.name)
+    counts_n = np.ones(len(first_n), bool)
+    for task, rows in ((first, first_n), (second, second_n)):
+        counts_n &= task.split_n[rows] == "test"
+        counts_n &= task.true.mask_nc.numpy()[rows].max(1) > 0
+    first_n, second_n = first_n[counts_n], second_n[counts_n]
+    if len(set(first.true.image_n[first_n])) < 2:
+        tqdm.write(
+            f"{first.name} and {second.name} are not compared: fewer than two test images are "
+            "asked about the same things in both"
+        )
+        return None
+    return first_n, second_n
 
 
 class WordingScores:
@@ -46,9 +73,9 @@ class WordingScores:
         infos = {name: info for name, info in task_infos(examples).items() if name in weights}
         for names in wordings(infos).values():
             for trained_on, read in permutations(names, 2):
-                trained_n, read_n = pair_examples(examples, trained_on, read)
-                is_test = tasks[read].split_n[read_n] == "test"
-                self._pairs[trained_on, read] = (trained_n[is_test], read_n[is_test])
+                pair = pair_test_examples(examples, tasks[trained_on], tasks[read])
+                if pair is not None:
+                    self._pairs[trained_on, read] = pair
 
     def read_layer(self, place: int, x_nd: np.ndarray) -> None:
         """Apply the probes of one layer to its states.
@@ -60,10 +87,13 @@ class WordingScores:
         x_nd : ndarray
             (n, d) states of all examples.
         """
+        standardised: dict[str, np.ndarray] = {}
         for (trained_on, read), (_, read_n) in self._pairs.items():
-            states_nd = x_nd[self.tasks[read].rows[read_n]]
-            # By the mean and spread of their own wording: what differs is the direction.
-            standardised_nd = self.weights[read].standardise(place, states_nd)
+            if read not in standardised:
+                # By the mean and spread of their own wording: what differs is the direction.
+                states_nd = x_nd[self.tasks[read].rows]
+                standardised[read] = self.weights[read].standardise(place, states_nd)
+            standardised_nd = standardised[read][read_n]
             probes = self.weights[trained_on]
             logits_nc = standardised_nd @ probes.weight_ldc[place] + probes.intercept_lc[place]
             self._logits.setdefault((trained_on, read), []).append(logits_nc)

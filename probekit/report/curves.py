@@ -38,7 +38,7 @@ from probekit.report.style import (
 )
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-LOWER_IS_BETTER = ("codelength", "log_loss")
+LOWER_IS_BETTER = ("codelength", "log_loss", "calibration_error", "flips")
 # An F1 of guesses says little, so other metrics have no line for baselines.
 BASELINE_METRICS = ("accuracy", "log_loss")
 CHANCE_ACCURACY = 0.5  # of balanced yes-or-no labels

@@ -384,7 +384,8 @@ class Explorer:
         elif not self._can_have_heat:
             poolings = " or ".join(POOLINGS)
             self.no_heat_reason = (
-                f"Only {HEAT_PROBE} probes on states pooled as {poolings} have heat, and the lens."
+                f"Heat is read by the lens, and by {HEAT_PROBE} probes on states pooled as "
+                f"{poolings}."
             )
         else:
             self.no_heat_reason = (
@@ -509,6 +510,8 @@ def _share_words(
     heat_map: HeatMap, boxes_b4: np.ndarray, *, category: str, c: int, layer: int
 ) -> str:
     """Say as HTML how much of the heat of class `c` lies in its boxes."""
+    if not heat_map.heat_ltc[..., c].any():
+        return _fill("Nothing reads {} off single tokens here.", category)
     shares = box_shares(heat_map, boxes_b4)
     if shares is None:
         return _fill("No box here separates {} from the rest of the image.", category)

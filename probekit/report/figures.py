@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from probekit.answers.flips import FLIPS
 from probekit.answers.reading import LENS
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
 from probekit.report.style import metric_words
 from probekit.report.wordings import wordings_figure
-from probekit.tasks.variants import is_variant_of_another, wordings
+from probekit.tasks.variants import has_plain_wording, wordings
 
 BAND_NOTE = (
     "Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told apart "
@@ -67,9 +66,10 @@ def run_figures(
     """
     table = results.metrics
     figures = _answer_figures(results, probe=probe, relative=relative)
+    figures |= _wording_figures(results, probe=probe)
     figures |= _overview_figures(results, probe=probe)
     for task in results.tasks:
-        if is_variant_of_another(task, results.tasks):  # it is drawn beside the plain wording
+        if has_plain_wording(task, results.tasks):  # it is drawn beside that
             continue
         figures |= _score_figures(
             results, task, probe=probe, published=published, relative=relative
@@ -79,9 +79,9 @@ def run_figures(
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
         figures[f"{task}_localisation"] = Figure(
             curves.localisation_curves(table, task, relative=relative),
-            "Left: the local logreg probe, applied to every image token. Right: which category's "
+            "The local logreg probe, applied to every image token, and the lens: which category's "
             "word each image token would say through the model's own final norm and output "
-            "embedding (the lens). Heat is how far a token's score for a category lies above the "
+            "embedding. Heat is how far a token's score for a category lies above the "
             "image's mean; drawn is the share of it that lies in the boxes of that category's "
             "instances, over all pairs of test image and category (bands: 95 % over images). The "
             "grey line is the share of tokens in the boxes. Dotted: categories that the image does "
@@ -98,7 +98,7 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
     table = results.metrics
     figures = {}
     for task, info in results.tasks.items():
-        if is_variant_of_another(task, results.tasks) or not models_with_answers(table, task):
+        if has_plain_wording(task, results.tasks) or not models_with_answers(table, task):
             continue
         figures[f"{task}_known_and_said"] = Figure(
             known_and_said_figure(table, task, info, probe=probe),
@@ -121,19 +121,29 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
                 "this layer on. It says when an answer is settled, right or wrong.",
                 section,
             )
-        if (table.task[table.metric == FLIPS].isin(wordings(results.tasks).get(task, []))).any():
-            figures[f"{task}_wordings"] = Figure(
-                wordings_figure(table, results.transfer, results.tasks, task, probe=probe),
-                "The same things asked about the same test images in other words. Left: the "
-                "logreg probe of the plain wording, on the states of each wording (standardised "
-                "by their own mean and spread), scored by what it was trained for. Middle: what "
-                "the model answers, and what a probe of that very wording scores, at its best "
-                "layer. Right: the share of examples that are judged in another way than in the "
-                "plain wording: the opposite answer to a negated question judges in the same way. "
-                "Where orange lies far to the right of blue, the answer hangs on the wording, and "
-                "what is known does not. Bands and bars are 95 % intervals.",
-                section,
-            )
+    return figures
+
+
+def _wording_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:
+    """Draw the questions that are asked in several wordings."""
+    figures = {}
+    table = results.metrics
+    has_probes = (table.probe == probe) & (table.stage == "lm") & (table.control == "none")
+    for task in wordings(results.tasks):
+        if not (has_probes & (table.task == task)).any():
+            continue
+        figures[f"{task}_wordings"] = Figure(
+            wordings_figure(results.metrics, results.transfer, results.tasks, task, probe=probe),
+            "The same things asked about the same test images in other words. Left: the logreg "
+            "probe of the plain wording, on the states of each wording (standardised by their own "
+            "mean and spread), scored by what it was trained for. Middle: what the model answers, "
+            "and what a probe of that very wording scores, at its best layer. Right: the share of "
+            "examples that are judged in another way than in the plain wording: the opposite "
+            "answer to a negated question judges in the same way. Where orange lies far to the "
+            "right of blue, the answer hangs on the wording, and what is known does not. Bands and "
+            "bars are 95 % intervals.",
+            "In other words",
+        )
     return figures
 
 

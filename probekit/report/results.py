@@ -205,8 +205,9 @@ class Results(ProbeResults):
             task = next(iter(families))
         if task not in families:
             raise ValueError(
-                f"these results have {task or 'no task'} in one wording only: "
-                + (f"take one of {', '.join(families)}" if families else "add variants to tasks")
+                f"{task or 'each task'} is in these results without another wording, or without "
+                "the plain one: "
+                + (f"take one of {', '.join(families)}" if families else "add both to tasks")
             )
         return wordings_figure(self.metrics, self.transfer, self.tasks, task, probe=probe)
 

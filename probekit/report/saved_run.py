@@ -58,6 +58,7 @@ class _LoadedModel(NamedTuple):
     has_head: bool
     vlm: Vlm
     grid: TokenGrid
+    readers: dict[ProbeKey, TokenReader]
 
 
 @dataclass
@@ -237,11 +238,12 @@ class SavedRun:
         longest_side = self._extraction_settings(key)["longest_side"]
         image = load_rgb(self.home.resolve(example.file), longest_side)
         prepared = model.vlm.prompt_processor.prepare(image, [example.prompt])
-        reader: TokenReader
-        if key.probe == LENS:
-            reader = LensReader.of(model.vlm, self.results.tasks[key.task].classes, prepared)
-        else:
-            reader = ProbeReader(self.results.weights[key], model.vlm)
+        if key not in model.readers and key.probe == LENS:
+            classes = self.results.tasks[key.task].classes
+            model.readers[key] = LensReader.of(model.vlm, classes, prepared)
+        elif key not in model.readers:
+            model.readers[key] = ProbeReader(self.results.weights[key], model.vlm)
+        reader = model.readers[key]
         cells = [model.grid(prepared, image.size)]
         ((heat_map,),) = compute_heat(model.vlm, [prepared], readers=[reader], cells=cells)
         return heat_map
@@ -270,7 +272,7 @@ class SavedRun:
         except NoTokenGrid:
             vlm.release()
             raise
-        self._model = _LoadedModel(key.model, key.control, needs_head, vlm, TokenGrid(vlm))
+        self._model = _LoadedModel(key.model, key.control, needs_head, vlm, TokenGrid(vlm), {})
         return self._model
 
     def _extraction_settings(self, key: ProbeKey) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from probekit.report.known_and_said import NEAR, known_and_said
 from probekit.report.style import capitalise, metric_words
 from probekit.report.wordings import wording_sentence, wording_table
 from probekit.tasks.base import TaskInfo
-from probekit.tasks.variants import is_variant_of_another
+from probekit.tasks.variants import has_plain_wording
 
 WIDE_INTERVAL = 0.1
 LARGE_SPREAD = 0.01  # of the seeds' scores at a layer
@@ -55,10 +55,7 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         A paragraph for each, in the order of the table. Other wordings of a question have no
         paragraph of their own: that of the plain one says how far they differ.
     """
-    plain_tasks = {
-        name: info for name, info in tasks.items() if not is_variant_of_another(name, tasks)
-    }
-    best = best_layers(table, plain_tasks, probe=probe)
+    best = best_layers(table, _plain_tasks(tasks), probe=probe)
     in_other_words = wording_table(table, pd.DataFrame(), tasks, probe=probe)
     several_poolings = table.pooling[table.probe == probe].nunique() > 1
     paragraphs = Summary()
@@ -84,6 +81,11 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
         paragraphs.append(" ".join(sentences))
     return paragraphs
+
+
+def _plain_tasks(tasks: dict[str, TaskInfo]) -> dict[str, TaskInfo]:
+    """Return the tasks without other wordings of a question that is among them."""
+    return {name: info for name, info in tasks.items() if not has_plain_wording(name, tasks)}
 
 
 def _chance_words(row: pd.Series, info: TaskInfo) -> str:
@@ -282,7 +284,9 @@ def compare_pairs(
     """Compare models, untrained twins, poolings and tasks with each other at their best layers.
 
     Compared are all pairs that differ in one of these and have the same headline metric. Best
-    layers are chosen on validation images; test images that both have are paired.
+    layers are chosen on validation images; test images that both have are paired. Other wordings of
+    a question are left out: they are compared with each other elsewhere
+    (:func:`probekit.report.wordings.wording_table`).
 
     Parameters
     ----------
@@ -301,7 +305,7 @@ def compare_pairs(
         One row per pair: `a` and `b` (task, model, pooling, layer), `metric`, their `difference`
         with `lo` and `hi`, `p` (two-sided), and `p_holm`, corrected over all rows of a metric.
     """
-    best = best_layers(results.metrics, results.tasks, probe=probe)
+    best = best_layers(results.metrics, _plain_tasks(results.tasks), probe=probe)
     is_decoder = best["best layer"].str.startswith("lm.")
     best = best[best.control.isin(["none", "untrained"]) & is_decoder]
     labelled_tasks = {

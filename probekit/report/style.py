@@ -50,6 +50,7 @@ METRIC_WORDS = {
     "over_answer": "accuracy less that of the answer",
     "over_tuned_answer": "accuracy less that of the answer with its tuned threshold",
     "known_not_said": "right in the probe, wrong in the answer",
+    "flips": "share judged in another way than in the plain wording",
 }
 TASK_WORDS = {
     "caption": "global: does the caption belong?",

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from probekit.answers.flips import FLIPS
 from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
-from probekit.probes.results import HEADLINE, best_layers
+from probekit.probes.results import HEADLINE, best_layers, find_curve
 from probekit.report.curves import CHANCE_ACCURACY, curve_traces
 from probekit.report.known_and_said import KNOWN_COLOUR, SAID_COLOUR, known_and_said
 from probekit.report.style import (
@@ -86,33 +86,64 @@ def wording_table(
     """
     rows = []
     for base, names in wordings(tasks).items():
-        of_task = table[(table.task == base) & (table.control == "none")]
-        for model in dict.fromkeys(of_task[of_task.pooling == ANSWER_POOLING].model):
-            layer = _best_layer(of_task[of_task.model == model], tasks[base], base, probe=probe)
+        of_probe = _decoder_probes(table, base, probe=probe)
+        for model in dict.fromkeys(of_probe.model):
+            of_model = of_probe[of_probe.model == model]
+            layer = _best_layer(of_model, tasks[base], base, probe=probe)
             for name in names:
                 row = {"task": base, "model": model, "wording": wording_words(name, base)}
-                row |= _known_and_said(table, name, tasks[name], model=model, probe=probe)
+                row |= _own_probe(table, name, tasks[name], model=model, probe=probe)
+                row |= _answer(table, name, tasks[name], model=model, probe=probe)
                 of_wording = table[(table.task == name) & (table.model == model)]
-                row |= _flips(of_wording, layer, probe=probe)
-                row |= _plain_probe(transfer, base, name, model=model, layer=layer)
+                row |= _flips(of_wording, layer, pooling=of_model.pooling.iloc[0], probe=probe)
+                of_transfer = plain_probe_curves(transfer, base, of_model.pooling.iloc[0])
+                row |= _plain_probe(of_transfer, name, model=model, layer=layer)
                 rows.append(row)
     columns = ["answer", "tuned answer", "probe", "plain probe", "answer flips", "probe flips"]
     with_bounds = [f"{name}{end}" for name in columns for end in ("", " lo", " hi")]
     return pd.DataFrame(rows).reindex(columns=["task", "model", "wording", *with_bounds])
 
 
+def _decoder_probes(table: pd.DataFrame, task: str, *, probe: str) -> pd.DataFrame:
+    """Return the rows of a task's probes of the decoder, on what answers are read from.
+
+    Without answers there may be no such pooling; then it is the first one.
+    """
+    rows = table[
+        (table.task == task)
+        & (table.control == "none")
+        & (table.probe == probe)
+        & (table.stage == "lm")
+    ]
+    poolings = list(dict.fromkeys(rows.pooling))
+    if not poolings:
+        return rows
+    pooling = ANSWER_POOLING if ANSWER_POOLING in poolings else poolings[0]
+    return rows[rows.pooling == pooling]
+
+
 def _best_layer(rows: pd.DataFrame, info: TaskInfo, task: str, *, probe: str) -> str:
-    rows = rows[(rows.pooling == ANSWER_POOLING) & (rows.stage == "lm")]
     return str(best_layers(rows, {task: info}, probe=probe)["best layer"].iloc[0])
 
 
-def _known_and_said(
+def _own_probe(
+    table: pd.DataFrame, task: str, info: TaskInfo, *, model: str, probe: str
+) -> dict[str, float]:
+    """Return the score of a wording's own probe at its best layer, chosen on validation."""
+    rows = _decoder_probes(table, task, probe=probe)
+    rows = rows[rows.model == model]
+    if rows.empty:
+        return {}
+    return with_interval("probe", best_layers(rows, {task: info}, probe=probe).iloc[0])
+
+
+def _answer(
     table: pd.DataFrame, task: str, info: TaskInfo, *, model: str, probe: str
 ) -> dict[str, float]:
     both = known_and_said(table, task, info, model=model, probe=probe)
     if both is None:
         return {}
-    columns = with_interval("answer", both.said) | with_interval("probe", both.known)
+    columns = with_interval("answer", both.said)
     return columns if both.tuned is None else columns | with_interval("tuned answer", both.tuned)
 
 
@@ -121,9 +152,8 @@ def with_interval(name: str, score: pd.Series) -> dict[str, float]:
     return {name: score.value, f"{name} lo": score.lo, f"{name} hi": score.hi}
 
 
-def _flips(rows: pd.DataFrame, layer: str, *, probe: str) -> dict[str, float]:
-    flips = rows[(rows.metric == FLIPS) & (rows.control == "none")]
-    flips = flips[flips.pooling == ANSWER_POOLING]
+def _flips(rows: pd.DataFrame, layer: str, *, pooling: str, probe: str) -> dict[str, float]:
+    flips = rows[(rows.metric == FLIPS) & (rows.control == "none") & (rows.pooling == pooling)]
     columns: dict[str, float] = {}
     of_answer = flips[flips.probe == ANSWER]
     if len(of_answer):
@@ -134,22 +164,19 @@ def _flips(rows: pd.DataFrame, layer: str, *, probe: str) -> dict[str, float]:
     return columns
 
 
-def _plain_probe(
-    transfer: pd.DataFrame, base: str, task: str, *, model: str, layer: str
-) -> dict[str, float]:
-    rows = plain_probe_curves(transfer, base)
+def _plain_probe(rows: pd.DataFrame, task: str, *, model: str, layer: str) -> dict[str, float]:
     rows = rows[(rows.model == model) & (rows.task == task) & (rows.layer == layer)]
     return with_interval("plain probe", rows.iloc[0]) if len(rows) else {}
 
 
-def plain_probe_curves(transfer: pd.DataFrame, base: str) -> pd.DataFrame:
+def plain_probe_curves(transfer: pd.DataFrame, base: str, pooling: str) -> pd.DataFrame:
     """Return the scores of probes of the plain wording on the states of the other wordings."""
     if transfer.empty:
         return pd.DataFrame(columns=["model", "task", "layer", "value", "lo", "hi", "n"])
     return transfer[
         (transfer.probe_task == base)
         & (transfer.task != base)
-        & (transfer.pooling == ANSWER_POOLING)
+        & (transfer.pooling == pooling)
         & (transfer.control == "none")
     ]
 
@@ -183,10 +210,20 @@ def wordings_figure(
         Left, by layer: probes of the plain wording, on the states of each wording. Middle: what is
         answered, and what each wording's own probe scores. Right: how often both judge in another
         way than in the plain wording.
+
+    Raises
+    ------
+    ValueError
+        There are no such probes of the decoder.
     """
     names = wordings(tasks)[base]
     rows = wording_table(table, transfer, {name: tasks[name] for name in names}, probe=probe)
     models = list(dict.fromkeys(rows.model))
+    if not models:
+        raise ValueError(
+            f"no {probe} probes of decoder layers for {base} in these results: set probe to one "
+            "that was trained, and extract with the stage lm"
+        )
     metric = HEADLINE[tasks[base].kind]
     titles = [f"{models[0]}: the plain wording’s probe", "answer, and each wording’s probe"]
     titles += ["judged in another way"]
@@ -214,7 +251,7 @@ def wordings_figure(
                 metric=metric,
                 dash=look["dash"],
             )
-            for trace in traces[-2:]:  # the plateau is the plain wording's alone
+            for trace in traces[-2:]:  # without a plateau, which says nothing of other wordings
                 trace.showlegend = False
                 figure.add_trace(trace, row=place, col=1)
         layers = layer_number(table[(table.model == model) & (table.stage == "lm")].layer)
@@ -253,19 +290,12 @@ def _wording_curves(
     table: pd.DataFrame, transfer: pd.DataFrame, base: str, *, model: str, metric: str
 ) -> dict[str, pd.DataFrame]:
     """Return by wording the curve of the probes of the plain one; they are of logreg probes."""
-    plain = table[
-        (table.task == base)
-        & (table.model == model)
-        & (table.control == "none")
-        & (table.pooling == ANSWER_POOLING)
-        & (table.probe == "logreg")
-        & (table.metric == metric)
-        & (table.split == "test")
-        & (table["class"] == "")
-        & (table.stage == "lm")
-    ]
-    others = plain_probe_curves(transfer, base)
-    curves = {base: plain} if len(plain) else {}
+    of_probe = _decoder_probes(table, base, probe="logreg")
+    plain = find_curve(of_probe[of_probe.model == model], probe="logreg", metric=metric)
+    if plain.empty:
+        return {}
+    others = plain_probe_curves(transfer, base, plain.pooling.iloc[0])
+    curves = {base: plain}
     for name, curve in others[others.model == model].groupby("task", sort=False):
         curves[str(name)] = curve.assign(plateau=False)
     return {name: curve.reset_index(drop=True) for name, curve in curves.items()}
@@ -349,9 +379,9 @@ def wording_sentence(rows: pd.DataFrame) -> str:
     parts = []
     for row in flips.sort_values("answer flips", ascending=False).to_dict("records"):
         interval = f"[{row['answer flips lo']:.0%}, {row['answer flips hi']:.0%}]"
-        probe = f" (its probe: {row['probe flips']:.0%})" if pd.notna(row["probe flips"]) else ""
-        parts.append(f"{row['wording']}, {row['answer flips']:.0%} {interval}{probe}")
+        probe = f" ({row['probe flips']:.0%})" if pd.notna(row["probe flips"]) else ""
+        parts.append(f"{row['wording']} {row['answer flips']:.0%} {interval}{probe}")
     return (
-        "Asked in other words, the model judges this share of the same examples in another way: "
-        f"{'; '.join(parts)}."
+        "In other words, the verdict of the model changes on this share of the test examples (in "
+        f"brackets that of the wording's own probe): {'; '.join(parts)}."
     )

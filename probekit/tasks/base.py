@@ -128,15 +128,15 @@ class Variant:
     ----------
     prompt : str
         The template of its prompts, with the same fields as the task's.
-    answers : tuple of tuples of str
-        See :attr:`Task.answers`.
+    answers : tuple of tuples of str, optional
+        See :attr:`Task.answers`; the task's unless they are named.
     negated : bool
         Whether the right answer is the opposite of the task's.
     """
 
     prompt: str
     _: KW_ONLY
-    answers: tuple[tuple[str, ...], ...] = YES_OR_NO
+    answers: tuple[tuple[str, ...], ...] | None = None
     negated: bool = False
 
 
@@ -239,6 +239,11 @@ def task_infos(examples: pd.DataFrame) -> dict[str, TaskInfo]:
         raise ValueError(
             f"the examples have no column {', '.join(missing)}: take the table that build_examples "
             "returns, or name kind, classes and question of each row's task yourself"
+        )
+    if "variant_of" in examples and "item" not in examples and any(examples.variant_of):
+        raise ValueError(
+            "the examples have variants but no column item, by which wordings are compared: take "
+            "the table that build_examples returns"
         )
     infos = {}
     for name, table in examples.groupby("task", sort=False):

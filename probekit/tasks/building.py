@@ -446,6 +446,8 @@ def input_fingerprint(examples: pd.DataFrame) -> str:
 
 def table_fingerprint(examples: pd.DataFrame) -> str:
     """Return a fingerprint of the whole table, labels and splits included."""
-    columns = [examples[name].tolist() for name in ("task", "split", "labels", "mask")]
+    names = ["task", "split", "labels", "mask"]
+    names += ["item"] if "item" in examples else []
+    columns = [examples[name].tolist() for name in names]
     infos = [[name, asdict(info)] for name, info in task_infos(examples).items()]
     return paths.fingerprint(input_fingerprint(examples), columns, infos)

@@ -144,7 +144,7 @@ def find_task(name: str) -> Task | None:
         return TASKS[name]
     for base, task in TASKS.items():
         variant = name.removeprefix(f"{base}_")
-        if variant in task.variants:
+        if variant != name and variant in task.variants:
             return vary_task(base, task, variant)
     return None
 
@@ -190,7 +190,8 @@ def find_tasks(
 def _tasks_from_files(name: str, home: str | Path | paths.Home | None) -> dict[str, Task]:
     files = statement_files.find_statement_files(name, home)
     if not files:
-        base = next((base for base in sorted(TASKS, reverse=True) if name.startswith(base)), "")
+        bases = [base for base in sorted(TASKS, reverse=True) if name.startswith(f"{base}_")]
+        base = bases[0] if bases and name.isidentifier() else ""
         if base and TASKS[base].variants:
             raise ValueError(
                 f"unknown tasks ['{name}']: {base} has the variants "

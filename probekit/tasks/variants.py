@@ -78,7 +78,7 @@ def vary_task(name: str, task: Task, variant: str) -> Task:
         task,
         build=partial(task.build, prompt=wording.prompt),
         question=f"{task.question} ({variant.replace('_', ' ')})",
-        answers=wording.answers,
+        answers=task.answers if wording.answers is None else wording.answers,
         variants={},
         variant_of=name,
         negated=wording.negated,
@@ -96,18 +96,19 @@ def wordings(infos: Mapping[str, TaskInfo]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        By the name of the task that has variants: two or more of `infos`. Where the task itself is
-        not among them, its variants stand alone.
+        By the name of the task that has variants. Where the task itself is not one of `infos`,
+        there is nothing to hold its variants against, and they are left out.
     """
-    families: dict[str, list[str]] = {}
-    for name in sorted(infos, key=lambda name: bool(infos[name].variant_of)):
-        families.setdefault(infos[name].variant_of or name, []).append(name)
+    families: dict[str, list[str]] = {name: [name] for name in infos}
+    for name, info in infos.items():
+        if has_plain_wording(name, infos):
+            families[info.variant_of].append(name)
     return {base: names for base, names in families.items() if len(names) > 1}
 
 
-def is_variant_of_another(name: str, infos: Mapping[str, TaskInfo]) -> bool:
-    """Tell whether a task is a wording of a plainer one among these."""
-    return any(name in names[1:] for names in wordings(infos).values())
+def has_plain_wording(name: str, infos: Mapping[str, TaskInfo]) -> bool:
+    """Tell whether a task asks in other words what another one of these asks."""
+    return infos[name].variant_of in infos
 
 
 def pair_examples(examples: pd.DataFrame, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:

@@ -111,3 +111,21 @@ def test_tasks_in_one_wording_have_no_flips():
     label_n = np.tile([0, 1], IMAGES // 2)
     predictions = {key("plain", "answer"): np.full((1, 20, 1), 0.9)}
     assert score_flips(wording("plain", label_n), predictions, LAYERS, resamples=50).empty
+
+
+def test_examples_that_count_in_one_wording_alone_are_left_out(capsys):
+    label_n = np.tile([0, 1], IMAGES // 2)
+    masked = wording("negated", 1 - label_n)
+    masked["mask"] = [[int(k < 50)] for k in range(IMAGES)]
+    other_split = wording("reworded", label_n)
+    other_split.loc[other_split.image_id == 45, "split"] = "train"
+    nowhere = wording("statement", label_n).assign(item=np.arange(IMAGES) + 1000)
+    examples = pd.concat([wording("plain", label_n), masked, other_split, nowhere])
+    predictions = {key("plain", "answer"): np.full((1, 20, 1), 0.9)}
+    predictions[key("negated", "answer")] = np.where(np.arange(20) < 10, 0.1, 0.0)[None, :, None]
+    predictions[key("reworded", "answer")] = np.full((1, 19, 1), 0.9)
+    predictions[key("statement", "answer")] = np.full((1, 20, 1), 0.9)
+    table = score_flips(examples, predictions, LAYERS, resamples=50).set_index("task")
+    assert table.n.to_dict() == {"negated": 10, "reworded": 19}
+    assert table.value.to_dict() == {"negated": 0, "reworded": 0}
+    assert "plain and statement are not compared: fewer than two" in capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_only_logreg_probes_of_some_poolings_have_heat(explorer):
     explorer.task_dropdown.value = "category"
     explorer.probe_dropdown.value = "linear"
     assert explorer.heat_map is None
-    assert "Only logreg probes" in explorer.heat_share.value
+    assert "by logreg probes on states pooled as mean" in explorer.heat_share.value
 
 
 def test_examples_are_found_by_a_word(explorer):

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probekit.probes.results import COLUMNS, ProbeResults
+from probekit.probes.results import COLUMNS, ProbeKey, ProbeResults
 from probekit.report.figures import run_figures
 from probekit.report.results import Results
-from probekit.report.sentences import summarise
+from probekit.report.sentences import compare_pairs, summarise
 from probekit.report.wordings import wording_table, wordings_figure
 from probekit.tasks.base import TaskInfo
+from tests.support.tables import with_task_info
 
 TASKS = {
     "object": TaskInfo("binary", ("match",), "Is it there?", answers=(("no",), ("yes",))),
@@ -157,17 +158,58 @@ def test_the_summary_says_in_the_plain_wording_s_paragraph_how_much_flips(result
     paragraphs = summarise(results.metrics, TASKS)
     assert [paragraph.partition(",")[0] for paragraph in paragraphs] == ["object", "caption"]
     assert (
-        "in another way: negated, 95% [91%, 99%] (its probe: 4%); "
-        "A: yes, B: no, 50% [46%, 54%] (its probe: 10%)."
+        "changes on this share of the test examples (in brackets that of the wording's own probe): "
+        "negated 95% [91%, 99%] (4%); A: yes, B: no 50% [46%, 54%] (10%)."
     ) in paragraphs[0]
-    assert "other words" not in paragraphs[1]
+    assert "In other words" not in paragraphs[1]
 
 
 def test_what_was_asked_in_one_wording_cannot_be_drawn_in_several(results):
     mine = Results.of(results, pd.DataFrame())
     assert mine.plot("wordings").layout.title.text.startswith("The same question in other words")
-    with pytest.raises(ValueError, match="caption in one wording only: take one of object"):
+    with pytest.raises(ValueError, match=r"caption is in .* without another.* take one of object"):
         mine.plot("wordings", task="caption")
-    alone = replace(mine, tasks={"caption": TASKS["caption"]})
-    with pytest.raises(ValueError, match="no task in one wording only: add variants to tasks"):
-        alone.plot("wordings")
+    for names in (("caption",), ("object_negated", "object_a_b")):
+        alone = replace(mine, tasks={name: TASKS[name] for name in names})
+        assert alone.wordings().empty
+        with pytest.raises(
+            ValueError, match=r"each task is in .* the plain one: add both to tasks"
+        ):
+            alone.plot("wordings")
+    with pytest.raises(ValueError, match="no mlp probes of decoder layers for object"):
+        mine.plot("wordings", probe="mlp")
+
+
+def test_without_answers_the_wordings_are_compared_on_the_first_pooling(results):
+    pooled = replace(
+        results,
+        metrics=results.metrics[results.metrics.probe != "answer"].assign(pooling="mean"),
+        transfer=results.transfer.assign(pooling="mean"),
+    )
+    table = wording_table(pooled.metrics, pooled.transfer, TASKS).set_index("wording")
+    assert table.probe.tolist() == [0.8] * 3
+    assert table["plain probe"].loc["negated"] == pytest.approx(0.9)
+    assert table.answer.isna().all()
+    assert "object_wordings" in run_figures(pooled)
+
+
+def test_other_wordings_do_not_weaken_comparisons_of_tasks(results):
+    """They are no pairs that a p value is corrected for."""
+    rng = np.random.default_rng(0)
+    tables = []
+    for name, info in TASKS.items():
+        table = pd.DataFrame({"image_id": range(30), "item": range(30), "task": name})
+        table["split"] = np.repeat(["train", "validation", "test"], 10)
+        table["labels"] = [[k % 2] for k in range(30)]
+        table["mask"] = [[1]] * 30
+        table["variant_of"] = info.variant_of
+        tables.append(with_task_info(table.assign(file="a", prompt="p"), "binary"))
+    predictions = {
+        ProbeKey("small", "none", "last", name, "logreg"): rng.random((LAYERS, 10, 1))
+        for name in TASKS
+    }
+    with_predictions = replace(results, predictions=predictions)
+    compared = compare_pairs(with_predictions, pd.concat(tables), resamples=50)
+    assert len(compared) == 1
+    assert compared.a.iloc[0].startswith("object,")
+    assert compared.b.iloc[0].startswith("caption,")

@@ -12,12 +12,7 @@ import pytest
 from probekit.tasks.base import BuildSettings, Task, Variant, example_rows, task_infos
 from probekit.tasks.building import build_examples, table_fingerprint
 from probekit.tasks.registry import TASKS, find_task, find_tasks
-from probekit.tasks.variants import (
-    is_variant_of_another,
-    pair_examples,
-    vary_task,
-    wordings,
-)
+from probekit.tasks.variants import has_plain_wording, pair_examples, vary_task, wordings
 
 VARIED = [f"{base}_{variant}" for base, task in TASKS.items() for variant in ("", *task.variants)]
 VARIED = [name.removesuffix("_") for name in VARIED]
@@ -121,13 +116,13 @@ def test_families_begin_with_the_plain_wording(all_wordings):
     assert families["object"][0] == "object"
     assert len(families["object"]) == 1 + len(TASKS["object"].variants)
     assert "caption_similar_negated" in families["caption_similar"]
-    assert is_variant_of_another("object_negated", infos)
-    assert not is_variant_of_another("object", infos)
+    assert has_plain_wording("object_negated", infos)
+    assert not has_plain_wording("object", infos)
     alone = {name: infos[name] for name in ("object_negated", "caption")}
     assert wordings(alone) == {}
-    assert not is_variant_of_another("object_negated", alone)
+    assert not has_plain_wording("object_negated", alone)
     two = {name: infos[name] for name in ("object_negated", "object_a_b")}
-    assert wordings(two) == {"object": ["object_negated", "object_a_b"]}
+    assert wordings(two) == {}  # there is no plain wording to hold them against
 
 
 def test_pairs_survive_what_is_done_to_the_table(all_wordings):
@@ -149,13 +144,17 @@ def test_items_of_other_images_are_refused(all_wordings):
     mixed.loc[is_negated, "image_id"] = rolled
     with pytest.raises(ValueError, match="about different images: build them in one call"):
         pair_examples(mixed, "object", "object_negated")
+    without_items = all_wordings.drop(columns="item")
     with pytest.raises(ValueError, match="no column item"):
-        pair_examples(all_wordings.drop(columns="item"), "object", "object_negated")
+        pair_examples(without_items, "object", "object_negated")
+    with pytest.raises(ValueError, match="variants but no column item"):
+        task_infos(without_items)  # before any probe is trained
 
 
 def test_a_variant_is_part_of_what_a_table_is(all_wordings):
-    other = all_wordings.assign(variant_of="")
-    assert table_fingerprint(other) != table_fingerprint(all_wordings)
+    fingerprint = table_fingerprint(all_wordings)
+    assert table_fingerprint(all_wordings.assign(variant_of="")) != fingerprint
+    assert table_fingerprint(all_wordings.assign(item=all_wordings.item + 1)) != fingerprint
     mixed = all_wordings.copy()
     mixed.loc[mixed.index[mixed.task == "object"][0], "variant_of"] = "caption"
     with pytest.raises(ValueError, match="or in what they are a variant of"):
@@ -167,8 +166,10 @@ def test_variants_are_found_by_name_and_unknown_ones_named():
     assert list(find_tasks(["object", "object_b_a"])) == ["object", "object_b_a"]
     with pytest.raises(ValueError, match=r"object has the variants object_unlisted, .*object_b_a"):
         find_tasks(["object_inverted"])
-    with pytest.raises(ValueError, match=r"unknown tasks .'count_negated'"):
-        find_tasks(["count_negated"])
+    for name in ("count_negated", "negated", "statement", "captions"):
+        assert find_task(name) is None
+        with pytest.raises(ValueError, match=f"unknown tasks .'{name}'.*or a file of statements"):
+            find_tasks([name])
 
 
 def test_only_binary_questions_have_an_opposite():
@@ -177,3 +178,10 @@ def test_only_binary_questions_have_an_opposite():
     )
     with pytest.raises(ValueError, match="only the answer to a binary task has an opposite"):
         vary_task("count", counted, "negated")
+
+
+def test_a_variant_has_the_answers_of_its_task_unless_it_names_others():
+    counted = replace(TASKS["count"], variants={"reworded": Variant("How many {category}?")})
+    assert vary_task("count", counted, "reworded").answer_words == TASKS["count"].answer_words
+    assert find_task("object_reworded").answer_words == (("no",), ("yes",))
+    assert find_task("object_one_zero").answer_words == (("0",), ("1",))
