@@ -12,7 +12,7 @@ from probekit.probes.labels import LabelledTask
 from probekit.probes.results import ProbeKey
 from probekit.probes.wordings import pair_test_examples
 from probekit.tasks.base import task_infos
-from probekit.tasks.variants import wordings
+from probekit.tasks.variants import wording_families
 
 FLIPS = "flips"
 
@@ -42,12 +42,12 @@ def score_flips(
     DataFrame
         Rows of the metrics table of the metric ``"flips"``, one for each variant, kind of probe and
         layer: the share of test examples that are judged in another way than the same example in
-        the plain wording (the first of :func:`probekit.tasks.variants.wordings`). To answer a
-        negated question with the opposite is to judge in the same way.
+        the plain wording. To answer a negated question with the opposite is to judge in the same
+        way.
     """
     infos = task_infos(examples)
     read = {key.task for key in predictions}
-    families = wordings({name: info for name, info in infos.items() if name in read})
+    families = wording_families({name: info for name, info in infos.items() if name in read})
     tables = []
     for plain, *variants in families.values():
         if infos[plain].kind == "multilabel":  # there is no one answer that could change

@@ -73,13 +73,14 @@ def score_answers(
         names = ", ".join(name for name, one in refusals.items() if one == reason)
         tqdm.write(f"{model} ({control}): no answers to {names}: {reason}")
     parts = []
-    said: dict[ProbeKey, np.ndarray] = {}
+    # What probes, lenses and the model itself hold of the test examples.
+    judged = {
+        key: p_lnc
+        for key, p_lnc in probed.predictions.items()
+        if (key.model, key.control) == (model, control)
+    }
     for name, by_lens in answers.items():
-        of_task = {
-            key: p_lnc
-            for key, p_lnc in probed.predictions.items()
-            if (key.model, key.control, key.task) == (model, control, name)
-        }
+        of_task = {key: p_lnc for key, p_lnc in judged.items() if key.task == name}
         try:
             task = LabelledTask.from_examples(activations.examples, name)
             scored = {
@@ -93,24 +94,18 @@ def score_answers(
         predictions = {}
         if control in PREDICTED:
             key = ProbeKey(model, control, ANSWER_POOLING, name, ANSWER)
-            said[key] = scored[LENS].test_probabilities[-1:]
+            judged[key] = scored[LENS].test_probabilities[-1:]
             for lens, of_lens in scored.items():
                 if len(of_lens.layers) > 1:
                     key = ProbeKey(model, control, ANSWER_POOLING, name, lens)
                     predictions[key] = compact_predictions(of_lens.test_probabilities)
+        judged |= predictions
         table = table.assign(model=model, control=control, task=name, stage="lm", seed=seed)
         parts.append(ProbeResults(metrics=table, losses=pd.DataFrame(), predictions=predictions))
-    joined = ProbeResults.join(parts)
-    judged = {
-        key: p_lnc
-        for key, p_lnc in (probed.predictions | joined.predictions | said).items()
-        if (key.model, key.control) == (model, control)
-    }
     flips = score_flips(activations.examples, judged, decoder_layers, resamples=resamples)
-    if flips.empty:
-        return joined
     flips = flips.assign(stage="lm", seed=seed)
-    return ProbeResults.join([joined, ProbeResults(metrics=flips, losses=pd.DataFrame())])
+    parts.append(ProbeResults(metrics=flips, losses=pd.DataFrame()))
+    return ProbeResults.join(parts)
 
 
 def _score_task(

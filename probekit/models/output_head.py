@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from probekit.models.architectures import has_text_encoder
 from probekit.models.batches import batch_images, batch_tokens
+from probekit.models.devices import copy_to
 from probekit.models.hooks import tap_decoder
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
@@ -34,6 +36,9 @@ LOWEST_LOGIT = -1e4
 SOFT_CAP_NAMES = ("final_logit_softcapping", "logit_softcapping")
 # How the words of answers are spelled at the beginning of an answer.
 SPELLINGS = ("{word}", " {word}", "{Word}", " {Word}", "{WORD}", " {WORD}")
+
+
+NO_LENS = "its final norm is not one that is known, so there is no lens"
 
 
 class NoAnswers(ValueError):
@@ -78,16 +83,23 @@ class FinalNorm:
 
     def __call__(self, hidden_nd: np.ndarray) -> np.ndarray:
         """Return (n, d) float32 normed hidden states."""
-        normed_nd = hidden_nd.astype(np.float32)
-        if self.kind == "none":
-            return normed_nd
-        if self.kind == "layer":
-            normed_nd = normed_nd - normed_nd.mean(1, keepdims=True)
-        mean_square_n1 = (normed_nd**2).mean(1, keepdims=True)
-        normed_nd = normed_nd / np.sqrt(mean_square_n1 + self.epsilon)
-        if self.weight_d is not None:
-            normed_nd = normed_nd * self.weight_d
-        return normed_nd if self.bias_d is None else normed_nd + self.bias_d
+        return self.on("cpu")(_as_tensor(hidden_nd)).numpy()
+
+    def on(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the norm for float32 hidden states (..., d) on a device."""
+        weight_d = None if self.weight_d is None else copy_to(device, _as_tensor(self.weight_d))
+        bias_d = None if self.bias_d is None else copy_to(device, _as_tensor(self.bias_d))
+
+        def norm(hidden: torch.Tensor) -> torch.Tensor:
+            width = hidden.shape[-1:]
+            if self.kind == "none":
+                return hidden
+            if self.kind == "layer":
+                return functional.layer_norm(hidden, width, weight_d, bias_d, self.epsilon)
+            normed = functional.rms_norm(hidden, width, weight_d, self.epsilon)
+            return normed if bias_d is None else normed + bias_d
+
+        return norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,17 +166,43 @@ class AnswerHead:
         NoAnswers
             The final norm is not known, and they are of another layer.
         """
-        if not is_normed:
-            if self.norm is None:
-                raise NoAnswers("its final norm is not one that is known, so there is no lens")
-            hidden_nd = self.norm(hidden_nd)
-        logits_nv = hidden_nd.astype(np.float32) @ self.rows_vd.T
-        if self.bias_v is not None:
-            logits_nv = logits_nv + self.bias_v
-        logits_nv = self.scale * logits_nv
-        if self.soft_cap is None:
-            return logits_nv
-        return self.soft_cap * np.tanh(logits_nv / self.soft_cap)
+        if not is_normed and self.norm is None:
+            raise NoAnswers(NO_LENS)
+        return self.on("cpu")(_as_tensor(hidden_nd), is_normed=is_normed).numpy()
+
+    def on(
+        self, device: str, places: Sequence[int] | slice = slice(None)
+    ) -> Callable[..., torch.Tensor]:
+        """Return the head for float32 hidden states on a device.
+
+        Parameters
+        ----------
+        device : str
+        places : sequence of int, optional
+            Places of the tokens that are wanted among the v; all of them unless they are named.
+
+        Returns
+        -------
+        callable
+            ``logits(hidden, is_normed=...)``: from (..., d) to (..., v), see :meth:`token_logits`.
+            Hidden states that are not normed need a head whose norm is known.
+        """
+        rows_dv = copy_to(device, _as_tensor(self.rows_vd[places].T))
+        bias_v = None if self.bias_v is None else copy_to(device, _as_tensor(self.bias_v[places]))
+        norm = None if self.norm is None else self.norm.on(device)
+
+        def logits(hidden: torch.Tensor, *, is_normed: bool) -> torch.Tensor:
+            if not is_normed and norm is not None:
+                hidden = norm(hidden)
+            raw = hidden @ rows_dv
+            if bias_v is not None:
+                raw = raw + bias_v
+            scaled = self.scale * raw
+            if self.soft_cap is None:
+                return scaled
+            return self.soft_cap * torch.tanh(scaled / self.soft_cap)
+
+        return logits
 
     # -------------------------------------------------------------------------------- on disk
 
@@ -499,6 +537,10 @@ def _describe_norm(module: nn.Module, vlm: Vlm) -> FinalNorm | None:
 def _agree(a: torch.Tensor, b: torch.Tensor, dtype: str) -> bool:
     scale = float(b.float().abs().max())
     return float((a.float() - b.float()).abs().max()) <= TOLERANCES[dtype] * scale
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float32))
 
 
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from probekit.models.devices import copy_to
 from probekit.models.load import Vlm
-from probekit.models.output_head import AnswerHead, FinalNorm, NoAnswers, take_answer_head
+from probekit.models.output_head import NO_LENS, AnswerHead, NoAnswers, take_answer_head
 from probekit.models.processor import PreparedImage
 from probekit.probes.weights import ProbeWeights
 
@@ -83,7 +82,7 @@ class LensReader:
         if head.refusal:
             raise NoAnswers(head.refusal)
         if head.norm is None:
-            raise NoAnswers("its final norm is not one that is known, so there is no lens")
+            raise NoAnswers(NO_LENS)
         tokens_by_class = head.distinct_tokens([(name,) for name in classes])
         self.readable = np.array([c for c, tokens in enumerate(tokens_by_class) if tokens], int)
         if len(self.readable) < 2:
@@ -93,17 +92,11 @@ class LensReader:
             )
         places = [place for tokens in tokens_by_class for place in tokens]
         class_v = [c for c, tokens in enumerate(tokens_by_class) for _ in tokens]
-        device = vlm.device
         self._last_layer = vlm.layers[-1]
-        self._norm = _norm_on_device(head.norm, device)
-        self._rows_dv = copy_to(device, torch.from_numpy(head.rows_vd[places].T.copy()))
-        self._bias_v = None
-        if head.bias_v is not None:
-            self._bias_v = copy_to(device, torch.from_numpy(head.bias_v[places]))
-        self._scale = head.scale
-        self._soft_cap = head.soft_cap
+        self._logits = head.on(vlm.device, places)
         one_hot_vc = np.eye(len(classes), dtype=np.float32)[class_v]
-        self._class_vc = copy_to(device, torch.from_numpy(one_hot_vc))
+        self._class_vc = copy_to(vlm.device, torch.from_numpy(one_hot_vc))
+        self._is_readable_c = self._class_vc.any(0)
 
     @classmethod
     def of(cls, vlm: Vlm, classes: Sequence[str], prepared: PreparedImage) -> LensReader:
@@ -127,33 +120,9 @@ class LensReader:
 
     def __call__(self, layer: str, hidden_ntd: torch.Tensor) -> torch.Tensor:
         """Return (n, t, c) log-probabilities, 0 for classes that cannot be read."""
-        normed_ntd = hidden_ntd.float()
-        if layer != self._last_layer:  # which comes after the norm
-            normed_ntd = self._norm(normed_ntd)
-        logits_ntv = normed_ntd @ self._rows_dv
-        if self._bias_v is not None:
-            logits_ntv = logits_ntv + self._bias_v
-        logits_ntv = self._scale * logits_ntv
-        if self._soft_cap is not None:
-            logits_ntv = self._soft_cap * torch.tanh(logits_ntv / self._soft_cap)
+        # The last layer comes after the norm.
+        logits_ntv = self._logits(hidden_ntd.float(), is_normed=layer == self._last_layer)
         # All spellings of a name together; each token belongs to one name.
         p_ntc = logits_ntv.softmax(-1) @ self._class_vc
         log_p_ntc = p_ntc.clamp(min=torch.finfo(torch.float32).tiny).log()
-        is_readable_c = self._class_vc.any(0)
-        return torch.where(is_readable_c, log_p_ntc, 0.0)
-
-
-def _norm_on_device(norm: FinalNorm, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a final norm for hidden states (n, t, d) on a device."""
-    weight_d = None if norm.weight_d is None else copy_to(device, torch.from_numpy(norm.weight_d))
-    bias_d = None if norm.bias_d is None else copy_to(device, torch.from_numpy(norm.bias_d))
-
-    def apply(hidden_ntd: torch.Tensor) -> torch.Tensor:
-        width = hidden_ntd.shape[-1:]
-        if norm.kind == "layer":
-            return functional.layer_norm(hidden_ntd, width, weight_d, bias_d, norm.epsilon)
-        if norm.kind == "rms":
-            hidden_ntd = functional.rms_norm(hidden_ntd, width, weight_d, norm.epsilon)
-        return hidden_ntd if bias_d is None else hidden_ntd + bias_d
-
-    return apply
+        return torch.where(self._is_readable_c, log_p_ntc, 0.0)

@@ -17,7 +17,7 @@ from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.results import HEADLINE
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
-from probekit.tasks.variants import pair_examples, wordings
+from probekit.tasks.variants import pair_examples, wording_families
 
 
 def pair_test_examples(
@@ -71,7 +71,7 @@ class WordingScores:
         # Of each pair of wordings, the examples of both that ask about the same things.
         self._pairs: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         infos = {name: info for name, info in task_infos(examples).items() if name in weights}
-        for names in wordings(infos).values():
+        for names in wording_families(infos).values():
             for trained_on, read in permutations(names, 2):
                 pair = pair_test_examples(examples, tasks[trained_on], tasks[read])
                 if pair is not None:

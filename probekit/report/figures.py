@@ -12,7 +12,7 @@ from probekit.report import comparisons, curves, heatmaps
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
 from probekit.report.style import metric_words
 from probekit.report.wordings import wordings_figure
-from probekit.tasks.variants import has_plain_wording, wordings
+from probekit.tasks.variants import has_plain_wording, wording_families
 
 BAND_NOTE = (
     "Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told apart "
@@ -129,7 +129,7 @@ def _wording_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:
     figures = {}
     table = results.metrics
     has_probes = (table.probe == probe) & (table.stage == "lm") & (table.control == "none")
-    for task in wordings(results.tasks):
+    for task in wording_families(results.tasks):
         if not (has_probes & (table.task == task)).any():
             continue
         figures[f"{task}_wordings"] = Figure(

@@ -201,8 +201,13 @@ def _answer_row(both: KnownAndSaid) -> dict[str, object]:
     }
     for name, score in columns.items():
         if score is not None:
-            row |= {name: score.value, f"{name} lo": score.lo, f"{name} hi": score.hi}
+            row |= with_interval(name, score)
     return row
+
+
+def with_interval(name: str, score: pd.Series) -> dict[str, float]:
+    """Return the columns of a score and of the ends of its interval."""
+    return {name: score.value, f"{name} lo": score.lo, f"{name} hi": score.hi}
 
 
 # -------------------------------------------------------------------------------------- the figure

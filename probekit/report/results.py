@@ -17,7 +17,7 @@ from probekit.report.known_and_said import (
 )
 from probekit.report.sentences import Summary, compare_pairs, summarise
 from probekit.report.wordings import wording_table, wordings_figure
-from probekit.tasks.variants import wordings
+from probekit.tasks.variants import wording_families
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,7 +200,7 @@ class Results(ProbeResults):
         return known_and_said_figure(self.metrics, task, self.tasks[task], probe=probe)
 
     def _plot_wordings(self, task: str | None, *, probe: str) -> go.Figure:
-        families = wordings(self.tasks)
+        families = wording_families(self.tasks)
         if task is None and families:
             task = next(iter(families))
         if task not in families:

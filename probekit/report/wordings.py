@@ -13,7 +13,13 @@ from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.results import HEADLINE, best_layers, find_curve
 from probekit.report.curves import CHANCE_ACCURACY, curve_traces
-from probekit.report.known_and_said import KNOWN_COLOUR, SAID_COLOUR, known_and_said
+from probekit.report.known_and_said import (
+    KNOWN_COLOUR,
+    SAID_COLOUR,
+    known_and_said,
+    said_metric,
+    with_interval,
+)
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -29,7 +35,7 @@ from probekit.report.style import (
     with_alpha,
 )
 from probekit.tasks.base import TaskInfo
-from probekit.tasks.variants import wordings
+from probekit.tasks.variants import wording_families
 
 PLAIN = "plain"
 VARIANT_WORDS = {
@@ -85,15 +91,14 @@ def wording_table(
         with the ends of their 95 % intervals; NaN where there is nothing to measure.
     """
     rows = []
-    for base, names in wordings(tasks).items():
+    for base, names in wording_families(tasks).items():
         of_probe = _decoder_probes(table, base, probe=probe)
         for model in dict.fromkeys(of_probe.model):
             of_model = of_probe[of_probe.model == model]
             layer = _best_layer(of_model, tasks[base], base, probe=probe)
             for name in names:
                 row = {"task": base, "model": model, "wording": wording_words(name, base)}
-                row |= _own_probe(table, name, tasks[name], model=model, probe=probe)
-                row |= _answer(table, name, tasks[name], model=model, probe=probe)
+                row |= _known_and_said(table, name, tasks[name], model=model, probe=probe)
                 of_wording = table[(table.task == name) & (table.model == model)]
                 row |= _flips(of_wording, layer, pooling=of_model.pooling.iloc[0], probe=probe)
                 of_transfer = plain_probe_curves(transfer, base, of_model.pooling.iloc[0])
@@ -137,19 +142,15 @@ def _own_probe(
     return with_interval("probe", best_layers(rows, {task: info}, probe=probe).iloc[0])
 
 
-def _answer(
+def _known_and_said(
     table: pd.DataFrame, task: str, info: TaskInfo, *, model: str, probe: str
 ) -> dict[str, float]:
+    """Return the answer, and a wording's own probe by the same metric."""
     both = known_and_said(table, task, info, model=model, probe=probe)
     if both is None:
-        return {}
-    columns = with_interval("answer", both.said)
+        return _own_probe(table, task, info, model=model, probe=probe)
+    columns = with_interval("answer", both.said) | with_interval("probe", both.known)
     return columns if both.tuned is None else columns | with_interval("tuned answer", both.tuned)
-
-
-def with_interval(name: str, score: pd.Series) -> dict[str, float]:
-    """Return the columns of a score and of the ends of its interval."""
-    return {name: score.value, f"{name} lo": score.lo, f"{name} hi": score.hi}
 
 
 def _flips(rows: pd.DataFrame, layer: str, *, pooling: str, probe: str) -> dict[str, float]:
@@ -216,7 +217,7 @@ def wordings_figure(
     ValueError
         There are no such probes of the decoder.
     """
-    names = wordings(tasks)[base]
+    names = wording_families(tasks)[base]
     rows = wording_table(table, transfer, {name: tasks[name] for name in names}, probe=probe)
     models = list(dict.fromkeys(rows.model))
     if not models:
@@ -225,8 +226,11 @@ def wordings_figure(
             "that was trained, and extract with the stage lm"
         )
     metric = HEADLINE[tasks[base].kind]
-    titles = [f"{models[0]}: the plain wording’s probe", "answer, and each wording’s probe"]
-    titles += ["judged in another way"]
+    titles = [
+        f"{models[0]}: the plain wording’s probe",
+        "answer, and each wording’s probe",
+        "judged in another way",
+    ]
     for model in models[1:]:
         titles += [model, "", ""]
     panel_height = 90 + 24 * max(6, len(names))
@@ -271,8 +275,9 @@ def wordings_figure(
     figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1)
     figure.update_xaxes(range=[0, 1.04], dtick=0.25, col=2)
     figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, tickformat=".0%", col=3)
-    bottom = ((1, LAYER_AXIS), (2, "accuracy (test)"), (3, "share of test examples"))
-    for column, title in bottom:
+    middle = said_metric(tasks[base]) if rows.answer.notna().any() else metric
+    titles_below = (LAYER_AXIS, f"{metric_words(middle)} (test)", "share of test examples")
+    for column, title in enumerate(titles_below, 1):
         figure.update_xaxes(title=title, row=len(models), col=column)
     return figure
 

@@ -85,7 +85,7 @@ def vary_task(name: str, task: Task, variant: str) -> Task:
     )
 
 
-def wordings(infos: Mapping[str, TaskInfo]) -> dict[str, list[str]]:
+def wording_families(infos: Mapping[str, TaskInfo]) -> dict[str, list[str]]:
     """Return the tasks that ask the same question in several wordings, the plain one first.
 
     Parameters
@@ -119,7 +119,7 @@ def pair_examples(examples: pd.DataFrame, first: str, second: str) -> tuple[np.n
     examples : DataFrame
         With the column `item`, which numbers what a task and its variants ask about.
     first, second : str
-        Two wordings of one question, see :func:`wordings`.
+        Two wordings of one question, see :func:`wording_families`.
 
     Returns
     -------

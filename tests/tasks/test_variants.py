@@ -12,7 +12,7 @@ import pytest
 from probekit.tasks.base import BuildSettings, Task, Variant, example_rows, task_infos
 from probekit.tasks.building import build_examples, table_fingerprint
 from probekit.tasks.registry import TASKS, find_task, find_tasks
-from probekit.tasks.variants import has_plain_wording, pair_examples, vary_task, wordings
+from probekit.tasks.variants import has_plain_wording, pair_examples, vary_task, wording_families
 
 VARIED = [f"{base}_{variant}" for base, task in TASKS.items() for variant in ("", *task.variants)]
 VARIED = [name.removesuffix("_") for name in VARIED]
@@ -112,17 +112,17 @@ def test_a_task_of_a_user_has_variants_too(many_scenes, tmp_path, monkeypatch):
 
 def test_families_begin_with_the_plain_wording(all_wordings):
     infos = task_infos(all_wordings)
-    families = wordings(infos)
+    families = wording_families(infos)
     assert families["object"][0] == "object"
     assert len(families["object"]) == 1 + len(TASKS["object"].variants)
     assert "caption_similar_negated" in families["caption_similar"]
     assert has_plain_wording("object_negated", infos)
     assert not has_plain_wording("object", infos)
     alone = {name: infos[name] for name in ("object_negated", "caption")}
-    assert wordings(alone) == {}
+    assert wording_families(alone) == {}
     assert not has_plain_wording("object_negated", alone)
     two = {name: infos[name] for name in ("object_negated", "object_a_b")}
-    assert wordings(two) == {}  # there is no plain wording to hold them against
+    assert wording_families(two) == {}  # there is no plain wording to hold them against
 
 
 def test_pairs_survive_what_is_done_to_the_table(all_wordings):
