@@ -43,6 +43,7 @@ from probekit.extraction.extracting import extract_tables
 from probekit.extraction.loading import WorkItem, fill_batches, prepare_images
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import model_inputs
+from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models.batches import batch_images, batch_tokens, shared_prefix_length
 from probekit.models.forward import cache_arguments
@@ -167,18 +168,27 @@ def run_plain(vlm: Vlm, examples: pd.DataFrame) -> Timed:
     return Timed(seconds, torch.cat(pooled).numpy())
 
 
-def run_ours(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> Timed:
-    """An extraction into an empty home, of a model that is loaded already."""
-    settings = ExtractionSettings(str(checkpoint), dtype=vlm.dtype)
+def extract_with(
+    vlm: Vlm, checkpoint: Path | str, examples: pd.DataFrame, home: Path | str, **settings
+) -> Activations:
+    """Extract by a model that is loaded already."""
     with (
-        tempfile.TemporaryDirectory() as home,
         patch.object(runner, "load_vlm", lambda *arguments, **options: vlm),
         patch.object(Vlm, "release"),
     ):
-        start = time.perf_counter()
-        activations = extract_tables(
-            settings, {"none": examples}, device=vlm.device, home=Home.find(home)
+        return extract_tables(
+            ExtractionSettings(str(checkpoint), dtype=vlm.dtype, **settings),
+            {"none": examples},
+            device=vlm.device,
+            home=Home.find(home),
         )
+
+
+def run_ours(vlm: Vlm, checkpoint: Path, examples: pd.DataFrame) -> Timed:
+    """An extraction into an empty home, of a model that is loaded already."""
+    with tempfile.TemporaryDirectory() as home:
+        start = time.perf_counter()
+        activations = extract_with(vlm, checkpoint, examples, home)
         seconds = time.perf_counter() - start
         layers = [activations[layer, "mean"] for layer in activations.layers]
     return Timed(seconds, np.stack(layers, 1))

@@ -43,7 +43,7 @@ from paper_scale import run_probes, study_settings, write_activations
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from probekit.models.architectures import remove_head
+from probekit.models.architectures import LanguageHead, remove_head
 from probekit.models.load import Vlm, auto_class
 from probekit.models.presets import locate
 
@@ -135,12 +135,15 @@ def draw_weights(name: str, checkpoint: Path, *, dtype: str, device: str) -> Vlm
     config = AutoConfig.from_pretrained(checkpoint)
     with torch.device(device):
         full_model = auto_class(config).from_config(config, dtype=getattr(torch, dtype))
+    full_model.eval().requires_grad_(False).to(device)
+    head = LanguageHead.of(full_model)
     return Vlm(
         name,
-        remove_head(full_model).eval().requires_grad_(False).to(device),
+        remove_head(full_model),
         processor=AutoProcessor.from_pretrained(checkpoint),
         device=device,
         dtype=dtype,
+        head=head,
     )
 
 

@@ -31,7 +31,7 @@ from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
 from probekit.models.budget import TokenBudget
-from probekit.models.devices import free_memory, is_out_of_memory
+from probekit.models.devices import is_out_of_memory
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.output_head import AnswerHead, take_answer_head
 from probekit.models.processor import PreparedImage
@@ -191,7 +191,6 @@ class Runner:
             if head.refusal:
                 tqdm.write(f"{self.vlm.name} gives no answers: {head.refusal}; its layers are read")
         self.vlm.head = None
-        free_memory()
 
     def _make_answer_head(self) -> AnswerHead | None:
         """Take it from the model, by the first image that is there; None is tried again."""

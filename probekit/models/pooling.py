@@ -105,11 +105,22 @@ class Pooler:
             for name in self.poolings
             if name not in masks_nt
         }
+        # Which single tokens lie in a shared prefix for some example: "last" never does.
+        self._picked_in_prefix = {
+            name
+            for name, place_n in places_n.items()
+            if bool((place_n < self._prefix_length).any())
+        }
         self._masks_nt = self._on_device(masks_nt, device)
         self._counts_n = self._on_device(counts_n, device)
         self._prefix_masks_bt = self._on_device(prefix_masks_bt, device)
         self._places_n = self._on_device(places_n, device)
         self._owner_n = copy_to(device, prefix.owner_n) if prefix else None
+        self._row_n = copy_to(device, torch.arange(len(mask_nt)))
+
+    @property
+    def _prefix_length(self) -> int:
+        return self.prefix.length if self.prefix else 0
 
     def _on_device(self, tensors: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
         """Copy what belongs to a pooling that is wanted."""
@@ -135,11 +146,10 @@ class Pooler:
                 f"pooling {pooling!r} needs more tokens than the shortest example has "
                 f"({int(total_n.min())})"
             )
-        prefix_length = self.prefix.length if self.prefix else 0
         ordinal_nt = real_nt.cumsum(1)  # 1 at an example's first real token
-        is_wanted_nt = (ordinal_nt == (wanted_n - prefix_length)[:, None] + 1) & real_nt
+        is_wanted_nt = (ordinal_nt == (wanted_n - self._prefix_length)[:, None] + 1) & real_nt
         place_n = is_wanted_nt.int().argmax(1)
-        return torch.where(wanted_n < prefix_length, wanted_n, place_n + prefix_length)
+        return torch.where(wanted_n < self._prefix_length, wanted_n, place_n + self._prefix_length)
 
     def pool_prefix(self, hidden_btd: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pool one layer's hidden states of the prefixes.
@@ -152,7 +162,8 @@ class Pooler:
         Returns
         -------
         dict of str to Tensor
-            For each pooling what :meth:`pool` needs: (b, d) sums or maxima, (n, d) single tokens.
+            For each pooling what :meth:`pool` needs: (b, d) sums or maxima, (n, d) single tokens
+            where some of them lie in the prefixes.
 
         Raises
         ------
@@ -163,10 +174,10 @@ class Pooler:
             raise ValueError("this pooler has no prefix")
         pooled = {}
         for name in self.poolings:
-            if name in self._places_n:
+            if name in self._picked_in_prefix:
                 place_n = self._places_n[name].clamp(max=self.prefix.length - 1)
                 pooled[name] = hidden_btd[self._owner_n, place_n].float()
-            else:
+            elif name not in self._places_n:
                 pooled[name] = _reduce(hidden_btd, self._prefix_masks_bt[name], pooling=name)
         return pooled
 
@@ -189,7 +200,7 @@ class Pooler:
         """
         pooled = {}
         for name in self.poolings:
-            prefix_values = pooled_prefix[name] if pooled_prefix else None
+            prefix_values = pooled_prefix.get(name) if pooled_prefix else None
             if name in self._places_n:
                 pooled[name] = self._pick(hidden_ntd, self._places_n[name], prefix_values)
             else:
@@ -203,12 +214,11 @@ class Pooler:
         prefix_values_nd: torch.Tensor | None,
     ) -> torch.Tensor:
         """(n, d) the token at a place, which lies in the suffix or in the prefix."""
-        prefix_length = self.prefix.length if self.prefix else 0
-        suffix_place_n = (place_n - prefix_length).clamp(min=0)
-        values_nd = hidden_ntd.take_along_dim(suffix_place_n[:, None, None], 1)[:, 0].float()
+        suffix_place_n = (place_n - self._prefix_length).clamp(min=0)
+        values_nd = hidden_ntd[self._row_n, suffix_place_n].float()
         if prefix_values_nd is None:
             return values_nd
-        return torch.where((place_n < prefix_length)[:, None], prefix_values_nd, values_nd)
+        return torch.where((place_n < self._prefix_length)[:, None], prefix_values_nd, values_nd)
 
     def _pool_tokens(
         self, hidden_ntd: torch.Tensor, pooling: str, prefix_values_bd: torch.Tensor | None
