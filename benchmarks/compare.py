@@ -67,7 +67,7 @@ def draw_noise(rng: np.random.Generator, *, images: int, layers: int, classes: i
     return np.sqrt(0.3) * rest + shared
 
 
-def count_hits(p_lnc: np.ndarray, y_nc: np.ndarray, images: int) -> np.ndarray:
+def count_hits(p_lnc: np.ndarray, y_nc: np.ndarray, images: int) -> torch.Tensor:
     """Counts (images, l, c, 5) of answers 0 or 1."""
     image_n = np.repeat(np.arange(images), EXAMPLES_PER_IMAGE)
     return count_by_image(p_lnc, y_nc, mask_nc=np.ones_like(y_nc), image_n=image_n)
@@ -75,7 +75,7 @@ def count_hits(p_lnc: np.ndarray, y_nc: np.ndarray, images: int) -> np.ndarray:
 
 def simulate_accuracy(
     rng: np.random.Generator, images: int, strength_l: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[torch.Tensor, np.ndarray]:
     """Counts (images, l, 1, 5), and the true accuracies.
 
     These are the normal distribution at the strengths.
@@ -95,7 +95,7 @@ def simulate_f1(
     strength_l: np.ndarray,
     *,
     prevalence_c: np.ndarray = PREVALENCE,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[torch.Tensor, np.ndarray]:
     """Counts (images, l, c, 5), and the true macro F1.
 
     The truth comes from the expected hits and false alarms of each class.
@@ -123,7 +123,7 @@ KINDS = {
 }
 
 
-def score_study(kind: str, total: np.ndarray) -> np.ndarray:
+def score_study(kind: str, total: torch.Tensor) -> torch.Tensor:
     """Scores (b, l) of summed counts (b, l, c, 5)."""
     is_binary = kind == "accuracy"
     scores = score_counts(total, binary=is_binary)

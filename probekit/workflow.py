@@ -352,7 +352,8 @@ def probe(
     epochs, patience
         Of the probes "linear" and "mlp", see :class:`probekit.probes.adam.AdamSettings`.
     device : str or None
-        Where probes are trained, and models run once more for `localise`; None takes the best one.
+        Where probes are trained and scored, and models run once more for `localise`; None takes
+        the best one.
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
@@ -367,6 +368,7 @@ def probe(
     """
     from probekit.answers.scores import score_answers
     from probekit.extraction.store import Activations
+    from probekit.probes.fitting import training_device
     from probekit.probes.localisation import add_localisation
     from probekit.probes.probing import probe_activations
     from probekit.probes.results import ProbeResults
@@ -381,17 +383,22 @@ def probe(
     parameters.read_parameters({"localise": localise, "heat_images": heat_images})
     settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
     folder = results_folder(run, home)
+    device_of_probes = training_device(device)
     parts = []
     for view in views:
-        probed = probe_activations(view, settings=settings_of_probes, folder=folder, device=device)
+        probed = probe_activations(
+            view, settings=settings_of_probes, folder=folder, device=device_of_probes
+        )
         answers = score_answers(
             view,
             probed,
             resamples=settings_of_probes.resamples,
             seed=settings_of_probes.seeds[0],
+            device=device_of_probes,
         )
         parts += [probed, answers.with_settings(probed.stores[0]["fingerprint"])]
-    results = ProbeResults.join([*parts, _compare_models(views, settings_of_probes)])
+    compared = _compare_models(views, settings_of_probes, device=device_of_probes)
+    results = ProbeResults.join([*parts, compared])
     if localise:
         results = add_localisation(
             views,
@@ -408,7 +415,9 @@ def probe(
     return Results.of(results, examples)
 
 
-def _compare_models(views: Sequence[Activations], settings: ProbeSettings) -> ProbeResults:
+def _compare_models(
+    views: Sequence[Activations], settings: ProbeSettings, *, device: str
+) -> ProbeResults:
     """Compare the layers of all trained models, by the first pooling that all of them have."""
     from probekit.probes.probing import control_name
     from probekit.probes.results import ProbeResults
@@ -428,6 +437,7 @@ def _compare_models(views: Sequence[Activations], settings: ProbeSettings) -> Pr
             trained,
             pooling=shared[0],
             resamples=min(settings.resamples, MOST_RESAMPLES_OF_SIMILARITY),
+            device=device,
         )
     except ValueError as error:
         tqdm.write(f"layers are not compared with each other: {error}")

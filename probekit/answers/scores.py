@@ -31,7 +31,12 @@ UNDECIDED = ("log_loss", "average_precision")
 
 
 def score_answers(
-    activations: Activations, probed: ProbeResults, *, resamples: int, seed: int
+    activations: Activations,
+    probed: ProbeResults,
+    *,
+    resamples: int,
+    seed: int,
+    device: str = "cpu",
 ) -> ProbeResults:
     """Score what a model says to every task that has answers, and how far probes know more.
 
@@ -44,6 +49,8 @@ def score_answers(
         Number of bootstrap samples.
     seed : int
         What the column `seed` says.
+    device : str
+        Where answers are scored.
 
     Returns
     -------
@@ -82,7 +89,7 @@ def score_answers(
     for name, by_lens in answers.items():
         of_task = {key: p_lnc for key, p_lnc in judged.items() if key.task == name}
         try:
-            task = LabelledTask.from_examples(activations.examples, name)
+            task = LabelledTask.from_examples(activations.examples, name, device=device)
             scored = {
                 lens: _TaskAnswers(task.true, infos[name], logits, resamples)
                 for lens, logits in by_lens.items()

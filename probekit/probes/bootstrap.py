@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import ndtr, ndtri
 
 # Counts that are resampled at a time: 16 MB, and about 20 times that within metrics.score_counts.
@@ -72,6 +73,15 @@ def image_weights(
     frequencies". Drawing every image independently is equivalent to the usual bootstrap for scores
     that do not change when all counts double.
     """
+    weight_bn = image_weights_on("cpu", images, resamples=resamples, seed=seed).numpy()
+    weight_bn.setflags(write=False)
+    return weight_bn
+
+
+def image_weights_on(
+    device: str, images: Sequence | np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> torch.Tensor:
+    """Return :func:`image_weights` as a tensor on a device; it is cached, so do not write to it."""
     names = tuple(str(image).encode() for image in images)
     if len(names) < 2:
         raise ValueError(
@@ -81,27 +91,25 @@ def image_weights(
         raise ValueError(
             "an image is named twice: sum the counts of its examples first (metrics.count_by_image)"
         )
-    return _draw_weights(names, resamples, seed)
+    return _draw_weights(names, resamples, seed, device)
 
 
 @lru_cache(maxsize=4)  # one set of test images serves many models, poolings and probes
-def _draw_weights(names: tuple[bytes, ...], resamples: int, seed: int) -> np.ndarray:
+def _draw_weights(names: tuple[bytes, ...], resamples: int, seed: int, device: str) -> torch.Tensor:
     columns = []
     for name in names:
         # The digest decides the numbers that come out, so it must never change.
         digest = int.from_bytes(blake2b(name, digest_size=8).digest(), "big")
         rng = np.random.default_rng([seed, digest])
         columns.append(rng.poisson(1.0, resamples).astype(np.uint8))
-    weight_bn = np.stack(columns, axis=1)
-    weight_bn.setflags(write=False)
-    return weight_bn
+    return torch.from_numpy(np.stack(columns, axis=1)).to(device)
 
 
 def bootstrap_curve(
-    counts: np.ndarray,
+    counts: np.ndarray | torch.Tensor,
     images: Sequence | np.ndarray,
     *,
-    score: Callable[[np.ndarray], np.ndarray],
+    score: Callable[[torch.Tensor], torch.Tensor],
     resamples: int = 2000,
     seed: int = 0,
 ) -> Curve:
@@ -109,14 +117,15 @@ def bootstrap_curve(
 
     Parameters
     ----------
-    counts : ndarray
+    counts : ndarray or Tensor
         (images, l, ...) counts of each image, such as
-        :func:`probekit.probes.metrics.count_by_image` gives.
+        :func:`probekit.probes.metrics.count_by_image` gives. They are resampled on their device.
     images : sequence or ndarray
         The names of the images in the same order; ``np.unique(image_n)`` for ``count_by_image``.
     score : callable
-        From summed counts (b, l, ...) to scores (b, l). The score must be a ratio of sums, or a
-        mean of such, for example ``metrics.score_counts(total, binary=False)["f1_macro", None]``.
+        From summed counts, a float64 tensor (b, l, ...), to scores (b, l). The score must be a
+        ratio of sums, or a mean of such, for example
+        ``metrics.score_counts(total, binary=False)["f1_macro", None]``.
     resamples : int
         Number of resamples, b.
     seed : int
@@ -129,22 +138,23 @@ def bootstrap_curve(
     """
     if len(counts) != len(images):
         raise ValueError(f"counts of {len(counts)} images, but {len(images)} names")
-    weight_bn = image_weights(images, resamples=resamples, seed=seed)
-    flat = counts.reshape(len(counts), -1).astype(np.float32, copy=False)
-    total = counts.sum(0, dtype=np.float64)
+    counts = torch.as_tensor(counts)
+    weight_bn = image_weights_on(str(counts.device), images, resamples=resamples, seed=seed)
+    flat = counts.reshape(len(counts), -1).float()
+    total = counts.sum(0, dtype=torch.float64)
     step = max(1, BLOCK // flat.shape[1])
 
     resampled = []
     for start in range(0, resamples, step):
-        totals = weight_bn[start : start + step].astype(np.float32) @ flat
-        resampled.append(score(totals.reshape(-1, *counts.shape[1:])))
+        totals = weight_bn[start : start + step].float() @ flat
+        resampled.append(score(totals.double().reshape(-1, *counts.shape[1:])))
     left_out = []
     for start in range(0, len(counts), step):
-        left_out.append(score(total - counts[start : start + step]))
+        left_out.append(score(total - counts[start : start + step].double()))
     return Curve(
-        score_l=score(total[None])[0],
-        resampled_bl=np.concatenate(resampled),
-        acceleration_l=acceleration(np.concatenate(left_out)),
+        score_l=score(total[None])[0].cpu().numpy(),
+        resampled_bl=torch.cat(resampled).cpu().numpy(),
+        acceleration_l=acceleration(torch.cat(left_out)).cpu().numpy(),
     )
 
 
@@ -185,23 +195,23 @@ def mean_curve(
     """
     counts, images = sum_by_image(np.stack([value_nl, np.ones_like(value_nl)], -1), image_n)
 
-    def mean_score(total: np.ndarray) -> np.ndarray:
+    def mean_score(total: torch.Tensor) -> torch.Tensor:
         return total[..., 0] / total[..., 1].clip(1e-9)
 
     return bootstrap_curve(counts, images, score=mean_score, resamples=resamples, seed=seed)
 
 
-def acceleration(left_out: np.ndarray) -> np.ndarray:
+def acceleration(left_out: torch.Tensor) -> torch.Tensor:
     """Estimate the acceleration of a score from its jackknife values.
 
     Parameters
     ----------
-    left_out : ndarray
-        (images, ...) scores without one image each. Scores that are not finite do not count.
+    left_out : Tensor
+        (images, ...) scores without one image each. Those that are NaN do not count.
 
     Returns
     -------
-    ndarray
+    Tensor
         (...) ``sum(d**3) / (6 * sum(d**2)**1.5)`` for the differences d of the jackknife values
         from their mean; 0 where they do not differ.
 
@@ -209,11 +219,11 @@ def acceleration(left_out: np.ndarray) -> np.ndarray:
     ----------
     Efron and Tibshirani (1993), "An Introduction to the Bootstrap", equation 14.15.
     """
-    finite = np.isfinite(left_out)
-    difference = np.nansum(left_out, 0) / finite.sum(0).clip(1) - left_out
-    scale = np.nansum(difference**2, 0) ** 1.5
-    skewness = np.nansum(difference**3, 0)
-    return np.divide(skewness, 6 * scale, out=np.zeros(scale.shape), where=scale > 0)
+    difference = left_out.nanmean(0) - left_out
+    squares = difference**2
+    scale = squares.nansum(0) ** 1.5
+    skewness = (squares * difference).nansum(0)
+    return torch.where(scale > 0, skewness / (6 * scale), 0)
 
 
 def bca_interval(curve: Curve, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:

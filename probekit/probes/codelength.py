@@ -139,16 +139,18 @@ def codelength_table(
         `compression`, which is 1 / codelength.
     """
     _, mask_nc, image_n = labels.select("train")
-    images, image_number_n = np.unique(image_n, return_inverse=True)
     labels_ln = np.broadcast_to(mask_nc.sum(1), bits_ln.shape)
-    counts = np.zeros((len(images), len(layers), 2))
-    np.add.at(counts[..., 0], image_number_n, bits_ln.T)
-    np.add.at(counts[..., 1], image_number_n, labels_ln.T)
+    counts, images = bootstrap.sum_by_image(np.stack([bits_ln.T, labels_ln.T], -1), image_n)
 
-    def bits_per_label(total: np.ndarray) -> np.ndarray:
+    def bits_per_label(total: torch.Tensor) -> torch.Tensor:
         return total[..., 0] / total[..., 1]
 
-    curve = bootstrap.bootstrap_curve(counts, images, score=bits_per_label, resamples=resamples)
+    curve = bootstrap.bootstrap_curve(
+        torch.as_tensor(counts, device=labels.device),
+        images,
+        score=bits_per_label,
+        resamples=resamples,
+    )
     lo, hi = bootstrap.bca_interval(curve)
     shared = {"layer": list(layers), "class": "", "n": int(mask_nc.sum()), "split": "train"}
     codelength = {"metric": "codelength", "value": curve.score_l, "lo": lo, "hi": hi}

@@ -70,6 +70,8 @@ class LabelSet:
         (n, c) float32, 1 where an entry counts.
     split : dict of str to Tensor
         The row numbers of each split.
+    device : str
+        Where probabilities are scored by them.
     """
 
     name: str
@@ -79,6 +81,7 @@ class LabelSet:
     y_nc: torch.Tensor
     mask_nc: torch.Tensor
     split: dict[str, torch.Tensor]
+    device: str = "cpu"
 
     def select(self, split: str) -> LabelArrays:
         """Return the labels of one split as arrays."""
@@ -125,6 +128,7 @@ class LabelSet:
             resamples=resamples,
             by_class=by_class,
             threshold_lc=threshold_lc,
+            device=self.device,
         )
         return table.assign(split=split)
 
@@ -145,9 +149,11 @@ class LabelSet:
             Number of bootstrap samples.
         """
         y_nc, mask_nc, image_n = self.select(split)
-        counts = metrics.count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n)
+        counts = metrics.count_by_image(
+            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, device=self.device
+        )
 
-        def score(total: np.ndarray) -> np.ndarray:
+        def score(total: torch.Tensor) -> torch.Tensor:
             scores = metrics.score_counts(total, binary=self.kind == "binary")
             return scores[metrics.ScoreKey(metric)]
 
@@ -182,7 +188,9 @@ class LabelledTask:
     true: LabelSet
 
     @classmethod
-    def from_examples(cls, examples: pd.DataFrame, name: str) -> LabelledTask:
+    def from_examples(
+        cls, examples: pd.DataFrame, name: str, *, device: str = "cpu"
+    ) -> LabelledTask:
         """Take one task from an examples table.
 
         Parameters
@@ -191,15 +199,17 @@ class LabelledTask:
             See :mod:`probekit.tasks.building`.
         name : str
             Name of the task.
+        device : str
+            Where probabilities are scored by its labels.
 
         Raises
         ------
         ValueError
             A split has no examples of this task, or no category has both answers in training.
         """
-        info = task_infos(examples)[name]
         rows = np.flatnonzero((examples.task == name).to_numpy())
         table = examples.iloc[rows]
+        info = task_infos(table)[name]
         split_n = table.split.to_numpy()
         split = _split_rows(split_n, name)
         y_nc = torch.tensor(np.array(table["labels"].tolist()), dtype=torch.float32)
@@ -219,6 +229,7 @@ class LabelledTask:
             y_nc=y_nc,
             mask_nc=mask_nc,
             split=split,
+            device=device,
         )
         return cls(name, rows, table.prompt.to_numpy(), split_n, true)
 

@@ -10,7 +10,6 @@ the F1 of label 1 of a binary task.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,7 +51,7 @@ class ScoreKey(NamedTuple):
     class_number: int | None = None
 
 
-Scores = dict[ScoreKey, np.ndarray]
+Scores = dict[ScoreKey, torch.Tensor]
 Curves = dict[ScoreKey, bootstrap.Curve]
 
 
@@ -63,7 +62,8 @@ def count_by_image(
     mask_nc: np.ndarray,
     image_n: np.ndarray,
     threshold_lc: np.ndarray | float = 0.5,
-) -> np.ndarray:
+    device: str = "cpu",
+) -> torch.Tensor:
     """Sum hits, misses and log losses over the examples of each image.
 
     Parameters
@@ -78,39 +78,47 @@ def count_by_image(
         (n,) which image each example shows.
     threshold_lc : ndarray or float
         (l, c) probability from which on the answer is yes.
+    device : str
+        Where they are counted.
 
     Returns
     -------
-    ndarray
+    Tensor
         (images, l, c, 5) float32 in the order of :data:`COUNTS`, the images as ``np.unique`` sorts
         them. Log losses are in nats.
     """
-    yes = p_lnc >= np.expand_dims(np.atleast_2d(threshold_lc), 1)
-    y = y_nc.astype(bool)
-    mask = mask_nc.astype(bool)
-    p = np.clip(p_lnc.astype(np.float64), 1e-7, 1 - 1e-7)
+    p = torch.as_tensor(p_lnc, device=device)
+    y = torch.as_tensor(y_nc > 0, device=device)
+    mask = torch.as_tensor(mask_nc > 0, device=device)
+    threshold = torch.as_tensor(threshold_lc, device=device).expand(len(p), y.shape[1])
+    image_number_n = torch.as_tensor(np.unique(image_n, return_inverse=True)[1], device=device)
+    yes = p >= threshold[:, None]
+    p_of_label = torch.where(y, p.double(), 1 - p.double()).clip(1e-7, 1 - 1e-7)
     entries = (
         yes & y & mask,
         yes & ~y & mask,
         ~yes & y & mask,
         ~yes & ~y & mask,
-        -np.log(np.where(y, p, 1 - p)) * mask,
+        -p_of_label.log() * mask,
     )
-    image_number_n = np.unique(image_n, return_inverse=True)[1]
-    shape = (image_number_n.max() + 1, p_lnc.shape[0], p_lnc.shape[2], len(COUNTS))
-    totals = np.zeros(shape, np.float32)
-    for k, entry_lnc in enumerate(entries):
-        entry_nlc = entry_lnc.swapaxes(0, 1).astype(np.float32)
-        np.add.at(totals[..., k], image_number_n, entry_nlc)
-    return totals
+    image_count = int(image_number_n.max()) + 1
+    totals = []
+    for entry_lnc in entries:
+        # In float64 the order of the sums, which a GPU leaves open, does not show in float32.
+        total_ilc = torch.zeros((image_count, *threshold.shape), dtype=torch.float64, device=device)
+        total_ilc.index_add_(0, image_number_n, entry_lnc.transpose(0, 1).double())
+        totals.append(total_ilc.float())
+    return torch.stack(totals, -1)
 
 
-def _divide(a: np.ndarray, b: np.ndarray, *, empty: float = 0.0) -> np.ndarray:
+def _divide(a: torch.Tensor, b: torch.Tensor, *, empty: float = 0.0) -> torch.Tensor:
     """Divide a by b; `empty` where b is 0."""
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, empty), where=b > 0)
+    return torch.where(b > 0, a / b, empty)
 
 
-def _precision_recall_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict[str, np.ndarray]:
+def _precision_recall_f1(
+    tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor
+) -> dict[str, torch.Tensor]:
     return {
         "precision": _divide(tp, tp + fp),
         "recall": _divide(tp, tp + fn),
@@ -118,12 +126,12 @@ def _precision_recall_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict
     }
 
 
-def score_counts(counts: np.ndarray, *, binary: bool) -> Scores:
+def score_counts(counts: torch.Tensor, *, binary: bool) -> Scores:
     """Compute all metrics from summed counts.
 
     Parameters
     ----------
-    counts : ndarray
+    counts : Tensor
         (..., c, 5) in the order of :data:`COUNTS`.
     binary : bool
         Whether the task is binary: then c is 1, and there are scores of the classes 0 (no) and 1
@@ -131,16 +139,15 @@ def score_counts(counts: np.ndarray, *, binary: bool) -> Scores:
 
     Returns
     -------
-    dict of ScoreKey to ndarray
-        (...) each metric, over all classes and of each class.
+    dict of ScoreKey to Tensor
+        (...) float64, each metric, over all classes and of each class.
 
     Notes
     -----
     Precision, recall and F1 are 0 where nothing was predicted or present. Classes without any
     entry that counts are left out of macro means.
     """
-    counts = counts.astype(np.float64)
-    tp, fp, fn, tn, loss = np.moveaxis(counts, -1, 0)
+    tp, fp, fn, tn, loss = counts.double().movedim(-1, 0).contiguous()
     entries = tp + fp + fn + tn
     scores = {
         ScoreKey("accuracy"): _divide((tp + tn).sum(-1), entries.sum(-1)),
@@ -151,20 +158,18 @@ def score_counts(counts: np.ndarray, *, binary: bool) -> Scores:
             scores[ScoreKey(f"{name}_positive")] = values[..., 0]
         # What is a hit for "yes" is a rightly rejected "no", and the other way round.
         tp, fp, fn, tn = (
-            np.concatenate([tn, tp], -1),
-            np.concatenate([fn, fp], -1),
-            np.concatenate([fp, fn], -1),
-            np.concatenate([tp, tn], -1),
+            torch.cat([tn, tp], -1),
+            torch.cat([fn, fp], -1),
+            torch.cat([fp, fn], -1),
+            torch.cat([tp, tn], -1),
         )
         entries = tp + fp + fn + tn
 
     pooled = _precision_recall_f1(tp.sum(-1), fp.sum(-1), fn.sum(-1))
     class_count = entries.shape[-1]
-    scored_classes = (entries > 0).sum(-1)
     for name, values in _precision_recall_f1(tp, fp, fn).items():
-        values = np.where(entries > 0, values, np.nan)
-        macro = _divide(np.nansum(values, -1), scored_classes, empty=np.nan)
-        scores[ScoreKey(f"{name}_macro")] = macro
+        values = torch.where(entries > 0, values, np.nan)
+        scores[ScoreKey(f"{name}_macro")] = values.nanmean(-1)
         scores[ScoreKey(f"{name}_micro")] = pooled[name]
         for k in range(class_count):
             scores[ScoreKey(name, k)] = values[..., k]
@@ -221,8 +226,12 @@ def choose_thresholds(
 
 
 def average_precision(
-    p_lnc: np.ndarray, y_nc: np.ndarray, *, mask_nc: np.ndarray, weight_bn: np.ndarray
-) -> np.ndarray:
+    p_lnc: np.ndarray,
+    y_nc: np.ndarray,
+    *,
+    mask_nc: np.ndarray,
+    weight_bn: torch.Tensor,
+) -> torch.Tensor:
     """Compute the average precision of each class with b sets of weights of the examples.
 
     Parameters
@@ -231,13 +240,14 @@ def average_precision(
         (l, n, c) probabilities of label 1.
     y_nc, mask_nc : ndarray
         (n, c) labels, and 1 where an entry counts.
-    weight_bn : ndarray
+    weight_bn : Tensor
         (b, n) weights of the examples.
 
     Returns
     -------
-    ndarray
-        (b, l, c) average precision; NaN for a class without a positive example.
+    Tensor
+        (b, l, c) float64 average precision, on the device of the weights; NaN for a class without
+        a positive example.
 
     Notes
     -----
@@ -245,17 +255,23 @@ def average_precision(
     equal probabilities are one step.
     """
     layer_count, _, class_count = p_lnc.shape
-    average_blc = np.full((len(weight_bn), layer_count, class_count), np.nan)
+    device = weight_bn.device
+    average_blc = torch.full(
+        (len(weight_bn), layer_count, class_count), np.nan, dtype=torch.float64, device=device
+    )
     for c in range(class_count):
-        rows = mask_nc[:, c] > 0
-        y_n = torch.from_numpy(y_nc[rows, c] > 0)
-        step = max(1, 10 * bootstrap.BLOCK // max(1, rows.sum()))
+        rows = np.flatnonzero(mask_nc[:, c] > 0)
+        p_ln = torch.as_tensor(p_lnc[:, rows, c], device=device)
+        y_n = torch.as_tensor(y_nc[rows, c] > 0, device=device)
+        weight_of_class_bn = weight_bn[:, torch.as_tensor(rows, device=device)]
+        step = max(1, 10 * bootstrap.BLOCK // max(1, len(rows)))
         for start in range(0, len(weight_bn), step):
             block = slice(start, start + step)
-            block_bn = torch.from_numpy(weight_bn[block, rows].astype(np.float32))
+            block_bn = weight_of_class_bn[block].float()
             for layer in range(layer_count):
-                p_n = torch.from_numpy(p_lnc[layer, rows, c])
-                average_blc[block, layer, c] = _average_precision(p_n, y_n, block_bn).numpy()
+                average_blc[block, layer, c] = _average_precision(
+                    p_ln[layer], y_n, block_bn
+                ).double()
     return average_blc
 
 
@@ -271,7 +287,7 @@ def _average_precision(
     last_h = last_of_equal_n[y_n]
     last_hit_h = y_n.cumsum(0)[last_h] - 1
     hits_bh = hit_weight_bh.cumsum(1)
-    if not torch.equal(last_hit_h, torch.arange(len(last_hit_h))):
+    if not torch.equal(last_hit_h, torch.arange(len(last_hit_h), device=p_n.device)):
         hits_bh = hits_bh[:, last_hit_h]
     seen_bh = weight_bn.cumsum(1)[:, last_h]
     precision_bh = hits_bh / seen_bh.clamp(min=1e-30)
@@ -343,7 +359,7 @@ def _leave_images_out(
         is_next = place_n == gone
         end_i[image_n[is_next]] = step_n[is_next]
         gone_hits = np.arange(gone + 1)[:, None]
-        precision_hg = _divide(hits_g - gone_hits, seen_g - gone)
+        precision_hg = _divide_arrays(hits_g - gone_hits, seen_g - gone)
         sums_hg = np.pad((positives_g * precision_hg).cumsum(1), ((0, 0), (1, 0)))
         total_i += sums_hg[hits_i, end_i] - sums_hg[hits_i, start_i]
         start_i = end_i
@@ -355,9 +371,13 @@ def _leave_images_out(
     gone_n = place_n[last_n] + 1
     hits_n = y_n.cumsum()
     hits_of_image_n = hits_n - (hits_n - y_n)[first_i[image_n]]
-    precision_n = _divide(hits_g[step_n] - hits_of_image_n[last_n], seen_g[step_n] - gone_n)
+    precision_n = _divide_arrays(hits_g[step_n] - hits_of_image_n[last_n], seen_g[step_n] - gone_n)
     np.subtract.at(total_i, image_n, y_n * precision_n)
-    return _divide(total_i, positives_g.sum() - hits_i, empty=np.nan)
+    return _divide_arrays(total_i, positives_g.sum() - hits_i, empty=np.nan)
+
+
+def _divide_arrays(a: np.ndarray, b: np.ndarray, *, empty: float = 0.0) -> np.ndarray:
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, empty), where=b > 0)
 
 
 def calibration_counts(confidence_ln: np.ndarray, right_ln: np.ndarray) -> np.ndarray:
@@ -382,7 +402,7 @@ def calibration_counts(confidence_ln: np.ndarray, right_ln: np.ndarray) -> np.nd
     return in_bin_nlk[..., None] * per_answer_nl3[:, :, None].astype(np.float32)
 
 
-def calibration_error(sums_blk3: np.ndarray) -> np.ndarray:
+def calibration_error(sums_blk3: torch.Tensor) -> torch.Tensor:
     """Compute the expected calibration error from summed :func:`calibration_counts`.
 
     It is the mean over answers of how far the confidence in their bin lies from the share that is
@@ -390,15 +410,15 @@ def calibration_error(sums_blk3: np.ndarray) -> np.ndarray:
 
     Parameters
     ----------
-    sums_blk3 : ndarray
+    sums_blk3 : Tensor
         (b, l, bins, 3): sums of confidence, of right answers, and the number of answers.
 
     Returns
     -------
-    ndarray
+    Tensor
         (b, l), 0 to 1. For few answers it is too large: chance fills the bins unevenly.
     """
-    off_blk = np.abs(sums_blk3[..., 0] - sums_blk3[..., 1])
+    off_blk = (sums_blk3[..., 0] - sums_blk3[..., 1]).abs()
     return off_blk.sum(-1) / sums_blk3[..., 2].sum(-1)
 
 
@@ -438,7 +458,8 @@ def calibration_interval(
     calibrated = []
     for _ in range(draws):
         right_ln = rng.random(confidence_ln.shape) < confidence_ln
-        calibrated.append(calibration_error(calibration_counts(confidence_ln, right_ln).sum(0)))
+        sums_lk3 = torch.from_numpy(calibration_counts(confidence_ln, right_ln).sum(0))
+        calibrated.append(calibration_error(sums_lk3).numpy())
     is_calibrated_l = curve.score_l <= np.quantile(calibrated, 1 - tail, axis=0)
     lower_l = np.where(is_calibrated_l, 0, np.maximum(lowest_l - 2 * bias_l, 0))
     return np.minimum(lower_l, curve.score_l), np.maximum(highest_l - bias_l, curve.score_l)
@@ -456,6 +477,7 @@ def score_table(
     resamples: int = 2000,
     by_class: bool = True,
     threshold_lc: np.ndarray | None = None,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Score all layers, with intervals and with how the layers compare.
 
@@ -481,6 +503,8 @@ def score_table(
     threshold_lc : ndarray, optional
         (l, c) of :func:`choose_thresholds`; adds ``<metric>_tuned`` with these thresholds instead
         of one half, of accuracy for binary tasks and of F1 for others.
+    device : str
+        Where they are resampled.
 
     Returns
     -------
@@ -500,13 +524,18 @@ def score_table(
     def keep_tuned(key: ScoreKey) -> bool:
         return key.class_number is None and key.metric in tuned_metrics
 
-    counts = count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n)
+    counts = count_by_image(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, device=device)
     scores, curves = _resample(
         counts, image_n=image_n, binary=binary, keep=keep, resamples=resamples
     )
     if threshold_lc is not None:
         counts = count_by_image(
-            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, threshold_lc=threshold_lc
+            p_lnc,
+            y_nc,
+            mask_nc=mask_nc,
+            image_n=image_n,
+            threshold_lc=threshold_lc,
+            device=device,
         )
         tuned, tuned_curves = _resample(
             counts, image_n=image_n, binary=binary, keep=keep_tuned, resamples=resamples
@@ -517,7 +546,7 @@ def score_table(
             curves[ScoreKey(f"{key.metric}_tuned")] = curve
     if by_class:
         ranked = _resample_average_precision(
-            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, resamples=resamples
+            p_lnc, y_nc, mask_nc=mask_nc, image_n=image_n, resamples=resamples, device=device
         )
         for key, curve in ranked.items():
             if key.class_number is None or not binary:
@@ -567,24 +596,27 @@ def score_table(
 
 
 def _resample(
-    counts: np.ndarray,
+    counts: torch.Tensor,
     *,
     image_n: np.ndarray,
     binary: bool,
     keep: Callable[[ScoreKey], bool],
     resamples: int,
-) -> tuple[Scores, Curves]:
+) -> tuple[dict[ScoreKey, np.ndarray], Curves]:
     """Compute the scores (l,) to keep, and the curves of those that have an interval."""
-    scores = score_counts(counts.sum(0), binary=binary)
-    scores = {key: score_l for key, score_l in scores.items() if keep(key)}
+    scores: dict[ScoreKey, np.ndarray] = {}
+    total = counts.sum(0, dtype=torch.float64).cpu()
+    for key, total_score_l in score_counts(total, binary=binary).items():
+        if keep(key):
+            scores[key] = total_score_l.numpy()
     resampled_keys = []
     for key, score_l in scores.items():
         if key.metric not in PLAIN and not np.isnan(score_l).all():
             resampled_keys.append(key)
 
-    def score_all(total: np.ndarray) -> np.ndarray:
+    def score_all(total: torch.Tensor) -> torch.Tensor:
         by_key = score_counts(total, binary=binary)
-        return np.concatenate([by_key[key] for key in resampled_keys], -1)
+        return torch.cat([by_key[key] for key in resampled_keys], -1)
 
     all_curves = bootstrap.bootstrap_curve(
         counts, np.unique(image_n), score=score_all, resamples=resamples
@@ -603,28 +635,31 @@ def _resample_average_precision(
     mask_nc: np.ndarray,
     image_n: np.ndarray,
     resamples: int,
+    device: str,
 ) -> Curves:
     """Compute curves of the average precision: of their mean, and of each class."""
     images, image_number_n = np.unique(image_n, return_inverse=True)
-    once = np.ones((1, len(images)), np.uint8)
-    drawn = bootstrap.image_weights(images, resamples=resamples)
-    weight_bn = np.concatenate([once, drawn])[:, image_number_n]
-    drawn_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
-    left_out_ilc = leave_images_out(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_number_n)
-    average_blc = np.concatenate([drawn_blc, left_out_ilc])
-    with warnings.catch_warnings():
-        # A resample may lack positive examples of every class.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        average_bl = {ScoreKey("average_precision"): np.nanmean(average_blc, -1)}
-    for c in range(average_blc.shape[-1]):
-        average_bl[ScoreKey("average_precision", c)] = average_blc[..., c]
-    curves = {}
-    for key, values_bl in average_bl.items():
-        curves[key] = bootstrap.Curve(
-            score_l=values_bl[0],
-            resampled_bl=values_bl[1 : 1 + resamples],
-            acceleration_l=bootstrap.acceleration(values_bl[1 + resamples :]),
+    drawn_bi = bootstrap.image_weights_on(device, images, resamples=resamples)
+    weight_bi = torch.cat([torch.ones_like(drawn_bi[:1]), drawn_bi])
+    weight_bn = weight_bi[:, torch.as_tensor(image_number_n, device=device)]
+    average_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
+    left_out_ilc = torch.as_tensor(
+        leave_images_out(p_lnc, y_nc, mask_nc=mask_nc, image_n=image_number_n), device=device
+    )
+
+    def curve(average_bl: torch.Tensor, left_out_il: torch.Tensor) -> bootstrap.Curve:
+        return bootstrap.Curve(
+            score_l=average_bl[0].cpu().numpy(),
+            resampled_bl=average_bl[1:].cpu().numpy(),
+            acceleration_l=bootstrap.acceleration(left_out_il).cpu().numpy(),
         )
+
+    # A resample may lack positive examples of a class.
+    curves = {
+        ScoreKey("average_precision"): curve(average_blc.nanmean(-1), left_out_ilc.nanmean(-1))
+    }
+    for c in range(average_blc.shape[-1]):
+        curves[ScoreKey("average_precision", c)] = curve(average_blc[..., c], left_out_ilc[..., c])
     return curves
 
 

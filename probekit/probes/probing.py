@@ -198,7 +198,8 @@ def probe_activations(
         Folder of the run's results. The tables go into a folder inside it that has the activations'
         name, and are read back from there if nothing has changed.
     device : str or None
-        Where probes are trained, see :func:`probekit.probes.fitting.training_device`.
+        Where probes are trained and scored, see
+        :func:`probekit.probes.fitting.training_device`.
 
     Returns
     -------
@@ -239,9 +240,9 @@ def probe_activations(
         return stored
 
     infos = task_infos(examples)
-    tasks = _make_tasks(examples, list(infos), settings)
-    infos = {task.name: infos[task.name] for task in tasks}
     training_device = fitting.training_device(device)
+    tasks = _make_tasks(examples, list(infos), settings, device=training_device)
+    infos = {task.name: infos[task.name] for task in tasks}
     # What is fitted depends on none of these three: they may change before it goes on.
     settings_of_fits = replace(settings, probes=(), resamples=0, memory_gb=0.0)
     fingerprint_of_fits = paths.fingerprint(
@@ -299,7 +300,7 @@ def _read_stored(folder: Path, examples_fingerprint: str, fingerprint: str) -> P
 
 
 def _make_tasks(
-    examples: pd.DataFrame, names: Sequence[str], settings: ProbeSettings
+    examples: pd.DataFrame, names: Sequence[str], settings: ProbeSettings, *, device: str
 ) -> list[_ProbedTask]:
     """Make the labels of all tasks, and warn of those that cannot be scored.
 
@@ -312,7 +313,7 @@ def _make_tasks(
     refusals = []
     for name in names:
         try:
-            task = LabelledTask.from_examples(examples, name)
+            task = LabelledTask.from_examples(examples, name, device=device)
             tasks.append(_ProbedTask(task, _make_label_sets(task, settings)))
         except ValueError as error:
             refusals.append(str(error))
@@ -734,7 +735,7 @@ def _relate_layers(job: _Job, weights: dict[str, ProbeWeights]) -> ProbeResults:
             )
             tables.append(table)
             standardised_nd = probes.standardise(place, x_test_nd)
-            neighbours_nk = transfer.nearest_examples(standardised_nd)
+            neighbours_nk = transfer.nearest_examples(standardised_nd, device=job.device)
             nearest.setdefault(keys[task.name], []).append(neighbours_nk)
     tables.append(wording_scores.table(job.decoder_layers, resamples=job.settings.resamples))
     scores = pd.concat([table for table in tables if len(table)], ignore_index=True)

@@ -31,7 +31,7 @@ class LayerGrams(NamedTuple):
     images : list of str
         The n images.
     gram_lnn : Tensor
-        (l, n, n) float32, each layer's divided by its largest value.
+        (l, n, n) float32, each layer's divided by its largest value, on the device that compares.
     """
 
     model: str
@@ -40,13 +40,15 @@ class LayerGrams(NamedTuple):
     gram_lnn: torch.Tensor
 
     @classmethod
-    def of(cls, activations: Activations, *, pooling: str) -> LayerGrams:
+    def of(cls, activations: Activations, *, pooling: str, device: str = "cpu") -> LayerGrams:
         """Read the decoder's layers of some activations.
 
         Parameters
         ----------
         activations : Activations
         pooling : str
+        device : str
+            Where layers are compared.
 
         Raises
         ------
@@ -64,7 +66,7 @@ class LayerGrams(NamedTuple):
         layers = [layer for layer in activations.layers if layer.startswith("lm.")]
         grams = []
         for layer in layers:
-            x_nd = torch.from_numpy(activations[layer, pooling][places]).double()
+            x_nd = torch.as_tensor(activations[layer, pooling][places], device=device).double()
             x_nd = x_nd - x_nd.mean(0)
             gram_nn = x_nd @ x_nd.T
             grams.append((gram_nn / gram_nn.abs().max().clamp(min=1e-30)).float())
@@ -107,7 +109,7 @@ def layer_similarity(a: LayerGrams, b: LayerGrams, *, resamples: int = 200) -> p
     """
     if a.images != b.images:
         raise ValueError("the two models were given other images: extract both for one run")
-    weight_bn = _weights(a.images, resamples)
+    weight_bn = _weights(a, resamples)
     a_lnn = _without_diagonal(a.gram_lnn)
     b_lnn = _without_diagonal(b.gram_lnn)
     own_a_bl = torch.stack([_hsic(x, x[None], weight_bn)[:, 0] for x in a_lnn], 1)
@@ -116,7 +118,7 @@ def layer_similarity(a: LayerGrams, b: LayerGrams, *, resamples: int = 200) -> p
     for k, layer in enumerate(a.layers):
         cross_bl = _hsic(a_lnn[k], b_lnn, weight_bn)
         scale_bl = (own_a_bl[:, [k]] * own_b_bl).clamp(min=1e-30).sqrt()
-        cka_bl = (cross_bl / scale_bl).numpy()
+        cka_bl = (cross_bl / scale_bl).cpu().numpy()
         lower_l, upper_l = np.quantile(cka_bl[1:], [0.025, 0.975], axis=0)
         table = {
             "layer": layer,
@@ -151,7 +153,7 @@ def effective_rank(grams: LayerGrams, *, resamples: int = 200) -> pd.DataFrame:
     Fewer images have a lower one, so samples, in which some images are missing, lie below it as it
     lies below the truth: the interval is the basic one (Davison and Hinkley 1997, equation 5.6).
     """
-    weight_bn = _weights(grams.images, resamples)
+    weight_bn = _weights(grams, resamples)
     ranks = []
     for gram_nn in grams.gram_lnn:
         total_b = weight_bn.sum(1)
@@ -161,7 +163,7 @@ def effective_rank(grams: LayerGrams, *, resamples: int = 200) -> pd.DataFrame:
         trace_b = weight_bn @ gram_nn.diagonal() / total_b - of_mean_b
         squares_b = ((weight_bn @ gram_nn**2) * weight_bn).sum(1) / total_b**2
         squares_b = squares_b - 2 * (mean_bn**2 * weight_bn).sum(1) / total_b + of_mean_b**2
-        ranks.append((trace_b**2 / squares_b.clamp(min=1e-30)).numpy())
+        ranks.append((trace_b**2 / squares_b.clamp(min=1e-30)).cpu().numpy())
     rank_bl = np.stack(ranks, 1)
     lower_l, upper_l = np.quantile(rank_bl[1:], [0.025, 0.975], axis=0)
     return pd.DataFrame(
@@ -176,10 +178,11 @@ def effective_rank(grams: LayerGrams, *, resamples: int = 200) -> pd.DataFrame:
     )
 
 
-def _weights(images: Sequence[str], resamples: int) -> torch.Tensor:
+def _weights(grams: LayerGrams, resamples: int) -> torch.Tensor:
     """(1 + b, n) how often each image counts: once, then in each bootstrap sample."""
-    drawn_bn = bootstrap.image_weights(images, resamples=resamples).astype(np.float32)
-    return torch.from_numpy(np.pad(drawn_bn, ((1, 0), (0, 0)), constant_values=1))
+    device = str(grams.gram_lnn.device)
+    drawn_bn = bootstrap.image_weights_on(device, grams.images, resamples=resamples)
+    return torch.cat([torch.ones_like(drawn_bn[:1]), drawn_bn]).float()
 
 
 def _without_diagonal(gram_lnn: torch.Tensor) -> torch.Tensor:
@@ -209,7 +212,7 @@ def _hsic(k_nn: torch.Tensor, others_lnn: torch.Tensor, weight_bn: torch.Tensor)
 
 
 def compare_models(
-    views: Sequence[Activations], *, pooling: str, resamples: int = 200
+    views: Sequence[Activations], *, pooling: str, resamples: int = 200, device: str = "cpu"
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare the layers of each model with each other, and of each pair with the same images.
 
@@ -219,13 +222,15 @@ def compare_models(
         Of trained models.
     pooling : str
     resamples : int
+    device : str
+        Where layers are compared.
 
     Returns
     -------
     similarity, ranks : DataFrame
         All tables of :func:`layer_similarity` and of :func:`effective_rank`.
     """
-    grams = [LayerGrams.of(view, pooling=pooling) for view in views]
+    grams = [LayerGrams.of(view, pooling=pooling, device=device) for view in views]
     similarities = []
     for i, first in enumerate(grams):
         for second in grams[i:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from probekit.probes import metrics
 from probekit.probes.labels import LabelledTask
@@ -46,28 +47,31 @@ def transfer_scores(
     """
     metric = HEADLINE[task.true.kind]
     y_nc, mask_nc, _ = task.true.select("test")
-    yes_lnc = probes.logits_on(place, x_nd) >= 0
-    y = y_nc > 0
-    mask = mask_nc > 0
+    device = task.true.device
+    says_yes_lnc = probes.logits_on(place, x_nd, device=device) >= 0
+    is_yes_nc = torch.as_tensor(y_nc > 0, device=device)
+    counts_nc = torch.as_tensor(mask_nc > 0, device=device)
     hits = [
-        (yes_lnc & y & mask).sum(1),
-        (yes_lnc & ~y & mask).sum(1),
-        (~yes_lnc & y & mask).sum(1),
-        (~yes_lnc & ~y & mask).sum(1),
+        (says_yes_lnc & is_yes_nc & counts_nc).sum(1),
+        (says_yes_lnc & ~is_yes_nc & counts_nc).sum(1),
+        (~says_yes_lnc & is_yes_nc & counts_nc).sum(1),
+        (~says_yes_lnc & ~is_yes_nc & counts_nc).sum(1),
     ]
-    no_log_loss = np.zeros_like(hits[0])
-    counts_lc5 = np.stack([*hits, no_log_loss], -1)
+    no_log_loss = torch.zeros_like(hits[0])
+    counts_lc5 = torch.stack([*hits, no_log_loss], -1).cpu()
     scores = metrics.score_counts(counts_lc5, binary=task.true.kind == "binary")
-    return metric, scores[metrics.ScoreKey(metric)]
+    return metric, scores[metrics.ScoreKey(metric)].numpy()
 
 
-def nearest_examples(x_nd: np.ndarray) -> np.ndarray:
+def nearest_examples(x_nd: np.ndarray, *, device: str = "cpu") -> np.ndarray:
     """Find the most similar other examples of each example.
 
     Parameters
     ----------
     x_nd : ndarray
         (n, d) states.
+    device : str
+        Where they are compared.
 
     Returns
     -------
@@ -76,13 +80,12 @@ def nearest_examples(x_nd: np.ndarray) -> np.ndarray:
         :data:`NEAREST`, or n - 1 if there are fewer others.
     """
     k = min(NEAREST, len(x_nd) - 1)
-    unit_nd = x_nd / np.linalg.norm(x_nd, axis=1, keepdims=True).clip(1e-12)
+    states_nd = torch.as_tensor(x_nd, device=device)
+    unit_nd = states_nd / states_nd.norm(dim=1, keepdim=True).clip(1e-12)
     nearest = []
     for start in range(0, len(unit_nd), CHUNK):
         similarity = unit_nd[start : start + CHUNK] @ unit_nd.T
-        rows = np.arange(len(similarity))
-        similarity[rows, start + rows] = -np.inf  # an example is not its own neighbour
-        top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(similarity, top, 1), axis=1, kind="stable")
-        nearest.append(np.take_along_axis(top, order, 1))
-    return np.concatenate(nearest).astype(np.int32)
+        # An example is not its own neighbour.
+        similarity.diagonal(offset=start).fill_(-torch.inf)
+        nearest.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(nearest).int().cpu().numpy()

@@ -102,7 +102,7 @@ class ProbeWeights:
         intercept_c = self.intercept_lc[layer] - self.mean_ld[layer] @ weight_dc
         return torch.from_numpy(weight_dc), torch.from_numpy(intercept_c)
 
-    def logits_on(self, layer: int, x_nd: np.ndarray) -> np.ndarray:
+    def logits_on(self, layer: int, x_nd: np.ndarray, *, device: str = "cpu") -> torch.Tensor:
         """Apply the probes of all layers to the states of one layer.
 
         The states are standardised as their own layer's are. What then differs between the probes
@@ -114,15 +114,19 @@ class ProbeWeights:
             Number of the layer that the states come from.
         x_nd : ndarray
             (n, d) its states.
+        device : str
+            Where the probes are applied.
 
         Returns
         -------
-        ndarray
-            (l, n, c) log-odds: entry k comes from the probes of layer k.
+        Tensor
+            (l, n, c) float32 log-odds, there: entry k comes from the probes of layer k.
         """
         standardised_nd = self.standardise(layer, x_nd).astype(np.float32)
-        logits_lnc = np.einsum("nd,ldc->lnc", standardised_nd, self.weight_ldc, optimize=True)
-        return logits_lnc + self.intercept_lc[:, None]
+        states_nd = torch.as_tensor(standardised_nd, device=device)
+        weight_ldc = torch.as_tensor(self.weight_ldc, device=device)
+        intercept_lc = torch.as_tensor(self.intercept_lc, device=device)
+        return states_nd @ weight_ldc + intercept_lc[:, None]
 
 
 @dataclass(frozen=True)

@@ -87,15 +87,17 @@ class WordingScores:
         x_nd : ndarray
             (n, d) states of all examples.
         """
-        standardised: dict[str, np.ndarray] = {}
+        standardised: dict[str, torch.Tensor] = {}
         for (trained_on, read), (_, read_n) in self._pairs.items():
             if read not in standardised:
                 # By the mean and spread of their own wording: what differs is the direction.
-                states_nd = x_nd[self.tasks[read].rows]
-                standardised[read] = self.weights[read].standardise(place, states_nd)
-            standardised_nd = standardised[read][read_n]
-            probes = self.weights[trained_on]
-            logits_nc = standardised_nd @ probes.weight_ldc[place] + probes.intercept_lc[place]
+                task = self.tasks[read]
+                states_nd = self.weights[read].standardise(place, x_nd[task.rows])
+                standardised[read] = torch.as_tensor(states_nd, device=task.true.device)
+            weights = self.weights[trained_on]
+            weight_dc = torch.as_tensor(weights.weight_ldc[place]).to(standardised[read])
+            logits_nc = (standardised[read][read_n] @ weight_dc).cpu().numpy()
+            logits_nc += weights.intercept_lc[place]
             self._logits.setdefault((trained_on, read), []).append(logits_nc)
 
     def table(self, layers: Sequence[str], *, resamples: int) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import ANSWER, score_answers
@@ -255,7 +256,7 @@ def test_the_calibration_error_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     confidence_ln = rng.uniform(0.5, 1, (2, 500))
     right_ln = rng.random((2, 500)) < confidence_ln
-    sums = calibration_counts(confidence_ln, right_ln).sum(0)[None]
+    sums = torch.from_numpy(calibration_counts(confidence_ln, right_ln).sum(0)[None])
     for layer in range(2):
         expected = 0.0
         edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
@@ -270,5 +271,5 @@ def test_the_calibration_error_is_that_of_its_definition():
 def test_one_who_is_sure_and_wrong_half_of_the_time_is_off_by_a_half():
     confidence_ln = np.ones((1, 100))
     right_ln = np.arange(100)[None] % 2 == 0
-    sums = calibration_counts(confidence_ln, right_ln).sum(0)[None]
+    sums = torch.from_numpy(calibration_counts(confidence_ln, right_ln).sum(0)[None])
     assert calibration_error(sums)[0, 0] == pytest.approx(0.5)

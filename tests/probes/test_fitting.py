@@ -120,7 +120,7 @@ def test_the_weights_are_those_of_the_true_labels_probes(fitted, x_lnd, task):
     assert weights.learnable_classes.tolist() == [0, 1]
     for layer in range(len(LAYERS)):
         x_nd = x_lnd[layer, SPLIT["test"]].numpy()
-        logits_nc = torch.from_numpy(weights.logits_on(layer, x_nd)[layer])
+        logits_nc = weights.logits_on(layer, x_nd)[layer]
         expected = fitted[0].probabilities["test"][layer]
         np.testing.assert_allclose(logits_nc.sigmoid(), expected, atol=1e-5)
 
@@ -247,9 +247,7 @@ def test_mean_differences_are_those_of_the_counting_examples(x_lnd, task):
                     )
     weights = fitted[0].weights[LAYERS[1]]
     logits_nc = weights.logits_on(0, x_lnd[1, SPLIT["test"]].numpy())[0]
-    np.testing.assert_allclose(
-        torch.from_numpy(logits_nc).sigmoid(), fitted[0].probabilities["test"][1], atol=1e-5
-    )
+    np.testing.assert_allclose(logits_nc.sigmoid(), fitted[0].probabilities["test"][1], atol=1e-5)
     assert not fitted[1].weights
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as reference
 
 from probekit.probes import metrics
@@ -127,7 +128,7 @@ def test_leaving_images_out_is_what_their_weight_of_0_gives(decimals, most, rng)
     mask_nc = (rng.random((n, 3)) < 0.8).astype(int)
     mask_nc[7, 1] = 1
     p_lnc = np.round(0.2 * y_nc + 0.8 * rng.random((2, n, 3)), decimals)
-    weight_bn = 1 - np.eye(40)[:, image_n]
+    weight_bn = torch.tensor(1 - np.eye(40)[:, image_n])
     options = {"mask_nc": mask_nc}
     expected = metrics.average_precision(p_lnc, y_nc, weight_bn=weight_bn, **options)
     found = metrics.leave_images_out(p_lnc, y_nc, image_n=image_n, **options)
@@ -142,7 +143,9 @@ def test_average_precision_is_that_of_scikit_learn_with_weights_and_ties(rng):
     mask_nc = rng.random((n, c)) < 0.7
     p_lnc = np.round(rng.random((2, n, c)), 1)  # many are equal
     weight_bn = rng.poisson(1.0, (4, n)).astype(np.uint8)
-    average_blc = metrics.average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)
+    average_blc = metrics.average_precision(
+        p_lnc, y_nc, mask_nc=mask_nc, weight_bn=torch.tensor(weight_bn)
+    )
     assert average_blc.shape == (4, 2, c)
     assert np.isnan(average_blc[..., 2]).all()
     for b, layer, k in np.ndindex(4, 2, 2):
@@ -150,7 +153,7 @@ def test_average_precision_is_that_of_scikit_learn_with_weights_and_ties(rng):
         expected = reference.average_precision_score(
             y_nc[rows, k], p_lnc[layer, rows, k], sample_weight=weight_bn[b, rows]
         )
-        assert average_blc[b, layer, k] == pytest.approx(expected, abs=1e-5)
+        assert float(average_blc[b, layer, k]) == pytest.approx(expected, abs=1e-5)
 
     table = metrics.score_table(
         p_lnc,
