@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -479,11 +480,10 @@ class Runner:
     def _start_batch(self, batch: Sequence[WorkItem], target: ShardStates) -> _Transfer:
         """Queue a batch on the device, and the copies of its states to the host."""
         states = self._run_batch(batch, target.shard)
-        arriving = {
-            key: values.to("cpu", non_blocking=True)
-            for key, values in states.items()
-            if key.content in target.shard.shard_set.contents
-        }
+        contents = target.shard.shard_set.contents
+        arriving = _copy_to_host(
+            {key: values for key, values in states.items() if key.content in contents}
+        )
         rows = np.concatenate([item.rows for item in batch])
         images = np.array([item.image for item in batch])
         return _Transfer(target, rows, images, arriving, self.vlm.record_sync_point())
@@ -652,6 +652,18 @@ class _ShardWriter:
 
 def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
     return {TensorKey.of(name): values for name, values in states.items()}
+
+
+def _copy_to_host(states: States) -> States:
+    """Begin to copy states to the host, all of one shape at once: each copy takes its time."""
+    keys_by_shape: dict[torch.Size, list[TensorKey]] = defaultdict(list)
+    for key, values in states.items():
+        keys_by_shape[values.shape].append(key)
+    arriving: States = {}
+    for keys in keys_by_shape.values():
+        together = torch.stack([states[key] for key in keys]).to("cpu", non_blocking=True)
+        arriving.update(zip(keys, together, strict=True))
+    return arriving
 
 
 def _has_several(rows: pd.DataFrame) -> pd.Series:

@@ -115,6 +115,10 @@ class Pooler:
         self._counts_n = self._on_device(counts_n, device)
         self._prefix_masks_bt = self._on_device(prefix_masks_bt, device)
         self._places_n = self._on_device(places_n, device)
+        self._suffix_places_n = {
+            name: (place_n - self._prefix_length).clamp(min=0)
+            for name, place_n in self._places_n.items()
+        }
         self._owner_n = copy_to(device, prefix.owner_n) if prefix else None
         self._row_n = copy_to(device, torch.arange(len(mask_nt)))
 
@@ -202,23 +206,20 @@ class Pooler:
         for name in self.poolings:
             prefix_values = pooled_prefix.get(name) if pooled_prefix else None
             if name in self._places_n:
-                pooled[name] = self._pick(hidden_ntd, self._places_n[name], prefix_values)
+                pooled[name] = self._pick(hidden_ntd, name, prefix_values)
             else:
                 pooled[name] = self._pool_tokens(hidden_ntd, name, prefix_values)
         return pooled
 
     def _pick(
-        self,
-        hidden_ntd: torch.Tensor,
-        place_n: torch.Tensor,
-        prefix_values_nd: torch.Tensor | None,
+        self, hidden_ntd: torch.Tensor, pooling: str, prefix_values_nd: torch.Tensor | None
     ) -> torch.Tensor:
         """(n, d) the token at a place, which lies in the suffix or in the prefix."""
-        suffix_place_n = (place_n - self._prefix_length).clamp(min=0)
-        values_nd = hidden_ntd[self._row_n, suffix_place_n].float()
+        values_nd = hidden_ntd[self._row_n, self._suffix_places_n[pooling]].float()
         if prefix_values_nd is None:
             return values_nd
-        return torch.where((place_n < self._prefix_length)[:, None], prefix_values_nd, values_nd)
+        is_in_prefix_n = self._places_n[pooling] < self._prefix_length
+        return torch.where(is_in_prefix_n[:, None], prefix_values_nd, values_nd)
 
     def _pool_tokens(
         self, hidden_ntd: torch.Tensor, pooling: str, prefix_values_bd: torch.Tensor | None
