@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.special import logsumexp, softmax
 
 from probekit.extraction.answer_heads import ANSWER_POOLING
@@ -65,7 +66,11 @@ TUNING_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def read_answers(
-    activations: Activations, infos: Mapping[str, TaskInfo], *, with_tuned_lens: bool = True
+    activations: Activations,
+    infos: Mapping[str, TaskInfo],
+    *,
+    with_tuned_lens: bool = True,
+    device: str = "cpu",
 ) -> tuple[dict[str, dict[str, AnswerLogits]], dict[str, str]]:
     """Read the answers of the tasks that have some, without the model.
 
@@ -76,6 +81,8 @@ def read_answers(
         The tasks of its examples.
     with_tuned_lens : bool
         Also fit the tuned lens, to the training examples.
+    device : str
+        Where it is fitted.
 
     Returns
     -------
@@ -127,7 +134,12 @@ def read_answers(
             continue
         tuned_nd = last_nd
         if not is_last:
-            tuned_nd = tune_states(states_nd, last_nd, split_n=np.where(is_answered_n, split_n, ""))
+            tuned_nd = tune_states(
+                states_nd,
+                last_nd,
+                split_n=np.where(is_answered_n, split_n, ""),
+                device=device,
+            )
         for name, task_rows in rows.items():
             logits.setdefault((name, TUNED_LENS), []).append(
                 _answer_logits(head, tuned_nd[task_rows], tokens[name], is_normed=True)
@@ -138,7 +150,9 @@ def read_answers(
     return answers, refusals
 
 
-def tune_states(states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarray) -> np.ndarray:
+def tune_states(
+    states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarray, device: str = "cpu"
+) -> np.ndarray:
     """Map a layer's states to the last layer's, by the affine map that fits the training examples.
 
     Parameters
@@ -147,6 +161,8 @@ def tune_states(states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarr
         (n, d) states of the layer, and of the last one.
     split_n : ndarray
         (n,) the split of each example; others than train, validation and test take no part.
+    device : str
+        Where the map is fitted.
 
     Returns
     -------
@@ -161,31 +177,39 @@ def tune_states(states_nd: np.ndarray, last_nd: np.ndarray, *, split_n: np.ndarr
     """
     train = np.flatnonzero(split_n == "train")[:MOST_TUNING_EXAMPLES]
     validation = np.flatnonzero(split_n == "validation")[:MOST_TUNING_EXAMPLES]
-    mean_d = states_nd[train].mean(0)
-    target_mean_d = last_nd[train].mean(0)
-    gram_dd = np.zeros((states_nd.shape[1], states_nd.shape[1]))
-    cross_dd = np.zeros((states_nd.shape[1], last_nd.shape[1]))
+    mean_d = torch.as_tensor(states_nd[train].mean(0), device=device)
+    target_mean_d = torch.as_tensor(last_nd[train].mean(0), device=device)
+
+    def centred(rows: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(states_nd[rows], device=device) - mean_d
+
+    def centred_target(rows: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(last_nd[rows], device=device) - target_mean_d
+
+    width = states_nd.shape[1]
+    gram_dd = torch.zeros((width, width), dtype=torch.float64, device=device)
+    cross_dd = torch.zeros((width, last_nd.shape[1]), dtype=torch.float64, device=device)
     for block in np.array_split(train, -(-len(train) // TUNING_BLOCK)):
-        centred_nd = states_nd[block] - mean_d
+        centred_nd = centred(block)
         gram_dd += centred_nd.T @ centred_nd
-        cross_dd += centred_nd.T @ (last_nd[block] - target_mean_d)
-    variance_d, axes_dd = np.linalg.eigh(gram_dd / len(train))
+        cross_dd += centred_nd.T @ centred_target(block)
+    variance_d, axes_dd = torch.linalg.eigh(gram_dd / len(train))
     variance_d = variance_d.clip(min=0)
     along_dd = axes_dd.T @ cross_dd / len(train)
-    held_out_nd = (states_nd[validation] - mean_d) @ axes_dd
+    held_out_nd = (centred(validation).double() @ axes_dd).float()
+    held_out_target_nd = centred_target(validation)
     best_error = np.inf
     best_map_dd = cross_dd
     for share in TUNING_PENALTIES:
         penalty = share * max(float(variance_d.mean()), 1e-30)
         map_dd = along_dd / (variance_d + penalty)[:, None]
-        error = float(((held_out_nd @ map_dd + target_mean_d - last_nd[validation]) ** 2).mean())
+        error = float((held_out_nd @ map_dd.float() - held_out_target_nd).square().mean())
         if error < best_error:
             best_error = error
             best_map_dd = axes_dd @ map_dd
     tuned_nd = np.full(last_nd.shape, np.nan, np.float32)
     mapped = np.flatnonzero(np.isin(split_n, ("validation", "test")))
-    map_dd = best_map_dd.astype(np.float32)
-    tuned_nd[mapped] = (states_nd[mapped] - mean_d) @ map_dd + target_mean_d
+    tuned_nd[mapped] = (centred(mapped) @ best_map_dd.float() + target_mean_d).cpu().numpy()
     return tuned_nd
 
 

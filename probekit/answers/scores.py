@@ -50,7 +50,7 @@ def score_answers(
     seed : int
         What the column `seed` says.
     device : str
-        Where answers are scored.
+        Where the tuned lens is fitted and answers are scored.
 
     Returns
     -------
@@ -73,7 +73,10 @@ def score_answers(
     model = activations.meta["model"]
     control = control_name(activations)
     answers, refusals = read_answers(
-        activations, {name: infos[name] for name in tasks}, with_tuned_lens=control in PREDICTED
+        activations,
+        {name: infos[name] for name in tasks},
+        with_tuned_lens=control in PREDICTED,
+        device=device,
     )
     decoder_layers = [layer for layer in activations.layers if layer.startswith("lm.")]
     for reason in dict.fromkeys(refusals.values()):

@@ -101,7 +101,7 @@ def test_blocks_that_add_nothing_leave_the_decision_where_it_was(captions, data)
 def test_the_tuned_lens_finds_an_affine_map():
     rng = np.random.default_rng(0)
     states_nd = rng.normal(size=(300, 8)).astype(np.float32)
-    last_nd = states_nd @ rng.normal(size=(8, 8)) + 5
+    last_nd = (states_nd @ rng.normal(size=(8, 8)) + 5).astype(np.float32)
     split_n = np.repeat(["train", "validation", "test"], 100)
     tuned_nd = tune_states(states_nd, last_nd, split_n=split_n)
     np.testing.assert_allclose(tuned_nd[100:], last_nd[100:], atol=0.01)
