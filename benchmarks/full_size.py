@@ -1,6 +1,7 @@
 """A model of full size with random weights: time, memory, bytes; and what a study costs on GPUs.
 
-    python benchmarks/full_size.py CONFIG.json --tokenizer FOLDER --photos FOLDER [--json PATH]
+    python benchmarks/full_size.py CONFIG.json --tokenizer FOLDER --photos FOLDER [--device cpu]
+                                   [--dtype float32] [--json PATH]
 
 CONFIG.json is the config of a Qwen2-VL or FastVLM checkpoint, the tokenizer one of the Qwen2
 family. Weights are drawn at random, so the numbers say what it costs and nothing about what a model
@@ -123,12 +124,12 @@ def make_fast_vlm_processor(words) -> LlavaProcessor:
     )
 
 
-def measure(checkpoint: Path, photos: list[Path], *, dtype: str, home: Home) -> dict:
+def measure(checkpoint: Path, photos: list[Path], *, dtype: str, device: str, home: Home) -> dict:
     """Extract all photos with the prompts, and count the operations of one of them."""
     rows = [{"file": str(photo), "prompt": prompt} for photo in photos for prompt in PROMPTS]
     examples = pd.DataFrame(rows)
     settings = ExtractionSettings(str(checkpoint), dtype=dtype, untrained=True, batch_tokens=2048)
-    job = plan_job(settings, {"none": examples}, device="cpu", home=home)
+    job = plan_job(settings, {"none": examples}, device=device, home=home)
     runner = Runner(job)
     start = time.perf_counter()
     runner.make_shards(range(len(job.shards)))
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder of JPEG files")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     photos = sorted(options.photos.glob("*.jpg"))[: options.images]
@@ -210,7 +212,7 @@ def main() -> None:
             preprocessor=options.preprocessor,
             folder=checkpoint,
         )
-        result = measure(checkpoint, photos, dtype=options.dtype, home=home)
+        result = measure(checkpoint, photos, dtype=options.dtype, device=options.device, home=home)
     table = estimate_study(result)
     print(json.dumps(result, indent=1))
     print(table.round(2).to_string(index=False))

@@ -1,6 +1,7 @@
 """How time and memory grow with the number of examples: extracting, reading activations, probing.
 
-    python benchmarks/growth.py [--images 150] [--times 1 2 4 8] [--json PATH]
+    python benchmarks/growth.py [--images 150] [--times 1 2 4 8] [--device cpu]
+                                [--dtype float32] [--json PATH]
 
 Drawn scenes go through a demo model with three prompts per image. Each step of each size is
 measured in a process of its own, from the loaded model on. `growth` is what the largest size takes
@@ -25,14 +26,15 @@ from probekit.extraction.store import Activations
 from probekit.paths import Home
 from probekit.probes.probing import ProbeSettings, probe_activations
 
-SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50)
 PROBES = ProbeSettings(probes=("logreg",), resamples=200)
 STEPS = ("extracting", "reading", "probing")
 
 
-def measure(step: str, examples: pd.DataFrame, home: Home) -> dict:
+def measure(
+    step: str, examples: pd.DataFrame, home: Home, settings: ExtractionSettings, device: str
+) -> dict:
     """Seconds of a step, and the memory that it adds to what the process held before."""
-    job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
+    job = plan_job(settings, {"none": examples}, device=device, home=home)
     if step == "extracting":
         runner = Runner(job)
         runner.load()
@@ -45,7 +47,7 @@ def measure(step: str, examples: pd.DataFrame, home: Home) -> dict:
     elif step == "reading":
         read_all(activations)
     else:
-        probe_activations(activations, settings=PROBES, folder=home.data / "probes")
+        probe_activations(activations, settings=PROBES, folder=home.data / "probes", device=device)
     seconds = time.perf_counter() - start
     return {
         "step": step,
@@ -61,7 +63,14 @@ def read_all(activations: Activations) -> None:
         activations[layer, "mean"]
 
 
-def measure_all(root: Path, smallest: int, factors: list[int]) -> pd.DataFrame:
+def measure_all(
+    root: Path,
+    smallest: int,
+    factors: list[int],
+    *,
+    settings: ExtractionSettings,
+    device: str,
+) -> pd.DataFrame:
     rows = []
     for factor in factors:
         images = factor * smallest
@@ -69,7 +78,9 @@ def measure_all(root: Path, smallest: int, factors: list[int]) -> pd.DataFrame:
         examples = build_scene_examples(
             home.root, images, held_out=images // 5, seed=5, tasks=("caption", "category")
         )
-        rows += [run_in_new_process(measure, step, examples, home) for step in STEPS]
+        rows += [
+            run_in_new_process(measure, step, examples, home, settings, device) for step in STEPS
+        ]
     table = pd.DataFrame(rows)
     return table.sort_values("step", key=lambda steps: steps.map(STEPS.index), kind="stable")
 
@@ -80,10 +91,19 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=150, help="of the smallest size")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=50, dtype=options.dtype)
     with tempfile.TemporaryDirectory() as temporary:
-        table = measure_all(Path(temporary), options.images, options.times)
+        table = measure_all(
+            Path(temporary),
+            options.images,
+            options.times,
+            settings=settings,
+            device=options.device,
+        )
     sizes = table.groupby("step", sort=False)[["examples", "seconds", "mb"]]
     growth = sizes.last() / sizes.first()
     print(table.to_string(index=False))

@@ -1,6 +1,7 @@
 """The same shards by each launcher: one process, two side by side, Ray with two copies.
 
-    python benchmarks/launch.py [--images 1200] [--launchers NAME ...] [--json PATH]
+    python benchmarks/launch.py [--images 1200] [--launchers NAME ...] [--device cpu]
+                                [--dtype float32] [--json PATH]
 
 Each starts from an empty home in new processes, and all must leave the same bytes, or this fails.
 Times are from the start of the processes to their end, loading of the model included and imports
@@ -26,7 +27,6 @@ from probekit.extraction.launch import Launcher
 from probekit.extraction.settings import ExtractionSettings
 from probekit.paths import Home
 
-SETTINGS = ExtractionSettings("tiny-qwen2-vl", shard_images=50, batch_tokens=2048)
 LAUNCHERS = {
     "one process": [Launcher()],
     "two processes": [Launcher(rank=rank, world_size=2) for rank in (0, 1)],
@@ -34,14 +34,14 @@ LAUNCHERS = {
 }
 
 
-def make_shards(home: Home, launcher: Launcher) -> None:
+def make_shards(home: Home, launcher: Launcher, settings: ExtractionSettings, device: str) -> None:
     """Make the share of a launcher in this process."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.pop("RAY_ADDRESS", None)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = log_of(home).open("a", encoding="utf-8")
     examples = pd.read_parquet(home.root.parent / "examples.parquet")
-    job = plan_job(SETTINGS, {"none": examples}, device="cpu", home=home)
+    job = plan_job(settings, {"none": examples}, device=device, home=home)
     launcher.make_shards(job)
 
 
@@ -49,11 +49,14 @@ def log_of(home: Home) -> Path:
     return home.root.with_name(f"{home.root.name}.txt")
 
 
-def time_processes(home: Home, launchers: list[Launcher]) -> float:
+def time_processes(
+    home: Home, launchers: list[Launcher], settings: ExtractionSettings, device: str
+) -> float:
     """Seconds until all processes that work on a home have ended."""
     start = time.perf_counter()
     processes = [
-        PROCESSES.Process(target=make_shards, args=(home, launcher)) for launcher in launchers
+        PROCESSES.Process(target=make_shards, args=(home, launcher, settings, device))
+        for launcher in launchers
     ]
     for process in processes:
         process.start()
@@ -65,7 +68,9 @@ def time_processes(home: Home, launchers: list[Launcher]) -> float:
     return seconds
 
 
-def compare_launchers(root: Path, images: int, *, names: list[str]) -> list[dict]:
+def compare_launchers(
+    root: Path, images: int, *, names: list[str], settings: ExtractionSettings, device: str
+) -> list[dict]:
     examples = build_scene_examples(root, images, held_out=images // 4, seed=3)
     examples.to_parquet(root / "examples.parquet")
     run_in_new_process(os.getpid)  # the process that the others are forked from imports
@@ -74,11 +79,11 @@ def compare_launchers(root: Path, images: int, *, names: list[str]) -> list[dict
     for name in names:
         launchers = LAUNCHERS[name]
         home = Home.find(root / name.replace(" ", "-"))
-        seconds = time_processes(home, launchers)
+        seconds = time_processes(home, launchers, settings, device)
         stored = read_shards(home)
         expected = expected or stored
         assert stored == expected, f"{name} made other shards"
-        idle_seconds = time_processes(home, launchers)
+        idle_seconds = time_processes(home, launchers, settings, device)
         rows.append(
             {
                 "launcher": name,
@@ -96,10 +101,21 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    settings = ExtractionSettings(
+        "tiny-qwen2-vl", shard_images=50, batch_tokens=2048, dtype=options.dtype
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        rows = compare_launchers(Path(temporary), options.images, names=options.launchers)
+        rows = compare_launchers(
+            Path(temporary),
+            options.images,
+            names=options.launchers,
+            settings=settings,
+            device=options.device,
+        )
     print(pd.DataFrame(rows).to_string(index=False))
     save_json(options.json, rows)
 

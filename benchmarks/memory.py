@@ -1,7 +1,7 @@
 """Peak memory of probing activations that are larger than the memory it may use.
 
     python benchmarks/memory.py [--examples 40000] [--layers 29] [--width 1536] [--gb 4]
-                                [--json PATH]
+                                [--device cpu] [--json PATH]
 
 Writes activations of random features (40,000 x 29 x 1,536 are 7 GB as float32), one of whose layers
 carries the label, and probes all layers with `logreg`, eight strengths and a control, in a process
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=29)
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--gb", type=float, default=4.0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     layers = [f"lm.{k:02d}" for k in range(options.layers)]
@@ -98,7 +99,9 @@ def main() -> None:
         before_mb = high_water_mb()
         start = time.perf_counter()
         activations = Activations(folder, examples, ("lm",), ("mean",), home=home)
-        results = probe_activations(activations, settings=settings, folder=home.data / "probes")
+        results = probe_activations(
+            activations, settings=settings, folder=home.data / "probes", device=options.device
+        )
         seconds = time.perf_counter() - start
     metrics = results.metrics
     accuracy = metrics[(metrics.metric == "accuracy") & (metrics.control == "none")]

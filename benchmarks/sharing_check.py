@@ -1,6 +1,7 @@
 """Which faults of sharing are noticed before a model is run that way.
 
-    python benchmarks/sharing_check.py [--architectures qwen2_vl llava gemma3] [--json PATH]
+    python benchmarks/sharing_check.py [--architectures qwen2_vl llava gemma3] [--device cpu]
+                                       [--dtypes float32 bfloat16] [--alarms] [--json PATH]
 
 Tiny random models run three images with seven prompts. Faults are planted into the way "shared":
 wrong positions, masked tokens, another image's cache; plainly, beside a channel a thousand times
@@ -90,14 +91,14 @@ def expected_way(architecture: str) -> str:
     return "encoded" if row["encoder once"] == "yes" else "plain"
 
 
-def count_alarms(names: list[str], dtypes: list[str]) -> list[dict]:
+def count_alarms(names: list[str], dtypes: list[str], *, device: str) -> list[dict]:
     """One row per architecture and dtype: the way that it goes, and the one of the table."""
     rows = []
     for name in tqdm(names, unit="architecture"):
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(name, Path(folder))
             for dtype in dtypes:
-                vlm = load_vlm(folder, device="cpu", dtype=dtype)
+                vlm = load_vlm(folder, device=device, dtype=dtype)
                 verdict = judge(vlm, prepare_images(vlm))
                 expected = expected_way(name)
                 rows.append(
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--alarms", nargs="*", help="architectures without a fault; none: all")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -127,14 +129,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(name, Path(folder))
             for dtype in options.dtypes:
-                rows += try_faults(load_vlm(folder, device="cpu", dtype=dtype), name)
+                rows += try_faults(load_vlm(folder, device=options.device, dtype=dtype), name)
     table = pd.DataFrame(rows)
     print(table.pivot_table("is_right", ["fault", "channels"], "dtype", aggfunc="mean").to_string())
     print(f"{table.is_right.sum()} of {len(table)} settings are judged rightly")
     result = {"faults": rows}
     if options.alarms is not None:
         names = options.alarms or list(read_checked_architectures().index)
-        result["alarms"] = count_alarms(names, options.dtypes)
+        result["alarms"] = count_alarms(names, options.dtypes, device=options.device)
         alarms = pd.DataFrame(result["alarms"])
         print(alarms[~alarms.is_right].to_string())
         print(f"{len(alarms) - alarms.is_right.sum()} of {len(alarms)} go another way")
