@@ -31,12 +31,13 @@ from probekit.extraction.loading import (
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
+from probekit.models.batches import input_shape
 from probekit.models.budget import TokenBudget
 from probekit.models.devices import is_out_of_memory
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.output_head import AnswerHead, take_answer_head
 from probekit.models.processor import PreparedImage
-from probekit.models.sharing import SharingVerdict, choose_way
+from probekit.models.sharing import SharingVerdict, choose_way, with_few_prompts
 from probekit.models.unchecked import check_layers
 
 VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
@@ -46,8 +47,9 @@ PROGRESS_BAR = (
 )
 # The first tokens never see a causal model's prompt.
 SEEING_POOLINGS = ("mean", "max", "last", "text_mean")
-# Images of rare shapes make small batches: so many are looked at for one with several images.
-TRIED_BATCHES = 8
+# Ways are tried on a batch of so many prompts, of the first images of one shape among so many.
+TRIED_PROMPTS = 4
+TRIED_IMAGES = 16
 
 States = dict[TensorKey, torch.Tensor]
 
@@ -327,7 +329,10 @@ class Runner:
         *,
         from_end: bool = False,
     ) -> _TrialBatch | None:
-        """Make a batch of the first, or last, selected rows, of several images where it can be."""
+        """Make a batch of the first, or last, selected rows, of several images where it can be.
+
+        It has at most :data:`TRIED_PROMPTS` prompts: trying costs as much as many images.
+        """
         for shard in shards:
             rows = shard.rows[select(shard.rows)]
             rows = rows[~rows.file.isin(self._changed_images(rows))]
@@ -340,15 +345,13 @@ class Runner:
                 longest_side=self.job.settings.longest_side,
                 home=self.job.home,
             )
-            batches = fill_batches(
-                items, token_budget=lambda: self.budget.tokens, way=lambda: "plain"
-            )
-            tried = []
-            for batch in islice(batches, TRIED_BATCHES):
-                tried.append(batch)
-                if len(batch) > 1:
-                    break
-            return _TrialBatch(shard, [item.prepared for item in max(tried, key=len)])
+            batches: dict[tuple, list[PreparedImage]] = defaultdict(list)
+            for item in islice(items, TRIED_IMAGES):
+                batch = batches[input_shape(item.prepared)]
+                batch.append(with_few_prompts(item.prepared))
+                if sum(len(image.tokens) for image in batch) >= TRIED_PROMPTS:
+                    return _TrialBatch(shard, batch)
+            return _TrialBatch(shard, max(batches.values(), key=len))
         return None
 
     def _changed_images(self, rows: pd.DataFrame) -> list[str]:

@@ -53,7 +53,15 @@ class PreparedImage:
 
     def with_prompt(self, k: int) -> PreparedImage:
         """Return the image with its k-th prompt alone."""
-        return PreparedImage(self.image_inputs, [self.tokens[k]], [self.image_masks[k]])
+        return self.with_prompts([k])
+
+    def with_prompts(self, places: Sequence[int]) -> PreparedImage:
+        """Return the image with some of its prompts."""
+        return PreparedImage(
+            self.image_inputs,
+            [self.tokens[k] for k in places],
+            [self.image_masks[k] for k in places],
+        )
 
     def with_inputs(self, change: Callable[[Any], Any]) -> PreparedImage:
         """Return the image with each of its inputs changed."""
