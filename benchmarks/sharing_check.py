@@ -3,11 +3,11 @@
     python benchmarks/sharing_check.py [--architectures qwen2_vl llava gemma3] [--device cpu]
                                        [--dtypes float32 bfloat16] [--alarms] [--json PATH]
 
-Tiny random models run two images with two prompts each, as many as a run tries. Faults are planted
-into the way "shared": wrong positions, masked tokens, another image's cache; plainly, beside a
-channel a thousand times the others, and beside a constant one. The check must send the model
-another way, in float32 and in bfloat16. Without a fault it must not, for any architecture of the
-table: `--alarms` counts them.
+Tiny random models run as few images and prompts as a run tries (four prompts in float32, eight in
+bfloat16). Faults are planted into the way "shared": wrong positions, masked tokens, another image's
+cache; plainly, beside a channel a thousand times the others, and beside a constant one. The check
+must send the model another way, in float32 and in bfloat16. Without a fault it must not, for any
+architecture of the table: `--alarms` counts them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.presets import read_checked_architectures
 from probekit.models.processor import PreparedImage
-from probekit.models.sharing import SharingVerdict, choose_way, with_few_prompts
+from probekit.models.sharing import SharingVerdict, choose_way, take_few
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,17 +39,19 @@ DTYPES = ("float32", "bfloat16")
 PROMPTS = (
     ("Is there a dog? one", "Is there a dog? A longer prompt, of more words", "Is there a dog?!"),
     ("Is there a cat?", "Is there a dog? yes, or no"),
+    ("Is there a bird in it?", "Is there nothing"),
+    ("Is this a street with two cars?", "Is it night?"),
 )
 
 
 def prepare_images(vlm: Vlm) -> list[PreparedImage]:
-    """Two images of noise with two prompts each: what is left of more when a run tries them."""
+    """Make images of noise with several prompts, and take of them what a run tries."""
     rng = np.random.default_rng(0)
     prepared = []
     for prompts in PROMPTS:
         image = Image.fromarray(rng.integers(0, 255, (100, 120, 3), np.uint8))
-        prepared.append(with_few_prompts(vlm.prompt_processor.prepare(image, prompts)))
-    return prepared
+        prepared.append(vlm.prompt_processor.prepare(image, prompts))
+    return take_few(prepared, dtype=vlm.dtype)
 
 
 def judge(vlm: Vlm, prepared: list[PreparedImage]) -> SharingVerdict:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +31,12 @@ from probekit.extraction.loading import (
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
-from probekit.models.batches import input_shape
 from probekit.models.budget import TokenBudget
 from probekit.models.devices import is_out_of_memory
 from probekit.models.load import Vlm, load_vlm
 from probekit.models.output_head import AnswerHead, take_answer_head
 from probekit.models.processor import PreparedImage
-from probekit.models.sharing import SharingVerdict, choose_way, with_few_prompts
+from probekit.models.sharing import SharingVerdict, choose_way, take_few
 from probekit.models.unchecked import check_layers
 
 VERSIONED_PACKAGES = ("torch", "torchvision", "transformers", "timm", "safetensors")
@@ -47,9 +46,6 @@ PROGRESS_BAR = (
 )
 # The first tokens never see a causal model's prompt.
 SEEING_POOLINGS = ("mean", "max", "last", "text_mean")
-# Ways are tried on a batch of so many prompts, of the first images of one shape among so many.
-TRIED_PROMPTS = 4
-TRIED_IMAGES = 16
 
 States = dict[TensorKey, torch.Tensor]
 
@@ -329,10 +325,7 @@ class Runner:
         *,
         from_end: bool = False,
     ) -> _TrialBatch | None:
-        """Make a batch of the first, or last, selected rows, of several images where it can be.
-
-        It has at most :data:`TRIED_PROMPTS` prompts: trying costs as much as many images.
-        """
+        """Make a batch of the first, or last, selected rows, of several images where it can be."""
         for shard in shards:
             rows = shard.rows[select(shard.rows)]
             rows = rows[~rows.file.isin(self._changed_images(rows))]
@@ -345,13 +338,8 @@ class Runner:
                 longest_side=self.job.settings.longest_side,
                 home=self.job.home,
             )
-            batches: dict[tuple, list[PreparedImage]] = defaultdict(list)
-            for item in islice(items, TRIED_IMAGES):
-                batch = batches[input_shape(item.prepared)]
-                batch.append(with_few_prompts(item.prepared))
-                if sum(len(image.tokens) for image in batch) >= TRIED_PROMPTS:
-                    return _TrialBatch(shard, batch)
-            return _TrialBatch(shard, max(batches.values(), key=len))
+            images = (item.prepared for item in items)
+            return _TrialBatch(shard, take_few(images, dtype=self.vlm.dtype))
         return None
 
     def _changed_images(self, rows: pd.DataFrame) -> list[str]:

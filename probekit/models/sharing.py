@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
+from probekit.models.batches import input_shape
 from probekit.models.devices import is_out_of_memory
 from probekit.models.forward import WAYS, States, run_pooled
 from probekit.models.load import Vlm
@@ -26,18 +29,25 @@ class Precision(NamedTuple):
     padding : float
         Likewise `spread`, but between a padded batch and passes alone, whose difference is the
         measure of all others.
+    prompts : int
+        How many show it: noise is measured by several.
     """
 
     spread: float
     rounding: float
     padding: float
+    prompts: int
 
 
 PRECISIONS = {
-    "float32": Precision(spread=1e-3, rounding=1e-5, padding=1e-3),
-    "float16": Precision(spread=1e-2, rounding=5e-4, padding=0.1),
-    "bfloat16": Precision(spread=2e-2, rounding=4e-3, padding=0.3),
+    "float32": Precision(spread=1e-3, rounding=1e-5, padding=1e-3, prompts=4),
+    "float16": Precision(spread=1e-2, rounding=5e-4, padding=0.1, prompts=8),
+    "bfloat16": Precision(spread=2e-2, rounding=4e-3, padding=0.3, prompts=8),
 }
+# Among so many images those of one shape are looked for.
+TRIED_IMAGES = 16
+# Where a batch has more prompts, only some of them run alone as well.
+MOST_COMPARED_ALONE = 9
 NOISE_FACTOR = 3  # how much more than the noise of another batching a sound way may differ
 
 # A channel that hardly varies is measured by this part of the layer's median one.
@@ -61,11 +71,31 @@ class SharingVerdict:
     reason: str
 
 
-def with_few_prompts(image: PreparedImage) -> PreparedImage:
-    """Return an image with its shortest and its longest prompt, which is enough to try ways on."""
-    lengths = [len(tokens["input_ids"]) for tokens in image.tokens]
-    longest = max(reversed(range(len(lengths))), key=lengths.__getitem__)
-    return image.with_prompts(sorted({lengths.index(min(lengths)), longest}))
+def take_few(images: Iterable[PreparedImage], *, dtype: str) -> list[PreparedImage]:
+    """Take what ways are tried on: trying a whole batch would cost as much as many images.
+
+    Parameters
+    ----------
+    images : iterable of PreparedImage
+        No more of them are made than are needed.
+    dtype : str
+        That of the model.
+
+    Returns
+    -------
+    list of PreparedImage
+        The first images of one shape, each with its shortest and its longest prompt, until there
+        are enough prompts (:class:`Precision`).
+    """
+    batches: dict[tuple, list[PreparedImage]] = defaultdict(list)
+    for image in islice(images, TRIED_IMAGES):
+        batch = batches[input_shape(image)]
+        lengths = [len(tokens["input_ids"]) for tokens in image.tokens]
+        longest = max(reversed(range(len(lengths))), key=lengths.__getitem__)
+        batch.append(image.with_prompts(sorted({lengths.index(min(lengths)), longest})))
+        if sum(len(one.tokens) for one in batch) >= PRECISIONS[dtype].prompts:
+            return batch
+    return max(batches.values(), key=len)
 
 
 def choose_way(
@@ -80,9 +110,9 @@ def choose_way(
 
     Every example is compared with the plain batch, channel by channel. What counts is a difference
     in standard deviations over examples, since that is what a probe sees. The plain batch itself is
-    compared with passes alone, for the first and the last prompt of the first and the last image.
-    What they differ by is noise of batching; a sound way may have somewhat more of it. In float32
-    there is next to none: where all prompts ran alone, they are what a way is compared with.
+    compared with passes alone, for all of a few prompts, or for some of many. What they differ by
+    is noise of batching; a sound way may have somewhat more of it. In float32, a way that agrees
+    with passes alone needs no measure of that noise, where all prompts ran alone.
 
     Parameters
     ----------
@@ -179,11 +209,13 @@ class _Trial:
     def compare(self, way: str, states: States) -> _Difference:
         """Compare a way with the plain batch, and that with passes alone.
 
-        Where batching makes no noise, and all prompts ran alone, the plain batch need not run.
+        The plain batch need not run where all prompts ran alone and no more noise is allowed for.
         """
         all_ran_alone = len(self.prompts) == sum(len(image.tokens) for image in self.prepared)
         if all_ran_alone and self.precision.padding <= self.precision.spread:
-            return self._compare_with_alone(states)
+            difference = self._compare_with_alone(states)
+            if difference.excess <= 1:
+                return difference
         plain = states if way == "plain" else self.run("plain")
         if isinstance(plain, Exception):
             return self._compare_with_alone(states)
@@ -219,11 +251,14 @@ class _Trial:
 
 
 def _find_compared_prompts(prepared: Sequence[PreparedImage]) -> list[tuple[int, int]]:
-    """Find the first and last prompts of the first and last image and of the one with the most.
+    """Find the prompts that run alone, too: all of what :func:`take_few` takes.
 
-    Each is the number of an image, and that of a prompt.
+    Of larger batches the first and last prompts of the first and last image and of the one with the
+    most. Each is the number of an image, and that of a prompt.
     """
     counts = [len(image.tokens) for image in prepared]
+    if sum(counts) <= MOST_COMPARED_ALONE:
+        return [(image, k) for image, count in enumerate(counts) for k in range(count)]
     images = {0, len(counts) - 1, counts.index(max(counts))}
     return sorted({(image, k) for image in images for k in (0, counts[image] - 1)})
 

@@ -25,7 +25,7 @@ from probekit.paths import Home
 from tests.conftest import REPOSITORY
 from tests.support.processes import PROCESSES
 
-SHARDS = 60
+SHARDS = 30
 LOCAL = Launcher()
 RAY_VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
@@ -62,7 +62,7 @@ def work(
 
     ShardStates.write = write_and_log
     examples = pd.read_parquet(home.parent / "examples.parquet")
-    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=1, batch_tokens=900)
+    settings = ExtractionSettings("tiny-qwen2-vl", shard_images=2, batch_tokens=900)
     (home / f"ready-{os.getpid()}").touch()
     while len(list(home.glob("ready-*"))) < together:
         time.sleep(0.01)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from probekit.extraction.extracting import extract_tables
@@ -15,7 +16,8 @@ from probekit.images import load_rgb
 from probekit.models.devices import is_out_of_memory
 from probekit.models.forward import run_pooled
 from probekit.models.load import load_vlm
-from probekit.models.sharing import choose_way
+from probekit.models.processor import PreparedImage
+from probekit.models.sharing import choose_way, take_few
 from tests.models.test_architectures import PROMPTS
 from tests.support.planted_faults import FAULTS, OUTLIERS, plant_fault, plant_outlier
 
@@ -190,3 +192,33 @@ def test_one_prompt_per_image_does_not_settle_how_several_are_run(
         values = expected[layer, "mean"]
         difference = np.abs(activations[layer, "mean"] - values).max()
         assert difference < 1e-4 * np.abs(values).max()
+
+
+def image_with_prompts(*lengths: int, side: int = 4) -> PreparedImage:
+    """An image whose prompts have so many tokens."""
+    return PreparedImage(
+        {"pixel_values": torch.zeros(1, 3, side, side)},
+        [{"input_ids": np.arange(length)} for length in lengths],
+        [np.arange(length) < 2 for length in lengths],
+    )
+
+
+def test_ways_are_tried_on_the_shortest_and_longest_prompts_of_a_few_images_of_one_shape():
+    taken = iter(
+        [
+            image_with_prompts(9, 7, 8, 12, 7, 12),
+            image_with_prompts(5, 5, side=8),  # of another shape
+            image_with_prompts(6),
+            image_with_prompts(10, 11, 10),
+            image_with_prompts(5, 6),
+        ]
+    )
+    tried = take_few(taken, dtype="float32")
+    lengths = [[len(tokens["input_ids"]) for tokens in image.tokens] for image in tried]
+    assert lengths == [[7, 12], [6], [10, 11]]
+    assert len(list(taken)) == 1  # what is not needed is not prepared
+
+
+def test_where_no_two_images_have_one_shape_one_is_tried():
+    images = [image_with_prompts(5, 7, side=side) for side in range(4, 40)]
+    assert len(take_few(images, dtype="bfloat16")) == 1
