@@ -25,6 +25,7 @@ def captions(examples):
     return examples[examples.task == "caption"].head(24).reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_the_whole_model(captions, data):
     """All spellings of an answer together, in proportion to the other answer's."""
     activations = extract_tables(
@@ -55,6 +56,7 @@ def test_probabilities_are_those_of_the_whole_model(captions, data):
         assert p_n[i] == pytest.approx(yes / (yes + no), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_lens_is_final_norm_and_output_embedding_on_every_layer(captions, data):
     """Where the later blocks add nothing, all layers from there on say what the model says."""
     activations = extract_tables(
@@ -80,6 +82,7 @@ def test_the_lens_is_final_norm_and_output_embedding_on_every_layer(captions, da
     )
 
 
+@pytest.mark.slow
 def test_blocks_that_add_nothing_leave_the_decision_where_it_was(captions, data):
     """A tiny model whose last block is silent has decided one layer earlier at the latest."""
     folder = data / "models" / "silent"
@@ -123,6 +126,7 @@ def test_the_depth_is_where_the_final_answer_begins_to_stay():
     assert logits.depth_of_decision().tolist() == [3, 1, 0, 3]
 
 
+@pytest.mark.slow
 def test_what_has_no_answers_is_named_and_the_rest_is_read(captions, data):
     both = captions.assign(task="named")
     both["answers"] = [[["no"], ["xylophone"]]] * len(both)
@@ -147,6 +151,7 @@ def test_what_has_no_answers_is_named_and_the_rest_is_read(captions, data):
     assert "run 02_extract with answers" in refusals["caption"]
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_no_answers_says_why(captions, data):
     activations = extract_tables(
         ExtractionSettings("tiny-qwen2-vl"), {"none": captions}, device="cpu"

@@ -110,6 +110,7 @@ def test_gaps_are_differences_of_the_accuracies(tmp_path):
     assert ((rows.lo <= rows.value) & (rows.value <= rows.hi)).all()
 
 
+@pytest.mark.slow
 def test_the_table_and_the_figure_have_a_row_and_a_panel_for_each_model(tmp_path):
     first = score(planted_answers(from_layer="lm.02"), tmp_path / "a")
     other = replace(planted_answers(from_layer="lm.01", bias=20.0), model="yes-sayer")
@@ -162,6 +163,7 @@ def test_one_of_several_answers_is_the_largest_of_those_that_count(tmp_path):
     assert values(results.metrics, ANSWER, "f1_macro").tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_intervals_of_noise_hold_chance():
     planted = planted_answers(from_layer="lm.03")
     no_probes = ProbeResults(metrics=pd.DataFrame(), losses=pd.DataFrame())
@@ -234,6 +236,7 @@ def test_answers_that_cannot_be_scored_are_named_and_cost_the_others_nothing(cap
 # ------------------------------------------------------------------------------------- calibration
 
 
+@pytest.mark.slow
 def test_intervals_of_calibration_errors_hold_the_truth():
     """Of calibrated answers 0 is held, and of answers that are less often right than is said."""
     rng = np.random.default_rng(0)

@@ -13,6 +13,9 @@ from probekit.tasks.base import task_infos
 WORDS = ("no", "yes")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def few(examples):
     return examples.head(12).reset_index(drop=True)

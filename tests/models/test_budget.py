@@ -80,6 +80,7 @@ def test_other_errors_are_passed_on(budget):
         budget.run([make_image(3)], fail, way="plain", join=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_one_prompt_that_does_not_fit_names_the_fix(budget):
     message = "one prompt with its image, 17 tokens.* cuda: take a smaller longest_side"
     with pytest.raises(MemoryError, match=message):

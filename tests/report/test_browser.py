@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from probekit.cli.notebooks import declared_parameters, list_notebooks
+from probekit.report.explorer import LENS_HEAT
 from tests.conftest import small_parameters
 from tests.support import lab
 
@@ -84,6 +85,11 @@ def test_keys_move_the_sliders_and_what_they_show(jupyter):
         assert curve.inner_html() != curve_before
         assert answers.inner_text() != answers_before
         assert np.abs(pixels(photo) - photo_before).mean() > 1  # the heat of another layer
+
+        photo_before = pixels(photo)
+        lab.choose_option(page, "heat of", LENS_HEAT)
+        wait_until_drawn(page)
+        assert np.abs(pixels(photo) - photo_before).mean() > 0.5
 
         photo_before = pixels(photo)
         curve_before = curve.inner_html()

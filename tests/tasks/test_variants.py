@@ -45,6 +45,7 @@ def things_asked(prompt: str) -> str:
     raise AssertionError(prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIED if find_task(name).variant_of])
 def test_a_variant_asks_each_image_about_the_same_things(all_wordings, name):
     base = find_task(name).variant_of
@@ -64,6 +65,7 @@ def test_a_variant_asks_each_image_about_the_same_things(all_wordings, name):
     assert 0.4 < labels.mean() < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIED if find_task(name).variant_of])
 def test_the_answers_are_those_that_the_prompt_asks_for(all_wordings, name):
     prompt = all_wordings[all_wordings.task == name].prompt.iloc[0]
@@ -82,6 +84,7 @@ def test_the_answers_are_those_that_the_prompt_asks_for(all_wordings, name):
         assert (no, yes) == ("no", "yes")
 
 
+@pytest.mark.slow
 def test_a_task_of_a_user_has_variants_too(many_scenes, tmp_path, monkeypatch):
     def build(selection, rng, *, prompt="Is {name} on top?"):
         parts = []
@@ -110,6 +113,7 @@ def test_a_task_of_a_user_has_variants_too(many_scenes, tmp_path, monkeypatch):
     assert negated.question.iloc[0] == "On top? (negated)"
 
 
+@pytest.mark.slow
 def test_families_begin_with_the_plain_wording(all_wordings):
     infos = task_infos(all_wordings)
     families = wording_families(infos)
@@ -125,6 +129,7 @@ def test_families_begin_with_the_plain_wording(all_wordings):
     assert wording_families(two) == {}  # there is no plain wording to hold them against
 
 
+@pytest.mark.slow
 def test_pairs_survive_what_is_done_to_the_table(all_wordings):
     few = all_wordings.sample(frac=0.5, random_state=0).reset_index(drop=True)
     first, second = pair_examples(few, "object", "object_negated")
@@ -137,6 +142,7 @@ def test_pairs_survive_what_is_done_to_the_table(all_wordings):
     ]
 
 
+@pytest.mark.slow
 def test_items_of_other_images_are_refused(all_wordings):
     is_negated = all_wordings.task == "object_negated"
     rolled = np.roll(all_wordings.image_id[is_negated], 2)
@@ -151,6 +157,7 @@ def test_items_of_other_images_are_refused(all_wordings):
         task_infos(without_items)  # before any probe is trained
 
 
+@pytest.mark.slow
 def test_a_variant_is_part_of_what_a_table_is(all_wordings):
     fingerprint = table_fingerprint(all_wordings)
     assert table_fingerprint(all_wordings.assign(variant_of="")) != fingerprint
