@@ -36,6 +36,7 @@ from probekit.answers.scores import score_answers
 from probekit.extraction.answer_heads import ANSWER_POOLING, collect_words
 from probekit.extraction.folder import open_folder
 from probekit.extraction.loading import fill_batches, prepare_images
+from probekit.extraction.runner import copy_to_host
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import Content, ShardSet, TensorKey, model_inputs
 from probekit.models.forward import States, run_pooled
@@ -120,8 +121,7 @@ def time_parts(
 
 def run_batch(vlm: Vlm, prepared: Sequence[PreparedImage], poolings: Poolings) -> States:
     """Run and pool a batch, and wait until its states are on the host."""
-    states = run_pooled(vlm, prepared, poolings=poolings, way="shared")
-    on_host = {name: values.to("cpu", non_blocking=True) for name, values in states.items()}
+    on_host = copy_to_host(run_pooled(vlm, prepared, poolings=poolings, way="shared"))
     vlm.record_sync_point()()
     return on_host
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from itertools import chain, groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,7 @@ PROGRESS_BAR = (
 SEEING_POOLINGS = ("mean", "max", "last", "text_mean")
 
 States = dict[TensorKey, torch.Tensor]
+Key = TypeVar("Key", TensorKey, str)
 
 
 class Runner:
@@ -472,7 +473,7 @@ class Runner:
         """Queue a batch on the device, and the copies of its states to the host."""
         states = self._run_batch(batch, target.shard)
         contents = target.shard.shard_set.contents
-        arriving = _copy_to_host(
+        arriving = copy_to_host(
             {key: values for key, values in states.items() if key.content in contents}
         )
         rows = np.concatenate([item.rows for item in batch])
@@ -645,12 +646,12 @@ def _with_tensor_keys(states: dict[str, torch.Tensor]) -> States:
     return {TensorKey.of(name): values for name, values in states.items()}
 
 
-def _copy_to_host(states: States) -> States:
+def copy_to_host(states: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
     """Begin to copy states to the host, all of one shape at once: each copy takes its time."""
-    keys_by_shape: dict[torch.Size, list[TensorKey]] = defaultdict(list)
+    keys_by_shape: dict[torch.Size, list[Key]] = defaultdict(list)
     for key, values in states.items():
         keys_by_shape[values.shape].append(key)
-    arriving: States = {}
+    arriving: dict[Key, torch.Tensor] = {}
     for keys in keys_by_shape.values():
         together = torch.stack([states[key] for key in keys]).to("cpu", non_blocking=True)
         arriving.update(zip(keys, together, strict=True))

@@ -42,8 +42,8 @@ class Curve(NamedTuple):
 
 
 def image_weights(
-    images: Sequence | np.ndarray, *, resamples: int = 2000, seed: int = 0
-) -> np.ndarray:
+    images: Sequence | np.ndarray, *, resamples: int = 2000, seed: int = 0, device: str = "cpu"
+) -> torch.Tensor:
     """Draw how often each image occurs in each resample.
 
     Parameters
@@ -54,13 +54,15 @@ def image_weights(
         Number of resamples, b.
     seed : int
         Seed of all draws.
+    device : str
+        Where they are wanted.
 
     Returns
     -------
-    ndarray
+    Tensor
         (b, images) uint8, Poisson distributed with mean 1. An image's column depends on its name
         and the seed alone, so curves of different models, poolings or tasks are paired where they
-        share images. The array is cached and cannot be written to.
+        share images. The tensor is cached: do not write to it.
 
     Raises
     ------
@@ -73,15 +75,6 @@ def image_weights(
     frequencies". Drawing every image independently is equivalent to the usual bootstrap for scores
     that do not change when all counts double.
     """
-    weight_bn = image_weights_on("cpu", images, resamples=resamples, seed=seed).numpy()
-    weight_bn.setflags(write=False)
-    return weight_bn
-
-
-def image_weights_on(
-    device: str, images: Sequence | np.ndarray, *, resamples: int = 2000, seed: int = 0
-) -> torch.Tensor:
-    """Return :func:`image_weights` as a tensor on a device; it is cached, so do not write to it."""
     names = tuple(str(image).encode() for image in images)
     if len(names) < 2:
         raise ValueError(
@@ -139,7 +132,7 @@ def bootstrap_curve(
     if len(counts) != len(images):
         raise ValueError(f"counts of {len(counts)} images, but {len(images)} names")
     counts = torch.as_tensor(counts)
-    weight_bn = image_weights_on(str(counts.device), images, resamples=resamples, seed=seed)
+    weight_bn = image_weights(images, resamples=resamples, seed=seed, device=str(counts.device))
     flat = counts.reshape(len(counts), -1).float()
     total = counts.sum(0, dtype=torch.float64)
     step = max(1, BLOCK // flat.shape[1])

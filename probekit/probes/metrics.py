@@ -639,7 +639,7 @@ def _resample_average_precision(
 ) -> Curves:
     """Compute curves of the average precision: of their mean, and of each class."""
     images, image_number_n = np.unique(image_n, return_inverse=True)
-    drawn_bi = bootstrap.image_weights_on(device, images, resamples=resamples)
+    drawn_bi = bootstrap.image_weights(images, resamples=resamples, device=device)
     weight_bi = torch.cat([torch.ones_like(drawn_bi[:1]), drawn_bi])
     weight_bn = weight_bi[:, torch.as_tensor(image_number_n, device=device)]
     average_blc = average_precision(p_lnc, y_nc, mask_nc=mask_nc, weight_bn=weight_bn)

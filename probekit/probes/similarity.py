@@ -181,7 +181,7 @@ def effective_rank(grams: LayerGrams, *, resamples: int = 200) -> pd.DataFrame:
 def _weights(grams: LayerGrams, resamples: int) -> torch.Tensor:
     """(1 + b, n) how often each image counts: once, then in each bootstrap sample."""
     device = str(grams.gram_lnn.device)
-    drawn_bn = bootstrap.image_weights_on(device, grams.images, resamples=resamples)
+    drawn_bn = bootstrap.image_weights(grams.images, resamples=resamples, device=device)
     return torch.cat([torch.ones_like(drawn_bn[:1]), drawn_bn]).float()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import pandas as pd
@@ -47,8 +46,7 @@ def example_grid(
             for row in rows.head(MOST_PROMPTS).itertuples()
         ]
         card = {
-            "url": "data:image/jpeg;base64,"
-            + base64.b64encode(pictures.encode_jpeg(photo)).decode(),
+            "url": pictures.data_url(photo),
             "image": rows.image_id.iloc[0],
             "asked": asked,
             "further": max(0, len(rows) - MOST_PROMPTS),
@@ -58,14 +56,19 @@ def example_grid(
 
 
 def right_answer(example: Any) -> str:
-    """Return in words what is right for an example, a row of the table as a named tuple."""
+    """Return in words what is right for an example, a row of the table as a named tuple.
+
+    What its mask leaves out does not count, and is not named.
+    """
     counting = [
         (name, label)
         for name, label, counts in zip(example.classes, example.labels, example.mask, strict=True)
         if counts
     ]
+    if not counting:
+        return "does not count"
     if example.kind == "binary":
-        return "yes" if counting[0][1] else "no"
+        return "yes" if example.labels[0] else "no"
     if example.kind == "multilabel":
         return ", ".join(f"{name}: {'yes' if label else 'no'}" for name, label in counting)
     return ", ".join(name for name, label in counting if label)

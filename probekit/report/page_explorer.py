@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -286,7 +285,6 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     is_yes = [bool(row.labels[c]) for c in counted]
     class_names = [f"{info.classes[c]}: {'yes' if row.labels[c] else 'no'}" for c in counted]
     photo = pictures.load_photo(run.home.resolve(row.file), PHOTO_SIDE)
-    encoded = base64.b64encode(pictures.encode_jpeg(photo)).decode()
     p_lnc = run.results.predictions[ProbeKey(*state, PROBE)]
     title = f"“{_shorten(row.prompt)}”"
     boxes_b4 = np.zeros((0, 4))
@@ -306,7 +304,7 @@ def _read_example(run: SavedRun, state: StateKey, place: int, *, label: str) -> 
     return _Example(
         label=f"{label} — image {row.image_id}",
         title=title,
-        photo_url=f"data:image/jpeg;base64,{encoded}",
+        photo_url=pictures.data_url(photo),
         width=photo.width / photo.height,
         class_names=class_names,
         is_yes=is_yes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -55,6 +56,11 @@ def encode_jpeg(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "jpeg", quality=JPEG_QUALITY)
     return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """Return an image as the URL of a JPEG that stands in the page itself."""
+    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image)).decode()}"
 
 
 def rasterise(values_t: np.ndarray, cells_t4: np.ndarray, *, width: int, height: int) -> np.ndarray:

@@ -19,6 +19,7 @@ def row_of(table: pd.DataFrame):
 def test_the_right_answer_of_every_kind_of_task():
     assert right_answer(row_of(make_example("binary", ["match"], [1], [1]))) == "yes"
     assert right_answer(row_of(make_example("binary", ["match"], [0], [1]))) == "no"
+    assert right_answer(row_of(make_example("binary", ["match"], [1], [0]))) == "does not count"
     several = make_example("multilabel", ["cup", "kite", "car"], [1, 0, 1], [1, 1, 0])
     assert right_answer(row_of(several)) == "cup: yes, kite: no"
     one = make_example("one_of", ["red", "blue"], [0, 1], [1, 1])
