@@ -21,7 +21,7 @@ from measuring import save_json
 from probekit.paths import Home
 from tests.support import lab
 
-NOTEBOOK = "05_inspect_examples"
+NOTEBOOK = "06_inspect_examples"
 KEYS = {"layer": ("ArrowLeft", "ArrowRight"), "example": ("ArrowRight", "ArrowLeft")}
 PRESSES_IN_A_ROW = 8
 

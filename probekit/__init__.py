@@ -8,6 +8,7 @@
 >>> activations["lm.12", "mean"]  # (n examples, d)
 >>> results = pk.probe(activations)
 >>> results.plot("accuracy")
+>>> pk.intervene(activations)  # what the model uses of it
 
 Letters for shapes, used in every docstring: n examples, l layers, t tokens, d width, c classes, s
 seeds or strengths, b images or resamples, k suffixes of one image, p problems solved together (of
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from probekit.report.results import Results
     from probekit.tasks.base import Task, example_rows
     from probekit.tasks.registry import TASKS
-    from probekit.workflow import build_examples, extract, open_run, probe
+    from probekit.workflow import build_examples, extract, intervene, open_run, probe
 
 __version__ = "0.2.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "build_examples": "probekit.workflow",
     "extract": "probekit.workflow",
     "probe": "probekit.workflow",
+    "intervene": "probekit.workflow",
     "open_run": "probekit.workflow",
     "load_vlm": "probekit.models.load",
     "Activations": "probekit.extraction.store",
@@ -63,6 +65,7 @@ __all__ = [
     "build_examples",
     "example_rows",
     "extract",
+    "intervene",
     "load_vlm",
     "open_run",
     "probe",

@@ -24,6 +24,7 @@ from probekit.tasks.input_controls import INPUT_CONTROLS, change_inputs
 if TYPE_CHECKING:
     from probekit.extraction.settings import ExtractionSettings
     from probekit.extraction.store import Activations
+    from probekit.interventions.settings import InterventionSettings
     from probekit.probes.probing import ProbeSettings
     from probekit.probes.results import ProbeResults
     from probekit.report.results import Results
@@ -413,6 +414,95 @@ def probe(
         )
     results.write(folder, building.table_fingerprint(examples))
     return Results.of(results, examples)
+
+
+def intervene(
+    activations: Activations | Iterable[Activations],
+    *,
+    device: str | None = None,
+    home: HomeLike = None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Change something inside models, see what becomes of their answers, and save the table.
+
+    Parameters
+    ----------
+    activations : Activations or several
+        Of a run's models. Those with random weights and those of controls are passed over.
+    device : str or None
+        Where models run; None takes the best one.
+    home : str, Path, Home or None
+        See :func:`build_examples`.
+    **settings
+        Attributes of :class:`probekit.interventions.settings.InterventionSettings`: `watch`,
+        `layers`, `tokens`, `erase`, `doses`, `routes`, `window`, `images`, `fit_images`, ...
+
+    Returns
+    -------
+    DataFrame
+        One row per model, task, layer, intervention, site, dose, control and metric. `layer` is
+        that whose states are changed, or that enters the first block of a cut. `value` has the
+        interval `lo` to `hi`. The metrics: ``"accuracy"``, ``"margin"`` (logit of the right answer
+        less that of all others), ``"says_yes"`` and ``"yes_margin"`` of binary tasks, ``"effect"``
+        and ``"margin_effect"`` (less those of the model left alone), ``"over_random"`` and
+        ``"margin_over_random"`` (less those with a random subspace), and ``"probe_accuracy"`` of
+        the run's ``"logreg"`` probe at `read_layer`. Differences are paired on the test images;
+        `p_holm` is corrected for the number of layers. A row without a value has its `reason`. It
+        is in ``data/interventions/<run>``, too; what is there already is not done again.
+    """
+    from probekit.extraction.store import Activations
+    from probekit.interventions.study import study_models
+    from probekit.probes.results import ProbeResults
+
+    home = paths.Home.find(home)
+    views = with_controls([activations] if isinstance(activations, Activations) else activations)
+    if not views:
+        raise ValueError("there are no activations: extract some first")
+    examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
+    run = run_of(examples)
+    wanted = intervention_settings(settings)
+    fingerprint = building.table_fingerprint(examples)
+    try:
+        results = ProbeResults.read(results_folder(run, home), fingerprint)
+    except (FileNotFoundError, ValueError) as error:
+        tqdm.write(f"answers alone are watched, and no probes: {error}")
+        results = None
+    return study_models(
+        views,
+        wanted,
+        results=results,
+        folder=interventions_folder(run, home),
+        examples_fingerprint=fingerprint,
+        device=device,
+        home=home,
+    )
+
+
+def intervention_settings(settings: dict[str, Any]) -> InterventionSettings:
+    """Return the settings of the interventions.
+
+    Raises
+    ------
+    ValueError
+        There is no such setting, or a value is not allowed.
+    """
+    from probekit.interventions.settings import InterventionSettings
+
+    wanted = InterventionSettings(**parameters.read_settings(InterventionSettings, settings))
+    wanted.check()
+    return wanted
+
+
+def interventions_folder(run: str, home: HomeLike = None) -> Path:
+    """Return the folder of a run's interventions.
+
+    Raises
+    ------
+    ValueError
+        The run's name is no name of one folder.
+    """
+    parameters.read_parameter("run", run)
+    return paths.Home.find(home).data / "interventions" / run
 
 
 def _compare_models(

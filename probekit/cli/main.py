@@ -196,7 +196,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     print(f"executed notebooks: {folder}")
-    plots = find_notebook("04_layer_plots")
+    plots = find_notebook("05_layer_plots")
     if (folder / plots.name).exists():
         run = read_notebook_parameters(plots, options.params, options.overrides)["run"]
         print(f"open {Home.find().figures / str(run) / 'index.html'}")

@@ -14,6 +14,7 @@ from probekit.data import layouts, scenes
 from probekit.extraction.launch import Launcher
 from probekit.extraction.planning import Estimate, estimate_extraction
 from probekit.extraction.settings import ExtractionSettings
+from probekit.interventions.settings import InterventionSettings
 from probekit.parameters import read_parameters, read_settings
 from probekit.probes.probing import PROBES, ProbeSettings
 from probekit.tasks.balance import TooFewImages
@@ -23,6 +24,7 @@ from probekit.tasks.registry import find_tasks
 from probekit.workflow import (
     check_models,
     extraction_settings,
+    intervention_settings,
     probe_settings,
     split_controls,
     tables_with_controls,
@@ -152,8 +154,10 @@ def check_steps(parameters: dict[str, dict]) -> None:
         _, of_labels = split_controls(probing["controls"])
         of_probes = _settings_in(probing, ProbeSettings) | {"controls": of_labels}
         probe_settings(of_probes).check()
-    if "04_layer_plots" in parameters:
-        probe = parameters["04_layer_plots"]["probe"]
+    if "04_intervene" in parameters:
+        intervention_settings(_settings_in(parameters["04_intervene"], InterventionSettings))
+    if "05_layer_plots" in parameters:
+        probe = parameters["05_layer_plots"]["probe"]
         if probe not in PROBES:
             raise ValueError(f"probe={probe!r}: take one of {', '.join(PROBES)}")
 

@@ -45,7 +45,7 @@ PROGRESS_BAR = (
     "[{elapsed}<{remaining}, {rate_fmt}]"
 )
 # The first tokens never see a causal model's prompt.
-SEEING_POOLINGS = ("mean", "max", "last", "text_mean")
+SEEING_POOLINGS = ("mean", "max", "last", "text_mean", "suffix_mean")
 
 States = dict[TensorKey, torch.Tensor]
 Key = TypeVar("Key", TensorKey, str)

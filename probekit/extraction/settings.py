@@ -15,7 +15,7 @@ from probekit import parameters, paths
 from probekit.extraction.shards import STAGES, Content
 from probekit.models.checkpoints import resolve_commit
 from probekit.models.load import IMAGE_ADAPTERS, best_dtype, read_dtype
-from probekit.models.pooling import check_pooling
+from probekit.models.pooling import TEXT_POOLINGS, check_pooling
 from probekit.models.presets import locate, short_name
 
 SHARING_WAYS = {
@@ -92,7 +92,7 @@ class ExtractionSettings:
     def contents(self) -> list[Content]:
         """What is to be stored of each stage; text is no part of an image."""
         contents = [Content(stage, pooling) for stage in self.stages for pooling in self.poolings]
-        return [one for one in contents if one.stage == "lm" or one.pooling != "text_mean"]
+        return [one for one in contents if one.stage == "lm" or one.pooling not in TEXT_POOLINGS]
 
     @property
     def token_budget(self) -> int:

@@ -26,6 +26,7 @@ from probekit.extraction.shards import (
     tensor_digest,
 )
 from probekit.models.output_head import AnswerHead
+from probekit.models.pooling import TEXT_POOLINGS
 
 RowPlaces = slice | torch.Tensor
 
@@ -174,7 +175,7 @@ class Activations:
 
     def poolings_of(self, stage: str) -> list[str]:
         """Return the poolings of a stage: text is no part of an image, and says no answer."""
-        of_decoder = ("text_mean", self.answer_pooling)
+        of_decoder = (*TEXT_POOLINGS, self.answer_pooling)
         return [pooling for pooling in self.poolings if stage == "lm" or pooling not in of_decoder]
 
     @property

@@ -26,7 +26,7 @@ from probekit.models.batches import (
 from probekit.models.devices import copy_to
 from probekit.models.hooks import Take, tap_decoder, tap_encoder
 from probekit.models.load import Vlm
-from probekit.models.pooling import Pooler, Prefix
+from probekit.models.pooling import TEXT_POOLINGS, Pooler, Prefix
 from probekit.models.processor import PreparedImage
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def read_layers(
     """
     tokens = vlm.to_device(batch_tokens(vlm, [image.tokens[0] for image in prepared]))
     images = vlm.to_device(batch_images(vlm, prepared))
-    options = _forward_options(vlm, len(prepared))
+    options = forward_options(vlm, len(prepared))
     if output_hidden_states:
         options["output_hidden_states"] = True
     with tap_decoder(vlm, take):
@@ -182,7 +182,7 @@ class _PooledPass:
         vlm = self.vlm
         tokens = batch_tokens(vlm, self.rows)
         images = batch_images(vlm, self.prepared, counts=self.prompt_counts)
-        options = _forward_options(vlm, len(self.rows))
+        options = forward_options(vlm, len(self.rows))
         if not images:
             self._run_without_image(tokens)
             return
@@ -198,14 +198,14 @@ class _PooledPass:
         tokens = vlm.to_device(tokens)
         with tap_decoder(vlm, pool_prompts):
             if not vlm.special_case.runs_without_image:
-                vlm.stack(**_text_inputs(tokens))
+                vlm.stack(**text_inputs(tokens))
                 return
             types = {
                 name: torch.zeros_like(tokens["input_ids"])
                 for name in TOKEN_TYPE_INPUTS
                 if name in vlm.forward_arguments
             }
-            vlm.model(**{**types, **tokens}, **_forward_options(vlm, len(self.rows)))
+            vlm.model(**{**types, **tokens}, **forward_options(vlm, len(self.rows)))
 
     def run_encoded(self) -> None:
         """Run the image encoder once per image, then every prompt from its start."""
@@ -214,7 +214,7 @@ class _PooledPass:
             # A model that swallows any keyword would not see the image, and would not say so.
             raise ValueError("it does not take its image encoder's output back")
         tokens = batch_tokens(vlm, self.rows)
-        options = _forward_options(vlm, len(self.rows))
+        options = forward_options(vlm, len(self.rows))
         features = self.run_encoder()
         images: dict[str, torch.Tensor | None] = {}
         for name, value in batch_images(vlm, self.prepared, counts=self.prompt_counts).items():
@@ -246,7 +246,7 @@ class _PooledPass:
         suffix_tokens = batch_tokens(
             vlm,
             [
-                {name: values[prefix_length:] for name, values in _text_inputs(row).items()}
+                {name: values[prefix_length:] for name, values in text_inputs(row).items()}
                 for row in self.rows
             ],
         )
@@ -284,7 +284,7 @@ class _PooledPass:
         suffix_mask = suffix_tokens["attention_mask"]
         prefix_mask = suffix_mask.new_ones(len(self.rows), prefix_length)
         options = cache_arguments(vlm.stack, cache)
-        suffix_positions = _continue_positions(positions[0], owner_n, length=suffix_mask.shape[1])
+        suffix_positions = continue_positions(positions[0], owner_n, length=suffix_mask.shape[1])
         if suffix_positions is not None:
             options["position_ids"] = suffix_positions
         with tap_decoder(vlm, take_suffix):
@@ -370,16 +370,16 @@ class _PooledPass:
             mask_bp = patch_mask(self.prepared, hidden_bpd.shape[1])
         else:
             mask_bp = torch.ones(hidden_bpd.shape[:2], dtype=torch.bool)
-        poolings = [pooling for pooling in self.poolings if pooling != "text_mean"]
+        poolings = [pooling for pooling in self.poolings if pooling not in TEXT_POOLINGS]
         return Pooler(poolings, mask_bp, image_nt=mask_bp, device=self.vlm.device)
 
 
-def _text_inputs(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+def text_inputs(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
     """Select what a decoder takes that knows nothing of images."""
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
 
 
-def _forward_options(vlm: Vlm, n: int) -> dict[str, Any]:
+def forward_options(vlm: Vlm, n: int) -> dict[str, Any]:
     """Arguments of a forward pass besides its inputs."""
     options: dict[str, Any] = {"use_cache": False}
     if has_text_encoder(vlm.config):
@@ -441,7 +441,7 @@ def _record_positions(stack: nn.Module) -> Iterator[list[torch.Tensor | None]]:
         handle.remove()
 
 
-def _continue_positions(
+def continue_positions(
     position_ids: torch.Tensor | None, owner_n: torch.Tensor, *, length: int
 ) -> torch.Tensor | None:
     """Return the positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t).

@@ -10,7 +10,9 @@ import torch
 
 from probekit.models.devices import copy_to
 
-NAMED_POOLINGS = ("mean", "max", "image_mean", "text_mean", "cls", "last")
+NAMED_POOLINGS = ("mean", "max", "image_mean", "text_mean", "suffix_mean", "cls", "last")
+# Those that are of a prompt's text alone.
+TEXT_POOLINGS = ("text_mean", "suffix_mean")
 POOLINGS = (*NAMED_POOLINGS, "token:<i>")
 
 
@@ -135,7 +137,7 @@ class Pooler:
         }
 
     def _check_means(self, counts_n: dict[str, torch.Tensor]) -> None:
-        for name in ("image_mean", "text_mean"):
+        for name in ("image_mean", *TEXT_POOLINGS):
             if name in self.poolings and bool((counts_n[name] == 0).any()):
                 raise ValueError(f"pooling {name!r}: an example has no such tokens")
 
@@ -238,12 +240,17 @@ class Pooler:
 
 
 def _masks_by_pooling(real_nt: torch.Tensor, image_nt: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return which tokens each pooling over several tokens takes in."""
+    """Return which tokens each pooling over several tokens takes in.
+
+    The suffix is what stands after the last image token.
+    """
+    is_after_image_nt = image_nt.cumsum(1) == image_nt.sum(1, keepdim=True)
     return {
         "mean": real_nt,
         "max": real_nt,
         "image_mean": image_nt,
         "text_mean": real_nt & ~image_nt,
+        "suffix_mean": real_nt & ~image_nt & is_after_image_nt,
     }
 
 

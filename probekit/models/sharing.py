@@ -155,7 +155,7 @@ def choose_way(
     return verdict, states
 
 
-class _Difference(NamedTuple):
+class Difference(NamedTuple):
     """Where states differ the most.
 
     `excess` is relative to what is tolerated, `deviations` in standard deviations over examples.
@@ -206,7 +206,7 @@ class _Trial:
                 self._states_by_way[way] = error
         return self._states_by_way[way]
 
-    def compare(self, way: str, states: States) -> _Difference:
+    def compare(self, way: str, states: States) -> Difference:
         """Compare a way with the plain batch, and that with passes alone.
 
         The plain batch need not run where all prompts ran alone and no more noise is allowed for.
@@ -227,7 +227,7 @@ class _Trial:
         noise = {}
         for key, values in self._select_compared(plain).items():
             noise[key] = (values - self.states_alone[key]).square().mean(0).sqrt()
-        return _find_largest_difference(
+        return find_largest_difference(
             states,
             {key: plain[key] for key in self.states_alone},
             spread_part=self.precision.spread,
@@ -235,8 +235,8 @@ class _Trial:
             noise=noise,
         )
 
-    def _compare_with_alone(self, states: States) -> _Difference:
-        return _find_largest_difference(
+    def _compare_with_alone(self, states: States) -> Difference:
+        return find_largest_difference(
             self._select_compared(states),
             self.states_alone,
             spread_part=self.precision.padding,
@@ -263,14 +263,14 @@ def _find_compared_prompts(prepared: Sequence[PreparedImage]) -> list[tuple[int,
     return sorted({(image, k) for image in images for k in (0, counts[image] - 1)})
 
 
-def _find_largest_difference(
+def find_largest_difference(
     states: States,
     expected: States,
     *,
     spread_part: float,
     rounding: float,
     noise: States | None = None,
-) -> _Difference:
+) -> Difference:
     """Find the example and layer that differ the most, relative to what is tolerated.
 
     Each channel is measured by what it may differ by; the root mean square over channels counts,
@@ -288,7 +288,7 @@ def _find_largest_difference(
         excess_n = (error_nd / tolerated_d.clamp(min=smallest)).square().mean(1).sqrt()
         row = int(excess_n.argmax())
         deviations = float((error_nd[row] / spread_d.clamp(min=TINY)).median())
-        differences.append(_Difference(float(excess_n[row]), deviations, key))
+        differences.append(Difference(float(excess_n[row]), deviations, key))
     return max(differences)
 
 

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.extraction import loading, shards
+from probekit.extraction.reloading import reload_model
 from probekit.extraction.settings import suitable_batch_tokens
 from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models import forward
 from probekit.models.budget import TokenBudget
-from probekit.models.load import Vlm, load_vlm
+from probekit.models.load import Vlm
 from probekit.models.output_head import NoAnswers
 from probekit.models.processor import PreparedImage
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
@@ -44,13 +45,11 @@ METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes", "localisation")
 # Images that are looked at to check that tokens lie where the grid puts them.
 CHECKED_IMAGES = 4
 
-# Settings of an extraction that its model is loaded with again.
-LOADING_SETTINGS = ("revision", "dtype", "untrained", "seed", "trust_remote_code")
-
 # Of what the files hold: files of another version are made again.
 VERSION = 4
 
 LEAVE_OUT = 'localise="" leaves it out'
+NEEDS_MODEL = f"heat maps need the model once more: {LEAVE_OUT}"
 
 
 class _NothingToLocalise(ValueError):
@@ -421,7 +420,7 @@ def _localise(
     settings = activations.meta["jobs"][-1] | activations.meta["settings"]
     scores: dict[ProbeKey, _Scores] = {}
     with_lens = any(heat.weights is None for heat in wanted)
-    vlm = _load_model(settings, device, home, with_head=with_lens)
+    vlm = reload_model(settings, home=home, device=device, with_head=with_lens, remedy=NEEDS_MODEL)
 
     def make_readers(prepared: PreparedImage) -> list[TokenReader]:
         for heat in wanted:
@@ -464,21 +463,6 @@ def _make_reader(
     if heat.weights is None:
         return LensReader.of(vlm, classes, prepared)
     return ProbeReader(heat.weights, vlm)
-
-
-def _load_model(
-    settings: Mapping[str, Any], device: str | None, home: paths.Home, *, with_head: bool
-) -> Vlm:
-    try:
-        return load_vlm(
-            settings["model"],
-            device=device,
-            home=home,
-            with_head=with_head,
-            **{name: settings[name] for name in LOADING_SETTINGS},
-        )
-    except OSError as error:
-        raise OSError(f"{error}; heat maps need the model once more: {LEAVE_OUT}") from error
 
 
 def _compute_all_heat(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from probekit.answers.reading import LENS
 from probekit.probes.results import HEADLINE, ProbeResults
-from probekit.report import comparisons, curves, heatmaps
+from probekit.report import comparisons, curves, heatmaps, used
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
 from probekit.report.style import metric_words
 from probekit.report.wordings import wordings_figure
@@ -45,6 +46,7 @@ def run_figures(
     probe: str = "logreg",
     published: bool = False,
     relative: bool = False,
+    interventions: pd.DataFrame | None = None,
 ) -> dict[str, Figure]:
     """Draw every figure that a run's tables have something for.
 
@@ -58,6 +60,8 @@ def run_figures(
         Add the published study's numbers.
     relative : bool
         Begin with relative depth on the axis instead of layers.
+    interventions : DataFrame or None
+        Of :func:`probekit.workflow.intervene`; None and an empty one have no figures.
 
     Returns
     -------
@@ -66,6 +70,8 @@ def run_figures(
     """
     table = results.metrics
     figures = _answer_figures(results, probe=probe, relative=relative)
+    if interventions is not None:
+        figures |= _used_figures(interventions)
     figures |= _wording_figures(results, probe=probe)
     figures |= _overview_figures(results, probe=probe)
     for task in results.tasks:
@@ -119,6 +125,60 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
                 curves.layer_curves(table, task, "decided", probe=LENS, relative=relative),
                 "The share of test examples whose final answer is on top, through the lens, from "
                 "this layer on. It says when an answer is settled, right or wrong.",
+                section,
+            )
+    return figures
+
+
+def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
+    """Draw what becomes of the answers when a layer loses something."""
+    section = "Used"
+    figures = {}
+    for task in used.tasks_of(table):
+        rows = table[(table.task == task) & table.value.notna()]
+        if used.erasures_of(rows):
+            figures[f"{task}_used"] = Figure(
+                used.used_figure(table, task),
+                "Blue: what a probe reads off each layer's last token. Orange: what the model says "
+                "when it is left alone. The other lines: what it says once the concept is erased "
+                "from a layer's tokens, from image tokens all categories (they come before the "
+                "question), from text tokens and the last one the right answer. Grey: a random "
+                "subspace, moved by as much. Where a line falls below the grey band, what was "
+                "erased there is used. Where it does not fall, the model may use it elsewhere, or "
+                "read it off another direction.",
+                section,
+            )
+            figures[f"{task}_effects"] = Figure(
+                used.effect_heatmap(table, task),
+                "Accuracy of the answer less that of the model left alone. A star: it differs from "
+                "the random subspace on the same test images (5 %, corrected for the number of "
+                "layers, Holm). Empty cells are what could not be done; the table says why.",
+                section,
+            )
+        is_read = (rows.metric == "probe_accuracy") & rows.intervention.isin(used.ERASURE_WORDS)
+        if is_read.any():
+            figures[f"{task}_rebuilt"] = Figure(
+                used.rebuilt_figure(table, task),
+                "Row: the layer where the concept was erased; column: the layer whose logreg probe "
+                "then reads the last token. A row that darkens to the right was rebuilt from "
+                "tokens that still have it.",
+                section,
+            )
+        if (rows.intervention == used.CUT).any():
+            figures[f"{task}_routes"] = Figure(
+                used.routes_figure(table, task),
+                "The answer while some tokens no longer see others, in a window of blocks that "
+                "begins where the point is. Where a line dips, that is the way by which the answer "
+                "comes.",
+                section,
+            )
+        if ((rows.intervention == used.STEER) & (rows.metric == "says_yes")).any():
+            figures[f"{task}_doses"] = Figure(
+                used.doses_figure(table, task),
+                "How often the model says yes after multiples of the direction from the mean state "
+                "of no to that of yes were added, in standard deviations of the training states; a "
+                "line per layer. A direction that steers the answer need not be the one by which "
+                "the model finds it.",
                 section,
             )
     return figures

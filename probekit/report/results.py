@@ -16,6 +16,7 @@ from probekit.report.known_and_said import (
     models_with_answers,
 )
 from probekit.report.sentences import Summary, compare_pairs, summarise
+from probekit.report.used import tasks_of, used_figure
 from probekit.report.wordings import wording_table, wordings_figure
 from probekit.tasks.variants import wording_families
 
@@ -28,14 +29,22 @@ class Results(ProbeResults):
     ----------
     examples : DataFrame
         The examples, labels and all.
+    interventions : DataFrame
+        Of :func:`probekit.workflow.intervene`; empty where nothing was done to the models.
     metrics, losses, transfer, predictions, neighbours, weights, heat, tasks, stores
         See :class:`probekit.probes.results.ProbeResults`.
     """
 
     examples: pd.DataFrame = field(default_factory=pd.DataFrame)
+    interventions: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
-    def of(cls, results: ProbeResults, examples: pd.DataFrame) -> Results:
+    def of(
+        cls,
+        results: ProbeResults,
+        examples: pd.DataFrame,
+        interventions: pd.DataFrame | None = None,
+    ) -> Results:
         """Put probe results and their examples together.
 
         Parameters
@@ -44,8 +53,11 @@ class Results(ProbeResults):
             Results of one or several models.
         examples : DataFrame
             The examples that were probed.
+        interventions : DataFrame or None
+            What was done to the models, if anything.
         """
-        return cls(**{**vars(results), "examples": examples})
+        done = pd.DataFrame() if interventions is None else interventions
+        return cls(**{**vars(results), "examples": examples, "interventions": done})
 
     def __repr__(self) -> str:
         lines = [f"Results with {len(self.metrics):,} scores"]
@@ -136,7 +148,8 @@ class Results(ProbeResults):
         metric : str
             Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``; or
             ``"known_and_said"`` for the probe beside the lens and the model's answer, or
-            ``"wordings"`` for a question in all its wordings.
+            ``"wordings"`` for a question in all its wordings, or ``"used"`` for what the model
+            says once a layer has lost it.
         task : str, optional
             The first task that has this metric unless it is named.
         probe : str
@@ -162,6 +175,8 @@ class Results(ProbeResults):
             return self._plot_known_and_said(task, probe=probe)
         if metric == "wordings":
             return self._plot_wordings(task, probe=probe)
+        if metric == "used":
+            return self._plot_used(task)
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}
@@ -211,6 +226,17 @@ class Results(ProbeResults):
             )
         return wordings_figure(self.metrics, self.transfer, self.tasks, task, probe=probe)
 
+    def _plot_used(self, task: str | None) -> go.Figure:
+        tasks = tasks_of(self.interventions)
+        if task is None and tasks:
+            task = tasks[0]
+        if task not in tasks:
+            raise ValueError(
+                f"no interventions on answers to {task or 'any task'} in these results: "
+                + (f"take one of {', '.join(tasks)}" if tasks else "run 04_intervene")
+            )
+        return used_figure(self.interventions, task)
+
     def wordings(self, *, probe: str = "logreg") -> pd.DataFrame:
         """Set the wordings of each question beside each other.
 
@@ -232,4 +258,10 @@ class Results(ProbeResults):
 
         See :func:`probekit.report.figures.run_figures`.
         """
-        return run_figures(self, probe=probe, published=published, relative=relative)
+        return run_figures(
+            self,
+            probe=probe,
+            published=published,
+            relative=relative,
+            interventions=self.interventions,
+        )

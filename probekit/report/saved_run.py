@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from probekit.extraction.reloading import reload_model
 from probekit.images import load_rgb
-from probekit.models.load import Vlm, load_vlm
+from probekit.interventions.study import read_table
+from probekit.models.load import Vlm
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, check_token_grid
 from probekit.paths import Home, read_json, write_atomic, write_json
 from probekit.probes.localisation import (
     CHECKED_IMAGES,
-    LOADING_SETTINGS,
     HeatMap,
     StoredHeat,
     compute_heat,
@@ -33,6 +34,7 @@ TABLE_CONTENTS = {
         "seed"
     ),
     "losses": "a row per probe trained with Adam, epoch and split",
+    "interventions": ("a row per model, task, layer, intervention, site, dose, control and metric"),
     "transfer": "the score of each layer's probe on the states of other layers and wordings",
 }
 
@@ -106,7 +108,11 @@ class SavedRun:
         return cls(
             name=name,
             home=home,
-            results=Results.of(probe_results, examples),
+            results=Results.of(
+                probe_results,
+                examples,
+                read_table(home.data / "interventions" / name, fingerprint),
+            ),
             stored_heat=StoredHeat(probe_results.heat, home),
         )
 
@@ -161,6 +167,9 @@ class SavedRun:
         folder.mkdir(parents=True, exist_ok=True)
         contents = {}
         for name, words in TABLE_CONTENTS.items():
+            if name == "interventions" and self.results.interventions.empty:
+                (folder / "interventions.csv").unlink(missing_ok=True)
+                continue
             _write_csv(getattr(self.results, name), folder / f"{name}.csv")
             contents[f"{name}.csv"] = words
         sources = {}
@@ -259,12 +268,7 @@ class SavedRun:
             model.vlm.release()
             self._model = None
         settings = self._extraction_settings(key)
-        vlm = load_vlm(
-            settings["model"],
-            home=self.home,
-            with_head=needs_head,
-            **{name: settings[name] for name in LOADING_SETTINGS},
-        )
+        vlm = reload_model(settings, home=self.home, with_head=needs_head)
         test_files = self.examples.file[self.examples.split == "test"].unique()
         images = [load_rgb(self.home.resolve(file)) for file in test_files[:CHECKED_IMAGES]]
         try:

@@ -31,6 +31,8 @@ from probekit.models.architectures import (
 from probekit.models.forward import States, run_pooled
 from probekit.models.load import Vlm, load_skeleton, load_vlm, stage_table
 from probekit.models.processor import PreparedImage
+from probekit.models.replay import KeptPass
+from probekit.models.replay_check import ReplayVerdict, check_replay
 from probekit.models.sharing import SharingVerdict, choose_way
 from probekit.models.token_grid import NoTokenGrid, check_token_grid
 from tests.conftest import REPOSITORY
@@ -149,6 +151,9 @@ def measure_architecture(name: str, folder: Path) -> dict[str, str | int]:
     check_description(vlm, alone, stages, folder)
     check_hidden_states(vlm, untouched_model, prepared[0], alone, name)
     heat_map = has_token_grid(vlm)
+    replay = check_replay(vlm, prepared)
+    if replay.way == "shared":
+        check_that_edits_agree(vlm, prepared)
     sharing = "exact"
     if verdict.way != "shared":
         sharing = f"no: {why_not_shared(verdict)}"
@@ -165,6 +170,8 @@ def measure_architecture(name: str, folder: Path) -> dict[str, str | int]:
         "vision": vision,
         "projector": "yes" if "projector" in stages else "no",
         "heat map": "yes" if heat_map else "no",
+        "edits": edits_words(replay),
+        "attention cut": f"no: {replay.why_no_cut}" if replay.why_no_cut else "yes",
     }
 
 
@@ -262,6 +269,30 @@ def compute_hidden_states(
     if hidden_states is None:  # BLIP-2 and its kin return their language model's output as a part
         hidden_states = getattr(output.language_model_outputs, states_name)
     return hidden_states
+
+
+def check_that_edits_agree(vlm: Vlm, prepared: Sequence[PreparedImage]) -> None:
+    """An edit does the same where only what it touches runs again, and in plain passes."""
+    direction_d = torch.randn(vlm.width, generator=torch.Generator().manual_seed(0))
+    direction_d = direction_d / direction_d.norm()
+
+    def turn_back(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - 2 * (hidden @ direction_d)[..., None] * direction_d + direction_d
+
+    shared = KeptPass(vlm, prepared, way="shared")
+    plain = KeptPass(vlm, prepared, way="plain")
+    for layer in range(len(vlm.blocks)):
+        for sites in (["image"], ["text"], ["last"], ["image", "text"]):
+            changes = dict.fromkeys(sites, turn_back)
+            last_nd = shared.rerun(layer, changes)[len(vlm.blocks)]
+            expected_nd = plain.rerun(layer, changes)[len(vlm.blocks)]
+            assert largest_difference({"": last_nd}, {"": expected_nd}) < 1e-5, (layer, sites)
+
+
+def edits_words(replay: ReplayVerdict) -> str:
+    """How an architecture is edited, in the words of the table."""
+    words = {"shared": "what they touch runs again", "plain": "whole prompts run again"}
+    return words.get(replay.way, f"no: {replay.reason}")
 
 
 def has_token_grid(vlm: Vlm) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from probekit.models.batches import input_shape, patch_mask
 from probekit.models.forward import run_pooled
 from probekit.models.load import load_vlm
-from probekit.models.pooling import NAMED_POOLINGS
+from probekit.models.pooling import NAMED_POOLINGS, TEXT_POOLINGS
 from probekit.models.processor import PreparedImage
 
 POOLINGS = (*NAMED_POOLINGS, "token:2", "token:-3")
@@ -43,6 +43,7 @@ def test_hooks_read_what_transformers_returns(vlm, prepared):
                     "max": hidden_td.max(0).values,
                     "image_mean": hidden_td[image_t].mean(0),
                     "text_mean": hidden_td[~image_t].mean(0),
+                    "suffix_mean": hidden_td[int(image_t.nonzero()[-1]) + 1 :].mean(0),
                     "cls": hidden_td[0],
                     "last": hidden_td[-1],
                     "token:2": hidden_td[2],
@@ -71,12 +72,12 @@ def test_a_batch_changes_nothing(vlm, prepared):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shared", "encoded"])
 def test_the_cheaper_ways_change_nothing(vlm, prepared, way):
-    poolings = [name for name in POOLINGS if name != "text_mean"]
+    poolings = [name for name in POOLINGS if name not in TEXT_POOLINGS]
     cheap = run_pooled(vlm, prepared, poolings=poolings, stages=STAGES, way=way)
     plain = run_pooled(vlm, prepared, poolings=poolings, stages=STAGES)
     assert_close(cheap, plain, tolerance=1e-5)
-    cheap = run_pooled(vlm, prepared, poolings=["text_mean"], way=way)
-    plain = run_pooled(vlm, prepared, poolings=["text_mean"])
+    cheap = run_pooled(vlm, prepared, poolings=TEXT_POOLINGS, way=way)
+    plain = run_pooled(vlm, prepared, poolings=TEXT_POOLINGS)
     assert_close(cheap, plain, tolerance=1e-5)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from probekit.extraction import reloading
 from probekit.extraction.store import Activations
 from probekit.models import batches, forward
 from probekit.models.token_grid import NoTokenGrid, TokenGrid
@@ -253,7 +254,7 @@ def test_a_model_whose_tokens_have_no_place_is_passed_over_once(localise, monkey
     monkeypatch.setattr(localisation, "check_token_grid", fail)
     assert localise().heat == {}
     assert "lie nowhere" in capsys.readouterr().out
-    monkeypatch.setattr(localisation, "load_vlm", None)  # it is not loaded for that again
+    monkeypatch.setattr(localisation, "reload_model", None)  # it is not loaded for that again
     assert localise().heat == {}
     assert "lie nowhere" in capsys.readouterr().out
 
@@ -262,7 +263,7 @@ def test_a_model_that_is_gone_names_the_setting_that_leaves_it_out(localise, mon
     def fail(*args, **kwargs):
         raise OSError("no weights here")
 
-    monkeypatch.setattr(localisation, "load_vlm", fail)
+    monkeypatch.setattr(reloading, "load_vlm", fail)
     with pytest.raises(OSError, match=r'no weights here.*localise="" leaves it out'):
         localise()
 

@@ -66,7 +66,7 @@ def test_keys_move_the_sliders_and_what_they_show(jupyter):
     with lab.open_browser() as page:
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
-        assert lab.run_notebook(page, jupyter, "05_inspect_examples.ipynb") == []
+        assert lab.run_notebook(page, jupyter, "06_inspect_examples.ipynb") == []
         photo = lab.scroll_to(page, "img.widget-image")
         lab.choose_option(page, "task", "category")
         wait_until_drawn(page)

@@ -1,0 +1,369 @@
+"""All interventions on one model: fitted, checked, run where they are not on disk, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from probekit import paths
+from probekit.extraction import loading, shards
+from probekit.extraction.answer_heads import ANSWER_POOLING
+from probekit.extraction.extracting import extract_tables
+from probekit.extraction.reloading import reload_model
+from probekit.extraction.settings import ExtractionSettings, suitable_batch_tokens
+from probekit.extraction.store import Activations
+from probekit.interventions.concepts import (
+    PARTS_OF_SITE,
+    POOLING_OF_SITE,
+    ConceptNames,
+    FittedEdits,
+    select_training,
+)
+from probekit.interventions.running import Reader, Work, run_interventions
+from probekit.interventions.scores import COLUMNS, Done, TaskScores, complete
+from probekit.interventions.settings import (
+    InterventionSettings,
+    plan_interventions,
+)
+from probekit.models.load import Vlm
+from probekit.models.output_head import AnswerHead, NoAnswers
+from probekit.models.replay_check import ReplayVerdict, check_replay
+from probekit.models.sharing import take_few
+from probekit.probes.labels import LabelledTask
+from probekit.probes.probing import control_name
+from probekit.probes.results import ProbeKey, ProbeResults
+from probekit.probes.weights import ProbeWeights
+from probekit.tasks.base import task_infos
+from probekit.tasks.building import table_fingerprint
+
+# Of what the files hold: those of another version are made again.
+VERSION = 1
+PROBE = "logreg"
+TABLE = "interventions.parquet"
+RECORD = "interventions.json"
+# How many times the tokens of an extraction's batch are run through most of a model at once, and
+# the bytes of states of all layers that are kept for that.
+RERUN_PART = 4
+KEPT_BYTES = 2_000_000_000
+
+
+class NoInterventions(ValueError):
+    """Why a model's answers cannot be watched, in one line."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A task whose answers are watched."""
+
+    name: str
+    labelled: LabelledTask
+    examples: pd.DataFrame
+    tokens: list[list[int]]
+    concepts: ConceptNames
+
+
+@dataclass(frozen=True)
+class ModelStudy:
+    """The interventions on one model.
+
+    Attributes
+    ----------
+    activations : Activations
+        Of the trained model, with all examples of the run.
+    settings : InterventionSettings
+    results : ProbeResults or None
+        Whose probes are read after interventions; None for answers alone.
+    folder : Path
+        Of all files of the run's interventions.
+    device : str or None
+        Of the model.
+    home : Home
+    """
+
+    activations: Activations
+    settings: InterventionSettings
+    results: ProbeResults | None
+    folder: Path
+    device: str | None
+    home: paths.Home
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the decoder's layers."""
+        return [layer for layer in self.activations.layers if layer.startswith("lm.")]
+
+    def run(self) -> pd.DataFrame:
+        """Do what is not on disk yet, and score everything.
+
+        Returns
+        -------
+        DataFrame
+            See :func:`probekit.workflow.intervene`; empty where nothing can be done, which a line
+            says.
+        """
+        model = self.activations.meta["model"]
+        try:
+            head = self._head()
+            questions = self._questions(head)
+        except NoInterventions as error:
+            tqdm.write(f"no interventions on {model}: {error}")
+            return pd.DataFrame()
+        works = {one.name: self._work(one) for one in questions}
+        if any(work.missing() for work in works.values()):
+            try:
+                self._run_missing(questions, works, head)
+            except NoInterventions as error:
+                tqdm.write(f"no interventions on {model}: {error}")
+                return pd.DataFrame()
+        return pd.concat(
+            [self._score(one, works[one.name]) for one in questions], ignore_index=True
+        )
+
+    # --------------------------------------------------------------------------- what is watched
+
+    def _head(self) -> AnswerHead:
+        view = self.activations
+        if ANSWER_POOLING not in view.poolings or not self.layers:
+            raise NoInterventions(
+                "its answers were not extracted: run 02_extract with answers, and the stage lm"
+            )
+        try:
+            head = view.answer_head
+        except FileNotFoundError as error:
+            raise NoInterventions(str(error)) from error
+        if head.refusal:
+            raise NoInterventions(head.refusal)
+        return head
+
+    def _questions(self, head: AnswerHead) -> list[_Question]:
+        examples = self.activations.examples
+        infos = task_infos(examples)
+        answered = [name for name, info in infos.items() if info.answers]
+        unknown = [name for name in self.settings.watch if name not in answered]
+        if unknown:
+            raise ValueError(
+                f"watch={list(self.settings.watch)}: {', '.join(unknown)} is no task of this run "
+                f"that has answers; it has {', '.join(answered) or 'none'}"
+            )
+        plain = [name for name in answered if not infos[name].variant_of]
+        questions = []
+        for name in self.settings.watch or plain:
+            try:
+                tokens = head.answer_tokens(infos[name].answers)
+                labelled = LabelledTask.from_examples(examples, name)
+            except (NoAnswers, ValueError) as error:
+                tqdm.write(f"no interventions on answers to {name}: {error}")
+                continue
+            test = examples.iloc[labelled.rows[labelled.true.split["test"].numpy()]]
+            chosen = test.image_id.drop_duplicates().head(self.settings.images)
+            questions.append(
+                _Question(
+                    name,
+                    labelled,
+                    test[test.image_id.isin(chosen)].reset_index(drop=True),
+                    tokens,
+                    ConceptNames.of(name, infos),
+                )
+            )
+        if not questions:
+            raise NoInterventions("the run has no task whose answers can be read")
+        return questions
+
+    def _weights(self, task: str) -> ProbeWeights | None:
+        if self.results is None:
+            return None
+        model = self.activations.meta["model"]
+        key = ProbeKey(model, "none", ANSWER_POOLING, task, PROBE)
+        return self.results.weights.get(key)
+
+    def _work(self, question: _Question) -> Work:
+        settings = self.settings
+        planned = plan_interventions(
+            settings,
+            blocks=len(self.layers) - 1,
+            is_binary=question.labelled.true.kind == "binary",
+        )
+        weights = self._weights(question.name)
+        of_weights = [] if weights is None else [getattr(weights, f.name) for f in fields(weights)]
+        fingerprint = paths.fingerprint(
+            VERSION,
+            self.activations.record,
+            table_fingerprint(question.examples),
+            table_fingerprint(self._fit_table(question.concepts)),
+            settings.seed,
+            of_weights,
+        )
+        folder = self.folder / f"{self.activations.name}-{question.name}"
+        return Work(folder, question.examples, planned, fingerprint)
+
+    def _fit_table(self, concepts: ConceptNames) -> pd.DataFrame:
+        return select_training(
+            self.activations.examples, concepts.tasks, images=self.settings.fit_images
+        )
+
+    # ------------------------------------------------------------------------------- what is run
+
+    @property
+    def _extraction(self) -> dict[str, Any]:
+        meta = self.activations.meta
+        return meta["jobs"][-1] | meta["settings"]
+
+    def _run_missing(
+        self, questions: Sequence[_Question], works: Mapping[str, Work], head: AnswerHead
+    ) -> None:
+        fitted = {one.name: self._fit(one) for one in questions}
+        settings = dict(self._extraction)
+        vlm = reload_model(settings, home=self.home, device=self.device)
+        try:
+            settings["batch_tokens"] = self._batch_tokens(vlm)
+            verdict = self._check(vlm, questions[0], settings)
+            for one in questions:
+                reader = Reader(head, one.tokens, self._weights(one.name), vlm)
+                run_interventions(
+                    works[one.name],
+                    vlm,
+                    fitted[one.name],
+                    reader,
+                    verdict,
+                    settings=settings,
+                    home=self.home,
+                )
+        finally:
+            vlm.release()
+
+    def _batch_tokens(self, vlm: Vlm) -> int:
+        """Return how many tokens a batch has, of which most interventions run but a part."""
+        tokens = min(self._extraction["batch_tokens"], suitable_batch_tokens(vlm.device))
+        bytes_per_token = len(vlm.layers) * vlm.width * getattr(torch, vlm.dtype).itemsize
+        return max(1, min(RERUN_PART * tokens, KEPT_BYTES // bytes_per_token))
+
+    def _fit(self, question: _Question) -> FittedEdits:
+        """Get the states of training examples, which are extracted where they are not yet."""
+        sites = [part for site in self.settings.tokens for part in PARTS_OF_SITE.get(site, (site,))]
+        poolings = tuple(dict.fromkeys(POOLING_OF_SITE[site] for site in sites))
+        names = {field.name for field in fields(ExtractionSettings)}
+        values = {name: value for name, value in self._extraction.items() if name in names}
+        values |= {"poolings": poolings, "stages": ("lm",)}
+        activations = extract_tables(
+            ExtractionSettings(values.pop("model"), **values),
+            {"none": self._fit_table(question.concepts)},
+            device=self.device,
+            root=self.activations.folder.url.rsplit("/", 2)[0],
+            home=self.home,
+        )
+        return FittedEdits(
+            activations,
+            question.concepts,
+            self.layers,
+            device="cuda" if str(self.device).startswith("cuda") else "cpu",
+            seed=self.settings.seed,
+        )
+
+    def _check(self, vlm: Vlm, question: _Question, settings: Mapping[str, Any]) -> ReplayVerdict:
+        items = loading.prepare_images(
+            vlm.prompt_processor,
+            [shards.model_inputs(question.examples, self.home)],
+            longest_side=settings["longest_side"],
+            home=self.home,
+        )
+        few = take_few((item.prepared for item in items), dtype=vlm.dtype)
+        verdict = check_replay(vlm, few)
+        if not verdict.way:
+            raise NoInterventions(f"changing nothing would change it: {verdict.reason}")
+        if verdict.reason:
+            tqdm.write(f"{vlm.name} runs its prompts from their start: {verdict.reason}")
+        if verdict.why_no_cut and self.settings.routes:
+            tqdm.write(f"{vlm.name}: attention is not cut, {verdict.why_no_cut}")
+        return verdict
+
+    # ----------------------------------------------------------------------------- what came out
+
+    def _score(self, question: _Question, work: Work) -> pd.DataFrame:
+        done = []
+        for layer, interventions in work.by_layer.items():
+            readings, reasons = work.read(layer)
+            done += [Done(*one) for one in zip(interventions, readings, reasons, strict=True)]
+        nothing, *done = done
+        if nothing.readings is None:
+            raise ValueError(f"{self.activations.name}, left alone: {nothing.reason}")
+        labelled = LabelledTask.from_examples(self.activations.examples, question.name)
+        test = labelled.true.split["test"].numpy()
+        keep = self.activations.examples.image_id.to_numpy()[labelled.rows[test]]
+        chosen = test[pd.Series(keep).isin(question.examples.image_id).to_numpy()]
+        labels = replace(
+            labelled.true,
+            image_n=labelled.true.image_n[chosen],
+            y_nc=labelled.true.y_nc[chosen],
+            mask_nc=labelled.true.mask_nc[chosen],
+        )
+        scores = TaskScores(labels, resamples=self.settings.resamples)
+        table = scores.table(nothing.readings, done, layers=self.layers)
+        return complete(
+            table,
+            model=self.activations.meta["model"],
+            task=question.name,
+            erased=question.concepts.erased,
+        )
+
+
+def study_models(
+    views: Sequence[Activations],
+    settings: InterventionSettings,
+    *,
+    results: ProbeResults | None,
+    folder: Path,
+    examples_fingerprint: str,
+    device: str | None,
+    home: paths.Home,
+) -> pd.DataFrame:
+    """Do the interventions on all trained models of a run, and write the table.
+
+    Parameters
+    ----------
+    views : sequence of Activations
+        Those of controls and of untrained models are passed over.
+    settings : InterventionSettings
+    results : ProbeResults or None
+    folder : Path
+    examples_fingerprint : str
+        Of the run's examples, which the table belongs to.
+    device : str or None
+    home : Home
+
+    Returns
+    -------
+    DataFrame
+        See :func:`probekit.workflow.intervene`.
+    """
+    tables = [
+        ModelStudy(view, settings, results, folder, device, home).run()
+        for view in views
+        if control_name(view) == "none"
+    ]
+    filled = [table for table in tables if len(table)]
+    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
+    write_table(table, folder, examples_fingerprint)
+    return table
+
+
+def write_table(table: pd.DataFrame, folder: Path, examples_fingerprint: str) -> None:
+    """Write the table of a run's interventions."""
+    (folder / RECORD).unlink(missing_ok=True)
+    paths.write_atomic(folder / TABLE, table.to_parquet)
+    paths.write_json(folder / RECORD, {"examples": examples_fingerprint})
+
+
+def read_table(folder: Path, examples_fingerprint: str) -> pd.DataFrame:
+    """Read what :func:`write_table` wrote; empty where there is none of these examples."""
+    if not (folder / RECORD).exists():
+        return pd.DataFrame(columns=COLUMNS)
+    if paths.read_json(folder / RECORD)["examples"] != examples_fingerprint:
+        tqdm.write(f"{folder} is of another examples table: run 04_intervene again")
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.read_parquet(folder / TABLE)

@@ -1,0 +1,462 @@
+"""What a model uses: its answers after a layer has lost something, by layer, tokens and dose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from probekit.interventions.settings import CUT, OTHER_TASK, RANDOM, STEER
+from probekit.report.style import (
+    FULL_PAGE,
+    GREY,
+    LAYER_AXIS,
+    PALETTE,
+    SYMBOLS,
+    apply_style,
+    band,
+    layer_number,
+    legend_entry,
+    task_words,
+    tick_step,
+    with_alpha,
+)
+
+KNOWN_COLOUR, SAID_COLOUR = PALETTE[:2]
+# Colour and symbol of each site.
+SITE_LOOKS = {
+    "image": (PALETTE[2], SYMBOLS[1]),
+    "text": (PALETTE[3], SYMBOLS[2]),
+    "last": (PALETTE[4], SYMBOLS[3]),
+    "all": (PALETTE[5], SYMBOLS[4]),
+}
+SITE_WORDS = {
+    "image": "image tokens",
+    "text": "text tokens",
+    "last": "last token",
+    "all": "image and text",
+}
+ERASURE_WORDS = {"leace": "LEACE", "mean_difference": "mean difference"}
+CONTROL_WORDS = {
+    "none": "",
+    RANDOM: "a random subspace",
+    OTHER_TASK: "another task’s subspace",
+}
+EFFECT_COLOURS = "RdBu"
+DOSE_COLOURS = "Viridis"
+SIGNIFICANT = 0.05
+
+
+def tasks_of(table: pd.DataFrame) -> list[str]:
+    """Return the tasks that a table of interventions is about."""
+    return list(dict.fromkeys(table.task)) if len(table) else []
+
+
+def erasures_of(table: pd.DataFrame) -> list[str]:
+    """Return the erasures that a table has, in its order."""
+    return [name for name in dict.fromkeys(table.intervention) if name in ERASURE_WORDS]
+
+
+# ------------------------------------------------------------------------- known, said and used
+
+
+def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> go.Figure:
+    """Draw what is known, what is said, and what is said without it; a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+    erasure : str, optional
+        The first of the table unless it is named.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        Nothing was erased for this task.
+    """
+    rows = table[(table.task == task) & table.value.notna()]
+    erasure = erasure or next(iter(erasures_of(rows)), "")
+    if erasure not in set(rows.intervention):
+        raise ValueError(f"no {erasure or 'erasure'} for {task} in these interventions")
+    models = list(dict.fromkeys(rows.model))
+    figure = _panels(models)
+    sites = [site for site in SITE_LOOKS if site in set(rows.site)]
+    for place, model in enumerate(models, 1):
+        of_model = rows[rows.model == model]
+        for trace in _used_traces(of_model, erasure, sites):
+            figure.add_trace(trace, row=1, col=place)
+    has_probes = ((rows.metric == "probe_accuracy") & (rows.intervention == "none")).any()
+    if has_probes:
+        figure.add_trace(legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}))
+    figure.add_trace(legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}))
+    for site in sites:
+        colour, symbol = SITE_LOOKS[site]
+        figure.add_trace(
+            legend_entry(
+                f"answer without it in {SITE_WORDS[site]}",
+                mode="lines+markers",
+                line={"color": colour, "width": 2},
+                marker={"symbol": symbol, "size": 8},
+            )
+        )
+    line = {"color": with_alpha(GREY, 0.4), "width": 10}
+    figure.add_trace(legend_entry("random subspaces", line=line))
+    words = ERASURE_WORDS[erasure]
+    _style(figure, f"Known, said and used ({words}) — {task_words(task)}", rows)
+    figure.update_yaxes(title="accuracy (test)", col=1)
+    return figure
+
+
+def _used_traces(rows: pd.DataFrame, erasure: str, sites: Sequence[str]) -> list[go.Scatter]:
+    traces = []
+    erased = rows[(rows.intervention == erasure) & (rows.metric == "accuracy")]
+    random = erased[erased.control == RANDOM]
+    if len(random):
+        of_layers = random.groupby("layer", sort=True).value
+        x = layer_number(pd.Series(of_layers.min().index))
+        line = {"width": 1, "color": with_alpha(GREY, 0.5)}
+        traces.append(
+            band(x, of_layers.min(), of_layers.max(), colour=GREY, opacity=0.25, line=line)
+        )
+    plain = rows[rows.intervention == "none"]
+    said = plain[plain.metric == "accuracy"].iloc[0]
+    known = plain[plain.metric == "probe_accuracy"]
+    ends = [0, int(layer_number(rows.layer[rows.layer != ""]).max())]
+    if len(known):
+        ends = [0, int(layer_number(known.read_layer).max())]
+        traces += _curve(
+            layer_number(known.read_layer),
+            known,
+            name="probe",
+            colour=KNOWN_COLOUR,
+            symbol=SYMBOLS[0],
+        )
+    traces.append(band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR))
+    traces.append(
+        go.Scatter(
+            x=np.arange(ends[1] + 1),
+            y=np.full(ends[1] + 1, said.value),
+            mode="lines",
+            line={"color": SAID_COLOUR, "width": 2.5},
+            showlegend=False,
+            hovertemplate=(
+                f"<b>the model’s answer</b><br>accuracy {said.value:.3f} "
+                f"[{said.lo:.3f}, {said.hi:.3f}]<br>n = {said.n:,.0f}<extra></extra>"
+            ),
+        )
+    )
+    for site in sites:
+        colour, symbol = SITE_LOOKS[site]
+        curve = erased[(erased.site == site) & (erased.control == "none")]
+        if len(curve):
+            traces += _curve(
+                layer_number(curve.layer),
+                curve,
+                name=f"answer, {curve.erased.iloc[0]} erased from {SITE_WORDS[site]}",
+                colour=colour,
+                symbol=symbol,
+            )
+    return traces
+
+
+def _curve(
+    x: pd.Series, curve: pd.DataFrame, *, name: str, colour: str, symbol: str
+) -> list[go.Scatter]:
+    """Return the band of a curve and its line."""
+    line = go.Scatter(
+        x=x,
+        y=curve.value,
+        mode="lines+markers",
+        line={"color": colour, "width": 2},
+        marker={"symbol": symbol, "size": 7},
+        showlegend=False,
+        customdata=np.stack([curve.lo, curve.hi, curve.n], 1),
+        hovertemplate=(
+            f"<b>{name}</b><br>layer %{{x}}: accuracy %{{y:.3f}} "
+            "[%{customdata[0]:.3f}, %{customdata[1]:.3f}]<br>n = %{customdata[2]:,.0f}"
+            "<extra></extra>"
+        ),
+    )
+    return [band(x, curve.lo, curve.hi, colour=colour), line]
+
+
+# ---------------------------------------------------------------------------------- the heat map
+
+
+def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
+    """Draw how much accuracy each erasure takes, by layer and tokens; a panel per model.
+
+    A star marks what differs from the random subspace, corrected for the number of layers.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+    """
+    rows = table[(table.task == task) & table.intervention.isin(ERASURE_WORDS)]
+    effects = rows[(rows.metric == "effect") & rows.value.notna()]
+    beyond = rows[(rows.metric == "over_random") & (rows.p_holm < SIGNIFICANT)]
+    stars = set(zip(beyond.model, beyond.layer, beyond.intervention, beyond.site, strict=True))
+    models = list(dict.fromkeys(effects.model))
+    figure = make_subplots(
+        len(models), 1, subplot_titles=models, vertical_spacing=0.3 / max(1, len(models))
+    )
+    height = 130
+    for place, model in enumerate(models, 1):
+        of_model = effects[effects.model == model].assign(
+            kind=lambda part: pd.Categorical(
+                part.control, ["none", OTHER_TASK, RANDOM], ordered=True
+            )
+        )
+        keys = ["kind", "intervention", "site"]
+        grid = of_model.pivot_table(
+            index=keys, columns="layer", values="value", observed=True, sort=True
+        )[::-1]
+        texts = [
+            [
+                "★" if kind == "none" and (model, layer, name, site) in stars else ""
+                for layer in grid.columns
+            ]
+            for kind, name, site in grid.index
+        ]
+        figure.add_heatmap(
+            z=grid.to_numpy(),
+            x=layer_number(grid.columns.to_series()),
+            y=[_row_words(kind, name, site) for kind, name, site in grid.index],
+            coloraxis="coloraxis",
+            text=texts,
+            texttemplate="%{text}",
+            textfont={"size": 11},
+            xgap=1,
+            ygap=1,
+            hovertemplate=(
+                f"<b>{model}</b>, layer %{{x}}<br>%{{y}}<br>accuracy %{{z:+.3f}} against the "
+                "model left alone<extra></extra>"
+            ),
+            row=place,
+            col=1,
+        )
+        height += 60 + 24 * len(grid)
+    apply_style(
+        figure,
+        title=f"What erasing takes from the answer — {task_words(task)}",
+        height=height,
+        width=FULL_PAGE,
+    )
+    figure.update_annotations(font={"size": 14})
+    largest = float(np.abs(effects.value).max()) if len(effects) else 1.0
+    figure.update_layout(
+        coloraxis={
+            "colorscale": EFFECT_COLOURS,
+            "cmin": -largest,
+            "cmax": largest,
+            "colorbar": {"title": "accuracy,<br>difference", "outlinewidth": 0},
+        }
+    )
+    figure.update_xaxes(dtick=tick_step(effects.layer.nunique()), showgrid=False)
+    figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
+    return figure.update_yaxes(showgrid=False)
+
+
+def _row_words(kind: str, name: str, site: str) -> str:
+    if kind == "none":
+        return f"{ERASURE_WORDS[name]}, {SITE_WORDS[site]}"
+    if kind == RANDOM:
+        return f"random as {ERASURE_WORDS[name]}, {SITE_WORDS[site]}"
+    return f"other task, {SITE_WORDS[site]}"
+
+
+# ------------------------------------------------------------------------------------ the others
+
+
+def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> go.Figure:
+    """Draw what the probes of later layers read after an erasure: a panel per model and tokens.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+    erasure : str, optional
+        The first of the table unless it is named.
+    """
+    rows = table[(table.task == task) & (table.control == "none")]
+    erasure = erasure or erasures_of(rows)[0]
+    rows = rows[(rows.intervention == erasure) & (rows.metric == "probe_accuracy")]
+    models = list(dict.fromkeys(rows.model))
+    sites = [site for site in SITE_LOOKS if site in set(rows.site)]
+    titles = [f"{model}, {SITE_WORDS[site]}" for model in models for site in sites]
+    figure = make_subplots(
+        len(models),
+        len(sites),
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.24 / len(models),
+    )
+    for row, model in enumerate(models, 1):
+        for column, site in enumerate(sites, 1):
+            part = rows[(rows.model == model) & (rows.site == site)]
+            grid = part.pivot_table(index="layer", columns="read_layer", values="value")
+            figure.add_heatmap(
+                z=grid.to_numpy(),
+                x=layer_number(grid.columns.to_series()),
+                y=layer_number(grid.index.to_series()),
+                coloraxis="coloraxis",
+                xgap=1,
+                ygap=1,
+                hovertemplate=(
+                    f"<b>{model}</b>, erased from {SITE_WORDS[site]} at layer %{{y}}<br>probe of "
+                    "layer %{x}: accuracy %{z:.3f}<extra></extra>"
+                ),
+                row=row,
+                col=column,
+            )
+    apply_style(
+        figure,
+        title=f"Is it rebuilt? ({ERASURE_WORDS[erasure]}) — {task_words(task)}",
+        height=120 + 260 * len(models),
+        width=FULL_PAGE,
+    )
+    figure.update_annotations(font={"size": 14})
+    figure.update_layout(
+        coloraxis={
+            "colorscale": "Blues",
+            "cmin": 0.5 if rows.value.min() >= 0.4 else float(rows.value.min()),
+            "cmax": float(rows.value.max()),
+            "colorbar": {"title": "accuracy<br>of the probe", "outlinewidth": 0},
+        }
+    )
+    step = tick_step(rows.read_layer.nunique())
+    figure.update_xaxes(dtick=step, showgrid=False)
+    figure.update_xaxes(title="probe of layer", row=len(models))
+    figure.update_yaxes(dtick=step, showgrid=False)
+    return figure.update_yaxes(title="erased at layer", col=1)
+
+
+def routes_figure(table: pd.DataFrame, task: str) -> go.Figure:
+    """Draw the answers while attention is cut in a window of blocks; a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+    """
+    rows = table[(table.task == task) & table.value.notna() & (table.metric == "accuracy")]
+    cut = rows[rows.intervention == CUT]
+    models = list(dict.fromkeys(cut.model))
+    figure = _panels(models)
+    routes = list(dict.fromkeys(cut.site))
+    for place, model in enumerate(models, 1):
+        of_model = cut[cut.model == model]
+        said = rows[(rows.model == model) & (rows.intervention == "none")].iloc[0]
+        ends = [0, int(layer_number(of_model.layer).max())]
+        traces = [
+            band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR),
+            go.Scatter(
+                x=ends,
+                y=[said.value] * 2,
+                mode="lines",
+                line={"color": SAID_COLOUR, "width": 2.5},
+                showlegend=False,
+                hoverinfo="skip",
+            ),
+        ]
+        for number, route in enumerate(routes):
+            curve = of_model[of_model.site == route]
+            traces += _curve(
+                layer_number(curve.layer),
+                curve,
+                name=f"{_route_words(route)} cut",
+                colour=PALETTE[2 + number % 4],
+                symbol=SYMBOLS[1 + number % 5],
+            )
+        for trace in traces:
+            figure.add_trace(trace, row=1, col=place)
+    figure.add_trace(legend_entry("answer", line={"color": SAID_COLOUR, "width": 2.5}))
+    for number, route in enumerate(routes):
+        colour = PALETTE[2 + number % 4]
+        figure.add_trace(legend_entry(_route_words(route), line={"color": colour, "width": 2}))
+    window = int(cut.dose.iloc[0])
+    blocks = "1 block" if window == 1 else f"{window} blocks"
+    _style(figure, f"Without attention, in windows of {blocks} — {task_words(task)}", cut)
+    figure.update_xaxes(title="first block of the window")
+    figure.update_yaxes(title="accuracy (test)", col=1)
+    return figure
+
+
+def _route_words(route: str) -> str:
+    seen, looking = route.split(">")
+    return f"{seen} ▶ {looking}"
+
+
+def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
+    """Draw how often a model says yes after so much of a direction was added; a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+    """
+    rows = table[(table.task == task) & (table.metric == "says_yes") & table.value.notna()]
+    steered = rows[rows.intervention == STEER]
+    models = list(dict.fromkeys(steered.model))
+    figure = _panels(models)
+    layers = sorted(set(steered.layer))
+    for place, model in enumerate(models, 1):
+        alone = rows[(rows.model == model) & (rows.intervention == "none")].assign(dose=0.0)
+        for number, layer in enumerate(layers):
+            curve = steered[(steered.model == model) & (steered.layer == layer)]
+            curve = pd.concat([curve, alone]).sort_values("dose")
+            figure.add_scatter(
+                x=curve.dose,
+                y=curve.value,
+                mode="lines+markers",
+                line={"color": _depth_colour(number, len(layers)), "width": 2},
+                marker={"size": 6},
+                name=layer,
+                legendgroup=layer,
+                showlegend=place == 1,
+                customdata=np.stack([curve.lo, curve.hi], 1),
+                hovertemplate=(
+                    f"<b>{model}</b>, {layer}<br>%{{x:+g}} standard deviations: says yes to "
+                    "%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<extra></extra>"
+                ),
+                row=1,
+                col=place,
+            )
+    site = steered.site.iloc[0]
+    _style(figure, f"Dose and response, {SITE_WORDS[site]} — {task_words(task)}", steered)
+    figure.update_xaxes(title="standard deviations added", dtick=None)
+    figure.update_yaxes(title="share of yes (test)", range=[-0.03, 1.03])
+    return figure.update_yaxes(title="", col=2)
+
+
+def _depth_colour(number: int, count: int) -> str:
+    from plotly.colors import sample_colorscale
+
+    return sample_colorscale(DOSE_COLOURS, [0.9 * number / max(1, count - 1)])[0]
+
+
+def _panels(models: Sequence[str]) -> go.Figure:
+    return make_subplots(
+        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.04
+    )
+
+
+def _style(figure: go.Figure, title: str, rows: pd.DataFrame) -> None:
+    apply_style(figure, title=title, height=500, width=FULL_PAGE, panel_titles=True)
+    layers = rows.layer[rows.layer != ""].nunique()
+    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(layers))
