@@ -8,7 +8,7 @@
 >>> activations["lm.12", "mean"]  # (n examples, d)
 >>> results = pk.probe(activations)
 >>> results.plot("accuracy")
->>> pk.intervene(activations)  # what the model uses of it
+>>> used = pk.intervene(activations)
 
 Letters for shapes, used in every docstring: n examples, l layers, t tokens, d width, c classes, s
 seeds or strengths, b images or resamples, k suffixes of one image, p problems solved together (of

@@ -140,6 +140,9 @@ SMALL_PARAMETERS = {
     "epochs": 3,
     "resamples": 50,
     "heat_images": 15,
+    "layers": [0, 8],
+    "images": 10,
+    "fit_images": 40,
     "pictures": False,
 }
 

@@ -255,22 +255,33 @@ def _device_of_rank(parameters: dict, local_rank: int) -> str:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Print what the extraction of a run takes."""
+    """Print what the models of a run take."""
     from probekit.cli.notebooks import find_notebook, read_notebook_parameters
     from probekit.cli.planning import estimate_run
     from probekit.extraction.planning import describe_estimates
+    from probekit.interventions.costs import describe_interventions
 
     flops = options.flops
     if options.sample < 1 or options.workers < 1 or (flops is not None and flops < 1):
         raise ValueError("--sample, --workers and --flops are numbers from 1")
-    estimates = estimate_run(
-        read_notebook_parameters(find_notebook("01_build_data"), options.params, options.overrides),
-        read_notebook_parameters(find_notebook("02_extract"), options.params, options.overrides),
-        sampled_images=options.sample,
-        operations_per_second=flops,
+    names = ("01_build_data", "02_extract", "04_intervene")
+    parameters = [
+        read_notebook_parameters(find_notebook(name), options.params, options.overrides)
+        for name in names
+    ]
+    estimate = estimate_run(*parameters, sampled_images=options.sample, operations_per_second=flops)
+    print(
+        describe_estimates(
+            estimate.extractions, most_workers=options.workers, operations_per_second=flops
+        )
     )
-    text = describe_estimates(estimates, most_workers=options.workers, operations_per_second=flops)
-    print(text)
+    if estimate.interventions:
+        print("\ninterventions (04_intervene), on one device:")
+        print(
+            describe_interventions(
+                estimate.interventions, operations_per_hour=estimate.operations_per_hour
+            )
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -14,6 +15,7 @@ from probekit.data import layouts, scenes
 from probekit.extraction.launch import Launcher
 from probekit.extraction.planning import Estimate, estimate_extraction
 from probekit.extraction.settings import ExtractionSettings
+from probekit.interventions.costs import InterventionEstimate, estimate_interventions
 from probekit.interventions.settings import InterventionSettings
 from probekit.parameters import read_parameters, read_settings
 from probekit.probes.probing import PROBES, ProbeSettings
@@ -162,25 +164,52 @@ def check_steps(parameters: dict[str, dict]) -> None:
             raise ValueError(f"probe={probe!r}: take one of {', '.join(PROBES)}")
 
 
+class RunEstimate(NamedTuple):
+    """What the models of a run take.
+
+    Attributes
+    ----------
+    extractions : list of Estimate
+        Trained models first, then those with random weights.
+    interventions : list of InterventionEstimate
+        On the trained ones, for each task.
+    """
+
+    extractions: list[Estimate]
+    interventions: list[InterventionEstimate]
+
+    @property
+    def operations_per_hour(self) -> dict[str, float]:
+        """What extraction keeps up, by model; NaN where its operations are not known."""
+        rates = {}
+        for one in self.extractions:
+            operations = one.operations if one.way == "shared" else one.plain_operations
+            rates[one.model] = operations / one.hours
+        return rates
+
+
 def estimate_run(
     build_parameters: dict,
     extraction_parameters: dict,
+    intervention_parameters: dict,
     *,
     sampled_images: int = 32,
     operations_per_second: float | None = None,
-) -> list[Estimate]:
-    """Estimate the extraction of each model of a run.
+) -> RunEstimate:
+    """Estimate extraction and interventions of each model of a run.
 
     Parameters
     ----------
-    build_parameters, extraction_parameters : dict
-        Of 01_build_data and of 02_extract.
+    build_parameters, extraction_parameters, intervention_parameters : dict
+        Of 01_build_data, 02_extract and 04_intervene.
     sampled_images : int
     operations_per_second : float or None
         That a device keeps up; None runs the sample here.
     """
     wanted = extractions(extraction_parameters)
+    intervening = intervention_settings(_settings_in(intervention_parameters, InterventionSettings))
     estimates = []
+    interventions = []
     with tempfile.TemporaryDirectory() as temporary:
         sample = build_sample(build_parameters, images=sampled_images, folder=Path(temporary))
         for settings, controls in wanted:
@@ -193,4 +222,8 @@ def estimate_run(
                 device=extraction_parameters["device"],
             )
             estimates.append(estimate)
-    return estimates
+            if not settings.untrained and settings.answers:
+                interventions += estimate_interventions(
+                    intervening, settings, sample.examples, images=build_parameters["test"]
+                )
+    return RunEstimate(estimates, interventions)

@@ -34,13 +34,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from probekit import paths
-from probekit.extraction.folder import open_folder
-from probekit.extraction.jobs import Job, wanted_contents
+from probekit.extraction.folder import ActivationFolder, open_folder
+from probekit.extraction.jobs import Job, adapt_settings, wanted_contents
 from probekit.extraction.loading import WorkItem, prepare_images, workers_for
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import (
     Content,
+    Shard,
     count_units,
     model_inputs,
     plan_shards,
@@ -380,12 +381,7 @@ def measure_sample(
     settings = replace(settings, workers=workers)
     with tempfile.TemporaryDirectory() as temporary:
         folder = open_folder(Path(temporary) / "model" / "settings", home)
-        shards_of_parts = [
-            plan_shards(
-                folder, part, contents=settings.contents, shard_images=settings.images_per_shard
-            )
-            for part in parts
-        ]
+        shards_of_parts = [_plan_part(folder, part, settings) for part in parts]
         shards = tuple(chain.from_iterable(shards_of_parts))
         runner = Runner(Job(settings, folder, device, shards, home))
         try:
@@ -405,6 +401,21 @@ def measure_sample(
             runner.release()
     begin_s, per_image_s = fit_times(runs[0], runs[-1])
     return SampleTimes(way, load_s + begin_s, per_image_s)
+
+
+def _plan_part(
+    folder: ActivationFolder, rows: pd.DataFrame, settings: ExtractionSettings
+) -> list[Shard]:
+    """Plan the shards of rows with an image, and of those without, which have no image's stages."""
+    shards: list[Shard] = []
+    for of_kind in (rows[rows.file != ""], rows[rows.file == ""]):
+        if of_kind.empty:
+            continue
+        contents = adapt_settings(settings, of_kind).contents
+        shards += plan_shards(
+            folder, of_kind, contents=contents, shard_images=settings.images_per_shard
+        )
+    return shards
 
 
 def fit_times(few: TimedRun, more: TimedRun) -> tuple[float, float]:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 
+from probekit.probes.estimators import LayerwiseLogisticRegression
+
 # Directions whose share of the largest is smaller are rounding.
 RANK_TOLERANCE = 1e-6
 # Examples of each answer that a class needs.
 FEWEST_EXAMPLES = 2
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the logistic regressions
 
 
 class NoEdit(ValueError):
@@ -110,13 +113,14 @@ class Concept:
     ----------
     x_nd : Tensor
         (n, d) float64 states.
-    z_nc : Tensor
-        (n, c) float64 labels, less each class's mean over the examples that count; 0 where a label
-        does not count. Classes with too few examples are left out.
+    y_nc, mask_nc : Tensor
+        (n, c) float64 labels, and 1 where a label counts. Classes with too few examples are left
+        out.
     """
 
     x_nd: torch.Tensor
-    z_nc: torch.Tensor
+    y_nc: torch.Tensor
+    mask_nc: torch.Tensor
 
     @classmethod
     def of(cls, x_nd: torch.Tensor, y_nc: torch.Tensor, mask_nc: torch.Tensor) -> Concept:
@@ -154,14 +158,18 @@ class Concept:
                 f"{int(is_known_c.sum())} classes cannot be erased from states that are {width} "
                 "wide: take fewer categories"
             )
-        mean_c = yes_c / mask_nc.sum(0).clamp(min=1)
-        z_nc = (y_nc - mean_c) * mask_nc
-        return cls(x_nd.double(), z_nc[:, is_known_c])
+        return cls(x_nd.double(), y_nc[:, is_known_c], mask_nc[:, is_known_c])
 
     def most_balanced(self, classes: int) -> Concept:
         """Return the concept with at most so many of its classes, whose labels vary the most."""
-        order_c = self.z_nc.square().sum(0).argsort(descending=True)
-        return Concept(self.x_nd, self.z_nc[:, order_c[:classes].sort().values])
+        order_c = self.z_nc.square().sum(0).argsort(descending=True)[:classes]
+        return Concept(self.x_nd, self.y_nc[:, order_c], self.mask_nc[:, order_c])
+
+    @property
+    def z_nc(self) -> torch.Tensor:
+        """(n, c) labels less each class's mean over those that count; 0 where one does not."""
+        mean_c = self.y_nc.sum(0) / self.mask_nc.sum(0)
+        return (self.y_nc - mean_c) * self.mask_nc
 
     @property
     def mean_d(self) -> torch.Tensor:
@@ -236,17 +244,23 @@ def erase_mean_difference(concept: Concept) -> AffineEdit:
     return _project_out(concept, concept.cross_covariance_dc)
 
 
-def erase_directions(concept: Concept, direction_dc: torch.Tensor) -> AffineEdit:
-    """Project out some directions, such as those of logistic regressions.
+def erase_logreg(concept: Concept) -> AffineEdit:
+    """Project out the directions of logistic regressions, one for each class.
+
+    Their strength is chosen on a fifth of the training examples.
 
     Parameters
     ----------
     concept : Concept
-        For the mean around which they are projected out.
-    direction_dc : Tensor
-        (d, c).
     """
-    return _project_out(concept, direction_dc.to(concept.x_nd))
+    probe = LayerwiseLogisticRegression(C=STRENGTHS, device=concept.x_nd.device)
+    is_single = concept.y_nc.shape[1] == 1
+    probe.fit(
+        concept.x_nd.cpu().numpy(),
+        concept.y_nc[:, 0].cpu().numpy() if is_single else concept.y_nc.cpu().numpy(),
+        mask=concept.mask_nc.cpu().numpy(),
+    )
+    return _project_out(concept, torch.from_numpy(probe.coef_.T).to(concept.x_nd))
 
 
 def _project_out(concept: Concept, direction_dc: torch.Tensor) -> AffineEdit:
@@ -309,4 +323,5 @@ def _orthonormal(direction_dc: torch.Tensor) -> torch.Tensor:
 ERASURES: dict[str, Callable[[Concept], AffineEdit]] = {
     "leace": leace,
     "mean_difference": erase_mean_difference,
+    "logreg": erase_logreg,
 }

@@ -39,7 +39,11 @@ SITE_WORDS = {
     "last": "last token",
     "all": "image and text",
 }
-ERASURE_WORDS = {"leace": "LEACE", "mean_difference": "mean difference"}
+ERASURE_WORDS = {
+    "leace": "LEACE",
+    "mean_difference": "mean difference",
+    "logreg": "logistic direction",
+}
 CONTROL_WORDS = {
     "none": "",
     RANDOM: "a random subspace",

@@ -24,12 +24,23 @@ def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
     output = capsys.readouterr().out
     assert "1,800" in output
     assert "TFLOP" in output
-    rows = [line.split() for line in output.splitlines()[-4:]]
+    of_extraction, interventions = output.split("interventions (04_intervene)")
+    rows = [line.split() for line in of_extraction.splitlines()[-5:-1]]
     assert [int(workers) for workers, _ in rows] == [1, 2, 4, 6]
     hours = [float(text) for _, text in rows]
     assert hours[0] > hours[1] > hours[2] >= hours[3]
+    assert "tiny-qwen2-vl, caption: 100 on each of 100 test images" in interventions
     assert main(["plan", "--params", str(tmp_path / "none.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sample_is_timed_with_prompts_that_have_no_image(capsys):
+    command = ["plan", "--params", DEMO, "--sample", "12", *ONE_MODEL]
+    assert main([*command, "-p", "controls=[no_image]"]) == 0
+    output = capsys.readouterr().out
+    assert "as the sample took here" in output
+    assert "test images" in output
 
 
 @pytest.mark.slow

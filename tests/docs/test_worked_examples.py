@@ -59,7 +59,7 @@ def test_the_readme_shows_what_the_package_shows():
     shown = [ast.unparse(statement) for statement in ast.parse(code).body]
     examples = doctest.DocTestParser().get_examples(probekit.__doc__)
     expected = [ast.unparse(ast.parse(example.source)) for example in examples]
-    assert len(expected) == 6
+    assert len(expected) == 7
     assert shown[: len(expected)] == expected
 
 

@@ -143,7 +143,7 @@ def test_states_that_are_not_finite_are_one_empty_cell(activations):
         ({"watch": ["category"]}, "category is no task of this run that has answers; it has cap"),
         ({"tokens": ["eyes"]}, r"tokens=\['eyes'\]: take out of image, text, last, all"),
         ({"tokens": []}, "tokens=.*name at least one"),
-        ({"erase": ["hope"]}, r"erase=\['hope'\]: take out of leace, mean_difference"),
+        ({"erase": ["hope"]}, r"erase=\['hope'\]: take out of leace, mean_difference, logreg"),
         ({"routes": ["image"]}, r"routes=\['image'\]: take out of image>text"),
         ({"erase": [], "doses": [], "routes": []}, "name something that is to be done"),
         ({"dose": 3}, "there is no setting 'dose'"),
