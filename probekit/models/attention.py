@@ -44,6 +44,15 @@ class AttentionCut:
     query_nt: torch.Tensor
     key_nt: torch.Tensor
 
+    def of_last_alone(self) -> AttentionCut:
+        """Return the cut for one more token after all others, which looks."""
+        looks_n1 = torch.ones_like(self.query_nt[:, :1])
+        return AttentionCut(
+            self.blocks,
+            torch.cat([torch.zeros_like(self.query_nt), looks_n1], 1),
+            torch.cat([self.key_nt, ~looks_n1], 1),
+        )
+
 
 @dataclass
 class _Active:

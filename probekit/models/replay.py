@@ -71,20 +71,22 @@ class _RecordedCall:
 class _Segment(NamedTuple):
     """Tokens that run in one call, from a place in the sequence on.
 
-    `cache` holds what stands before them; None where nothing does.
+    `cache` holds what stands before them; None where nothing does. `last_place_n` (n,) is where in
+    them each prompt's last token is.
     """
 
     call: _RecordedCall
     start: int
-    cache: Any = None
+    cache: Any
+    last_place_n: torch.Tensor
 
 
 class KeptPass:
     """A batch of images with their prompts that has run, and can run again with changes.
 
-    The plain way has one segment, whole prompts with their images. The shared way has three: what
-    stands up to the end of the image, once per image; the text after it; and the last token alone.
-    A change runs again from the first segment that it touches.
+    What runs again is what a change touches, and what comes after it. In the plain way that is
+    whole prompts with their images. In the shared way it is the last token of each prompt, or the
+    text after the image, or once per image what stands up to its end as well.
 
     Parameters
     ----------
@@ -98,10 +100,10 @@ class KeptPass:
     ----------
     vlm, way
     token_sets : dict of str to Tensor
-        For each of :data:`TOKEN_SETS` (n, t) bool on the model's device, True at its tokens, in the
-        order in which the segments stand: ``"image"``, ``"text"`` (the tokens after the image) and
-        ``"last"`` (after it the answer begins). Tokens before the image are in none of them: they
-        see nothing that differs between examples.
+        For each of :data:`TOKEN_SETS` (n, t) bool on the model's device, True at its tokens:
+        ``"image"``, ``"text"`` (the tokens after the image) and ``"last"`` (after it the answer
+        begins). Tokens before the image are in none of them: they see nothing that differs between
+        examples.
 
     Raises
     ------
@@ -119,24 +121,37 @@ class KeptPass:
         self.way = way
         self._rows = [row for image in prepared for row in image.tokens]
         self._prompt_counts = [len(image.tokens) for image in prepared]
-        self._segments: list[_Segment] = []
+        self.token_sets = self._find_token_sets(prepared)
+        self._row_n = torch.arange(len(self._rows), device=vlm.device)
+        self._prefix: _Segment | None = None
+        self._last: _Segment | None = None
         with torch.inference_mode():
             if way == "shared":
-                self.token_sets = self._run_shared(prepared)
+                self._run_shared(prepared)
             else:
-                self.token_sets = self._run_plain(prepared)
-        last_nt = self.token_sets["last"]
-        self._last_place_n = last_nt.int().argmax(1) - self._segments[-1].start
-        self._row_n = torch.arange(len(last_nt), device=vlm.device)
+                self._run_plain(prepared)
 
     @property
     def _owner_n(self) -> torch.Tensor:
         """(n,) which image each prompt belongs to, on the CPU."""
         return torch.repeat_interleave(torch.tensor(self._prompt_counts))
 
+    def _find_token_sets(self, prepared: Sequence[PreparedImage]) -> dict[str, torch.Tensor]:
+        image_nt = stack_padded([mask for image in prepared for mask in image.image_masks]).bool()
+        length_n = torch.tensor([len(row["input_ids"]) for row in self._rows])
+        end_n = torch.tensor([image.prefix_length for image in prepared])[self._owner_n]
+        place_t = torch.arange(image_nt.shape[1])
+        sets = {
+            "image": image_nt,
+            "text": (place_t >= end_n[:, None]) & (place_t < length_n[:, None]),
+            "last": place_t == (length_n - 1)[:, None],
+        }
+        self._last_place_n = copy_to(self.vlm.device, length_n - 1)
+        return {name: copy_to(self.vlm.device, mask_nt) for name, mask_nt in sets.items()}
+
     # ------------------------------------------------------------------------------ the first run
 
-    def _run_plain(self, prepared: Sequence[PreparedImage]) -> dict[str, torch.Tensor]:
+    def _run_plain(self, prepared: Sequence[PreparedImage]) -> None:
         vlm = self.vlm
         tokens = batch_tokens(vlm, self._rows)
         images = batch_images(vlm, prepared, counts=self._prompt_counts)
@@ -146,20 +161,9 @@ class KeptPass:
                 **vlm.to_device(images),
                 **forward_options(vlm, len(self._rows)),
             )
-        self._segments = [_Segment(call, start=0)]
-        image_nt = stack_padded([mask for image in prepared for mask in image.image_masks])
-        length_n = torch.tensor([len(row["input_ids"]) for row in self._rows])
-        end_n = torch.tensor([image.prefix_length for image in prepared])[self._owner_n]
-        place_t = torch.arange(image_nt.shape[1])
-        return self._on_device(
-            image=image_nt.bool(),
-            text=(place_t >= end_n[:, None]) & (place_t < length_n[:, None]),
-            last=place_t == (length_n - 1)[:, None],
-        )
+        self._text = _Segment(call, 0, None, self._last_place_n)
 
-    def _run_shared(self, prepared: Sequence[PreparedImage]) -> dict[str, torch.Tensor]:
-        from transformers import DynamicCache  # takes seconds
-
+    def _run_shared(self, prepared: Sequence[PreparedImage]) -> None:
         vlm = self.vlm
         shared_prefix_length(prepared)  # raises where prompts differ before the image ends
         length = prepared[0].prefix_length
@@ -167,74 +171,78 @@ class KeptPass:
             {name: values[:length] for name, values in image.tokens[0].items()}
             for image in prepared
         ]
-        cache = DynamicCache(config=vlm.stack.config)
+        cache = self._empty_cache()
         with _record(vlm) as call:
             vlm.model(
                 **vlm.to_device(batch_tokens(vlm, prefix_rows)),
                 **vlm.to_device(batch_images(vlm, prepared)),
                 **cache_arguments(vlm.model, cache),
             )
-        self._segments = [_Segment(call, start=0)]
         owner_n = copy_to(vlm.device, self._owner_n)
-        cache.reorder_cache(owner_n)  # type: ignore[arg-type]  # int64 is what a LongTensor holds
-        position_n = _next_positions(call.kwargs.get("position_ids"), owner_n, length=length)
+        self._prefix = _Segment(call, 0, None, owner_n)
+        cache.reorder_cache(owner_n)
+        before_text = _fork(cache)
         ids = [row["input_ids"][length:] for row in self._rows]
-        middle_nt = stack_padded([np.ones(len(one) - 1, dtype=int) for one in ids])
-        mask_nt = torch.cat([middle_nt.new_ones(len(ids), length), middle_nt], 1)
-        if middle_nt.shape[1]:
-            step_t = torch.arange(middle_nt.shape[1], device=vlm.device)
-            self._run_segment(
-                stack_padded([one[:-1] for one in ids]),
-                mask_nt,
-                position_ids=position_n[..., None] + step_t,
-                cache=cache,
-            )
-        last_n1 = torch.tensor([[int(one[-1])] for one in ids])
-        step_n = copy_to(vlm.device, middle_nt.sum(1))
-        self._run_segment(
-            last_n1,
-            torch.cat([mask_nt, torch.ones_like(last_n1)], 1),
-            position_ids=(position_n + step_n)[..., None],
-            cache=cache,
+        ids_nt = stack_padded(ids)
+        mask_nt = torch.cat(
+            [
+                torch.ones(len(ids), length, dtype=torch.long),
+                stack_padded([np.ones_like(one) for one in ids]),
+            ],
+            1,
         )
-        image_nt = stack_padded([image.image_masks[0][:length] for image in prepared])
-        image_nt = image_nt[self._owner_n].bool()
-        none_n1 = torch.zeros_like(last_n1).bool()
-        return self._on_device(
-            image=torch.cat([image_nt, torch.zeros_like(middle_nt).bool(), none_n1], 1),
-            text=torch.cat([torch.zeros_like(image_nt), middle_nt.bool(), ~none_n1], 1),
-            last=torch.cat([torch.zeros_like(mask_nt).bool(), ~none_n1], 1),
+        positions = continue_positions(
+            call.kwargs.get("position_ids"), owner_n, length=ids_nt.shape[1]
         )
-
-    def _run_segment(
-        self,
-        ids_nt: torch.Tensor,
-        mask_nt: torch.Tensor,
-        *,
-        position_ids: torch.Tensor,
-        cache: Any,
-    ) -> None:
-        """Run more tokens of all prompts after what is in the cache, which they are added to."""
-        vlm = self.vlm
-        before = _fork(cache)
+        if positions is None:
+            place_t = torch.arange(length, mask_nt.shape[1], device=vlm.device)
+            positions = place_t.expand(len(ids), -1)
         with _record(vlm) as call:
             vlm.stack(
                 input_ids=copy_to(vlm.device, ids_nt),
                 attention_mask=copy_to(vlm.device, mask_nt),
-                position_ids=position_ids,
+                position_ids=positions,
                 **cache_arguments(vlm.stack, cache),
             )
-        start = mask_nt.shape[1] - ids_nt.shape[1]
-        self._segments.append(_Segment(call, start=start, cache=before))
+        place_n = self._last_place_n - length
+        self._text = _Segment(call, length, before_text, place_n)
+        self._last = self._alone(self._text, cache)
 
-    def _on_device(self, **masks: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: copy_to(self.vlm.device, mask_nt) for name, mask_nt in masks.items()}
+    def _alone(self, text: _Segment, cache: Any) -> _Segment:
+        """Return the last token of each prompt as if it ran after all others.
+
+        What the cache holds of it, and of padding, is not looked at.
+        """
+        kwargs = text.call.kwargs
+        place_n = text.last_place_n
+        position_ids = kwargs["position_ids"]
+        mask_nt = kwargs["attention_mask"].clone()
+        mask_nt[self._row_n, text.start + place_n] = 0
+        call = _RecordedCall(
+            kwargs=kwargs
+            | {
+                "input_ids": kwargs["input_ids"][self._row_n, place_n][:, None],
+                "attention_mask": torch.cat([mask_nt, torch.ones_like(mask_nt[:, :1])], 1),
+                "position_ids": position_ids[..., self._row_n, place_n][..., None],
+            },
+            outputs=[
+                _with_hidden(output, self._pick(_hidden_of(output), text)[:, None])
+                for output in text.call.outputs
+            ],
+            entering=self._pick(text.call.states(0), text)[:, None],
+            last=self._pick(text.call.states(len(text.call.outputs)), text)[:, None],
+        )
+        return _Segment(call, mask_nt.shape[1], cache, torch.zeros_like(place_n))
+
+    def _pick(self, hidden_ntd: torch.Tensor, segment: _Segment) -> torch.Tensor:
+        """(n, d) the states of each prompt's last token, out of those of a segment."""
+        return hidden_ntd[self._row_n, segment.last_place_n]
 
     # -------------------------------------------------------------------------------- other runs
 
     def last_states(self, layer: int) -> torch.Tensor:
         """Return (n, d) float32 states of each prompt's last token, as the model has them."""
-        return self._pick_last(self._segments[-1].call.states(layer))
+        return self._pick(self._text.call.states(layer), self._text).float()
 
     @torch.inference_mode()
     def rerun(
@@ -256,51 +264,51 @@ class KeptPass:
         -------
         dict of int to Tensor
             (n, d) float32 states of each prompt's last token, of this layer and all later ones.
+
+        Raises
+        ------
+        NoCut
+            The attention of a block cannot be cut, or image tokens look where they run once for all
+            prompts.
         """
-        touched_nt = torch.zeros_like(self.token_sets["last"])
-        for name in changes:
-            touched_nt |= self.token_sets[name]
-        if cut is not None:
-            touched_nt |= cut.query_nt
-        columns = touched_nt.any(0).nonzero()
-        first_column = int(columns[0]) if len(columns) else self._segments[-1].start
-        if layer == len(self.vlm.blocks):  # nothing comes after it, so tokens are on their own
-            last = self._segments[-1]
-            return {layer: self._pick_last(self._changed(last, layer, changes))}
-        first = max(k for k, one in enumerate(self._segments) if one.start <= first_column)
-        cache = None
+        segment = self._text
+        if self._last is not None and self._touches_last_alone(changes, cut):
+            segment = self._last
+            cut = None if cut is None else cut.of_last_alone()
+        states_ntd = self._changed(segment, layer, changes)
+        if layer == len(self.vlm.blocks):  # nothing comes after it
+            return {layer: self._pick(states_ntd, segment).float()}
+        cache = _fork(segment.cache)
+        if self._prefix is not None and "image" in changes:
+            cache = self._rerun_prefix(self._prefix, layer, changes["image"])
         states: dict[int, torch.Tensor] = {}
 
         def take(number: int, hidden_ntd: torch.Tensor) -> None:
-            states[number] = self._pick_last(hidden_ntd)
+            states[number] = self._pick(hidden_ntd, segment).float()
 
-        for place in range(first, len(self._segments)):
-            segment = self._segments[place]
-            cache = self._cache_before(segment, cache, layer, after=place - 1)
-            with ExitStack() as contexts:
-                if cut is not None:
-                    contexts.enter_context(cut_attention(self.vlm, cut, start=segment.start))
-                self._replay(
-                    segment,
-                    layer,
-                    self._changed(segment, layer, changes),
-                    cache=cache,
-                    take=take if segment is self._segments[-1] else None,
-                )
+        with ExitStack() as contexts:
+            if cut is not None:
+                contexts.enter_context(cut_attention(self.vlm, cut, start=segment.start))
+            self._replay(segment, layer, states_ntd, cache=cache, take=take)
         return states
 
-    def _cache_before(self, segment: _Segment, cache: Any, layer: int, *, after: int) -> Any:
-        """Return the cache that a segment runs with, after the one before it ran again."""
-        if segment.cache is None:
-            return self._empty_cache() if len(self._segments) > 1 else None
-        plain = _fork(segment.cache)
-        if cache is None:
-            return plain
-        if after == 0:
-            owner_n = copy_to(self.vlm.device, self._owner_n)
-            cache.reorder_cache(owner_n)
+    def _touches_last_alone(self, changes: Mapping[str, Change], cut: AttentionCut | None) -> bool:
+        if set(changes) - {"last"}:
+            return False
+        return cut is None or torch.equal(cut.query_nt, self.token_sets["last"])
+
+    def _rerun_prefix(self, prefix: _Segment, layer: int, change: Change) -> Any:
+        """Run image tokens again; return the cache that the prompts go on with."""
+        states_btd = prefix.call.states(layer)
+        starts = torch.from_numpy(np.cumsum([0, *self._prompt_counts[:-1]]))
+        image_nt = self.token_sets["image"][:, : states_btd.shape[1]]
+        image_bt = image_nt[copy_to(self.vlm.device, starts)]
+        changed_btd = torch.where(image_bt[..., None], change(states_btd), states_btd)
+        cache = self._empty_cache()
+        self._replay(prefix, layer, changed_btd, cache=cache)
+        cache.reorder_cache(prefix.last_place_n)
         # Blocks before the layer did not run; masks are as long as the first one's keys.
-        cache.layers[:layer] = plain.layers[:layer]
+        cache.layers[:layer] = _fork(self._text.cache).layers[:layer]
         return cache
 
     def _empty_cache(self) -> Any:
@@ -313,14 +321,15 @@ class KeptPass:
     ) -> torch.Tensor:
         """Return a layer's states of a segment, with those of some tokens changed."""
         hidden = segment.call.states(layer)
-        end = segment.start + hidden.shape[1]
+        if segment is self._last:
+            for change in changes.values():
+                hidden = change(hidden)
+            return hidden
         for name, change in changes.items():
-            mask_nt = self.token_sets[name][:, segment.start : end]
-            if len(mask_nt) != len(hidden):  # one row per image
-                starts = np.cumsum([0, *self._prompt_counts[:-1]])
-                mask_nt = mask_nt[copy_to(self.vlm.device, torch.from_numpy(starts))]
-            if name == "image" or segment.start or len(self._segments) == 1:
-                hidden = torch.where(mask_nt[..., None], change(hidden), hidden)
+            if name == "image" and segment.start:  # they are in the prefix
+                continue
+            mask_nt = self.token_sets[name][:, segment.start :]
+            hidden = torch.where(mask_nt[..., None], change(hidden), hidden)
         return hidden
 
     def _replay(
@@ -330,7 +339,7 @@ class KeptPass:
         states_ntd: torch.Tensor,
         *,
         cache: Any,
-        take: Callable[[int, torch.Tensor], None] | None,
+        take: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
         """Call the decoder again, with the blocks before a layer standing still."""
         vlm = self.vlm
@@ -347,9 +356,6 @@ class KeptPass:
             contexts.enter_context(_standing_still(vlm.blocks, outputs, layer, states_ntd))
             vlm.stack(*segment.call.args, **kwargs)
 
-    def _pick_last(self, hidden_ntd: torch.Tensor) -> torch.Tensor:
-        return hidden_ntd[self._row_n, self._last_place_n].float()
-
 
 def why_no_replay(vlm: Vlm) -> str:
     """Return in a line why passes of a model cannot be run again with changes; "" if they can."""
@@ -358,16 +364,6 @@ def why_no_replay(vlm: Vlm) -> str:
     if vlm.special_case.stream_axis is not None:
         return "layers have parallel streams"
     return ""
-
-
-def _next_positions(
-    position_ids: torch.Tensor | None, owner_n: torch.Tensor, *, length: int
-) -> torch.Tensor:
-    """Return the position of the token after a prefix, (n,) or (axes, n)."""
-    following = continue_positions(position_ids, owner_n, length=1)
-    if following is None:
-        return torch.full_like(owner_n, length)
-    return following[..., 0]
 
 
 # ------------------------------------------------------------------------------------- the hooks
@@ -408,6 +404,11 @@ def _hidden_of(output: Any) -> torch.Tensor:
     return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """Return what a block would have returned with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 @contextmanager
 def _removed_at_the_end(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
@@ -428,10 +429,8 @@ def _standing_still(
 
     try:
         for number, (block, output) in enumerate(zip(blocks[:layer], outputs, strict=False), 1):
-            if number == layer:
-                is_tuple = isinstance(output, tuple)
-                output = (states_ntd, *output[1:]) if is_tuple else states_ntd
-            block.forward = hand_back(output)
+            is_last = number == layer
+            block.forward = hand_back(_with_hidden(output, states_ntd) if is_last else output)
         yield
     finally:
         for block in blocks[:layer]:
@@ -473,6 +472,8 @@ def _fork(cache: Any) -> Any:
     """Copy a cache so that a pass that adds to the copy leaves the original as it is."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # takes seconds
 
+    if cache is None:
+        return None
     fork = copy.copy(cache)
     fork.layers = [
         # These put longer tensors in the place of theirs; others write into them.

@@ -29,6 +29,7 @@ SMALLER = {
     "train=2000, validation=500, test=500": "train=40, validation=20, test=20",
     '"lm.12"': '"lm.04"',
     "pk.probe(activations)": "pk.probe(activations, resamples=50)",
+    "pk.intervene(activations)": "pk.intervene(activations, layers=[8], images=6, resamples=50)",
 }
 
 
@@ -76,6 +77,7 @@ def test_the_python_of_the_readme_runs(data):
     assert activations["lm.04", "mean"].shape[0] == len(names["examples"])
     assert set(results.metrics.pooling) == {"mean", "last"}
     assert results.plot("accuracy").data
+    assert {"leace", "mean_difference", "steer", "cut"} <= set(names["used"].intervention)
     assert len(results.summary()) == 2  # a paragraph per pooling
 
 

@@ -123,11 +123,12 @@ class PlantedModel:
 
 
 @dataclass
-class _TrainingStates:
-    """Stands in for activations: the states of training examples of both tasks."""
+class TrainingStates:
+    """Stands in for activations: the states of the same training examples for several tasks."""
 
     states: dict[str, torch.Tensor]
     labels_n: np.ndarray
+    tasks: tuple[str, ...] = (TASK, CATEGORIES)
 
     @property
     def examples(self) -> pd.DataFrame:
@@ -135,11 +136,11 @@ class _TrainingStates:
             "labels": [[int(label)] for label in self.labels_n],
             "mask": [[1]] * len(self.labels_n),
         }
-        tables = [pd.DataFrame(of_task).assign(task=task) for task in (TASK, CATEGORIES)]
+        tables = [pd.DataFrame(of_task).assign(task=task) for task in self.tasks]
         return pd.concat(tables, ignore_index=True)
 
     def __getitem__(self, key: tuple[str, str]) -> np.ndarray:
-        return np.tile(self.states["/".join(key)].numpy(), (2, 1))
+        return np.tile(self.states["/".join(key)].numpy(), (len(self.tasks), 1))
 
 
 class _RandomEdits(FittedEdits):
@@ -177,7 +178,7 @@ def study(
     concepts = ConceptNames({"text": TASK, "last": TASK, "image": CATEGORIES}, {})
     states = run_pooled(vlm, train, poolings=POOLINGS, way="shared")
     fitted = FittedEdits if erases else _RandomEdits
-    edits = fitted(_TrainingStates(states, train_labels[which]), concepts, vlm.layers, "cpu", seed)
+    edits = fitted(TrainingStates(states, train_labels[which]), concepts, vlm.layers, "cpu", seed)
     kept = KeptPass(vlm, test, way="shared")
     reader = Reader(model.head(), [[0], [1]], None, vlm)
     planned = plan_interventions(settings, blocks=len(vlm.blocks), is_binary=True)
