@@ -225,3 +225,10 @@ def test_the_explorer_answers_key_presses(run, small_home: Path):
     result = run("explorer", "--run", "small", "--moves", 1, PROBEKIT_HOME=str(small_home))
     for times in result.values():
         assert times["n"] > 0
+
+
+def test_interventions_are_timed_beside_bare_passes(run):
+    result = run("interventions", "--quick")
+    assert result["ratio"] > 0
+    assert result["interventions"] > 20
+    assert all("lm.00" in one for one in result["left_out"])

@@ -70,8 +70,9 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 
 def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
     before = modification_times(demo)
-    # 3 shards of images per model, 6 of prompts without one (the untrained model has none)
-    assert len(before) == 2 * (3 + 6) + 3
+    # 3 shards of images per model, 6 of prompts without one and 1 that interventions are fitted on
+    # (the untrained model has neither)
+    assert len(before) == 2 * (3 + 6 + 1) + 3
     fitted = modification_times(demo, FITTED_PROBES)
     assert fitted
     result = run_notebooks(demo, "--to", "03", cwd=tmp_path, run="small")

@@ -76,13 +76,13 @@ def test_heat_is_read_where_it_is_stored_and_made_where_it_is_not(small_home, mo
     run = SavedRun.open("small", small_home)
     rows = run.test_examples(PROBES.task)
     loaded = []
-    load_vlm = module.load_vlm
+    reload_model = module.reload_model
 
     def load_and_record(*args, **options):
-        loaded.append((options["untrained"], options["with_head"]))
-        return load_vlm(*args, **options)
+        loaded.append((args[0]["untrained"], options["with_head"]))
+        return reload_model(*args, **options)
 
-    monkeypatch.setattr(module, "load_vlm", load_and_record)
+    monkeypatch.setattr(module, "reload_model", load_and_record)
     stored = {key: run.heat_map(key, rows.iloc[0]) for key in (PROBES, LENS)}
     assert run.heat_map(PROBES, rows.iloc[-1], run_model=False) is None
     assert loaded == []
