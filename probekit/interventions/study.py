@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,19 @@ class NoInterventions(ValueError):
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A task whose answers are watched."""
+class Question:
+    """A task whose answers are watched.
+
+    Attributes
+    ----------
+    name : str
+    labelled : LabelledTask
+    examples : DataFrame
+        Its test examples.
+    tokens : list of list of int
+        Of each answer, see :meth:`probekit.models.output_head.AnswerHead.answer_tokens`.
+    concepts : ConceptNames
+    """
 
     name: str
     labelled: LabelledTask
@@ -109,8 +120,8 @@ class ModelStudy:
         """
         model = self.activations.meta["model"]
         try:
-            head = self._head()
-            questions = self._questions(head)
+            head = self.head()
+            questions = self.questions(head)
         except NoInterventions as error:
             tqdm.write(f"no interventions on {model}: {error}")
             return pd.DataFrame()
@@ -127,7 +138,14 @@ class ModelStudy:
 
     # --------------------------------------------------------------------------- what is watched
 
-    def _head(self) -> AnswerHead:
+    def head(self) -> AnswerHead:
+        """Return what the answers are read with.
+
+        Raises
+        ------
+        NoInterventions
+            They cannot be read.
+        """
         view = self.activations
         if ANSWER_POOLING not in view.poolings or not self.layers:
             raise NoInterventions(
@@ -141,7 +159,16 @@ class ModelStudy:
             raise NoInterventions(head.refusal)
         return head
 
-    def _questions(self, head: AnswerHead) -> list[_Question]:
+    def questions(self, head: AnswerHead) -> list[Question]:
+        """Return the tasks whose answers are watched.
+
+        Raises
+        ------
+        NoInterventions
+            There are none.
+        ValueError
+            A task that is named has no answers.
+        """
         examples = self.activations.examples
         infos = task_infos(examples)
         answered = [name for name, info in infos.items() if info.answers]
@@ -163,7 +190,7 @@ class ModelStudy:
             test = examples.iloc[labelled.rows[labelled.true.split["test"].numpy()]]
             chosen = test.image_id.drop_duplicates().head(self.settings.images)
             questions.append(
-                _Question(
+                Question(
                     name,
                     labelled,
                     test[test.image_id.isin(chosen)].reset_index(drop=True),
@@ -182,7 +209,7 @@ class ModelStudy:
         key = ProbeKey(model, "none", ANSWER_POOLING, task, PROBE)
         return self.results.weights.get(key)
 
-    def _work(self, question: _Question) -> Work:
+    def _work(self, question: Question) -> Work:
         settings = self.settings
         planned = plan_interventions(
             settings,
@@ -210,19 +237,20 @@ class ModelStudy:
     # ------------------------------------------------------------------------------- what is run
 
     @property
-    def _extraction(self) -> dict[str, Any]:
+    def extraction(self) -> dict[str, Any]:
+        """The settings that the model was extracted with."""
         meta = self.activations.meta
         return meta["jobs"][-1] | meta["settings"]
 
     def _run_missing(
-        self, questions: Sequence[_Question], works: Mapping[str, Work], head: AnswerHead
+        self, questions: Sequence[Question], works: Mapping[str, Work], head: AnswerHead
     ) -> None:
-        fitted = {one.name: self._fit(one) for one in questions}
-        settings = dict(self._extraction)
-        vlm = reload_model(settings, home=self.home, device=self.device)
+        fitted = {one.name: self.fit(one) for one in questions}
+        settings = dict(self.extraction)
+        vlm = self.load()
         try:
             settings["batch_tokens"] = self._batch_tokens(vlm)
-            verdict = self._check(vlm, questions[0], settings)
+            verdict = self.check(vlm, questions[0])
             for one in questions:
                 reader = Reader(head, one.tokens, self._weights(one.name), vlm)
                 run_interventions(
@@ -237,18 +265,22 @@ class ModelStudy:
         finally:
             vlm.release()
 
+    def load(self) -> Vlm:
+        """Load the model again."""
+        return reload_model(self.extraction, home=self.home, device=self.device)
+
     def _batch_tokens(self, vlm: Vlm) -> int:
         """Return how many tokens a batch has, of which most interventions run but a part."""
-        tokens = min(self._extraction["batch_tokens"], suitable_batch_tokens(vlm.device))
+        tokens = min(self.extraction["batch_tokens"], suitable_batch_tokens(vlm.device))
         bytes_per_token = len(vlm.layers) * vlm.width * getattr(torch, vlm.dtype).itemsize
         return max(1, min(RERUN_PART * tokens, KEPT_BYTES // bytes_per_token))
 
-    def _fit(self, question: _Question) -> FittedEdits:
+    def fit(self, question: Question) -> FittedEdits:
         """Get the states of training examples, which are extracted where they are not yet."""
         sites = [part for site in self.settings.tokens for part in PARTS_OF_SITE.get(site, (site,))]
         poolings = tuple(dict.fromkeys(POOLING_OF_SITE[site] for site in sites))
         names = {field.name for field in fields(ExtractionSettings)}
-        values = {name: value for name, value in self._extraction.items() if name in names}
+        values = {name: value for name, value in self.extraction.items() if name in names}
         values |= {"poolings": poolings, "stages": ("lm",)}
         activations = extract_tables(
             ExtractionSettings(values.pop("model"), **values),
@@ -265,11 +297,18 @@ class ModelStudy:
             seed=self.settings.seed,
         )
 
-    def _check(self, vlm: Vlm, question: _Question, settings: Mapping[str, Any]) -> ReplayVerdict:
+    def check(self, vlm: Vlm, question: Question) -> ReplayVerdict:
+        """Find out how passes of the model run again, on a question's first images.
+
+        Raises
+        ------
+        NoInterventions
+            Changing nothing would change its states.
+        """
         items = loading.prepare_images(
             vlm.prompt_processor,
             [shards.model_inputs(question.examples, self.home)],
-            longest_side=settings["longest_side"],
+            longest_side=self.extraction["longest_side"],
             home=self.home,
         )
         few = take_few((item.prepared for item in items), dtype=vlm.dtype)
@@ -284,7 +323,7 @@ class ModelStudy:
 
     # ----------------------------------------------------------------------------- what came out
 
-    def _score(self, question: _Question, work: Work) -> pd.DataFrame:
+    def _score(self, question: Question, work: Work) -> pd.DataFrame:
         done = []
         for layer, interventions in work.by_layer.items():
             readings, reasons = work.read(layer)
@@ -348,22 +387,28 @@ def study_models(
     ]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
-    write_table(table, folder, examples_fingerprint)
+    (folder / RECORD).unlink(missing_ok=True)
+    paths.write_atomic(folder / TABLE, table.to_parquet)
+    paths.write_json(
+        folder / RECORD, {"examples": examples_fingerprint, "settings": asdict(settings)}
+    )
     return table
 
 
-def write_table(table: pd.DataFrame, folder: Path, examples_fingerprint: str) -> None:
-    """Write the table of a run's interventions."""
-    (folder / RECORD).unlink(missing_ok=True)
-    paths.write_atomic(folder / TABLE, table.to_parquet)
-    paths.write_json(folder / RECORD, {"examples": examples_fingerprint})
-
-
 def read_table(folder: Path, examples_fingerprint: str) -> pd.DataFrame:
-    """Read what :func:`write_table` wrote; empty where there is none of these examples."""
+    """Read the table of a run's interventions; empty where there is none of these examples."""
     if not (folder / RECORD).exists():
         return pd.DataFrame(columns=COLUMNS)
     if paths.read_json(folder / RECORD)["examples"] != examples_fingerprint:
         tqdm.write(f"{folder} is of another examples table: run 04_intervene again")
         return pd.DataFrame(columns=COLUMNS)
     return pd.read_parquet(folder / TABLE)
+
+
+def read_settings(folder: Path) -> InterventionSettings:
+    """Read the settings that a run's interventions were done with."""
+    recorded: dict[str, Any] = paths.read_json(folder / RECORD)["settings"]
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()
+    }
+    return InterventionSettings(**values)

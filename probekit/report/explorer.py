@@ -14,6 +14,8 @@ from markupsafe import Markup
 
 from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import Said, lens_probabilities, said_probabilities
+from probekit.interventions.edits import NoEdit
+from probekit.interventions.study import NoInterventions
 from probekit.models.output_head import NoAnswers
 from probekit.models.token_grid import NoTokenGrid
 from probekit.paths import Home
@@ -24,6 +26,7 @@ from probekit.report.example_search import KNOWN_NOT_SAID, ORDERS, find_examples
 from probekit.report.saved_run import SavedRun, list_runs
 from probekit.report.style import PALETTE
 from probekit.report.templates import render
+from probekit.report.used import ERASURE_WORDS, SITE_WORDS
 from probekit.tasks.base import TaskInfo
 
 ANY_CATEGORY = "any"
@@ -32,6 +35,8 @@ LENSES = (LENS, TUNED_LENS)
 # Who reads the image tokens for the heat.
 PROBE_HEAT, LENS_HEAT = "this probe", "lens"
 LONGEST_NEIGHBOUR_PROMPT = 90  # characters
+# Which tokens the concept is erased from.
+ERASED_FROM = {"": "nothing"} | {site: f"from {words}" for site, words in SITE_WORDS.items()}
 
 
 class NoMatch(ValueError):
@@ -150,6 +155,13 @@ class Explorer:
         self.boxes_checkbox = checkbox("boxes", True)
         self.run_model_checkbox = checkbox("run the model where none is stored", False)
         self.heat_share = widgets.HTML()
+        self.erase_dropdown = widgets.Dropdown(
+            description="erase here",
+            options=[(words, site) for site, words in ERASED_FROM.items()],
+            layout=widgets.Layout(width="250px"),
+        )
+        self.erased_answer = widgets.HTML()
+        self.erase_controls = widgets.HBox([self.erase_dropdown, self.erased_answer])
         self.curve = widgets.HTML()
         self.details = widgets.HTML()
         self.message = widgets.HTML()
@@ -176,7 +188,13 @@ class Explorer:
             layout=widgets.Layout(flex="0 0 400px"),
         )
         right = widgets.VBox(
-            [self.example_slider, self.layer_slider, self.curve, self.details],
+            [
+                self.example_slider,
+                self.layer_slider,
+                self.curve,
+                self.erase_controls,
+                self.details,
+            ],
             layout=widgets.Layout(flex="1 1 380px"),
         )
         self.view = widgets.VBox(
@@ -213,6 +231,8 @@ class Explorer:
                 self.boxes_checkbox,
             ],
         )
+
+        self._react(self._show_erased_answer, [self.erase_dropdown])
 
     def _react(
         self, reaction: Callable[[], None], changed_widgets: Sequence[widgets.Widget]
@@ -266,6 +286,13 @@ class Explorer:
     @property
     def _probe_keys(self) -> list[ProbeKey]:
         return [key for key in self.saved.results.predictions if key.probe not in LENSES]
+
+    @property
+    def _erasures(self) -> list[str]:
+        """What 04_intervene erased for the chosen model and task; none of untrained models."""
+        if self.state.control != "none":
+            return []
+        return self.saved.erasures(self.state.model, self.state.task)
 
     @property
     def heat_key(self) -> ProbeKey:
@@ -327,6 +354,7 @@ class Explorer:
         _keep_option(self.probe_dropdown, heat_probe_first)
         orders = [*ORDERS] if self.said_nc is None else [*ORDERS, KNOWN_NOT_SAID]
         _keep_option(self.order_dropdown, orders)
+        self.erase_controls.layout.display = None if self._erasures else "none"
         is_local = self.task.kind == "multilabel"
         self.heat_controls.layout.display = None if is_local else "none"
         if is_local and self.heat_category_dropdown.options != tuple(self.task.classes):
@@ -404,6 +432,7 @@ class Explorer:
         layer = self.layer_slider.value
         self._show_photo(row, layer)  # first what takes the browser longest
         self._show_answers(row, place, layer)
+        self._show_erased_answer()
         self._show_neighbours(row, place, layer)
 
     def _show_photo(self, row: pd.Series, layer: int) -> None:
@@ -450,6 +479,35 @@ class Explorer:
             layer_name=f"lm.{layer:02d}",
             answers=answers,
             said=said,
+        )
+
+    def _show_erased_answer(self) -> None:
+        """Say what the model says once the concept is erased at this layer."""
+        site = self.erase_dropdown.value
+        self.erased_answer.value = ""
+        if not site or not self._erasures:
+            return
+        layer = self.layer_slider.value
+        erasure = self._erasures[0]
+        where = f"{ERASURE_WORDS[erasure]}, lm.{layer:02d}"
+        self.erased_answer.value = "<i>asking the model …</i>"
+        try:
+            said = self.saved.answer_without(
+                self.rows.iloc[self.place],
+                model=self.state.model,
+                layer=layer,
+                erasure=erasure,
+                site=site,
+            )
+        except (NoEdit, NoInterventions) as error:
+            self.erased_answer.value = _fill("{}: {}", where, str(error))
+            return
+        self.erased_answer.value = _fill(
+            "then it says <b>{}</b> ({:.2f}), {} <small>({})</small>",
+            said.words,
+            said.p,
+            "right" if said.is_right else "wrong",
+            where,
         )
 
     def _show_neighbours(self, row: pd.Series, place: int, layer: int) -> None:

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from probekit.answers.scores import Said
 from probekit.extraction.reloading import reload_model
+from probekit.extraction.store import Activations
 from probekit.images import load_rgb
-from probekit.interventions.study import read_table
+from probekit.interventions.live import LiveAnswers
+from probekit.interventions.study import ModelStudy, read_settings, read_table
 from probekit.models.load import Vlm
 from probekit.models.token_grid import NoTokenGrid, TokenGrid, check_token_grid
 from probekit.paths import Home, read_json, write_atomic, write_json
@@ -26,6 +29,7 @@ from probekit.probes.localisation import (
 from probekit.probes.results import LENS, ProbeKey, ProbeResults
 from probekit.probes.token_readers import LensReader, ProbeReader, TokenReader
 from probekit.report.results import Results
+from probekit.report.used import erasures_of
 from probekit.tasks import building
 
 TABLE_CONTENTS = {
@@ -84,6 +88,7 @@ class SavedRun:
     results: Results
     stored_heat: StoredHeat
     _model: _LoadedModel | None = field(default=None, init=False, repr=False)
+    _live: dict[tuple[str, str], LiveAnswers] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(cls, name: str, home: str | Path | Home | None = None) -> SavedRun:
@@ -256,6 +261,60 @@ class SavedRun:
         cells = [model.grid(prepared, image.size)]
         ((heat_map,),) = compute_heat(model.vlm, [prepared], readers=[reader], cells=cells)
         return heat_map
+
+    def erasures(self, model: str, task: str) -> list[str]:
+        """Return the erasures that were done to a model's answers to a task, in their order."""
+        table = self.results.interventions
+        if table.empty:
+            return []
+        return erasures_of(table[(table.model == model) & (table.task == task)])
+
+    def answer_without(
+        self, example: pd.Series, *, model: str, layer: int, erasure: str, site: str
+    ) -> Said:
+        """Ask a model about a test example while a concept is erased from one of its layers.
+
+        The model is loaded once, and stays.
+
+        Parameters
+        ----------
+        example : Series
+            A row of :meth:`test_examples`.
+        model : str
+        layer : int
+            Number of the layer.
+        erasure, site : str
+            As in the table of interventions.
+
+        Raises
+        ------
+        NoEdit, NoInterventions
+            It cannot be done.
+        """
+        key = (model, example.task)
+        if key not in self._live:
+            for live in self._live.values():
+                live.release()
+            self._live.clear()
+            self._live[key] = LiveAnswers(self._study(model), example.task)
+        p_c = self._live[key].ask(example, layer=layer, name=erasure, site=site)
+        return Said.of(p_c, example, self.results.tasks[example.task])
+
+    def _study(self, model: str) -> ModelStudy:
+        folder = self.home.data / "interventions" / self.name
+        wanted = ("none", model, False)
+        for store in self.results.stores:
+            meta = store["meta"]
+            if (store["record"]["control"], meta["model"], meta["untrained"]) == wanted:
+                return ModelStudy(
+                    Activations.open(store["record"], self.examples, home=self.home),
+                    read_settings(folder),
+                    None,
+                    folder,
+                    None,
+                    self.home,
+                )
+        raise KeyError(f"no activations of {model} in this run")
 
     def _load_model(self, key: ProbeKey, *, prompt: str) -> _LoadedModel:
         """Return the model of a key; one is kept at a time."""

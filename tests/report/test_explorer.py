@@ -1,13 +1,17 @@
+import shutil
+import time
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import probekit as pk
 from probekit.models.token_grid import NoTokenGrid
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import saved_run as saved_run_module
 from probekit.report.explorer import Explorer, ModelChoice
+from probekit.workflow import interventions_folder, open_activations
 
 UNTRAINED = ModelChoice("tiny-qwen2-vl", "untrained", "mean")
 
@@ -234,3 +238,57 @@ def test_only_what_was_probed_can_be_chosen(explorer):
                 explorer.probe_dropdown.value = probe
                 assert explorer.message.value == ""
     assert "lens" not in explorer.probe_dropdown.options
+
+
+@pytest.fixture
+def intervened_home(small_home):
+    """The home of the run "small", with interventions."""
+    activations = open_activations("small", home=small_home)
+    pk.intervene(
+        activations,
+        layers=[8],
+        erase=["mean_difference"],
+        doses=[],
+        routes=[],
+        images=4,
+        fit_images=30,
+        resamples=20,
+        device="cpu",
+        home=small_home,
+    )
+    yield small_home
+    shutil.rmtree(interventions_folder("small", small_home))
+
+
+def test_a_concept_is_erased_while_the_model_answers(intervened_home):
+    explorer = Explorer("small", home=intervened_home)
+    assert explorer.erase_controls.layout.display is None
+    assert explorer.erased_answer.value == ""
+    explorer.erase_dropdown.value = "last"
+    answers = set()
+    for place in range(explorer.example_slider.max + 1):
+        explorer.example_slider.value = place
+        assert "then it says" in explorer.erased_answer.value
+        assert "mean difference, lm.08" in explorer.erased_answer.value
+        answers.add("<b>yes</b>" in explorer.erased_answer.value)
+    assert len(answers) == 1  # the same to everything
+    explorer.layer_slider.value = 3
+    assert "lm.03" in explorer.erased_answer.value
+    explorer.erase_dropdown.value = "image"
+    began = time.perf_counter()
+    explorer.layer_slider.value = 2
+    assert time.perf_counter() - began < 3  # 0.3 s on an idle machine
+    explorer.layer_slider.value = 0
+    explorer.erase_dropdown.value = "last"
+    assert "do not differ" in explorer.erased_answer.value
+    explorer.task_dropdown.value = "category"
+    assert explorer.erase_controls.layout.display == "none"
+    explorer.task_dropdown.value = "caption"
+    explorer.model_dropdown.value = UNTRAINED
+    assert explorer.erase_controls.layout.display == "none"
+    assert explorer.message.value == ""
+
+
+def test_without_interventions_nothing_can_be_erased(explorer):
+    assert explorer.erase_controls.layout.display == "none"
+    assert explorer.saved.erasures("tiny-qwen2-vl", "caption") == []
