@@ -32,7 +32,7 @@ from transformers import DynamicCache
 from probekit.extraction.loading import fill_batches, prepare_images
 from probekit.extraction.shards import model_inputs
 from probekit.interventions.concepts import ConceptNames, FittedEdits
-from probekit.interventions.running import Reader, intervene
+from probekit.interventions.running import Reader, do_one
 from probekit.interventions.settings import (
     CUT,
     NOTHING,
@@ -147,9 +147,7 @@ def intervene_on(
     """Do all interventions on a batch, and read them; return those that cannot be done."""
     kept = KeptPass(vlm, batch, way="shared")
     return [
-        one
-        for one in planned
-        if isinstance(intervene(kept, one, edits, reader, why_no_cut=""), str)
+        one for one in planned if isinstance(do_one(kept, one, edits, reader, why_no_cut=""), str)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from probekit.extraction.store import Activations
 from probekit.interventions import edits
@@ -17,6 +19,7 @@ from probekit.interventions.settings import OTHER_TASK, RANDOM, STEER, Intervent
 from probekit.models.replay import Change
 from probekit.tasks.base import TaskInfo
 
+Edit = AffineEdit | edits.SameNormEdit
 # How the tokens of a site are pooled where an edit is fitted.
 POOLING_OF_SITE = {"image": "image_mean", "text": "suffix_mean", "last": "last"}
 # The sites of the tokens that are edited together.
@@ -60,6 +63,14 @@ class ConceptNames:
             erased["image"] = categories
         return cls(erased, {"text": other, "last": other} if other else {})
 
+    def erased_words(self, site: str, control: str) -> str:
+        """Say whose labels are erased from a site's tokens; "" for a random subspace."""
+        if control == RANDOM:
+            return ""
+        tasks = self.others if control == OTHER_TASK else self.erased
+        parts = PARTS_OF_SITE.get(site, (site,))
+        return " and ".join(dict.fromkeys(tasks[part] for part in parts if part in tasks))
+
     @property
     def tasks(self) -> list[str]:
         """All tasks whose training examples are needed."""
@@ -88,8 +99,21 @@ class FittedEdits:
     layers: Sequence[str]
     device: str
     seed: int
+    _edits: dict[tuple[Intervention, str], Edit | NoEdit] = field(default_factory=dict)
     _concepts: dict[tuple[int, str, str], Concept] = field(default_factory=dict)
     _erasures: dict[tuple[int, str, str, bool], AffineEdit] = field(default_factory=dict)
+
+    def fit(self, planned: Sequence[Intervention]) -> None:
+        """Fit all that is planned, one layer after the other."""
+        by_layer: dict[int, list[Intervention]] = {}
+        for one in planned:
+            if one.name in (*edits.ERASURES, STEER):
+                by_layer.setdefault(one.layer, []).append(one)
+        for of_layer in tqdm(by_layer.values(), desc="fitting edits", unit="layer"):
+            for one in of_layer:
+                for site in PARTS_OF_SITE.get(one.site, (one.site,)):
+                    with contextlib.suppress(NoEdit):  # it is raised again where it is needed
+                        self._edit(one, site)
 
     def changes(self, intervention: Intervention, *, device: str) -> dict[str, Change]:
         """Return what an intervention does to which tokens.
@@ -109,11 +133,22 @@ class FittedEdits:
         sites = PARTS_OF_SITE.get(intervention.site, (intervention.site,))
         return {site: self._edit(intervention, site).to(device) for site in sites}
 
-    def forget(self) -> None:
-        """Drop the states of training examples, which are read again where they are needed."""
-        self._concepts.clear()
+    def _edit(self, intervention: Intervention, site: str) -> Edit:
+        """Return an edit, which is fitted once; that it cannot be fitted is kept, too."""
+        key = (intervention, site)
+        if key not in self._edits:
+            if any(layer != intervention.layer for layer, _, _ in self._concepts):
+                self._concepts.clear()  # states of one layer are held at a time
+            try:
+                self._edits[key] = self._fit(intervention, site)
+            except NoEdit as error:
+                self._edits[key] = error
+        edit = self._edits[key]
+        if isinstance(edit, NoEdit):
+            raise NoEdit(str(edit))
+        return edit
 
-    def _edit(self, intervention: Intervention, site: str) -> AffineEdit | edits.SameNormEdit:
+    def _fit(self, intervention: Intervention, site: str) -> Edit:
         layer, name, _, dose, control = intervention
         tasks = self.concepts.others if control == OTHER_TASK else self.concepts.erased
         if site not in tasks and control == OTHER_TASK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,11 @@ class InterventionEstimate:
     interventions : int
         On each of them, the model alone among them.
     operations : float
-        Where the model runs what is touched alone; NaN where those of its image encoder cannot be
-        known without running it.
+        If only what a change touches runs again (:class:`probekit.models.replay.KeptPass`); NaN
+        where those of the image encoder cannot be known without running it.
+    fit_images : int
+        Training images that edits are fitted on. Their states are extracted where they are not on
+        disk; that is not counted.
     """
 
     model: str
@@ -45,6 +49,7 @@ class InterventionEstimate:
     images: int
     interventions: int
     operations: float
+    fit_images: int
 
 
 def estimate_interventions(
@@ -112,7 +117,12 @@ def estimate_interventions(
             operations += count_operations(size, item.prepared, planned, blocks=blocks)
         estimates.append(
             InterventionEstimate(
-                vlm.name, task, watched, len(planned), operations * watched / len(items)
+                vlm.name,
+                task,
+                watched,
+                len(planned),
+                operations * watched / len(items),
+                settings.fit_images,
             )
         )
     return estimates
@@ -165,8 +175,11 @@ def describe_interventions(
     lines = []
     for one in estimates:
         hours = one.operations / operations_per_hour[one.model]
+        effort = f"{one.operations / 1e12:,.4g} TFLOP, {hours:,.3g} hours"
+        if math.isnan(one.operations):
+            effort = "operations unknown"
         lines.append(
             f"{one.model}, {one.task}: {one.interventions:,} on each of {one.images:,} test "
-            f"images, {one.operations / 1e12:,.4g} TFLOP, {hours:,.3g} hours"
+            f"images, {effort}; besides, the states of up to {one.fit_images:,} training images"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from probekit.images import load_rgb
 from probekit.interventions.edits import NoEdit
-from probekit.interventions.running import Reader, intervene
+from probekit.interventions.running import Reader, do_one
 from probekit.interventions.settings import Intervention
 from probekit.interventions.study import ModelStudy, NoInterventions
 from probekit.models.replay import KeptPass
@@ -40,9 +40,13 @@ class LiveAnswers:
         self._edits = study.fit(question)
         self._longest_side = study.extraction["longest_side"]
         self._home = study.home
-        self._is_binary = question.labelled.true.kind == "binary"
+        self._is_binary = question.labels.kind == "binary"
         self._vlm = study.load()
-        self._way = study.check(self._vlm, question).way
+        try:
+            self._way = study.check(self._vlm, question).way
+        except BaseException:
+            self._vlm.release()
+            raise
         self._reader = Reader(head, question.tokens, None, self._vlm)
         self._latest: tuple[tuple[str, str], KeptPass] | None = None
 
@@ -66,7 +70,7 @@ class LiveAnswers:
             There is nothing to erase, or no answer after it.
         """
         kept = self._keep(example)
-        erased = intervene(
+        erased = do_one(
             kept, Intervention(layer, name, site), self._edits, self._reader, why_no_cut=""
         )
         if isinstance(erased, str):

@@ -210,6 +210,7 @@ def run_interventions(
     OSError, ValueError, MemoryError
         An image cannot be read or does not fit the memory; what is done is on disk.
     """
+    edits.fit(work.interventions)
     missing = work.missing()
     tables = work.shards()
     total = sum(
@@ -258,7 +259,7 @@ def _run_shard(
         results: _Results = {}
         for layer, ones in planned.items():
             results[layer] = [
-                intervene(kept, one, edits, reader, why_no_cut=verdict.why_no_cut) for one in ones
+                do_one(kept, one, edits, reader, why_no_cut=verdict.why_no_cut) for one in ones
             ]
             bar.update(len(prepared) * len(ones))
         return results
@@ -321,7 +322,7 @@ def _batches(
         yield np.concatenate([item.rows for item in batch]), [item.prepared for item in batch]
 
 
-def intervene(
+def do_one(
     kept: KeptPass,
     one: Intervention,
     edits: FittedEdits,
@@ -349,6 +350,7 @@ def intervene(
 
 def _cut(kept: KeptPass, one: Intervention) -> AttentionCut:
     seen, looking = one.site.split(">")
+    seen = "image_span" if seen == "image" else seen
     blocks = range(one.layer, one.layer + int(one.dose or 0))
     key_nt = kept.token_sets[seen]
     return AttentionCut(blocks, kept.token_sets[looking], key_nt)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import logsumexp
 
+from probekit.interventions.edits import ERASURES
 from probekit.interventions.running import Readings
 from probekit.interventions.settings import RANDOM, Intervention
 from probekit.probes import bootstrap, comparison
 from probekit.probes.labels import LabelSet
 
+# So many resamples for each layer that is compared: the smallest p-value, corrected for the number
+# of layers, is then about 2 / 60.
+RESAMPLES_PER_LAYER = 60
 # Of the table of interventions; those of the metrics table have the same names.
 COLUMNS = [
     "model",
@@ -60,7 +64,7 @@ class TaskScores:
     labels : LabelSet
         Of the n test examples in the order of the readings: all of its rows.
     resamples : int
-        Bootstrap samples.
+        Bootstrap samples; of differences at least :data:`RESAMPLES_PER_LAYER` for each layer.
     """
 
     def __init__(self, labels: LabelSet, *, resamples: int) -> None:
@@ -249,7 +253,7 @@ class TaskScores:
                 bootstrap.mean_curve(
                     np.stack(of_layers, 1).astype(float),
                     self._image_n,
-                    resamples=self._resamples,
+                    resamples=max(self._resamples, RESAMPLES_PER_LAYER * len(layers)),
                 )
                 for of_layers in (values_nl, others_nl)
             ]
@@ -269,7 +273,11 @@ def _answers(one: Done) -> np.ndarray:
 
 
 def complete(
-    table: pd.DataFrame, *, model: str, task: str, erased: Mapping[str, str]
+    table: pd.DataFrame,
+    *,
+    model: str,
+    task: str,
+    erased: Callable[[str, str], str],
 ) -> pd.DataFrame:
     """Return a table with all :data:`COLUMNS`, in their order.
 
@@ -277,8 +285,13 @@ def complete(
     ----------
     table : DataFrame
     model, task : str
-    erased : mapping of str to str
-        The task whose labels are erased, by site.
+    erased : callable
+        From site and control to the tasks whose labels are erased there.
     """
-    table = table.assign(model=model, task=task, erased=table.site.map(erased))
+    is_erasure = table.intervention.isin(ERASURES)
+    names = [
+        erased(site, control) if was_erased else ""
+        for site, control, was_erased in zip(table.site, table.control, is_erasure, strict=True)
+    ]
+    table = table.assign(model=model, task=task, erased=names)
     return table.reindex(columns=COLUMNS).reset_index(drop=True)

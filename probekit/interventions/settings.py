@@ -79,8 +79,13 @@ class InterventionSettings:
                 raise ValueError(f"{name}={unknown}: take out of {', '.join(choices)}")
         if not self.erase and not self.routes and not self.doses:
             raise ValueError("erase=[], doses=[] and routes=[]: name something that is to be done")
-        if (self.erase or self.doses) and not self.tokens:
+        if self.erase and not self.tokens:
             raise ValueError(f"tokens=[]: name at least one out of {', '.join(SITES)}")
+        if self.doses and not _steered_site(self.tokens):
+            raise ValueError(
+                f"doses={list(self.doses)} are added to the last token or to the text, and "
+                f"tokens={list(self.tokens)}: add last or text, or take doses=[]"
+            )
 
 
 class Intervention(NamedTuple):
@@ -147,8 +152,8 @@ def plan_interventions(
     window = min(blocks, settings.window or max(1, round(WINDOW_SHARE * blocks)))
     for start in range(blocks - window + 1):
         planned += [Intervention(start, CUT, route, window) for route in settings.routes]
-    return sorted(planned, key=lambda one: one.layer)
+    return sorted(dict.fromkeys(planned), key=lambda one: one.layer)  # each once
 
 
 def _steered_site(tokens: Sequence[str]) -> str:
-    return next((site for site in ("last", "text", "all") if site in tokens), "")
+    return next((site for site in ("last", "text") if site in tokens), "")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from probekit import paths
-from probekit.extraction import loading, shards
+from probekit.extraction import loading
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.extraction.extracting import extract_tables
 from probekit.extraction.reloading import reload_model
 from probekit.extraction.settings import ExtractionSettings, suitable_batch_tokens
+from probekit.extraction.shards import model_inputs
 from probekit.extraction.store import Activations
 from probekit.interventions.concepts import (
     PARTS_OF_SITE,
@@ -35,12 +37,12 @@ from probekit.models.load import Vlm
 from probekit.models.output_head import AnswerHead, NoAnswers
 from probekit.models.replay_check import ReplayVerdict, check_replay
 from probekit.models.sharing import take_few
-from probekit.probes.labels import LabelledTask
+from probekit.probes.fitting import training_device
+from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.probing import control_name
 from probekit.probes.results import ProbeKey, ProbeResults
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
-from probekit.tasks.building import table_fingerprint
 
 # Of what the files hold: those of another version are made again.
 VERSION = 1
@@ -64,16 +66,17 @@ class Question:
     Attributes
     ----------
     name : str
-    labelled : LabelledTask
+    labels : LabelSet
+        Of its test examples alone.
     examples : DataFrame
-        Its test examples.
+        Its test examples, rows of one image side by side.
     tokens : list of list of int
         Of each answer, see :meth:`probekit.models.output_head.AnswerHead.answer_tokens`.
     concepts : ConceptNames
     """
 
     name: str
-    labelled: LabelledTask
+    labels: LabelSet
     examples: pd.DataFrame
     tokens: list[list[int]]
     concepts: ConceptNames
@@ -187,13 +190,15 @@ class ModelStudy:
             except (NoAnswers, ValueError) as error:
                 tqdm.write(f"no interventions on answers to {name}: {error}")
                 continue
-            test = examples.iloc[labelled.rows[labelled.true.split["test"].numpy()]]
-            chosen = test.image_id.drop_duplicates().head(self.settings.images)
+            places = labelled.true.split["test"].numpy()
+            file_n = pd.factorize(examples.file.iloc[labelled.rows[places]])[0]
+            order = np.argsort(file_n, kind="stable")  # rows of one image side by side
+            places = places[order[file_n[order] < self.settings.images]]
             questions.append(
                 Question(
                     name,
-                    labelled,
-                    test[test.image_id.isin(chosen)].reset_index(drop=True),
+                    _select(labelled.true, places),
+                    examples.iloc[labelled.rows[places]].reset_index(drop=True),
                     tokens,
                     ConceptNames.of(name, infos),
                 )
@@ -214,17 +219,22 @@ class ModelStudy:
         planned = plan_interventions(
             settings,
             blocks=len(self.layers) - 1,
-            is_binary=question.labelled.true.kind == "binary",
+            is_binary=question.labels.kind == "binary",
         )
         weights = self._weights(question.name)
         of_weights = [] if weights is None else [getattr(weights, f.name) for f in fields(weights)]
+        fit_table = self._fit_table(question.concepts)
         fingerprint = paths.fingerprint(
             VERSION,
-            self.activations.record,
-            table_fingerprint(question.examples),
-            table_fingerprint(self._fit_table(question.concepts)),
+            self.activations.folder.name_from(self.home),
+            # Images as they are on disk, prompts, and the labels that edits are fitted to.
+            model_inputs(question.examples, self.home).to_csv(index=False),
+            model_inputs(fit_table, self.home).to_csv(index=False),
+            fit_table["labels"].tolist(),
+            fit_table["mask"].tolist(),
             settings.seed,
             of_weights,
+            paths.versions("transformers"),  # by which attention can be cut, or not
         )
         folder = self.folder / f"{self.activations.name}-{question.name}"
         return Work(folder, question.examples, planned, fingerprint)
@@ -250,8 +260,8 @@ class ModelStudy:
         vlm = self.load()
         try:
             settings["batch_tokens"] = self._batch_tokens(vlm)
-            verdict = self.check(vlm, questions[0])
             for one in questions:
+                verdict = self.check(vlm, one)
                 reader = Reader(head, one.tokens, self._weights(one.name), vlm)
                 run_interventions(
                     works[one.name],
@@ -293,7 +303,7 @@ class ModelStudy:
             activations,
             question.concepts,
             self.layers,
-            device="cuda" if str(self.device).startswith("cuda") else "cpu",
+            device=training_device(self.device),
             seed=self.settings.seed,
         )
 
@@ -307,7 +317,7 @@ class ModelStudy:
         """
         items = loading.prepare_images(
             vlm.prompt_processor,
-            [shards.model_inputs(question.examples, self.home)],
+            [model_inputs(question.examples, self.home)],
             longest_side=self.extraction["longest_side"],
             home=self.home,
         )
@@ -331,24 +341,25 @@ class ModelStudy:
         nothing, *done = done
         if nothing.readings is None:
             raise ValueError(f"{self.activations.name}, left alone: {nothing.reason}")
-        labelled = LabelledTask.from_examples(self.activations.examples, question.name)
-        test = labelled.true.split["test"].numpy()
-        keep = self.activations.examples.image_id.to_numpy()[labelled.rows[test]]
-        chosen = test[pd.Series(keep).isin(question.examples.image_id).to_numpy()]
-        labels = replace(
-            labelled.true,
-            image_n=labelled.true.image_n[chosen],
-            y_nc=labelled.true.y_nc[chosen],
-            mask_nc=labelled.true.mask_nc[chosen],
-        )
-        scores = TaskScores(labels, resamples=self.settings.resamples)
+        scores = TaskScores(question.labels, resamples=self.settings.resamples)
         table = scores.table(nothing.readings, done, layers=self.layers)
         return complete(
             table,
             model=self.activations.meta["model"],
             task=question.name,
-            erased=question.concepts.erased,
+            erased=question.concepts.erased_words,
         )
+
+
+def _select(labels: LabelSet, places: np.ndarray) -> LabelSet:
+    """Return the labels of some examples, in this order."""
+    return replace(
+        labels,
+        image_n=labels.image_n[places],
+        y_nc=labels.y_nc[places],
+        mask_nc=labels.mask_nc[places],
+        split={},
+    )
 
 
 def study_models(
@@ -380,27 +391,50 @@ def study_models(
     DataFrame
         See :func:`probekit.workflow.intervene`.
     """
-    tables = [
-        ModelStudy(view, settings, results, folder, device, home).run()
+    studies = [
+        ModelStudy(view, settings, results, folder, device, home)
         for view in views
         if control_name(view) == "none"
     ]
+    for study in studies:
+        plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
+    tables = [study.run() for study in studies]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     (folder / RECORD).unlink(missing_ok=True)
     paths.write_atomic(folder / TABLE, table.to_parquet)
-    paths.write_json(
-        folder / RECORD, {"examples": examples_fingerprint, "settings": asdict(settings)}
-    )
+    record = {
+        "examples": examples_fingerprint,
+        "settings": asdict(settings),
+        "folders": [study.activations.folder.name_from(home) for study in studies],
+    }
+    paths.write_json(folder / RECORD, record)
     return table
 
 
-def read_table(folder: Path, examples_fingerprint: str) -> pd.DataFrame:
-    """Read the table of a run's interventions; empty where there is none of these examples."""
+def read_table(
+    folder: Path, examples_fingerprint: str, *, activation_folders: Collection[str]
+) -> pd.DataFrame:
+    """Read the table of a run's interventions.
+
+    Parameters
+    ----------
+    folder : Path
+    examples_fingerprint : str
+    activation_folders : collection of str
+        Those of the run's results.
+
+    Returns
+    -------
+    DataFrame
+        Empty where there is none, or it is of other examples or activations, which a line says.
+    """
     if not (folder / RECORD).exists():
         return pd.DataFrame(columns=COLUMNS)
-    if paths.read_json(folder / RECORD)["examples"] != examples_fingerprint:
-        tqdm.write(f"{folder} is of another examples table: run 04_intervene again")
+    record = paths.read_json(folder / RECORD)
+    is_of_run = set(record["folders"]) <= set(activation_folders)
+    if record["examples"] != examples_fingerprint or not is_of_run:
+        tqdm.write(f"{folder} is of other examples or activations: run 04_intervene again")
         return pd.DataFrame(columns=COLUMNS)
     return pd.read_parquet(folder / TABLE)
 

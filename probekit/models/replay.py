@@ -35,7 +35,7 @@ from probekit.models.forward import (
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
 
-TOKEN_SETS = ("image", "text", "last")
+TOKEN_SETS = ("image", "image_span", "text", "last")
 
 # From (..., d) hidden states to changed ones.
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -101,9 +101,9 @@ class KeptPass:
     vlm, way
     token_sets : dict of str to Tensor
         For each of :data:`TOKEN_SETS` (n, t) bool on the model's device, True at its tokens:
-        ``"image"``, ``"text"`` (the tokens after the image) and ``"last"`` (after it the answer
-        begins). Tokens before the image are in none of them: they see nothing that differs between
-        examples.
+        ``"image"``, ``"image_span"`` (what stands between them as well, such as ends of rows),
+        ``"text"`` (the tokens after the image) and ``"last"`` (after it the answer begins). Tokens
+        before the image are in none of them: they see nothing that differs between examples.
 
     Raises
     ------
@@ -143,6 +143,7 @@ class KeptPass:
         place_t = torch.arange(image_nt.shape[1])
         sets = {
             "image": image_nt,
+            "image_span": (image_nt.cumsum(1) > 0) & (place_t < end_n[:, None]),
             "text": (place_t >= end_n[:, None]) & (place_t < length_n[:, None]),
             "last": place_t == (length_n - 1)[:, None],
         }

@@ -133,11 +133,13 @@ def _why_image_shows(vlm: Vlm, kept: KeptPass, *, prepared: Sequence[PreparedIma
     inputs = [image.image_inputs for image in prepared]
     swapped = [
         replace(image, image_inputs=other)
-        for image, other in zip(prepared, inputs[::-1], strict=True)
+        for image, other in zip(prepared, [*inputs[1:], inputs[0]], strict=True)
     ]
+    if len(prepared) == 1:
+        swapped = [prepared[0].with_inputs(lambda one: -one if one.is_floating_point() else one)]
     states = []
     for one in (kept, KeptPass(vlm, swapped, way=kept.way)):
-        cut = _cut_from_text(one, ~one.token_sets["text"])
+        cut = _cut_from_text(one, one.token_sets["image_span"])
         states.append(_by_name(vlm, one.rerun(0, {}, cut=cut)))
     difference = find_largest_difference(
         states[1], states[0], spread_part=precision.padding, rounding=precision.rounding

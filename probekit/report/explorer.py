@@ -35,8 +35,6 @@ LENSES = (LENS, TUNED_LENS)
 # Who reads the image tokens for the heat.
 PROBE_HEAT, LENS_HEAT = "this probe", "lens"
 LONGEST_NEIGHBOUR_PROMPT = 90  # characters
-# Which tokens the concept is erased from.
-ERASED_FROM = {"": "nothing"} | {site: f"from {words}" for site, words in SITE_WORDS.items()}
 
 
 class NoMatch(ValueError):
@@ -157,7 +155,7 @@ class Explorer:
         self.heat_share = widgets.HTML()
         self.erase_dropdown = widgets.Dropdown(
             description="erase here",
-            options=[(words, site) for site, words in ERASED_FROM.items()],
+            options=[("nothing", "")],
             layout=widgets.Layout(width="250px"),
         )
         self.erased_answer = widgets.HTML()
@@ -288,10 +286,10 @@ class Explorer:
         return [key for key in self.saved.results.predictions if key.probe not in LENSES]
 
     @property
-    def _erasures(self) -> list[str]:
-        """What 04_intervene erased for the chosen model and task; none of untrained models."""
-        if self.state.control != "none":
-            return []
+    def _erasures(self) -> dict[str, list[str]]:
+        """What 04_intervene erased, and where, for the chosen model and task."""
+        if self.state.control != "none":  # those with random weights are left alone
+            return {}
         return self.saved.erasures(self.state.model, self.state.task)
 
     @property
@@ -354,7 +352,13 @@ class Explorer:
         _keep_option(self.probe_dropdown, heat_probe_first)
         orders = [*ORDERS] if self.said_nc is None else [*ORDERS, KNOWN_NOT_SAID]
         _keep_option(self.order_dropdown, orders)
-        self.erase_controls.layout.display = None if self._erasures else "none"
+        erasures = self._erasures
+        self.erase_controls.layout.display = None if erasures else "none"
+        sites = next(iter(erasures.values()), [])
+        _keep_option(
+            self.erase_dropdown,
+            [("nothing", ""), *((f"from {SITE_WORDS[site]}", site) for site in sites)],
+        )
         is_local = self.task.kind == "multilabel"
         self.heat_controls.layout.display = None if is_local else "none"
         if is_local and self.heat_category_dropdown.options != tuple(self.task.classes):
@@ -488,7 +492,7 @@ class Explorer:
         if not site or not self._erasures:
             return
         layer = self.layer_slider.value
-        erasure = self._erasures[0]
+        erasure = next(iter(self._erasures))
         where = f"{ERASURE_WORDS[erasure]}, lm.{layer:02d}"
         self.erased_answer.value = "<i>asking the model …</i>"
         try:
@@ -502,6 +506,9 @@ class Explorer:
         except (NoEdit, NoInterventions) as error:
             self.erased_answer.value = _fill("{}: {}", where, str(error))
             return
+        except Exception:
+            self.erased_answer.value = ""
+            raise
         self.erased_answer.value = _fill(
             "then it says <b>{}</b> ({:.2f}), {} <small>({})</small>",
             said.words,
@@ -552,7 +559,8 @@ def _keep_option(dropdown: widgets.Dropdown, options: list) -> None:
         return
     chosen = dropdown.value
     dropdown.options = options
-    dropdown.value = chosen if chosen in options else options[0]
+    values = [option[1] if isinstance(option, tuple) else option for option in options]
+    dropdown.value = chosen if chosen in values else values[0]
 
 
 def _model_words(choice: ModelChoice, with_pooling: bool) -> str:

@@ -142,17 +142,17 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
                 "Blue: what a probe reads off each layer's last token. Orange: what the model says "
                 "when it is left alone. The other lines: what it says once the concept is erased "
                 "from a layer's tokens, from image tokens all categories (they come before the "
-                "question), from text tokens and the last one the right answer. Grey: a random "
-                "subspace, moved by as much. Where a line falls below the grey band, what was "
-                "erased there is used. Where it does not fall, the model may use it elsewhere, or "
-                "read it off another direction.",
+                "question), from text tokens and the last one the right answer. Grey: one random "
+                "subspace for each, moved by as much. Where a line falls below the grey band, what "
+                "was erased there is used. Where it does not fall, the model may use it elsewhere, "
+                "or read it off another direction.",
                 section,
             )
             figures[f"{task}_effects"] = Figure(
                 used.effect_heatmap(table, task),
-                "Accuracy of the answer less that of the model left alone. A star: it differs from "
-                "the random subspace on the same test images (5 %, corrected for the number of "
-                "layers, Holm). Empty cells are what could not be done; the table says why.",
+                "Accuracy of the answer less that of the model left alone. A star: it takes more "
+                "than the random subspace on the same test images (5 %, corrected for the number "
+                "of layers, Holm). Empty cells are what could not be done; the table says why.",
                 section,
             )
         is_read = (rows.metric == "probe_accuracy") & rows.intervention.isin(used.ERASURE_WORDS)

@@ -56,6 +56,14 @@ def list_runs(home: str | Path | Home | None = None) -> list[str]:
     return [file.parent.name for file in by_age]
 
 
+class _LiveModel(NamedTuple):
+    """A model that answers while something is erased."""
+
+    name: str
+    task: str
+    answers: LiveAnswers
+
+
 class _LoadedModel(NamedTuple):
     """A model that makes heat maps which are not stored; `has_head` for the lens."""
 
@@ -88,7 +96,7 @@ class SavedRun:
     results: Results
     stored_heat: StoredHeat
     _model: _LoadedModel | None = field(default=None, init=False, repr=False)
-    _live: dict[tuple[str, str], LiveAnswers] = field(default_factory=dict, init=False, repr=False)
+    _live: _LiveModel | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def open(cls, name: str, home: str | Path | Home | None = None) -> SavedRun:
@@ -116,7 +124,13 @@ class SavedRun:
             results=Results.of(
                 probe_results,
                 examples,
-                read_table(home.data / "interventions" / name, fingerprint),
+                read_table(
+                    home.data / "interventions" / name,
+                    fingerprint,
+                    activation_folders=[
+                        store["record"]["folder"] for store in probe_results.stores
+                    ],
+                ),
             ),
             stored_heat=StoredHeat(probe_results.heat, home),
         )
@@ -262,12 +276,16 @@ class SavedRun:
         ((heat_map,),) = compute_heat(model.vlm, [prepared], readers=[reader], cells=cells)
         return heat_map
 
-    def erasures(self, model: str, task: str) -> list[str]:
-        """Return the erasures that were done to a model's answers to a task, in their order."""
+    def erasures(self, model: str, task: str) -> dict[str, list[str]]:
+        """Return what was erased while a model answered a task, and from which sites."""
         table = self.results.interventions
         if table.empty:
-            return []
-        return erasures_of(table[(table.model == model) & (table.task == task)])
+            return {}
+        rows = table[(table.model == model) & (table.task == task) & table.value.notna()]
+        return {
+            name: list(dict.fromkeys(rows.site[rows.intervention == name]))
+            for name in erasures_of(rows)
+        }
 
     def answer_without(
         self, example: pd.Series, *, model: str, layer: int, erasure: str, site: str
@@ -291,14 +309,22 @@ class SavedRun:
         NoEdit, NoInterventions
             It cannot be done.
         """
-        key = (model, example.task)
-        if key not in self._live:
-            for live in self._live.values():
-                live.release()
-            self._live.clear()
-            self._live[key] = LiveAnswers(self._study(model), example.task)
-        p_c = self._live[key].ask(example, layer=layer, name=erasure, site=site)
+        live = self._live
+        if live is None or live[:2] != (model, example.task):
+            self._release_models()
+            live = _LiveModel(model, example.task, LiveAnswers(self._study(model), example.task))
+            self._live = live
+        p_c = live.answers.ask(example, layer=layer, name=erasure, site=site)
         return Said.of(p_c, example, self.results.tasks[example.task])
+
+    def _release_models(self) -> None:
+        """Drop what is loaded: there is one at a time."""
+        if self._model is not None:
+            self._model.vlm.release()
+            self._model = None
+        if self._live is not None:
+            self._live.answers.release()
+            self._live = None
 
     def _study(self, model: str) -> ModelStudy:
         folder = self.home.data / "interventions" / self.name
@@ -323,9 +349,7 @@ class SavedRun:
         is_same = model is not None and (model.name, model.control) == (key.model, key.control)
         if model is not None and is_same and (model.has_head or not needs_head):
             return model
-        if model is not None:
-            model.vlm.release()
-            self._model = None
+        self._release_models()
         settings = self._extraction_settings(key)
         vlm = reload_model(settings, home=self.home, with_head=needs_head)
         test_files = self.examples.file[self.examples.split == "test"].unique()

@@ -60,8 +60,9 @@ def tasks_of(table: pd.DataFrame) -> list[str]:
 
 
 def erasures_of(table: pd.DataFrame) -> list[str]:
-    """Return the erasures that a table has, in its order."""
-    return [name for name in dict.fromkeys(table.intervention) if name in ERASURE_WORDS]
+    """Return the erasures that were done, in the table's order."""
+    done = table.intervention[table.value.notna()]
+    return [name for name in dict.fromkeys(done) if name in ERASURE_WORDS]
 
 
 # ------------------------------------------------------------------------- known, said and used
@@ -106,7 +107,7 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
         colour, symbol = SITE_LOOKS[site]
         figure.add_trace(
             legend_entry(
-                f"answer without it in {SITE_WORDS[site]}",
+                f"said, erased from {SITE_WORDS[site]}",
                 mode="lines+markers",
                 line={"color": colour, "width": 2},
                 marker={"symbol": symbol, "size": 8},
@@ -199,7 +200,7 @@ def _curve(
 def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
     """Draw how much accuracy each erasure takes, by layer and tokens; a panel per model.
 
-    A star marks what differs from the random subspace, corrected for the number of layers.
+    A star marks what takes more than the random subspace, corrected for the number of layers.
 
     Parameters
     ----------
@@ -209,7 +210,7 @@ def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
     """
     rows = table[(table.task == task) & table.intervention.isin(ERASURE_WORDS)]
     effects = rows[(rows.metric == "effect") & rows.value.notna()]
-    beyond = rows[(rows.metric == "over_random") & (rows.p_holm < SIGNIFICANT)]
+    beyond = rows[(rows.metric == "over_random") & (rows.p_holm < SIGNIFICANT) & (rows.value < 0)]
     stars = set(zip(beyond.model, beyond.layer, beyond.intervention, beyond.site, strict=True))
     models = list(dict.fromkeys(effects.model))
     figure = make_subplots(

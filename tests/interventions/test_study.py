@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from probekit.interventions.scores import Done, TaskScores
 from probekit.interventions.settings import Intervention
 from probekit.models.replay_check import ReplayVerdict
 from probekit.probes.labels import LabelSet
+from probekit.report import used
 from probekit.report.saved_run import SavedRun
 from probekit.workflow import interventions_folder, open_activations
 
@@ -40,8 +44,11 @@ def test_every_intervention_has_its_rows(activations, small_run):
     erased = done[done.intervention == "leace"]
     assert set(erased.site) == {"image", "text", "last"}
     assert set(erased.control) == {"none", "random", "other_task"}
-    assert set(erased.erased[erased.site == "image"]) == {"category"}
-    assert set(erased.erased[erased.site == "text"]) == {"caption"}
+    named = erased.groupby(["control", "site"]).erased.unique()
+    assert named["none", "image"].tolist() == ["category"]
+    assert named["none", "text"].tolist() == ["caption"]
+    assert named["other_task", "text"].tolist() == ["category"]
+    assert named["random", "text"].tolist() == [""]
     assert set(done.site[done.intervention == "cut"]) == {"image>text", "image>last", "text>last"}
     assert done.layer[done.intervention == "cut"].nunique() == 8
     rebuilt = table[(table.metric == "probe_accuracy") & (table.intervention == "leace")]
@@ -76,18 +83,18 @@ def test_what_is_done_is_not_done_again_and_a_killed_run_goes_on(activations, mo
     monkeypatch.setattr(running, "SHARD_IMAGES", 2)
     wanted = FEW | {"routes": [], "doses": [], "layers": [3, 4]}
     calls = []
-    intervene = running.intervene
+    do_one = running.do_one
 
     def counted(*arguments, **options):
-        if len(calls) == 20:
+        if len(calls) == 40:  # in the second shard
             raise KeyboardInterrupt
         calls.append(arguments)
-        return intervene(*arguments, **options)
+        return do_one(*arguments, **options)
 
-    monkeypatch.setattr(running, "intervene", counted)
+    monkeypatch.setattr(running, "do_one", counted)
     with pytest.raises(KeyboardInterrupt):
         pk.intervene(activations, **wanted)
-    monkeypatch.setattr(running, "intervene", intervene)
+    monkeypatch.setattr(running, "do_one", do_one)
     folder = interventions_folder("small")
     done = {file: file.stat().st_mtime_ns for file in folder.rglob("shard-*-lm.0[34]-*")}
     assert done
@@ -136,6 +143,43 @@ def test_states_that_are_not_finite_are_one_empty_cell(activations):
     assert len(answers(steered[steered.dose == 1.0]))
 
 
+def test_a_table_of_other_activations_is_not_shown(activations, small_run, capsys):
+    pk.intervene(activations, **FEW | {"erase": [], "doses": [], "routes": ["text>last"]})
+    assert len(SavedRun.open("small").results.interventions)
+    folder = interventions_folder("small")
+    record = json.loads((folder / study.RECORD).read_text(encoding="utf-8"))
+    record["folders"] = ["data/activations/another/0123456789ab"]
+    (folder / study.RECORD).write_text(json.dumps(record), encoding="utf-8")
+    assert SavedRun.open("small").results.interventions.empty
+    assert "is of other examples or activations: run 04_intervene" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_erased_there_is_no_figure(activations):
+    examples = activations[0].examples
+    without = examples[examples.task == "caption"].reset_index(drop=True)
+    views = [replace(activations[0], examples=without)]
+    table = pk.intervene(views, **FEW | {"tokens": ["image"], "doses": [], "routes": []})
+    assert table.reason.str.contains("add a task with categories").any()
+    assert used.erasures_of(table) == []
+    with pytest.raises(ValueError, match="no erasure for caption"):
+        used.used_figure(table, "caption")
+
+
+def test_one_of_many_rows_may_stand_anywhere(activations):
+    wanted = FEW | {"erase": ["leace"], "doses": [], "routes": [], "tokens": ["last"]}
+    table = pk.intervene(activations, **wanted)
+    shuffled = activations[0].examples.sample(frac=1, random_state=0).reset_index(drop=True)
+    mixed = pk.intervene([replace(activations[0], examples=shuffled)], **wanted | {"images": 12})
+    straight = pk.intervene(activations, **wanted | {"images": 12})
+    keys = ["layer", "intervention", "control", "metric", "read_layer"]
+    both = [one.set_index(keys).value.dropna() for one in (mixed, straight)]
+    for metric in ("accuracy", "margin"):
+        of_metric = [one[one.index.get_level_values("metric") == metric] for one in both]
+        alone = [one[one.index.get_level_values("intervention") == "none"] for one in of_metric]
+        assert alone[0].tolist() == pytest.approx(alone[1].tolist())
+    assert len(table)
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -146,6 +190,7 @@ def test_states_that_are_not_finite_are_one_empty_cell(activations):
         ({"erase": ["hope"]}, r"erase=\['hope'\]: take out of leace, mean_difference, logreg"),
         ({"routes": ["image"]}, r"routes=\['image'\]: take out of image>text"),
         ({"erase": [], "doses": [], "routes": []}, "name something that is to be done"),
+        ({"tokens": ["image"]}, "are added to the last token or to the text"),
         ({"dose": 3}, "there is no setting 'dose'"),
     ],
 )

@@ -102,6 +102,10 @@ def test_keys_move_the_sliders_and_what_they_show(jupyter):
         moves = lab.measure_key_presses(page, layer, "ArrowRight", times=3)
         assert all({"photo", "curve"} <= set(move) for move in moves), moves
 
+        lab.choose_option(page, "task", "caption")
+        lab.choose_option(page, "erase here", "from last token")
+        page.get_by_text("then it says").first.wait_for(timeout=30_000)
+
         search = lab.find_widget(page, "text", "search").locator("input")
         search.fill("nothing is like this")
         search.press("Enter")

@@ -291,4 +291,4 @@ def test_a_concept_is_erased_while_the_model_answers(intervened_home):
 
 def test_without_interventions_nothing_can_be_erased(explorer):
     assert explorer.erase_controls.layout.display == "none"
-    assert explorer.saved.erasures("tiny-qwen2-vl", "caption") == []
+    assert explorer.saved.erasures("tiny-qwen2-vl", "caption") == {}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from probekit.interventions.concepts import ConceptNames, FittedEdits
 from probekit.interventions.edits import random_edit
-from probekit.interventions.running import Reader, intervene
+from probekit.interventions.running import Reader, do_one
 from probekit.interventions.scores import Done, TaskScores
 from probekit.interventions.settings import (
     OTHER_TASK,
@@ -185,7 +185,7 @@ def study(
     planned = [one for one in planned if one.control != OTHER_TASK]
     done = []
     for one in planned:
-        readings = intervene(kept, one, edits, reader, why_no_cut="")
+        readings = do_one(kept, one, edits, reader, why_no_cut="")
         reason = readings if isinstance(readings, str) else ""
         done.append(Done(one, None if reason else readings, reason))
     y_nc = torch.from_numpy(test_labels[which][:, None]).float()
