@@ -208,3 +208,38 @@ def test_neighbours_are_those_of_the_cpu():
     x_nd = np.random.default_rng(0).normal(size=(1500, 32)).astype(np.float32)
     of_cpu, of_gpu = (nearest_examples(x_nd, device=device) for device in ("cpu", "cuda"))
     assert (of_cpu == of_gpu).mean() > 0.999  # the last bit decides between two that are as near
+
+
+def intervene_on(model: str, device: str, scene_folder: Path, root: Path, **settings):
+    """The table of some interventions, in a home of their own."""
+    home = Home.find(root / device)
+    examples = workflow.build_examples(scene_folder, run="small", home=home, **SPLIT_SIZES)
+    activations = workflow.extract(model, examples, device=device, home=home, **settings)
+    table = workflow.intervene(
+        activations,
+        layers=[0, 5, 8],
+        images=8,
+        fit_images=30,
+        resamples=50,
+        device=device,
+        home=home,
+    )
+    keys = ["layer", "intervention", "site", "dose", "control", "metric", "read_layer"]
+    return table.set_index(keys).value
+
+
+def test_interventions_do_what_they_do_on_the_cpu(model, scene_folder, tmp_path):
+    expected, found = [
+        intervene_on(model, device, scene_folder, tmp_path, dtype="float32")
+        for device in ("cpu", "cuda")
+    ]
+    assert found.index.equals(expected.index)
+    margins = expected.index.get_level_values("metric") == "margin"
+    np.testing.assert_allclose(found[margins], expected[margins], atol=0.02)
+
+
+def test_interventions_in_half_precision_change_nothing_where_nothing_is_changed(
+    model, scene_folder, tmp_path
+):
+    table = intervene_on(model, "cuda", scene_folder, tmp_path, dtype="bfloat16")
+    assert {"leace", "cut", "steer"} <= set(table.index.get_level_values("intervention"))

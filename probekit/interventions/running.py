@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
@@ -369,16 +369,25 @@ def _write_file(file: Path, results: Sequence[Readings | str]) -> None:
 
 
 def _read_file(file: Path) -> list[tuple[Readings | None, str]]:
-    with safe_open(file, framework="numpy") as opened:
-        reasons = json.loads(opened.metadata()["probekit"])["reasons"]
-        return [
-            (None, reason)
-            if reason
-            else (
-                Readings(
-                    opened.get_tensor(f"{place}/answers"), opened.get_tensor(f"{place}/probes")
-                ),
-                "",
-            )
-            for place, reason in enumerate(reasons)
-        ]
+    """Return for each intervention of a layer what was read, or why nothing was.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged; the message names the fix.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            reasons = json.loads(opened.metadata()["probekit"])["reasons"]
+            return [
+                (None, reason) if reason else (_read_tensors(opened, place), "")
+                for place, reason in enumerate(reasons)
+            ]
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): delete it, then 04_intervene makes just that again"
+        ) from error
+
+
+def _read_tensors(opened: Any, place: int) -> Readings:
+    return Readings(opened.get_tensor(f"{place}/answers"), opened.get_tensor(f"{place}/probes"))

@@ -80,8 +80,6 @@ class TaskScores:
         is_scored_n = np.take_along_axis(self._counts_na, self._right_n[:, None], 1)[:, 0]
         self._rows = np.flatnonzero(is_scored_n)
         self._image_n = labels.image_n[self._rows]
-        self._y_nc = y_nc
-        self._mask_nc = mask_nc
         self._resamples = resamples
 
     def table(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from probekit.interventions.settings import CUT, OTHER_TASK, RANDOM, STEER
@@ -135,9 +136,9 @@ def _used_traces(rows: pd.DataFrame, erasure: str, sites: Sequence[str]) -> list
     plain = rows[rows.intervention == "none"]
     said = plain[plain.metric == "accuracy"].iloc[0]
     known = plain[plain.metric == "probe_accuracy"]
-    ends = [0, int(layer_number(rows.layer[rows.layer != ""]).max())]
+    last_layer = int(layer_number(rows.layer[rows.layer != ""]).max())
     if len(known):
-        ends = [0, int(layer_number(known.read_layer).max())]
+        last_layer = int(layer_number(known.read_layer).max())
         traces += _curve(
             layer_number(known.read_layer),
             known,
@@ -145,20 +146,7 @@ def _used_traces(rows: pd.DataFrame, erasure: str, sites: Sequence[str]) -> list
             colour=KNOWN_COLOUR,
             symbol=SYMBOLS[0],
         )
-    traces.append(band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR))
-    traces.append(
-        go.Scatter(
-            x=np.arange(ends[1] + 1),
-            y=np.full(ends[1] + 1, said.value),
-            mode="lines",
-            line={"color": SAID_COLOUR, "width": 2.5},
-            showlegend=False,
-            hovertemplate=(
-                f"<b>the model’s answer</b><br>accuracy {said.value:.3f} "
-                f"[{said.lo:.3f}, {said.hi:.3f}]<br>n = {said.n:,.0f}<extra></extra>"
-            ),
-        )
-    )
+    traces += _said_traces(said, last_layer)
     for site in sites:
         colour, symbol = SITE_LOOKS[site]
         curve = erased[(erased.site == site) & (erased.control == "none")]
@@ -171,6 +159,26 @@ def _used_traces(rows: pd.DataFrame, erasure: str, sites: Sequence[str]) -> list
                 symbol=symbol,
             )
     return traces
+
+
+def _said_traces(said: pd.Series, last_layer: int) -> list[go.Scatter]:
+    """Return what the model says when it is left alone: a line across with its band."""
+    ends = [0, last_layer]
+    return [
+        band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR),
+        go.Scatter(
+            # Points in between, so that hovering anywhere on the line shows it.
+            x=np.arange(last_layer + 1),
+            y=np.full(last_layer + 1, said.value),
+            mode="lines",
+            line={"color": SAID_COLOUR, "width": 2.5},
+            showlegend=False,
+            hovertemplate=(
+                f"<b>the model’s answer</b><br>accuracy {said.value:.3f} "
+                f"[{said.lo:.3f}, {said.hi:.3f}]<br>n = {said.n:,.0f}<extra></extra>"
+            ),
+        ),
+    ]
 
 
 def _curve(
@@ -366,18 +374,7 @@ def routes_figure(table: pd.DataFrame, task: str) -> go.Figure:
     for place, model in enumerate(models, 1):
         of_model = cut[cut.model == model]
         said = rows[(rows.model == model) & (rows.intervention == "none")].iloc[0]
-        ends = [0, int(layer_number(of_model.layer).max())]
-        traces = [
-            band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR),
-            go.Scatter(
-                x=ends,
-                y=[said.value] * 2,
-                mode="lines",
-                line={"color": SAID_COLOUR, "width": 2.5},
-                showlegend=False,
-                hoverinfo="skip",
-            ),
-        ]
+        traces = _said_traces(said, int(layer_number(of_model.layer).max()))
         for number, route in enumerate(routes):
             curve = of_model[of_model.site == route]
             traces += _curve(
@@ -450,8 +447,6 @@ def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
 
 
 def _depth_colour(number: int, count: int) -> str:
-    from plotly.colors import sample_colorscale
-
     return sample_colorscale(DOSE_COLOURS, [0.9 * number / max(1, count - 1)])[0]
 
 

@@ -106,6 +106,17 @@ def test_what_is_done_is_not_done_again_and_a_killed_run_goes_on(activations, mo
         pk.intervene(activations, **wanted | {"layers": [2, 3, 4]})
 
 
+def test_a_damaged_file_is_named_and_made_again_once_it_is_gone(activations):
+    wanted = FEW | {"erase": [], "doses": [], "routes": ["text>last"], "seed": 9}
+    table = pk.intervene(activations, **wanted)
+    file = max(interventions_folder("small").rglob("shard-*"), key=lambda one: one.stat().st_mtime)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .*: delete it, then 04"):
+        pk.intervene(activations, **wanted)
+    file.unlink()
+    pd.testing.assert_frame_equal(pk.intervene(activations, **wanted), table)
+
+
 def test_probes_are_left_out_where_there_are_none(activations, monkeypatch, capsys):
     def fail(*arguments):
         raise FileNotFoundError("no results here")
