@@ -210,8 +210,9 @@ def run_interventions(
     OSError, ValueError, MemoryError
         An image cannot be read or does not fit the memory; what is done is on disk.
     """
-    edits.fit(work.interventions)
     missing = work.missing()
+    layers_missing = {layer for _, layers in missing for layer in layers}
+    edits.fit([one for one in work.interventions if one.layer in layers_missing])
     tables = work.shards()
     total = sum(
         tables[shard].file.nunique() * sum(len(work.by_layer[layer]) for layer in layers)

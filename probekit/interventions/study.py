@@ -396,8 +396,9 @@ def study_models(
         for view in views
         if control_name(view) == "none"
     ]
-    for study in studies:
-        plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
+    for study in studies:  # what a model refuses is said before any of them runs
+        if study.layers:
+            plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
     tables = [study.run() for study in studies]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
