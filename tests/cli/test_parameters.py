@@ -170,8 +170,8 @@ def test_copies_of_notebooks_are_not_run(copied_notebooks, ending):
     names = [notebook.name for notebook in list_notebooks()]
     copy = copied_notebooks / f"01_build_data{ending}.ipynb"
     shutil.copy(copied_notebooks / "01_build_data.ipynb", copy)
-    shutil.copy(copied_notebooks / "03_probe.ipynb", copied_notebooks / "06_copy_of_mine.ipynb")
-    assert [one.name for one in list_notebooks()] == [*names, "06_copy_of_mine.ipynb"]
+    shutil.copy(copied_notebooks / "03_probe.ipynb", copied_notebooks / "07_copy_of_mine.ipynb")
+    assert [one.name for one in list_notebooks()] == [*names, "07_copy_of_mine.ipynb"]
     assert list_copies() == [copy]
 
 

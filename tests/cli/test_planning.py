@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
     assert [int(workers) for workers, _ in rows] == [1, 2, 4, 6]
     hours = [float(text) for _, text in rows]
     assert hours[0] > hours[1] > hours[2] >= hours[3]
-    assert "tiny-qwen2-vl, caption: 100 on each of 100 test images" in interventions
+    assert re.search(r"tiny-qwen2-vl, caption: \d+ on each of 100 test images", interventions)
     assert main(["plan", "--params", str(tmp_path / "none.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
