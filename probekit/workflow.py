@@ -368,7 +368,6 @@ def probe(
         back.
     """
     from probekit.answers.scores import score_answers
-    from probekit.extraction.store import Activations
     from probekit.probes.fitting import training_device
     from probekit.probes.localisation import add_localisation
     from probekit.probes.probing import probe_activations
@@ -376,10 +375,7 @@ def probe(
     from probekit.report.results import Results
 
     home = paths.Home.find(home)
-    views = with_controls([activations] if isinstance(activations, Activations) else activations)
-    if not views:
-        raise ValueError("there are no activations to probe: extract some first")
-    examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
+    views, examples = _views_and_examples(activations)
     run = run_of(examples)
     parameters.read_parameters({"localise": localise, "heat_images": heat_images})
     settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
@@ -416,6 +412,19 @@ def probe(
     return Results.of(results, examples)
 
 
+def _views_and_examples(
+    activations: Activations | Iterable[Activations],
+) -> tuple[list[Activations], pd.DataFrame]:
+    """Return activations with their controls, and the examples as no control has changed them."""
+    from probekit.extraction.store import Activations
+
+    views = with_controls([activations] if isinstance(activations, Activations) else activations)
+    if not views:
+        raise ValueError("there are no activations to probe: extract some first")
+    plain = next((view for view in views if view.control == "none"), views[0])
+    return views, plain.examples
+
+
 def intervene(
     activations: Activations | Iterable[Activations],
     *,
@@ -450,15 +459,11 @@ def intervene(
         `p_holm` is corrected for the number of layers. A row without a value has its `reason`. It
         is in ``data/interventions/<run>``, too; what is there already is not done again.
     """
-    from probekit.extraction.store import Activations
     from probekit.interventions.study import study_models
     from probekit.probes.results import ProbeResults
 
     home = paths.Home.find(home)
-    views = with_controls([activations] if isinstance(activations, Activations) else activations)
-    if not views:
-        raise ValueError("there are no activations: extract some first")
-    examples = next((view.examples for view in views if view.control == "none"), views[0].examples)
+    views, examples = _views_and_examples(activations)
     run = run_of(examples)
     wanted = intervention_settings(settings)
     fingerprint = building.table_fingerprint(examples)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 
+from probekit.models.devices import copy_to
 from probekit.probes.estimators import LayerwiseLogisticRegression
 
 # Directions whose share of the largest is smaller are rounding.
@@ -65,15 +66,11 @@ class AffineEdit:
 
     def to(self, device: str) -> AffineEdit:
         """Return the edit in float32 on a device."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device=device, dtype=torch.float32)
-
         return AffineEdit(
-            move(self.mean_d),
-            move(self.read_dr),
-            move(self.write_rd),
-            None if self.shift_r is None else move(self.shift_r),
+            copy_to(device, self.mean_d, torch.float32),
+            copy_to(device, self.read_dr, torch.float32),
+            copy_to(device, self.write_rd, torch.float32),
+            None if self.shift_r is None else copy_to(device, self.shift_r, torch.float32),
         )
 
 
@@ -101,8 +98,7 @@ class SameNormEdit:
 
     def to(self, device: str) -> SameNormEdit:
         """Return the edit in float32 on a device."""
-        basis_rd = self.basis_rd.to(device=device, dtype=torch.float32)
-        return SameNormEdit(self.edit.to(device), basis_rd)
+        return SameNormEdit(self.edit.to(device), copy_to(device, self.basis_rd, torch.float32))
 
 
 @dataclass(frozen=True)

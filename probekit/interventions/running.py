@@ -22,6 +22,7 @@ from probekit.interventions.edits import NoEdit
 from probekit.interventions.settings import CUT, NOTHING, Intervention
 from probekit.models.attention import AttentionCut, NoCut
 from probekit.models.budget import TokenBudget
+from probekit.models.devices import copy_to
 from probekit.models.load import Vlm
 from probekit.models.output_head import AnswerHead
 from probekit.models.processor import PreparedImage
@@ -88,7 +89,9 @@ class Reader:
         if weights is not None:
             for place in range(len(vlm.layers)):
                 weight_dc, intercept_c = weights.raw_weights(place)
-                self._probes.append((weight_dc.to(vlm.device), intercept_c.to(vlm.device)))
+                self._probes.append(
+                    (copy_to(vlm.device, weight_dc), copy_to(vlm.device, intercept_c))
+                )
 
     def __call__(self, states: Mapping[int, torch.Tensor]) -> Readings:
         """Read the states (n, d) of some layers, the last one among them."""

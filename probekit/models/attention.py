@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +61,6 @@ class _Active:
     cut: AttentionCut | None = None
     start: int = 0
     calls: int = 0
-    seen: set[int] = field(default_factory=set)
 
 
 _active = _Active()
@@ -89,27 +88,22 @@ def cut_attention(vlm: Vlm, cut: AttentionCut, *, start: int = 0) -> Iterator[No
         raise NoCut(f"attention is {original!r}, and only {CUTTABLE!r} can be cut")
     _register()
 
-    def switch_on(number: int) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            _active.cut = cut
-            _active.calls = 0
+    was_cut: set[nn.Module] = set()
 
-        return hook
+    def switch_on(block: nn.Module, args: tuple) -> None:
+        _active.cut = cut
+        _active.calls = 0
 
-    def switch_off(number: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if _active.calls:
-                _active.seen.add(number)
-            _active.cut = None
-
-        return hook
+    def switch_off(block: nn.Module, args: tuple, output: Any) -> None:
+        if _active.calls:
+            was_cut.add(block)
+        _active.cut = None
 
     _active.start = start
-    _active.seen = set()
     handles = []
     for number in cut.blocks:
-        handles.append(vlm.blocks[number].register_forward_pre_hook(switch_on(number)))
-        handles.append(vlm.blocks[number].register_forward_hook(switch_off(number)))
+        handles.append(vlm.blocks[number].register_forward_pre_hook(switch_on))
+        handles.append(vlm.blocks[number].register_forward_hook(switch_off))
     config._attn_implementation = NAME
     try:
         yield
@@ -118,11 +112,11 @@ def cut_attention(vlm: Vlm, cut: AttentionCut, *, start: int = 0) -> Iterator[No
         _active.cut = None
         for handle in handles:
             handle.remove()
-    blind = sorted(set(cut.blocks) - _active.seen)
-    if blind:
+    uncut = [number for number in cut.blocks if vlm.blocks[number] not in was_cut]
+    if uncut:
         raise NoCut(
             "attention does not go through transformers' interface in block "
-            f"{', '.join(map(str, blind))} of {len(vlm.blocks)}"
+            f"{', '.join(map(str, uncut))} of {len(vlm.blocks)}"
         )
 
 

@@ -90,9 +90,7 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
         Nothing was erased for this task.
     """
     rows = table[(table.task == task) & table.value.notna()]
-    erasure = erasure or next(iter(erasures_of(rows)), "")
-    if erasure not in set(rows.intervention):
-        raise ValueError(f"no {erasure or 'erasure'} for {task} in these interventions")
+    erasure = _choose_erasure(rows, erasure, task=task)
     models = list(dict.fromkeys(rows.model))
     figure = _panels(models)
     sites = [site for site in SITE_LOOKS if site in set(rows.site)]
@@ -120,6 +118,14 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
     _style(figure, f"Known, said and used ({words}) — {task_words(task)}", rows)
     figure.update_yaxes(title="accuracy (test)", col=1)
     return figure
+
+
+def _choose_erasure(rows: pd.DataFrame, erasure: str | None, *, task: str) -> str:
+    """Return the erasure that is named, or the first; refuse one that was not done."""
+    done = erasures_of(rows)
+    if not done or (erasure or done[0]) not in done:
+        raise ValueError(f"no {erasure or 'erasure'} for {task} in these interventions")
+    return erasure or done[0]
 
 
 def _used_traces(rows: pd.DataFrame, erasure: str, sites: Sequence[str]) -> list[go.Scatter]:
@@ -302,9 +308,14 @@ def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None
     task : str
     erasure : str, optional
         The first of the table unless it is named.
+
+    Raises
+    ------
+    ValueError
+        Nothing was erased for this task.
     """
     rows = table[(table.task == task) & (table.control == "none")]
-    erasure = erasure or erasures_of(rows)[0]
+    erasure = _choose_erasure(rows, erasure, task=task)
     rows = rows[(rows.intervention == erasure) & (rows.metric == "probe_accuracy")]
     models = list(dict.fromkeys(rows.model))
     sites = [site for site in SITE_LOOKS if site in set(rows.site)]
