@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from probekit.models.forward import States, run_pooled
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
 from probekit.models.replay import KeptPass, NoReplay
-from probekit.models.sharing import PRECISIONS, find_largest_difference
+from probekit.models.sharing import PRECISIONS, Difference, find_largest_difference
 
 REPLAY_WAYS = ("shared", "plain")
 
@@ -62,8 +62,8 @@ def check_replay(vlm: Vlm, prepared: Sequence[PreparedImage]) -> ReplayVerdict:
     reasons = []
     for way in REPLAY_WAYS:
         try:
-            kept = KeptPass(vlm, prepared, way=way)
-            difference = _largest_difference(vlm, kept, expected)
+            trial = _Trial(vlm, KeptPass(vlm, prepared, way=way), expected)
+            reason = trial.why_inexact()
         except NoReplay as error:
             return ReplayVerdict("", str(error), str(error))
         except Exception as error:  # whatever a model raises, this way is not one of its
@@ -71,91 +71,97 @@ def check_replay(vlm: Vlm, prepared: Sequence[PreparedImage]) -> ReplayVerdict:
                 raise
             reasons.append(f"{way}: {type(error).__name__}: {error}")
             continue
-        if difference is None:
-            return ReplayVerdict(way, "; ".join(reasons), _why_no_cut(vlm, kept, prepared=prepared))
-        reasons.append(f"{way}: {difference}")
+        if not reason:
+            return ReplayVerdict(way, "; ".join(reasons), trial.why_no_cut(prepared))
+        reasons.append(f"{way}: {reason}")
     reason = "; ".join(reasons)
     return ReplayVerdict("", reason, reason)
 
 
-def _largest_difference(vlm: Vlm, kept: KeptPass, expected: States) -> str | None:
-    """Say where states are not as they should be; None where all of them are."""
-    precision = PRECISIONS[vlm.dtype]
-    blocks = len(vlm.blocks)
-    first_run = {number: kept.last_states(number) for number in range(blocks + 1)}
-    difference = find_largest_difference(
-        _by_name(vlm, first_run),
-        expected,
-        spread_part=precision.padding,
-        rounding=precision.rounding,
-    )
-    if difference.excess > 1:
-        return f"a pass in parts differs by {difference} from a plain one"
-    for layer in sorted({0, blocks // 2, blocks - 1}):
-        for names in (("last",), ("text",), ("image", "text")):
-            again = kept.rerun(layer, dict.fromkeys(names, _unchanged))
-            difference = find_largest_difference(
-                _by_name(vlm, again),
-                _by_name(vlm, {number: first_run[number] for number in again}),
-                spread_part=precision.spread,
-                rounding=precision.rounding,
-            )
-            if difference.excess > 1:
-                return f"changing nothing changes {difference}"
-    return None
+class _Trial:
+    """A kept pass beside a plain one.
 
+    States may differ by what those of a padded batch and of passes alone may: kernels for one token
+    round otherwise than those for many.
+    """
 
-def _why_no_cut(vlm: Vlm, kept: KeptPass, *, prepared: Sequence[PreparedImage]) -> str:
-    precision = PRECISIONS[vlm.dtype]
-    try:
-        nothing_nt = torch.zeros_like(kept.token_sets["image"])
-        uncut = kept.rerun(0, {}, cut=_cut_from_text(kept, nothing_nt))
-        difference = find_largest_difference(
-            _by_name(vlm, uncut),
-            _by_name(vlm, {number: kept.last_states(number) for number in uncut}),
-            spread_part=precision.spread,
-            rounding=precision.rounding,
+    def __init__(self, vlm: Vlm, kept: KeptPass, expected: States) -> None:
+        self.vlm = vlm
+        self.kept = kept
+        self.expected = expected
+        self.first_run = self._by_name(
+            {number: kept.last_states(number) for number in range(len(vlm.blocks) + 1)}
         )
+
+    def why_inexact(self) -> str:
+        """Say where states are not as they should be; "" where all of them are."""
+        difference = self._compare(self.first_run, self.expected)
         if difference.excess > 1:
-            return f"cutting nothing changes {difference}"
-        return _why_image_shows(vlm, kept, prepared=prepared)
-    except NoCut as error:
-        return str(error)
-    except Exception as error:  # whatever a model raises, its attention cannot be cut
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {error}"
+            return f"a pass in parts differs by {difference} from a plain one"
+        blocks = len(self.vlm.blocks)
+        for layer in sorted({0, blocks // 2, blocks - 1}):
+            for names in (("last",), ("text",), ("image", "text")):
+                again = self.kept.rerun(layer, dict.fromkeys(names, _unchanged))
+                difference = self._compare_with_first_run(again)
+                if difference.excess > 1:
+                    return f"changing nothing changes {difference}"
+        return ""
 
+    def why_no_cut(self, prepared: Sequence[PreparedImage]) -> str:
+        """Say in a line why attention cannot be cut; "" where it can."""
+        try:
+            nothing_nt = torch.zeros_like(self.kept.token_sets["image"])
+            uncut = self.kept.rerun(0, {}, cut=_cut_from_text(self.kept, nothing_nt))
+            difference = self._compare_with_first_run(uncut)
+            if difference.excess > 1:
+                return f"cutting nothing changes {difference}"
+            return self._why_image_shows(prepared)
+        except NoCut as error:
+            return str(error)
+        except Exception as error:  # whatever a model raises, its attention cannot be cut
+            if is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {error}"
 
-def _why_image_shows(vlm: Vlm, kept: KeptPass, *, prepared: Sequence[PreparedImage]) -> str:
-    """Say that the image reaches the answer although no token after it looks at its tokens."""
-    precision = PRECISIONS[vlm.dtype]
-    inputs = [image.image_inputs for image in prepared]
-    swapped = [
-        replace(image, image_inputs=other)
-        for image, other in zip(prepared, [*inputs[1:], inputs[0]], strict=True)
-    ]
-    if len(prepared) == 1:
-        swapped = [prepared[0].with_inputs(lambda one: -one if one.is_floating_point() else one)]
-    states = []
-    for one in (kept, KeptPass(vlm, swapped, way=kept.way)):
-        cut = _cut_from_text(one, one.token_sets["image_span"])
-        states.append(_by_name(vlm, one.rerun(0, {}, cut=cut)))
-    difference = find_largest_difference(
-        states[1], states[0], spread_part=precision.padding, rounding=precision.rounding
-    )
-    if difference.excess > 1:
-        return "the image reaches the answer by another way than its tokens"
-    return ""
+    def _why_image_shows(self, prepared: Sequence[PreparedImage]) -> str:
+        """Say that the image reaches the answer although no token after it looks at its tokens."""
+        inputs = [image.image_inputs for image in prepared]
+        swapped = [
+            replace(image, image_inputs=other)
+            for image, other in zip(prepared, [*inputs[1:], inputs[0]], strict=True)
+        ]
+        if len(prepared) == 1:
+            swapped = [prepared[0].with_inputs(_negative)]
+        states = []
+        for one in (self.kept, KeptPass(self.vlm, swapped, way=self.kept.way)):
+            cut = _cut_from_text(one, one.token_sets["image_span"])
+            states.append(self._by_name(one.rerun(0, {}, cut=cut)))
+        difference = self._compare(states[1], states[0])
+        if difference.excess > 1:
+            return "the image reaches the answer by another way than its tokens"
+        return ""
+
+    def _compare_with_first_run(self, again: Mapping[int, torch.Tensor]) -> Difference:
+        states = self._by_name(again)
+        return self._compare(states, {key: self.first_run[key] for key in states})
+
+    def _compare(self, states: States, expected: States) -> Difference:
+        precision = PRECISIONS[self.vlm.dtype]
+        return find_largest_difference(
+            states, expected, spread_part=precision.padding, rounding=precision.rounding
+        )
+
+    def _by_name(self, states: Mapping[int, torch.Tensor]) -> States:
+        return {f"{self.vlm.layers[number]}/last": values for number, values in states.items()}
 
 
 def _cut_from_text(kept: KeptPass, key_nt: torch.Tensor) -> AttentionCut:
     return AttentionCut(range(len(kept.vlm.blocks)), kept.token_sets["text"], key_nt)
 
 
+def _negative(values: torch.Tensor) -> torch.Tensor:
+    return -values if values.is_floating_point() else values
+
+
 def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
-
-
-def _by_name(vlm: Vlm, states: dict[int, torch.Tensor]) -> States:
-    return {f"{vlm.layers[number]}/last": values_nd for number, values_nd in states.items()}
