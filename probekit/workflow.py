@@ -65,9 +65,9 @@ def build_examples(
     Returns
     -------
     DataFrame
-        One row per example: `image_id, file, split, task, item, prompt, labels, mask`, what its
-        task is (`kind, classes, question, answers, variant_of`), and `run`. It is read back where
-        nothing has changed.
+        One row per example: `image_id, file, split, task, item, prompt, labels, mask`, the
+        categories that it asks about (`asked`), what its task is (`kind, classes, question,
+        answers, variant_of`), and `run`. It is read back where nothing has changed.
 
     Raises
     ------

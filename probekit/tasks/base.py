@@ -304,6 +304,7 @@ def example_rows(
     labels: Sequence | np.ndarray,
     *,
     masks: Sequence | np.ndarray | None = None,
+    asked: Sequence[Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """Return examples in the form that a task hands back, one for each row of `images`.
 
@@ -317,18 +318,25 @@ def example_rows(
         0 or 1: shape (n,) for a binary task, (n, c) for the others.
     masks : array-like, optional
         Shape (n, c): 1 where a label counts. By default all of them count.
+    asked : sequence of sequence of str, optional
+        The categories that each of the n prompts asks about. By default none; of a task whose
+        classes are categories they are those that count.
 
     Returns
     -------
     DataFrame
-        Indexed like `images`: `file`, `split`, `prompt`, and the lists `labels` and `mask`.
+        Indexed like `images`: `file`, `split`, `prompt`, and the lists `labels`, `mask` and
+        `asked`.
     """
     label_nc = np.asarray(labels, dtype=int)
     if label_nc.ndim == 1:
         label_nc = label_nc[:, None]
     mask_nc = np.ones_like(label_nc) if masks is None else np.asarray(masks, dtype=int)
     return images[["file", "split"]].assign(
-        prompt=list(prompts), labels=label_nc.tolist(), mask=mask_nc.tolist()
+        prompt=list(prompts),
+        labels=label_nc.tolist(),
+        mask=mask_nc.tolist(),
+        asked=[list(names) for names in asked] if asked is not None else [[]] * len(images),
     )
 
 

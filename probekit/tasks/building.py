@@ -1,9 +1,10 @@
 """From a dataset to the examples table: draw images, split them, and ask the tasks about them.
 
-A row is one example: `image_id, file, split, task, item, prompt, labels, mask`, and what its task
-is: `kind, classes, question, answers, variant_of`. `item` numbers what a task asks about, the same
-in all of its variants. `labels` and `mask` have one entry for each class of the task. A label is 0
-or 1, and counts only where the mask is 1; a binary task has one class.
+A row is one example: `image_id, file, split, task, item, prompt, labels, mask, asked`, and what its
+task is: `kind, classes, question, answers, variant_of`. `item` numbers what a task asks about, the
+same in all of its variants. `labels` and `mask` have one entry for each class of the task. A label
+is 0 or 1, and counts only where the mask is 1; a binary task has one class. `asked` names the
+categories that the prompt asks about.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from probekit.tasks.registry import find_task, find_tasks
 
 SPLITS = ("train", "validation", "test")
 # Version of the files that a build leaves. Files of another version are built again.
-VERSION = 11
+VERSION = 12
 FREQUENT = 40
 LISTED_IMAGES = 50
 
@@ -346,6 +347,13 @@ def _ask_tasks(tasks: dict[str, Task], selection: Selection) -> pd.DataFrame:
         classes = list(task.classes or selection.shows_nc.columns)
         if task.kind == "binary":
             classes = ["match"]
+        if task.kind == "multilabel" and not task.classes:
+            table["asked"] = [
+                [name for name, counts in zip(classes, mask, strict=True) if counts]
+                for mask in table["mask"]
+            ]
+        elif "asked" not in table:  # a user's own table
+            table["asked"] = [[]] * len(table)
         answers = [list(words) for words in task.answer_words]
         tables.append(
             table.assign(

@@ -328,7 +328,14 @@ def object_task(
             prompts = [
                 prompt.format(categories=lists[i], category=names[objects[i]]) for i in asked_rows
             ]
-            parts.append(example_rows(images.iloc[asked_rows], prompts, [label] * len(prompts)))
+            parts.append(
+                example_rows(
+                    images.iloc[asked_rows],
+                    prompts,
+                    [label] * len(prompts),
+                    asked=[[names[objects[i]]] for i in asked_rows],
+                )
+            )
     return pd.concat(parts)
 
 

@@ -201,6 +201,7 @@ def _comparison_rows(
         asked_images = []
         prompts = []
         labels = []
+        asked = []
         for pair in _pair_candidates(candidates, rng):
             direction = int(rng.integers(2))
             for image, (a, b, axis), first in pair:
@@ -211,7 +212,8 @@ def _comparison_rows(
                     asked_images.append(image)
                     prompts.append(prompt.format(a=subject, b=reference, how=how))
                     labels.append(int(is_first == (direction == 0)))
-        parts.append(example_rows(images.loc[asked_images], prompts, labels))
+                    asked.append([a, b])
+        parts.append(example_rows(images.loc[asked_images], prompts, labels, asked=asked))
     return pd.concat(parts)
 
 
@@ -271,6 +273,7 @@ def _answer_rows(
         prompts = []
         labels = []
         masks = []
+        asked = []
         for pair in _pair_candidates(candidates, rng):
             pair_answers = [candidate.answer for candidate in pair]
             for image, (category,), answer in pair:
@@ -278,12 +281,14 @@ def _answer_rows(
                 prompts.append(prompt.format(category=category))
                 labels.append(classes == answer)
                 masks.append(np.isin(classes, pair_answers))
+                asked.append([category])
         parts.append(
             example_rows(
                 images.loc[asked_images],
                 prompts,
                 np.reshape(labels, (-1, class_count)),
                 masks=np.reshape(masks, (-1, class_count)),
+                asked=asked,
             )
         )
     return pd.concat(parts)

@@ -15,9 +15,10 @@ def test_rows_without_a_mask_count_and_binary_labels_get_a_class_of_their_own():
     images = pd.DataFrame({"file": ["a", "b"], "split": "test", "width": 1}, index=[7, 7])
     rows = example_rows(images, ["x", "y"], [True, False])
     assert rows.index.tolist() == [7, 7]
-    assert rows.columns.tolist() == ["file", "split", "prompt", "labels", "mask"]
+    assert rows.columns.tolist() == ["file", "split", "prompt", "labels", "mask", "asked"]
     assert rows.labels.tolist() == [[1], [0]]
     assert rows["mask"].tolist() == [[1], [1]]
+    assert rows.asked.tolist() == [[], []]
     rows = example_rows(images, ["x", "y"], [[1, 0], [0, 0]], masks=np.eye(2, dtype=bool))
     assert rows["mask"].tolist() == [[1, 0], [0, 1]]
 

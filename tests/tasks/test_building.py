@@ -354,3 +354,19 @@ def test_too_few_images_are_explained_by_what_was_left_out(scene_folder, tmp_pat
     )
     with pytest.raises(ValueError, match=r"20 images are asked for.* such as misspelt\.jpg"):
         build_examples(settings, tmp_path / "tasks")
+
+
+def test_examples_name_the_categories_that_they_ask_about(scene_folder, tmp_path):
+    tasks = ("caption", "object", "count", "relation", "attribute", "category")
+    settings = BuildSettings(str(scene_folder), train=30, validation=15, test=15, tasks=tasks)
+    examples = build_examples(settings, tmp_path)
+    assert set(examples.task) == set(tasks)
+    for row in examples.itertuples():
+        if row.task == "caption":
+            assert list(row.asked) == []
+        elif row.task == "category":
+            counting = [name for name, counts in zip(row.classes, row.mask, strict=True) if counts]
+            assert list(row.asked) == counting
+        else:
+            assert len(row.asked) == (2 if row.task == "relation" else 1)
+            assert all(name in row.prompt.rpartition("\n")[2] for name in row.asked)
