@@ -58,7 +58,10 @@ class CaptionRecord(NamedTuple):
 
 
 class InstanceRecord(NamedTuple):
-    """An object in an image; its area is 0 where it is that of its box."""
+    """An object in an image; its area is 0 where it is that of its box.
+
+    Its outline is None, a list of polygons (t, 2) in pixels, or a run-length encoding of COCO's.
+    """
 
     image_id: Hashable
     category: str
@@ -69,6 +72,7 @@ class InstanceRecord(NamedTuple):
     area: float
     iscrowd: int
     colour: str | None
+    outline: list | dict | None = None
 
 
 class CategoryRecord(NamedTuple):
@@ -158,6 +162,7 @@ def parse_instance(record: Record, categories: Mapping[Hashable, str]) -> Instan
         _area(record),
         _flag(record, "iscrowd"),
         colour if isinstance(colour, str) else None,
+        record.get("segmentation"),
     )
 
 

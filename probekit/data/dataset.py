@@ -22,7 +22,9 @@ class Dataset:
         One row per caption: ``image_id``, ``caption``.
     instances : DataFrame
         One row per object: ``image_id``, ``category``, its box ``x``, ``y``, ``w``, ``h`` in
-        pixels, ``area`` in square pixels, ``iscrowd``, and ``colour`` (of drawn scenes only).
+        pixels, ``area`` in square pixels, ``iscrowd``, and ``colour`` (of drawn scenes only); where
+        it was asked for also ``outline``: a list of polygons (t, 2) in pixels, or a run-length
+        encoding of COCO's, None without one.
     categories : tuple of str
         Names, in the order of their COCO ids.
     report : DataFrame

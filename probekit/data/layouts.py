@@ -46,7 +46,11 @@ LAYOUTS = (
 
 
 def read_dataset(
-    folder: str | Path, splits: Sequence[str] | None = None, *, max_bad: float = 1.0
+    folder: str | Path,
+    splits: Sequence[str] | None = None,
+    *,
+    max_bad: float = 1.0,
+    with_outlines: bool = False,
 ) -> Dataset:
     """Read a dataset in any of the layouts above.
 
@@ -58,6 +62,8 @@ def read_dataset(
         COCO's splits, or names of the folders that images lie in; by default all.
     max_bad : float
         Largest share of images that may lose their captions because the names in a table fit none.
+    with_outlines : bool
+        Whether objects have their outlines, too, where there are some.
 
     Returns
     -------
@@ -80,7 +86,7 @@ def read_dataset(
             f"the dataset {folder} does not exist: name a folder with {LAYOUTS}"
         )
     if coco.split_names(folder):
-        return coco.read_coco(folder, splits, max_bad=max_bad)
+        return coco.read_coco(folder, splits, max_bad=max_bad, with_outlines=with_outlines)
     inner = sorted(one.name for one in folder.iterdir() if coco.split_names(one))
     if inner:
         raise FileNotFoundError(

@@ -441,6 +441,23 @@ def load_instances(folder: Path) -> pd.DataFrame:
     return _read_table(folder / "instances.parquet")
 
 
+def load_outlines(folder: Path, *, home: paths.Home) -> Dataset:
+    """Read the dataset that examples were built from once more, with the outlines of its objects.
+
+    Raises
+    ------
+    FileNotFoundError
+        The examples have not been built, or the dataset has gone.
+    """
+    settings = paths.read_json(folder / "build.json")["settings"]
+    return layouts.read_dataset(
+        home.resolve(settings["folder"]),
+        settings["coco_splits"],
+        max_bad=settings["max_bad"],
+        with_outlines=True,
+    )
+
+
 def _read_table(file: Path) -> pd.DataFrame:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: run 01_build_data for this run first")
