@@ -461,6 +461,7 @@ def intervene(
     """
     from probekit.interventions.study import study_models
     from probekit.probes.results import ProbeResults
+    from probekit.tasks.changed_images import ImageChanger
 
     home = paths.Home.find(home)
     views, examples = _views_and_examples(activations)
@@ -472,10 +473,21 @@ def intervene(
     except (FileNotFoundError, ValueError) as error:
         tqdm.write(f"answers alone are watched, and no probes: {error}")
         results = None
+
+    def make_changer() -> ImageChanger:
+        of_examples = examples_folder(run, home)
+        return ImageChanger(
+            building.load_instances(of_examples),
+            building.load_outlines(of_examples, home=home),
+            folder=interventions_folder(run, home) / "images",
+            home=home,
+        )
+
     return study_models(
         views,
         wanted,
         results=results,
+        make_changer=make_changer,
         folder=interventions_folder(run, home),
         examples_fingerprint=fingerprint,
         device=device,

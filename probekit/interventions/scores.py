@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logsumexp
 
+from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.interventions.edits import ERASURES
 from probekit.interventions.running import Readings
 from probekit.interventions.settings import RANDOM, Intervention
@@ -30,6 +31,7 @@ COLUMNS = [
     "erased",
     "metric",
     "read_layer",
+    "pooling",
     "value",
     "lo",
     "hi",
@@ -219,19 +221,8 @@ class TaskScores:
         )
 
     def _mean_rows(self, metric: str, value_nl: np.ndarray, **columns: object) -> pd.DataFrame:
-        curve = bootstrap.mean_curve(
-            value_nl.astype(float), self._image_n, resamples=self._resamples
-        )
-        lower, upper = bootstrap.bca_interval(curve)
-        return pd.DataFrame(
-            {
-                **columns,
-                "metric": metric,
-                "value": curve.score_l,
-                "lo": lower,
-                "hi": upper,
-                "n": len(self._image_n),
-            }
+        return mean_rows(
+            metric, value_nl, image_n=self._image_n, resamples=self._resamples, **columns
         )
 
     def _difference_rows(
@@ -247,21 +238,77 @@ class TaskScores:
             (name, [one.right_n for one in scored], [one.right_n for one in others]),
             (f"margin_{name}", [one.margin_n for one in scored], [one.margin_n for one in others]),
         ):
-            curves = [
-                bootstrap.mean_curve(
-                    np.stack(of_layers, 1).astype(float),
-                    self._image_n,
-                    resamples=max(self._resamples, RESAMPLES_PER_LAYER * len(layers)),
-                )
-                for of_layers in (values_nl, others_nl)
-            ]
-            table = comparison.curve_difference(*curves, layers=layers)
             tables.append(
-                table.rename(columns={"difference": "value"}).assign(
-                    metric=metric, n=len(self._image_n)
+                difference_rows(
+                    metric,
+                    np.stack(values_nl, 1),
+                    np.stack(others_nl, 1),
+                    image_n=self._image_n,
+                    resamples=self._resamples,
+                    layers=layers,
                 )
             )
         return pd.concat(tables)
+
+
+def mean_rows(
+    metric: str, value_nl: np.ndarray, *, image_n: np.ndarray, resamples: int, **columns: object
+) -> pd.DataFrame:
+    """Average values over examples, with intervals over images.
+
+    Parameters
+    ----------
+    metric : str
+    value_nl : ndarray
+        (n, l) of n examples in l rows of the table.
+    image_n : ndarray
+        (n,) which image each example shows.
+    resamples : int
+    **columns
+        Further columns, each a single value or l of them.
+    """
+    curve = bootstrap.mean_curve(value_nl.astype(float), image_n, resamples=resamples)
+    lower, upper = bootstrap.bca_interval(curve)
+    return pd.DataFrame(
+        {
+            **columns,
+            "metric": metric,
+            "value": curve.score_l,
+            "lo": lower,
+            "hi": upper,
+            "n": len(image_n),
+        }
+    )
+
+
+def difference_rows(
+    metric: str,
+    value_nl: np.ndarray,
+    other_nl: np.ndarray,
+    *,
+    image_n: np.ndarray,
+    resamples: int,
+    layers: Sequence[str],
+) -> pd.DataFrame:
+    """Subtract the means of others from those of values of the same examples, layer by layer.
+
+    Parameters
+    ----------
+    metric : str
+    value_nl, other_nl : ndarray
+        (n, l).
+    image_n, resamples
+        See :func:`mean_rows`; resamples are at least :data:`RESAMPLES_PER_LAYER` for each layer.
+    layers : sequence of str
+        (l,) names; `p_holm` is corrected for their number.
+    """
+    enough = max(resamples, RESAMPLES_PER_LAYER * len(layers))
+    curves = [
+        bootstrap.mean_curve(of_layers_nl.astype(float), image_n, resamples=enough)
+        for of_layers_nl in (value_nl, other_nl)
+    ]
+    table = comparison.curve_difference(*curves, layers=layers)
+    return table.rename(columns={"difference": "value"}).assign(metric=metric, n=len(image_n))
 
 
 def _answers(one: Done) -> np.ndarray:
@@ -291,5 +338,8 @@ def complete(
         erased(site, control) if was_erased else ""
         for site, control, was_erased in zip(table.site, table.control, is_erasure, strict=True)
     ]
-    table = table.assign(model=model, task=task, erased=names)
+    is_read_n = table.metric == "probe_accuracy"
+    table = table.assign(
+        model=model, task=task, erased=names, pooling=np.where(is_read_n, ANSWER_POOLING, "")
+    )
     return table.reindex(columns=COLUMNS).reset_index(drop=True)

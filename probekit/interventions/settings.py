@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from probekit.interventions.edits import ERASURES
+from probekit.tasks.changed_images import IMAGE_CHANGES
 
 SITES = ("image", "text", "last", "all")
 # Which tokens no longer see which: the looking ones come last.
@@ -43,6 +44,9 @@ class InterventionSettings:
         Out of :data:`ROUTES`: attention that is cut.
     window : int or None
         Blocks that a route is cut in; None takes a tenth of the depth.
+    inputs : tuple of str
+        Out of :data:`probekit.tasks.changed_images.IMAGE_CHANGES`: how images are changed for the
+        tasks that ask about objects.
     images : int
         Test images.
     fit_images : int
@@ -60,6 +64,7 @@ class InterventionSettings:
     doses: tuple[float, ...] = (-8.0, -4.0, -2.0, 2.0, 4.0, 8.0)
     routes: tuple[str, ...] = ROUTES
     window: int | None = None
+    inputs: tuple[str, ...] = IMAGE_CHANGES
     images: int = 100
     fit_images: int = 1000
     resamples: int = 2000
@@ -73,12 +78,19 @@ class InterventionSettings:
         ValueError
             The message names what can be chosen.
         """
-        for name, choices in (("tokens", SITES), ("erase", tuple(ERASURES)), ("routes", ROUTES)):
+        for name, choices in (
+            ("tokens", SITES),
+            ("erase", tuple(ERASURES)),
+            ("routes", ROUTES),
+            ("inputs", IMAGE_CHANGES),
+        ):
             unknown = [one for one in getattr(self, name) if one not in choices]
             if unknown:
                 raise ValueError(f"{name}={unknown}: take out of {', '.join(choices)}")
-        if not self.erase and not self.routes and not self.doses:
-            raise ValueError("erase=[], doses=[] and routes=[]: name something that is to be done")
+        if not self.erase and not self.routes and not self.doses and not self.inputs:
+            raise ValueError(
+                "erase=[], doses=[], routes=[] and inputs=[]: name something that is to be done"
+            )
         if self.erase and not self.tokens:
             raise ValueError(f"tokens=[]: name at least one out of {', '.join(SITES)}")
         if self.doses and not _steered_site(self.tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from probekit.interventions.concepts import (
     FittedEdits,
     select_training,
 )
+from probekit.interventions.inputs import change_test_images, score_inputs
 from probekit.interventions.running import Reader, Work, run_interventions
 from probekit.interventions.scores import COLUMNS, Done, TaskScores, complete
 from probekit.interventions.settings import (
@@ -43,6 +44,7 @@ from probekit.probes.probing import control_name
 from probekit.probes.results import ProbeKey, ProbeResults
 from probekit.probes.weights import ProbeWeights
 from probekit.tasks.base import task_infos
+from probekit.tasks.changed_images import ImageChanger
 
 # Of what the files hold: those of another version are made again.
 VERSION = 1
@@ -289,22 +291,40 @@ class ModelStudy:
         """Get the states of training examples, which are extracted where they are not yet."""
         sites = [part for site in self.settings.tokens for part in PARTS_OF_SITE.get(site, (site,))]
         poolings = tuple(dict.fromkeys(POOLING_OF_SITE[site] for site in sites))
-        names = {field.name for field in fields(ExtractionSettings)}
-        values = {name: value for name, value in self.extraction.items() if name in names}
-        values |= {"poolings": poolings, "stages": ("lm",)}
-        activations = extract_tables(
-            ExtractionSettings(values.pop("model"), **values),
-            {"none": self._fit_table(question.concepts)},
-            device=self.device,
-            root=self.activations.folder.url.rsplit("/", 2)[0],
-            home=self.home,
-        )
         return FittedEdits(
-            activations,
+            self._extract(self._fit_table(question.concepts), poolings),
             question.concepts,
             self.layers,
             device=training_device(self.device),
             seed=self.settings.seed,
+        )
+
+    def _extract(self, examples: pd.DataFrame, poolings: Sequence[str]) -> Activations:
+        """Extract what the decoder holds of other examples, as those of the run were extracted."""
+        names = {field.name for field in fields(ExtractionSettings)}
+        values = {name: value for name, value in self.extraction.items() if name in names}
+        values |= {"poolings": tuple(poolings), "stages": ("lm",)}
+        return extract_tables(
+            ExtractionSettings(values.pop("model"), **values),
+            {"none": examples},
+            device=self.device,
+            root=self.activations.folder.url.rsplit("/", 2)[0],
+            home=self.home,
+        )
+
+    def score_inputs(self, changed: pd.DataFrame) -> pd.DataFrame:
+        """Score probes and answers on the examples of :func:`inputs.change_test_images`."""
+        model = self.activations.meta["model"]
+        weights = self.results.weights if self.results is not None else {}
+        return score_inputs(
+            self.activations.examples,
+            self._extract(changed, self.activations.poolings),
+            {
+                key: one
+                for key, one in weights.items()
+                if (key.model, key.control, key.probe) == (model, "none", PROBE)
+            },
+            resamples=self.settings.resamples,
         )
 
     def check(self, vlm: Vlm, question: Question) -> ReplayVerdict:
@@ -367,6 +387,7 @@ def study_models(
     settings: InterventionSettings,
     *,
     results: ProbeResults | None,
+    make_changer: Callable[[], ImageChanger],
     folder: Path,
     examples_fingerprint: str,
     device: str | None,
@@ -380,6 +401,8 @@ def study_models(
         Those of controls and of untrained models are passed over.
     settings : InterventionSettings
     results : ProbeResults or None
+    make_changer : callable
+        Reads what it takes to change images.
     folder : Path
     examples_fingerprint : str
         Of the run's examples, which the table belongs to.
@@ -400,6 +423,15 @@ def study_models(
         if study.layers:
             plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
     tables = [study.run() for study in studies]
+    if settings.inputs and studies:
+        changed = change_test_images(
+            studies[0].activations.examples,
+            make_changer(),
+            changes=settings.inputs,
+            images=settings.images,
+        )
+        if len(changed):
+            tables += [study.score_inputs(changed) for study in studies if study.layers]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     (folder / RECORD).unlink(missing_ok=True)

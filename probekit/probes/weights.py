@@ -102,6 +102,10 @@ class ProbeWeights:
         intercept_c = self.intercept_lc[layer] - self.mean_ld[layer] @ weight_dc
         return torch.from_numpy(weight_dc), torch.from_numpy(intercept_c)
 
+    def logits(self, layer: int, x_nd: np.ndarray) -> np.ndarray:
+        """Return (n, c) log-odds of states (n, d) of the probes' own layer, by its number."""
+        return self.standardise(layer, x_nd) @ self.weight_ldc[layer] + self.intercept_lc[layer]
+
     def logits_on(self, layer: int, x_nd: np.ndarray, *, device: str = "cpu") -> torch.Tensor:
         """Apply the probes of all layers to the states of one layer.
 

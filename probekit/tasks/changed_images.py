@@ -172,11 +172,13 @@ class ImageChanger:
         annotated = tuple(self._sizes.loc[image_id].tolist())
         if outlined.empty or not _is_scaled(annotated, size):
             return None
-        masks = [paint_outline(one, size=annotated) for one in outlined.to_dict("records")]
-        if any(mask_hw is None for mask_hw in masks):
-            return None
-        mask = Image.fromarray(np.logical_or.reduce(masks))
-        return np.array(mask.resize(size, Image.Resampling.NEAREST))
+        painted_hw = np.zeros(annotated[::-1], bool)
+        for instance in outlined.to_dict("records"):
+            mask_hw = paint_outline(instance, size=annotated)
+            if mask_hw is None:
+                return None
+            painted_hw |= mask_hw
+        return np.array(Image.fromarray(painted_hw).resize(size, Image.Resampling.NEAREST))
 
 
 def find_grey(mask_hw: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
