@@ -154,6 +154,7 @@ PARAMETERS: dict[str, Kind] = {
     "doses": Kind("float", "that is finite", math.isfinite, is_list=True),
     "routes": TEXTS,
     "window": OPTIONAL_COUNT,
+    "inputs": TEXTS,
     "images": Kind("int", "from 2", _between(2)),
     "fit_images": COUNT,
     "probe": TEXT,

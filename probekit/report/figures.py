@@ -181,6 +181,15 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
                 "the model finds it.",
                 section,
             )
+    for task in used.tasks_on_inputs(table):
+        figures[f"{task}_surroundings"] = Figure(
+            used.surroundings_figure(table, task),
+            "Probes that were trained on whole images, and the model’s answer where it has one, on "
+            "the same test images: whole; with the asked object greyed; with all else greyed; with "
+            "as large an area greyed elsewhere. A curve that stands with the object greyed reads "
+            "its surroundings. How far grey alone disturbs is what the area elsewhere takes.",
+            section,
+        )
     return figures
 
 

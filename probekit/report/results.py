@@ -16,7 +16,12 @@ from probekit.report.known_and_said import (
     models_with_answers,
 )
 from probekit.report.sentences import Summary, compare_pairs, summarise
-from probekit.report.used import tasks_of, used_figure
+from probekit.report.used import (
+    surroundings_figure,
+    tasks_of,
+    tasks_on_inputs,
+    used_figure,
+)
 from probekit.report.wordings import wording_table, wordings_figure
 from probekit.tasks.variants import wording_families
 
@@ -148,8 +153,8 @@ class Results(ProbeResults):
         metric : str
             Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``; or
             ``"known_and_said"`` for the probe beside the lens and the model's answer, or
-            ``"wordings"`` for a question in all its wordings, or ``"used"`` for what the model
-            says once a layer has lost it.
+            ``"wordings"`` for a question in all its wordings, ``"used"`` for what the model says
+            once a layer has lost it, or ``"surroundings"`` for images without the asked object.
         task : str, optional
             The first task that has this metric unless it is named.
         probe : str
@@ -177,6 +182,8 @@ class Results(ProbeResults):
             return self._plot_wordings(task, probe=probe)
         if metric == "used":
             return self._plot_used(task)
+        if metric == "surroundings":
+            return self._plot_surroundings(task, pooling=pooling)
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}
@@ -236,6 +243,17 @@ class Results(ProbeResults):
                 + (f"take one of {', '.join(tasks)}" if tasks else "run 04_intervene")
             )
         return used_figure(self.interventions, task)
+
+    def _plot_surroundings(self, task: str | None, *, pooling: str | None) -> go.Figure:
+        tasks = tasks_on_inputs(self.interventions)
+        if task is None and tasks:
+            task = tasks[0]
+        if task not in tasks:
+            raise ValueError(
+                f"{task or 'no task'} was not scored on changed images: "
+                + (f"take one of {', '.join(tasks)}" if tasks else "run 04_intervene")
+            )
+        return surroundings_figure(self.interventions, task, pooling=pooling)
 
     def wordings(self, *, probe: str = "logreg") -> pd.DataFrame:
         """Set the wordings of each question beside each other.

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from probekit.interventions.inputs import PIXELS, WHOLE_IMAGE
 from probekit.interventions.settings import CUT, OTHER_TASK, RANDOM, STEER
 from probekit.report.style import (
     FULL_PAGE,
@@ -50,14 +51,26 @@ CONTROL_WORDS = {
     RANDOM: "a random subspace",
     OTHER_TASK: "another task’s subspace",
 }
+# Words, colour and symbol of each kind of image.
+INPUT_LOOKS = {
+    WHOLE_IMAGE: ("whole image", KNOWN_COLOUR, SYMBOLS[0]),
+    "same_area": ("as much greyed elsewhere", GREY, SYMBOLS[4]),
+    "no_object": ("the object greyed", PALETTE[3], SYMBOLS[2]),
+    "only_object": ("all but the object greyed", PALETTE[2], SYMBOLS[1]),
+}
 EFFECT_COLOURS = "RdBu"
 DOSE_COLOURS = "Viridis"
 SIGNIFICANT = 0.05
 
 
 def tasks_of(table: pd.DataFrame) -> list[str]:
-    """Return the tasks that a table of interventions is about."""
-    return list(dict.fromkeys(table.task)) if len(table) else []
+    """Return the tasks whose answers were watched while states or attention were changed."""
+    return list(dict.fromkeys(table.task[table.site != PIXELS]))
+
+
+def tasks_on_inputs(table: pd.DataFrame) -> list[str]:
+    """Return the tasks that were scored on changed images."""
+    return list(dict.fromkeys(table.task[table.site == PIXELS]))
 
 
 def erasures_of(table: pd.DataFrame) -> list[str]:
@@ -455,6 +468,93 @@ def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
     figure.update_xaxes(title="standard deviations added", dtick=None)
     figure.update_yaxes(title="share of yes (test)", range=[-0.03, 1.03])
     return figure.update_yaxes(title="", col=2)
+
+
+# ------------------------------------------------------------------------------ changed images
+
+
+def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None = None) -> go.Figure:
+    """Draw probes and answers on images without the object, and with it alone; a panel per model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of :func:`probekit.workflow.intervene`.
+    task : str
+        One that asks about objects.
+    pooling : str, optional
+        That of the probes; the first one unless it is named.
+
+    Raises
+    ------
+    ValueError
+        There are no such rows.
+    """
+    rows = table[(table.task == task) & (table.site == PIXELS) & table.value.notna()]
+    read = rows[rows.metric == "probe_accuracy"]
+    poolings = list(dict.fromkeys(read.pooling))
+    if rows.empty or (pooling and pooling not in poolings):
+        raise ValueError(
+            f"no {pooling or ''} probes of {task} on changed images in these interventions: there "
+            f"are {', '.join([*tasks_on_inputs(table), *poolings]) or 'none'}"
+        )
+    pooling = pooling or (poolings[0] if poolings else "")
+    said = rows[rows.metric == "accuracy"]
+    models = list(dict.fromkeys(rows.model))
+    figure = _panels(models)
+    for place, model in enumerate(models, 1):
+        for change, (words, colour, symbol) in INPUT_LOOKS.items():
+            curve = read[
+                (read.model == model) & (read.intervention == change) & (read.pooling == pooling)
+            ]
+            answer = said[(said.model == model) & (said.intervention == change)]
+            traces = []
+            if len(curve):
+                x = layer_number(curve.read_layer)
+                traces += _curve(x, curve, name=f"probe, {words}", colour=colour, symbol=symbol)
+            if len(answer):
+                traces.append(_answer_mark(answer.iloc[0], curve, words=words, colour=colour))
+            for trace in traces:
+                figure.add_trace(trace, row=1, col=place)
+    for words, colour, symbol in INPUT_LOOKS.values():
+        marker = {"symbol": symbol, "size": 7}
+        line = {"color": colour, "width": 2}
+        figure.add_trace(legend_entry(words, mode="lines+markers", line=line, marker=marker))
+    if len(said):
+        marker = {"symbol": "diamond-open", "size": 11, "color": GREY, "line": {"width": 2}}
+        figure.add_trace(legend_entry("the model’s answer", mode="markers", marker=marker))
+    _style(figure, f"The object or its surroundings? — {task_words(task)}", read)
+    if len(read):
+        last_layer = int(layer_number(read.read_layer).max())
+        figure.update_xaxes(
+            dtick=tick_step(read.read_layer.nunique()), range=[-0.4, last_layer + 0.8]
+        )
+    figure.update_yaxes(
+        title=f"accuracy (test, {pooling} pooling)" if pooling else "accuracy", col=1
+    )
+    return figure
+
+
+def _answer_mark(answer: pd.Series, curve: pd.DataFrame, *, words: str, colour: str) -> go.Scatter:
+    """Return what the model says to one kind of image, to the right of its last layer."""
+    last_layer = int(layer_number(curve.read_layer).max()) if len(curve) else 0
+    return go.Scatter(
+        x=[last_layer + 0.4],
+        y=[answer.value],
+        error_y={
+            "array": [answer.hi - answer.value],
+            "arrayminus": [answer.value - answer.lo],
+            "thickness": 1.5,
+            "width": 3,
+        },
+        mode="markers",
+        marker={"symbol": "diamond-open", "size": 11, "color": colour, "line": {"width": 2}},
+        showlegend=False,
+        hovertemplate=(
+            f"<b>the model’s answer, {words}</b><br>accuracy {answer.value:.3f} "
+            f"[{answer.lo:.3f}, {answer.hi:.3f}]<br>n = {answer.n:,.0f}<extra></extra>"
+        ),
+    )
 
 
 def _depth_colour(number: int, count: int) -> str:
