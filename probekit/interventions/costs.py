@@ -13,6 +13,7 @@ from probekit.extraction.loading import prepare_images
 from probekit.extraction.planning import ModelSize, count_encoder_operations
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import model_inputs
+from probekit.interventions.inputs import PIXELS
 from probekit.interventions.settings import (
     CUT,
     NOTHING,
@@ -41,7 +42,7 @@ class InterventionEstimate:
         where those of the image encoder cannot be known without running it.
     fit_images : int
         Training images that edits are fitted on. Their states are extracted where they are not on
-        disk; that is not counted.
+        disk; that is not counted. 0 where images are changed, and nothing is fitted.
     """
 
     model: str
@@ -75,7 +76,7 @@ def estimate_interventions(
     Returns
     -------
     list of InterventionEstimate
-        One for each task whose answers are watched.
+        One for each task whose answers are watched, and for each whose images are changed.
 
     Raises
     ------
@@ -93,14 +94,16 @@ def estimate_interventions(
     size = ModelSize.of(vlm)
     blocks = len(vlm.blocks)
     infos = task_infos(examples)
-    plain = [name for name, info in infos.items() if info.answers and not info.variant_of]
-    estimates = []
-    for task in settings.watch or plain:
+    plain = [name for name, info in infos.items() if not info.variant_of]
+    answered = settings.watch or [name for name in plain if infos[name].answers]
+    watched = min(settings.images, images)
+
+    def estimate(
+        task: str, planned: Sequence[Intervention], *, encoded: int, fit_images: int
+    ) -> list[InterventionEstimate]:
         rows = examples[(examples.task == task) & (examples.split == "test")]
         if rows.empty:
-            continue
-        is_binary = infos[task].kind == "binary"
-        planned = plan_interventions(settings, blocks=blocks, is_binary=is_binary)
+            return []
         items = list(
             prepare_images(
                 vlm.prompt_processor,
@@ -109,22 +112,24 @@ def estimate_interventions(
                 home=home,
             )
         )
-        watched = min(settings.images, images)
         operations = 0.0
         for item in items:
             encoder = count_encoder_operations(vlm, item.prepared)
-            operations += float("nan") if encoder is None else encoder
+            operations += float("nan") if encoder is None else encoded * encoder
             operations += count_operations(size, item.prepared, planned, blocks=blocks)
-        estimates.append(
-            InterventionEstimate(
-                vlm.name,
-                task,
-                watched,
-                len(planned),
-                operations * watched / len(items),
-                settings.fit_images,
-            )
-        )
+        operations *= watched / len(items)
+        return [InterventionEstimate(vlm.name, task, watched, len(planned), operations, fit_images)]
+
+    estimates = []
+    for task in answered:
+        is_binary = infos[task].kind == "binary"
+        planned = plan_interventions(settings, blocks=blocks, is_binary=is_binary)
+        estimates += estimate(task, planned, encoded=1, fit_images=settings.fit_images)
+    changed = [Intervention(0, NOTHING, PIXELS)] * len(settings.inputs)
+    asking = examples[examples.asked.map(len) > 0].task.unique()
+    for task in plain if changed else ():
+        if task in asking:
+            estimates += estimate(task, changed, encoded=len(changed), fit_images=0)
     return estimates
 
 
@@ -178,8 +183,12 @@ def describe_interventions(
         effort = f"{one.operations / 1e12:,.4g} TFLOP, {hours:,.3g} hours"
         if math.isnan(one.operations):
             effort = "operations unknown"
-        lines.append(
-            f"{one.model}, {one.task}: {one.interventions:,} on each of {one.images:,} test "
-            f"images, {effort}; besides, the states of up to {one.fit_images:,} training images"
-        )
+        what = f"{one.model}, {one.task}: {one.interventions:,}"
+        if one.fit_images:
+            lines.append(
+                f"{what} on each of {one.images:,} test images, {effort}; besides, the states of "
+                f"up to {one.fit_images:,} training images"
+            )
+        else:
+            lines.append(f"{what} changed copies of each of {one.images:,} test images, {effort}")
     return "\n".join(lines)

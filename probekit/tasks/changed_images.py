@@ -29,8 +29,8 @@ GREY = 128
 LARGEST_SHARE = 0.5
 # So much of the object's area must be greyed elsewhere.
 SMALLEST_MOVED = 0.9
-# Pixels between two places that an area may be moved to.
-STRIDE = 8
+# Places along the shorter side of an image that an area may be moved to.
+PLACES = 60
 # Share of an object's box and of its outline's that both must have in common.
 SAME_BOX = 0.5
 
@@ -203,12 +203,13 @@ def find_grey(mask_hw: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
     """
     if mask_hw.mean() > LARGEST_SHARE:
         raise NotChanged(f"the object covers more than {LARGEST_SHARE:.0%} of it")
-    coarse_hw = mask_hw[::STRIDE, ::STRIDE]
+    stride = max(1, min(mask_hw.shape) // PLACES)
+    coarse_hw = mask_hw[::stride, ::stride]
     # How much a mask and its moved copy have in common, for all moves at once.
     spectrum = np.fft.rfft2(coarse_hw)
     overlap_hw = np.fft.irfft2(spectrum * spectrum.conj(), s=coarse_hw.shape).round()
     moves = np.argwhere(overlap_hw == overlap_hw.min())
-    rows, columns = STRIDE * moves[np.random.default_rng(seed).integers(len(moves))]
+    rows, columns = stride * moves[np.random.default_rng(seed).integers(len(moves))]
     moved_hw = np.roll(mask_hw, (rows, columns), axis=(0, 1)) & ~mask_hw
     if moved_hw.sum() < SMALLEST_MOVED * mask_hw.sum():
         raise NotChanged("there is no room elsewhere for as large an area")

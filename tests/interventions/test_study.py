@@ -21,7 +21,14 @@ from probekit.report import used
 from probekit.report.saved_run import SavedRun
 from probekit.workflow import interventions_folder, open_activations
 
-FEW = {"layers": [0, 5, 8], "images": 6, "fit_images": 20, "resamples": 20, "device": "cpu"}
+FEW = {
+    "layers": [0, 5, 8],
+    "images": 6,
+    "fit_images": 20,
+    "inputs": [],
+    "resamples": 20,
+    "device": "cpu",
+}
 KEYS = ["layer", "intervention", "site", "dose", "control", "metric", "read_layer"]
 
 
@@ -200,6 +207,7 @@ def test_one_of_many_rows_may_stand_anywhere(activations):
         ({"tokens": []}, "tokens=.*name at least one"),
         ({"erase": ["hope"]}, r"erase=\['hope'\]: take out of leace, mean_difference, logreg"),
         ({"routes": ["image"]}, r"routes=\['image'\]: take out of image>text"),
+        ({"inputs": ["blur"]}, r"inputs=\['blur'\]: take out of only_object"),
         ({"erase": [], "doses": [], "routes": []}, "name something that is to be done"),
         ({"tokens": ["image"]}, "are added to the last token or to the text"),
         ({"dose": 3}, "there is no setting 'dose'"),

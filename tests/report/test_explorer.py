@@ -250,6 +250,7 @@ def intervened_home(small_home):
         erase=["mean_difference"],
         doses=[],
         routes=[],
+        inputs=[],
         images=4,
         fit_images=30,
         resamples=20,
