@@ -474,11 +474,16 @@ def intervene(
         tqdm.write(f"answers alone are watched, and no probes: {error}")
         results = None
 
+    of_examples = examples_folder(run, home)
+    try:
+        instances = building.load_instances(of_examples)
+    except FileNotFoundError:  # examples of one's own
+        instances = pd.DataFrame(columns=["image_id", "category"])
+
     def make_changer() -> ImageChanger:
-        of_examples = examples_folder(run, home)
         return ImageChanger(
-            building.load_instances(of_examples),
-            building.load_outlines(of_examples, home=home),
+            instances,
+            building.load_outlines(of_examples, home=home) if len(instances) else None,
             folder=interventions_folder(run, home) / "images",
             home=home,
         )
@@ -487,6 +492,7 @@ def intervene(
         views,
         wanted,
         results=results,
+        instances=instances,
         make_changer=make_changer,
         folder=interventions_folder(run, home),
         examples_fingerprint=fingerprint,

@@ -5,7 +5,7 @@ The probes are those that were trained on whole images; nothing is fitted here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,11 @@ FEWEST_IMAGES = 2  # that can be resampled
 
 
 def change_test_images(
-    examples: pd.DataFrame, changer: ImageChanger, *, changes: Sequence[str], images: int
+    examples: pd.DataFrame,
+    make_changer: Callable[[], ImageChanger],
+    *,
+    changes: Sequence[str],
+    images: int,
 ) -> pd.DataFrame:
     """Change the test images of the tasks that ask about objects.
 
@@ -35,7 +39,8 @@ def change_test_images(
     ----------
     examples : DataFrame
         Of a run.
-    changer : ImageChanger
+    make_changer : callable
+        Is called where a task asks about objects.
     changes : sequence of str
         Out of :data:`probekit.tasks.changed_images.IMAGE_CHANGES`.
     images : int
@@ -49,14 +54,16 @@ def change_test_images(
         where there are none, which a line says.
     """
     tested = _select_test(examples, images)
-    changed = changer.change(tested, changes)
+    if tested.empty:
+        tqdm.write(
+            "no image is changed: no task of this run asks about objects; add one such as object "
+            "or category in 01_build_data, or take inputs=[]"
+        )
+        return tested
+    changed = make_changer().change(tested, changes)
     for (task, reason), count in changed.left_out.items():
         tqdm.write(f"{task}: {count} test images are not changed, {reason}")
     if changed.examples.empty:
-        tqdm.write(
-            "no image is changed: no task of this run asks about objects that are annotated; add "
-            "one such as object or category in 01_build_data, or take inputs=[]"
-        )
         return changed.examples
     whole = changed.examples.drop_duplicates("row").assign(change=WHOLE_IMAGE)
     whole["file"] = tested.file.iloc[whole.row].to_numpy()

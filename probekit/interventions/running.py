@@ -19,7 +19,8 @@ from probekit import paths
 from probekit.extraction import loading, shards
 from probekit.interventions.concepts import FittedEdits
 from probekit.interventions.edits import NoEdit
-from probekit.interventions.settings import CUT, NOTHING, Intervention
+from probekit.interventions.object_tokens import ELSEWHERE, OBJECT, ObjectMarker
+from probekit.interventions.settings import CUT, NOTHING, OBJECT_ROUTE, RANDOM, Intervention
 from probekit.models.attention import AttentionCut, NoCut
 from probekit.models.budget import TokenBudget
 from probekit.models.devices import copy_to
@@ -142,9 +143,10 @@ class Work:
         return by_layer
 
     def shards(self) -> list[pd.DataFrame]:
-        """Return the examples of :data:`SHARD_IMAGES` images each."""
+        """Return the examples of :data:`SHARD_IMAGES` images each, with their `row` of all."""
         number_n = pd.factorize(self.examples.file)[0] // SHARD_IMAGES
-        return [rows.reset_index(drop=True) for _, rows in self.examples.groupby(number_n)]
+        numbered = self.examples.assign(row=np.arange(len(self.examples)))
+        return [rows.reset_index(drop=True) for _, rows in numbered.groupby(number_n)]
 
     def file(self, shard: int, layer: int) -> Path:
         """Return the file of what a shard's examples give for the interventions of a layer."""
@@ -189,6 +191,7 @@ def run_interventions(
     edits: FittedEdits,
     reader: Reader,
     verdict: ReplayVerdict,
+    marker: ObjectMarker | None,
     *,
     settings: Mapping[str, Any],
     home: paths.Home,
@@ -203,6 +206,8 @@ def run_interventions(
     reader : Reader
     verdict : ReplayVerdict
         How its passes run again.
+    marker : ObjectMarker or None
+        Of the tokens of asked objects; None where no route needs them.
     settings : mapping
         Of the extraction: `longest_side` and `batch_tokens`.
     home : Home
@@ -232,6 +237,7 @@ def run_interventions(
                 edits=edits,
                 reader=reader,
                 verdict=verdict,
+                marker=marker,
                 settings=settings,
                 home=home,
                 bar=bar,
@@ -247,6 +253,7 @@ def _run_shard(
     edits: FittedEdits,
     reader: Reader,
     verdict: ReplayVerdict,
+    marker: ObjectMarker | None,
     settings: Mapping[str, Any],
     home: paths.Home,
     bar: tqdm,
@@ -258,12 +265,16 @@ def _run_shard(
         fix="take a smaller batch_tokens or longest_side in 02_extract",
     )
 
+    def why_no_cut(one: Intervention) -> str:
+        of_object = marker.refusal if marker is not None and one.site == OBJECT_ROUTE else ""
+        return verdict.why_no_cut or of_object
+
     def run(prepared: Sequence[PreparedImage]) -> _Results:
         kept = KeptPass(vlm, prepared, way=verdict.way)
         results: _Results = {}
         for layer, ones in planned.items():
             results[layer] = [
-                do_one(kept, one, edits, reader, why_no_cut=verdict.why_no_cut) for one in ones
+                do_one(kept, one, edits, reader, why_no_cut=why_no_cut(one)) for one in ones
             ]
             bar.update(len(prepared) * len(ones))
         return results
@@ -271,7 +282,7 @@ def _run_shard(
     parts = []
     order = []
     for rows, prepared in _batches(
-        vlm, table, verdict, budget=budget, longest_side=settings["longest_side"], home=home
+        vlm, table, verdict, marker, budget=budget, longest_side=settings["longest_side"], home=home
     ):
         order.append(rows)
         parts.append(budget.run(prepared, run, way=verdict.way, join=_join_two))
@@ -306,6 +317,7 @@ def _batches(
     vlm: Vlm,
     table: pd.DataFrame,
     verdict: ReplayVerdict,
+    marker: ObjectMarker | None,
     *,
     budget: TokenBudget,
     longest_side: int | None,
@@ -323,7 +335,11 @@ def _batches(
         items, token_budget=lambda: budget.tokens, way=lambda: verdict.way
     )
     for batch in batches:
-        yield np.concatenate([item.rows for item in batch]), [item.prepared for item in batch]
+        prepared = [item.prepared for item in batch]
+        if marker is not None:
+            first_rows = [table.row.iloc[item.rows[0]] for item in batch]
+            prepared = [marker.mark(*one) for one in zip(prepared, first_rows, strict=True)]
+        yield np.concatenate([item.rows for item in batch]), prepared
 
 
 def do_one(
@@ -354,10 +370,13 @@ def do_one(
 
 def _cut(kept: KeptPass, one: Intervention) -> AttentionCut:
     seen, looking = one.site.split(">")
-    seen = "image_span" if seen == "image" else seen
-    blocks = range(one.layer, one.layer + int(one.dose or 0))
-    key_nt = kept.token_sets[seen]
-    return AttentionCut(blocks, kept.token_sets[looking], key_nt)
+    sets = kept.token_sets
+    if one.site == OBJECT_ROUTE:
+        key_nt = sets[ELSEWHERE if one.control == RANDOM else OBJECT]
+    else:
+        key_nt = sets["image_span" if seen == "image" else seen]
+    query_nt = sets["image_span"] | sets["text"] if looking == "all" else sets[looking]
+    return AttentionCut(range(one.layer, one.layer + int(one.dose or 0)), query_nt, key_nt)
 
 
 def _write_file(file: Path, results: Sequence[Readings | str]) -> None:

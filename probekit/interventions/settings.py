@@ -10,8 +10,10 @@ from probekit.interventions.edits import ERASURES
 from probekit.tasks.changed_images import IMAGE_CHANGES
 
 SITES = ("image", "text", "last", "all")
-# Which tokens no longer see which: the looking ones come last.
-ROUTES = ("image>text", "image>last", "text>last")
+# Which tokens no longer see which: the looking ones come last. The object's are the image tokens in
+# the boxes of what a task asks about.
+OBJECT_ROUTE = "object>all"
+ROUTES = ("image>text", "image>last", "text>last", OBJECT_ROUTE)
 # Controls on the same images: a random subspace, and what is known of another task.
 RANDOM = "random"
 OTHER_TASK = "other_task"
@@ -115,7 +117,8 @@ class Intervention(NamedTuple):
     dose : float or None
         Standard deviations of a direction; blocks of a cut; None of an erasure.
     control : str
-        ``"none"``, or ``"random"`` and ``"other_task"``: as much of something else.
+        ``"none"``, or ``"random"`` and ``"other_task"``: as much of something else, of a cut as
+        many other image tokens.
     """
 
     layer: int
@@ -164,6 +167,8 @@ def plan_interventions(
     window = min(blocks, settings.window or max(1, round(WINDOW_SHARE * blocks)))
     for start in range(blocks - window + 1):
         planned += [Intervention(start, CUT, route, window) for route in settings.routes]
+        if OBJECT_ROUTE in settings.routes:
+            planned.append(Intervention(start, CUT, OBJECT_ROUTE, window, RANDOM))
     return sorted(dict.fromkeys(planned), key=lambda one: one.layer)  # each once
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from probekit.interventions.concepts import (
     select_training,
 )
 from probekit.interventions.inputs import change_test_images, score_inputs
-from probekit.interventions.running import Reader, Work, run_interventions
+from probekit.interventions.object_tokens import ObjectMarker, find_object_boxes
+from probekit.interventions.running import Reader, Readings, Work, run_interventions
 from probekit.interventions.scores import COLUMNS, Done, TaskScores, complete
 from probekit.interventions.settings import (
+    NOTHING,
+    OBJECT_ROUTE,
     InterventionSettings,
     plan_interventions,
 )
@@ -75,6 +78,9 @@ class Question:
     tokens : list of list of int
         Of each answer, see :meth:`probekit.models.output_head.AnswerHead.answer_tokens`.
     concepts : ConceptNames
+    boxes : dict of hashable to ndarray
+        Of the objects that it asks about, see
+        :func:`probekit.interventions.object_tokens.find_object_boxes`.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Question:
     examples: pd.DataFrame
     tokens: list[list[int]]
     concepts: ConceptNames
+    boxes: dict[Hashable, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class ModelStudy:
     settings : InterventionSettings
     results : ProbeResults or None
         Whose probes are read after interventions; None for answers alone.
+    instances : DataFrame
+        See :func:`probekit.tasks.building.load_instances`.
     folder : Path
         Of all files of the run's interventions.
     device : str or None
@@ -105,6 +114,7 @@ class ModelStudy:
     activations: Activations
     settings: InterventionSettings
     results: ProbeResults | None
+    instances: pd.DataFrame
     folder: Path
     device: str | None
     home: paths.Home
@@ -196,13 +206,15 @@ class ModelStudy:
             file_n = pd.factorize(examples.file.iloc[labelled.rows[places]])[0]
             order = np.argsort(file_n, kind="stable")  # rows of one image side by side
             places = places[order[file_n[order] < self.settings.images]]
+            watched = examples.iloc[labelled.rows[places]].reset_index(drop=True)
             questions.append(
                 Question(
                     name,
                     _select(labelled.true, places),
-                    examples.iloc[labelled.rows[places]].reset_index(drop=True),
+                    watched,
                     tokens,
                     ConceptNames.of(name, infos),
+                    find_object_boxes(watched, self.instances),
                 )
             )
         if not questions:
@@ -236,6 +248,7 @@ class ModelStudy:
             fit_table["mask"].tolist(),
             settings.seed,
             of_weights,
+            {str(image): boxes.tolist() for image, boxes in question.boxes.items()},
             paths.versions("transformers"),  # by which attention can be cut, or not
         )
         folder = self.folder / f"{self.activations.name}-{question.name}"
@@ -271,11 +284,24 @@ class ModelStudy:
                     fitted[one.name],
                     reader,
                     verdict,
+                    self._marker(vlm, one),
                     settings=settings,
                     home=self.home,
                 )
         finally:
             vlm.release()
+
+    def _marker(self, vlm: Vlm, question: Question) -> ObjectMarker | None:
+        if OBJECT_ROUTE not in self.settings.routes:
+            return None
+        return ObjectMarker(
+            vlm,
+            question.examples,
+            question.boxes,
+            longest_side=self.extraction["longest_side"],
+            home=self.home,
+            seed=self.settings.seed,
+        )
 
     def load(self) -> Vlm:
         """Load the model again."""
@@ -362,13 +388,32 @@ class ModelStudy:
         if nothing.readings is None:
             raise ValueError(f"{self.activations.name}, left alone: {nothing.reason}")
         scores = TaskScores(question.labels, resamples=self.settings.resamples)
-        table = scores.table(nothing.readings, done, layers=self.layers)
+        of_all = [one for one in done if one.intervention.site != OBJECT_ROUTE]
+        tables = [scores.table(nothing.readings, of_all, layers=self.layers)]
+        of_objects = [one for one in done if one.intervention.site == OBJECT_ROUTE]
+        if of_objects:
+            tables.append(self._score_object_route(question, nothing.readings, of_objects))
+        table = pd.concat(tables, ignore_index=True)
         return complete(
             table,
             model=self.activations.meta["model"],
             task=question.name,
             erased=question.concepts.erased_words,
         )
+
+    def _score_object_route(
+        self, question: Question, alone: Readings, done: Sequence[Done]
+    ) -> pd.DataFrame:
+        """Score what is cut from objects, on the examples of images that have boxes alone."""
+        rows = np.flatnonzero(question.examples.image_id.isin(list(question.boxes)))
+        if not len(rows):
+            rows = np.arange(len(question.examples))  # reasons are all that there is
+        selected = [
+            one._replace(readings=one.readings and one.readings.select(rows)) for one in done
+        ]
+        scores = TaskScores(_select(question.labels, rows), resamples=self.settings.resamples)
+        table = scores.table(alone.select(rows), selected, layers=self.layers)
+        return table[table.intervention != NOTHING]
 
 
 def _select(labels: LabelSet, places: np.ndarray) -> LabelSet:
@@ -387,6 +432,7 @@ def study_models(
     settings: InterventionSettings,
     *,
     results: ProbeResults | None,
+    instances: pd.DataFrame,
     make_changer: Callable[[], ImageChanger],
     folder: Path,
     examples_fingerprint: str,
@@ -401,6 +447,8 @@ def study_models(
         Those of controls and of untrained models are passed over.
     settings : InterventionSettings
     results : ProbeResults or None
+    instances : DataFrame
+        Of the run's images, see :func:`probekit.tasks.building.load_instances`.
     make_changer : callable
         Reads what it takes to change images.
     folder : Path
@@ -415,7 +463,7 @@ def study_models(
         See :func:`probekit.workflow.intervene`.
     """
     studies = [
-        ModelStudy(view, settings, results, folder, device, home)
+        ModelStudy(view, settings, results, instances, folder, device, home)
         for view in views
         if control_name(view) == "none"
     ]
@@ -426,7 +474,7 @@ def study_models(
     if settings.inputs and studies:
         changed = change_test_images(
             studies[0].activations.examples,
-            make_changer(),
+            make_changer,
             changes=settings.inputs,
             images=settings.images,
         )

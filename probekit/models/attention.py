@@ -44,6 +44,10 @@ class AttentionCut:
     query_nt: torch.Tensor
     key_nt: torch.Tensor
 
+    def of_rows(self, rows: torch.Tensor) -> AttentionCut:
+        """Return the cut of some of the n."""
+        return AttentionCut(self.blocks, self.query_nt[rows], self.key_nt[rows])
+
     def of_last_alone(self) -> AttentionCut:
         """Return the cut for one more token after all others, which looks."""
         looks_n1 = torch.ones_like(self.query_nt[:, :1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -45,11 +45,14 @@ class PreparedImage:
         For each of the k prompts what belongs to its tokens, (t, ...) arrays; ``input_ids`` is one.
     image_masks : list of ndarray
         For each of the k prompts (t,) bool, True at image tokens.
+    marks : mapping of str to ndarray
+        Some of its image tokens by a name: (image tokens,) bool.
     """
 
     image_inputs: dict[str, torch.Tensor]
     tokens: list[dict[str, np.ndarray]]
     image_masks: list[np.ndarray]
+    marks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def with_prompt(self, k: int) -> PreparedImage:
         """Return the image with its k-th prompt alone."""
@@ -57,16 +60,16 @@ class PreparedImage:
 
     def with_prompts(self, places: Sequence[int]) -> PreparedImage:
         """Return the image with some of its prompts."""
-        return PreparedImage(
-            self.image_inputs,
-            [self.tokens[k] for k in places],
-            [self.image_masks[k] for k in places],
+        return replace(
+            self,
+            tokens=[self.tokens[k] for k in places],
+            image_masks=[self.image_masks[k] for k in places],
         )
 
     def with_inputs(self, change: Callable[[Any], Any]) -> PreparedImage:
         """Return the image with each of its inputs changed."""
         inputs = {name: change(value) for name, value in self.image_inputs.items()}
-        return PreparedImage(inputs, self.tokens, self.image_masks)
+        return replace(self, image_inputs=inputs)
 
     @property
     def prefix_length(self) -> int:

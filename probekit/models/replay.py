@@ -103,7 +103,8 @@ class KeptPass:
         For each of :data:`TOKEN_SETS` (n, t) bool on the model's device, True at its tokens:
         ``"image"``, ``"image_span"`` (what stands between them as well, such as ends of rows),
         ``"text"`` (the tokens after the image) and ``"last"`` (after it the answer begins). Tokens
-        before the image are in none of them: they see nothing that differs between examples.
+        before the image are in none of them: they see nothing that differs between examples. Also
+        the marks of the images (:class:`probekit.models.processor.PreparedImage`).
 
     Raises
     ------
@@ -147,6 +148,13 @@ class KeptPass:
             "text": (place_t >= end_n[:, None]) & (place_t < length_n[:, None]),
             "last": place_t == (length_n - 1)[:, None],
         }
+        for name in prepared[0].marks:
+            marked = [
+                _spread(image.marks[name], mask_t)
+                for image in prepared
+                for mask_t in image.image_masks
+            ]
+            sets[name] = stack_padded(marked).bool()
         self._last_place_n = copy_to(self.vlm.device, length_n - 1)
         return {name: copy_to(self.vlm.device, mask_nt) for name, mask_nt in sets.items()}
 
@@ -259,7 +267,8 @@ class KeptPass:
             For some of :data:`TOKEN_SETS` what becomes of their states; each gets (..., d) and
             returns the same shape.
         cut : AttentionCut or None
-            Attention that is taken away meanwhile, in blocks from `layer` on.
+            Attention that is taken away meanwhile, in blocks from `layer` on. Where image tokens
+            look, all prompts of an image must have the same cut up to its end.
 
         Returns
         -------
@@ -269,8 +278,7 @@ class KeptPass:
         Raises
         ------
         NoCut
-            The attention of a block cannot be cut, or image tokens look where they run once for all
-            prompts.
+            The attention of a block cannot be cut.
         """
         segment = self._text
         if self._last is not None and self._touches_last_alone(changes, cut):
@@ -280,8 +288,9 @@ class KeptPass:
         if layer == len(self.vlm.blocks):  # nothing comes after it
             return {layer: self._pick(states_ntd, segment).float()}
         cache = _fork(segment.cache)
-        if self._prefix is not None and "image" in changes:
-            cache = self._rerun_prefix(self._prefix, layer, changes["image"])
+        image_looks = cut is not None and self._image_looks(cut)
+        if self._prefix is not None and ("image" in changes or image_looks):
+            cache = self._rerun_prefix(self._prefix, layer, changes.get("image"), cut)
         states: dict[int, torch.Tensor] = {}
 
         def take(number: int, hidden_ntd: torch.Tensor) -> None:
@@ -298,15 +307,26 @@ class KeptPass:
             return False
         return cut is None or torch.equal(cut.query_nt, self.token_sets["last"])
 
-    def _rerun_prefix(self, prefix: _Segment, layer: int, change: Change) -> Any:
+    def _image_looks(self, cut: AttentionCut) -> bool:
+        """Tell whether a cut takes something away from tokens up to the image's end."""
+        return bool(cut.query_nt[:, : self._text.start].any())
+
+    def _rerun_prefix(
+        self, prefix: _Segment, layer: int, change: Change | None, cut: AttentionCut | None
+    ) -> Any:
         """Run image tokens again; return the cache that the prompts go on with."""
         states_btd = prefix.call.states(layer)
-        starts = torch.from_numpy(np.cumsum([0, *self._prompt_counts[:-1]]))
-        image_nt = self.token_sets["image"][:, : states_btd.shape[1]]
-        image_bt = image_nt[copy_to(self.vlm.device, starts)]
-        changed_btd = torch.where(image_bt[..., None], change(states_btd), states_btd)
+        starts = copy_to(
+            self.vlm.device, torch.from_numpy(np.cumsum([0, *self._prompt_counts[:-1]]))
+        )
+        if change is not None:
+            image_bt = self.token_sets["image"][:, : states_btd.shape[1]][starts]
+            states_btd = torch.where(image_bt[..., None], change(states_btd), states_btd)
         cache = self._empty_cache()
-        self._replay(prefix, layer, changed_btd, cache=cache)
+        with ExitStack() as contexts:
+            if cut is not None and self._image_looks(cut):
+                contexts.enter_context(cut_attention(self.vlm, cut.of_rows(starts)))
+            self._replay(prefix, layer, states_btd, cache=cache)
         cache.reorder_cache(prefix.last_place_n)
         # Blocks before the layer did not run; masks are as long as the first one's keys.
         cache.layers[:layer] = _fork(self._text.cache).layers[:layer]
@@ -356,6 +376,13 @@ class KeptPass:
             outputs = segment.call.outputs
             contexts.enter_context(_standing_still(vlm.blocks, outputs, layer, states_ntd))
             vlm.stack(*segment.call.args, **kwargs)
+
+
+def _spread(mark_i: np.ndarray, image_mask_t: np.ndarray) -> np.ndarray:
+    """(t,) True at the marked ones of a prompt's image tokens."""
+    spread_t = np.zeros_like(image_mask_t)
+    spread_t[np.flatnonzero(image_mask_t)] = mark_i
+    return spread_t
 
 
 def why_no_replay(vlm: Vlm) -> str:

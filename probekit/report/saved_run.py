@@ -336,6 +336,7 @@ class SavedRun:
                     Activations.open(store["record"], self.examples, home=self.home),
                     read_settings(folder),
                     None,
+                    self.instances,
                     folder,
                     None,
                     self.home,

@@ -64,7 +64,7 @@ class ImageChanger:
     ----------
     instances : DataFrame
         See :func:`probekit.tasks.building.load_instances`.
-    dataset : Dataset
+    dataset : Dataset or None
         With outlines, see :func:`probekit.tasks.building.load_outlines`; objects that have none
         are greyed by their boxes.
     folder : Path
@@ -74,11 +74,14 @@ class ImageChanger:
     """
 
     def __init__(
-        self, instances: pd.DataFrame, dataset: Dataset, *, folder: Path, home: paths.Home
+        self, instances: pd.DataFrame, dataset: Dataset | None, *, folder: Path, home: paths.Home
     ) -> None:
         self._instances = dict(list(instances.groupby("image_id")))
-        self._outlined = dict(list(dataset.instances.groupby("image_id")))
-        self._sizes = dataset.images[["width", "height"]]
+        self._outlined = {}
+        self._sizes = pd.DataFrame()
+        if dataset is not None:
+            self._outlined = dict(list(dataset.instances.groupby("image_id")))
+            self._sizes = dataset.images[["width", "height"]]
         self._folder = folder
         self._home = home
 
