@@ -85,7 +85,7 @@ def run_figures(
             results, task, probe=probe, published=published, relative=relative
         )
         figures |= _detail_figures(results, task, probe=probe)
-        if slices is not None and (slices.task == task).any():
+        if slices is not None and slices.value[slices.task == task].notna().any():
             figures[f"{task}_slices"] = _slices_figure(results, slices, task, probe=probe)
     figures |= _similarity_figures(results)
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
