@@ -362,9 +362,9 @@ def _check_metric(metric: str | None, kind: str) -> None:
 def _reason(metric: str, image_count: int, labels: set[float]) -> str:
     """Say why a slice has no score, ``""`` where it has one."""
     if image_count < FEWEST_IMAGES:
-        return f"{image_count} test images, fewer than {FEWEST_IMAGES}"
+        return f"too few: {image_count} test images, fewer than {FEWEST_IMAGES}"
     if len(labels) < 2 and metric not in (RECALL, "top1_accuracy"):
-        return f"the right answer is always {'yes' if 1 in labels else 'no'}"
+        return f"one label: the right answer is always {'yes' if 1 in labels else 'no'}"
     return ""
 
 

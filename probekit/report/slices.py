@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -258,8 +259,8 @@ def _add_panel(
         figure.update_yaxes(range=[-0.04, 1.04], dtick=0.25, **panel)
 
 
-def _tick(row) -> str:
-    reason = f"<br>{row.reason.partition(',')[0]}" if row.reason else ""
+def _tick(row: Any) -> str:
+    reason = f"<br>{row.reason.partition(':')[0]}" if row.reason else ""
     return f"{row.slice}<br>n = {row.n:,}{reason}"
 
 

@@ -255,8 +255,8 @@ def test_slices_of_few_images_or_one_label_have_a_reason_instead_of_a_score():
     rows += [(image, "cup", MEDIUM) for image in range(51, 60) for _ in range(3)]
     table = score(examples, instance_table(*rows), np.full((1, 120, 1), 0.7)).set_index("slice")
     assert set(table.covariate) == {"objects"}
-    assert table.reason["1"] == "the right answer is always yes"
-    assert table.reason["3 to 5"] == "9 test images, fewer than 10"
+    assert table.reason["1"] == "one label: the right answer is always yes"
+    assert table.reason["3 to 5"] == "too few: 9 test images, fewer than 10"
     assert table.reason["2"] == ""
     assert table.value.notna().to_dict() == {"1": False, "2": True, "3 to 5": False}
     assert table.value["2"] == 0.5
@@ -269,7 +269,10 @@ def test_another_metric_needs_both_labels(metric):
     table = score(examples, instances, np.full((1, 120, 1), 0.7), metric=metric)
     assert (table.metric == metric).all()
     assert table.value.isna().all()
-    assert set(table.reason) == {"the right answer is always yes", "the right answer is always no"}
+    assert set(table.reason) == {
+        "one label: the right answer is always yes",
+        "one label: the right answer is always no",
+    }
     doubled = pd.concat([instances, instances[instances.image_id < 30]])
     table = score(examples, doubled, np.full((1, 120, 1), 0.7), metric=metric)
     assert table[table.covariate == "objects"].value.notna().all()

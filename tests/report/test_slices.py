@@ -85,7 +85,7 @@ def test_a_slice_without_a_score_has_its_reason_below_its_name(results):
     few = results.instances[results.instances.image_id >= IMAGES // 2 - 5]
     table = slice_table(results, results.examples, few, resamples=50)
     figure = slices_figure(table[table.covariate == "objects"], "object")
-    assert figure.layout.xaxis.ticktext[-1] == "2<br>n = 10<br>5 test images"
+    assert figure.layout.xaxis.ticktext[-1] == "2<br>n = 10<br>too few"
 
 
 def test_what_cannot_be_sliced_is_named(results):
