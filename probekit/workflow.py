@@ -409,7 +409,15 @@ def probe(
             home=home,
         )
     results.write(folder, building.table_fingerprint(examples))
-    return Results.of(results, examples)
+    return Results.of(results, examples, instances=_find_instances(run, home))
+
+
+def _find_instances(run: str, home: paths.Home) -> pd.DataFrame:
+    """Return the instances of a run's images, none where its examples were not built here."""
+    try:
+        return building.load_instances(examples_folder(run, home))
+    except FileNotFoundError:
+        return pd.DataFrame()
 
 
 def _views_and_examples(

@@ -11,6 +11,7 @@ from probekit.answers.reading import LENS
 from probekit.probes.results import HEADLINE, ProbeResults
 from probekit.report import comparisons, curves, heatmaps, used
 from probekit.report.known_and_said import known_and_said_figure, models_with_answers
+from probekit.report.slices import slices_figure
 from probekit.report.style import metric_words
 from probekit.report.wordings import wordings_figure
 from probekit.tasks.variants import has_plain_wording, wording_families
@@ -47,6 +48,7 @@ def run_figures(
     published: bool = False,
     relative: bool = False,
     interventions: pd.DataFrame | None = None,
+    slices: pd.DataFrame | None = None,
 ) -> dict[str, Figure]:
     """Draw every figure that a run's tables have something for.
 
@@ -62,6 +64,8 @@ def run_figures(
         Begin with relative depth on the axis instead of layers.
     interventions : DataFrame or None
         Of :func:`probekit.workflow.intervene`; None and an empty one have no figures.
+    slices : DataFrame or None
+        Of :func:`probekit.report.slices.slice_table`; None and an empty one have no figures.
 
     Returns
     -------
@@ -81,6 +85,8 @@ def run_figures(
             results, task, probe=probe, published=published, relative=relative
         )
         figures |= _detail_figures(results, task, probe=probe)
+        if slices is not None and slices.value[slices.task == task].notna().any():
+            figures[f"{task}_slices"] = _slices_figure(results, slices, task, probe=probe)
     figures |= _similarity_figures(results)
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
         figures[f"{task}_localisation"] = Figure(
@@ -214,6 +220,23 @@ def _wording_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:
             "In other words",
         )
     return figures
+
+
+def _slices_figure(results: ProbeResults, slices: pd.DataFrame, task: str, *, probe: str) -> Figure:
+    """Draw the scores of a task in slices of its test examples."""
+    return Figure(
+        slices_figure(slices, task, probe=probe),
+        "The test examples in slices: by the area of what is asked about (COCO's bounds, 32² and "
+        "96² pixels), by the number of instances in the image, by the length of the caption (or "
+        "prompt), and by whether some training image shows the same categories, or the same "
+        "category in its colour, together. Drawn is what varies. Circles: the probe at its best "
+        "layer, which all validation images chose. Diamonds: the model's answer. Recall is the "
+        "share of right answers where all answers of a slice are yes, or all no (not shown): read "
+        "these beside each other, for whoever always says no is right about all that is not shown. "
+        "Bars are 95 % intervals over the slice's images. Slices differ in more than their names "
+        "say: small things also stand in crowded images.",
+        f"{task}: {results.tasks[task].question}",
+    )
 
 
 def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:

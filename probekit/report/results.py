@@ -16,6 +16,7 @@ from probekit.report.known_and_said import (
     models_with_answers,
 )
 from probekit.report.sentences import Summary, compare_pairs, summarise
+from probekit.report.slices import NO_SLICES, slice_table, slices_figure
 from probekit.report.used import (
     surroundings_figure,
     tasks_of,
@@ -36,12 +37,16 @@ class Results(ProbeResults):
         The examples, labels and all.
     interventions : DataFrame
         Of :func:`probekit.workflow.intervene`; empty where nothing was done to the models.
+    instances : DataFrame
+        The instances of the images, see :func:`probekit.tasks.building.load_instances`; may be
+        empty.
     metrics, losses, transfer, predictions, neighbours, weights, heat, tasks, stores
         See :class:`probekit.probes.results.ProbeResults`.
     """
 
     examples: pd.DataFrame = field(default_factory=pd.DataFrame)
     interventions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    instances: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def of(
@@ -49,6 +54,7 @@ class Results(ProbeResults):
         results: ProbeResults,
         examples: pd.DataFrame,
         interventions: pd.DataFrame | None = None,
+        instances: pd.DataFrame | None = None,
     ) -> Results:
         """Put probe results and their examples together.
 
@@ -60,9 +66,15 @@ class Results(ProbeResults):
             The examples that were probed.
         interventions : DataFrame or None
             What was done to the models, if anything.
+        instances : DataFrame or None
+            The instances of the images, if there are any.
         """
-        done = pd.DataFrame() if interventions is None else interventions
-        return cls(**{**vars(results), "examples": examples, "interventions": done})
+        further = {
+            "examples": examples,
+            "interventions": pd.DataFrame() if interventions is None else interventions,
+            "instances": pd.DataFrame() if instances is None else instances,
+        }
+        return cls(**{**vars(results), **further})
 
     def __repr__(self) -> str:
         lines = [f"Results with {len(self.metrics):,} scores"]
@@ -129,12 +141,15 @@ class Results(ProbeResults):
         ValueError
             These results have no examples.
         """
+        self._need_examples("a comparison needs")
+        return compare_pairs(self, self.examples, probe=probe, resamples=resamples)
+
+    def _need_examples(self, who: str) -> None:
         if len(self.examples) == 0:
             raise ValueError(
-                "these results have no examples, which a comparison needs: make them with "
+                f"these results have no examples, which {who}: make them with "
                 "Results.of(results, examples)"
             )
-        return compare_pairs(self, self.examples, probe=probe, resamples=resamples)
 
     def plot(
         self,
@@ -154,7 +169,8 @@ class Results(ProbeResults):
             Such as ``"accuracy"``, ``"f1_macro"``, ``"selectivity"``, ``"codelength"``; or
             ``"known_and_said"`` for the probe beside the lens and the model's answer, or
             ``"wordings"`` for a question in all its wordings, ``"used"`` for what the model says
-            once a layer has lost it, or ``"surroundings"`` for images without the asked object.
+            once a layer has lost it, ``"surroundings"`` for images without the asked object, or
+            ``"slices"`` for the share of right answers in slices of the test examples.
         task : str, optional
             The first task that has this metric unless it is named.
         probe : str
@@ -184,6 +200,8 @@ class Results(ProbeResults):
             return self._plot_used(task)
         if metric == "surroundings":
             return self._plot_surroundings(task, pooling=pooling)
+        if metric == "slices":
+            return self._plot_slices(task, probe=probe)
         rows = self.metrics
         rows = rows[(rows["class"] == "") & (rows.split == scored_split(metric))]
         wanted = {"metric": metric, "task": task, "probe": probe, "pooling": pooling}
@@ -255,6 +273,46 @@ class Results(ProbeResults):
             )
         return surroundings_figure(self.interventions, task, pooling=pooling)
 
+    def _plot_slices(self, task: str | None, *, probe: str) -> go.Figure:
+        table = self.slices(task=task, probe=probe)
+        if table.empty:
+            raise ValueError(f"no slices of {task or 'any task'} in these results: {NO_SLICES}")
+        return slices_figure(table, table.task.iloc[0], probe=probe)
+
+    def slices(
+        self,
+        *,
+        task: str | None = None,
+        probe: str = "logreg",
+        metric: str | None = None,
+        resamples: int = 2000,
+    ) -> pd.DataFrame:
+        """Score the best layers, and what the models answer, in slices of the test examples.
+
+        Slices are by the area of what is asked about, the instances in the image, the length of
+        the text, and whether the training images show the same things together. See
+        :func:`probekit.report.slices.slice_table`.
+
+        Raises
+        ------
+        ValueError
+            These results have no examples, or there is no such task or metric.
+        """
+        self._need_examples("slices need")
+        if task is not None and task not in self.tasks:
+            raise ValueError(
+                f"no task {task!r} in these results: take one of {', '.join(self.tasks)}"
+            )
+        return slice_table(
+            self,
+            self.examples,
+            self.instances,
+            task=task,
+            probe=probe,
+            metric=metric,
+            resamples=resamples,
+        )
+
     def wordings(self, *, probe: str = "logreg") -> pd.DataFrame:
         """Set the wordings of each question beside each other.
 
@@ -282,4 +340,5 @@ class Results(ProbeResults):
             published=published,
             relative=relative,
             interventions=self.interventions,
+            slices=self.slices(probe=probe) if len(self.examples) else None,
         )

@@ -47,6 +47,6 @@ def write_run_page(
         lead=lead,
         summary=run.results.summary(probe=probe),
         settings=run.settings,
-        files=run.write_tables(folder),
+        files=run.write_tables(folder, probe=probe),
         reading=build.get("report"),  # an older build has none
     )

@@ -41,6 +41,10 @@ TABLE_CONTENTS = {
     "interventions": ("a row per model, task, layer, intervention, site, dose, control and metric"),
     "transfer": "the score of each layer's probe on the states of other layers and wordings",
 }
+SLICES_CONTENT = (
+    "a row per model, pooling, task, probe at its best layer or answer, covariate and slice of the "
+    "test examples"
+)
 
 
 def list_runs(home: str | Path | Home | None = None) -> list[str]:
@@ -131,6 +135,7 @@ class SavedRun:
                         store["record"]["folder"] for store in probe_results.stores
                     ],
                 ),
+                building.load_instances(home.data / "tasks" / name),
             ),
             stored_heat=StoredHeat(probe_results.heat, home),
         )
@@ -140,10 +145,10 @@ class SavedRun:
         """The examples of the run, all splits."""
         return self.results.examples
 
-    @cached_property
+    @property
     def instances(self) -> pd.DataFrame:
         """The instances of the run's images, see :func:`probekit.tasks.building.load_instances`."""
-        return building.load_instances(self.home.data / "tasks" / self.name)
+        return self.results.instances
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -170,13 +175,15 @@ class SavedRun:
             settings[f"probes: {name}"] = str(value)
         return settings
 
-    def write_tables(self, folder: Path) -> dict[str, str]:
+    def write_tables(self, folder: Path, *, probe: str = "logreg") -> dict[str, str]:
         """Write the tables as CSV files with five digits per number, and what they come from.
 
         Parameters
         ----------
         folder : Path
             Made where it does not exist.
+        probe : str
+            The kind of probe whose best layers are in the table of slices.
 
         Returns
         -------
@@ -191,6 +198,8 @@ class SavedRun:
                 continue
             _write_csv(getattr(self.results, name), folder / f"{name}.csv")
             contents[f"{name}.csv"] = words
+        _write_csv(self.results.slices(probe=probe), folder / "slices.csv")
+        contents["slices.csv"] = SLICES_CONTENT
         sources = {}
         for store in self.results.stores:
             names = ("record", "meta", "settings", "versions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,17 @@ def find_task(name: str) -> Task | None:
         variant = name.removeprefix(f"{base}_")
         if variant != name and variant in task.variants:
             return vary_task(base, task, variant)
+    return None
+
+
+def find_caption(prompt: str) -> str | None:
+    """Return the caption that a prompt asks about, None where it is not one of those prompts."""
+    templates = [captions.PROMPT, *(variant.prompt for variant in CAPTION_VARIANTS.values())]
+    for template in templates:
+        before, _, after = template.partition("{caption}")
+        match = re.fullmatch(f"{re.escape(before)}(.*){re.escape(after)}", prompt, re.DOTALL)
+        if match is not None:
+            return match[1]
     return None
 
 

@@ -57,7 +57,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure") == 42  # 40 of the tables, and an explorer for each model
+    assert page.count("<figure") == 45  # 43 of the tables, and an explorer for each model
     used = pd.read_csv(demo / "figures" / "small" / "interventions.csv")
     assert set(used.model) == set(DEMO_MODELS)
     assert {"none", "leace", "steer", "cut"} == set(used.intervention)
