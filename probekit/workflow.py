@@ -417,7 +417,7 @@ def _find_instances(run: str, home: paths.Home) -> pd.DataFrame:
     try:
         return building.load_instances(examples_folder(run, home))
     except FileNotFoundError:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["image_id", "category"])
 
 
 def _views_and_examples(
@@ -482,16 +482,13 @@ def intervene(
         tqdm.write(f"answers alone are watched, and no probes: {error}")
         results = None
 
-    of_examples = examples_folder(run, home)
-    try:
-        instances = building.load_instances(of_examples)
-    except FileNotFoundError:  # examples of one's own
-        instances = pd.DataFrame(columns=["image_id", "category"])
+    instances = _find_instances(run, home)
 
     def make_changer() -> ImageChanger:
+        built = examples_folder(run, home)
         return ImageChanger(
             instances,
-            building.load_outlines(of_examples, home=home) if len(instances) else None,
+            building.load_outlines(built, home=home) if len(instances) else None,
             folder=interventions_folder(run, home) / "images",
             home=home,
         )

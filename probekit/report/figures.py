@@ -191,9 +191,10 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
         figures[f"{task}_surroundings"] = Figure(
             used.surroundings_figure(table, task),
             "Probes that were trained on whole images, and the model’s answer where it has one, on "
-            "the same test images: whole; with the asked object greyed; with all else greyed; with "
-            "as large an area greyed elsewhere. A curve that stands with the object greyed reads "
-            "its surroundings. How far grey alone disturbs is what the area elsewhere takes.",
+            "the same test images: whole; with the asked object greyed, or its box; with all else "
+            "greyed; with as large an area greyed elsewhere. A curve that stands with the box "
+            "greyed reads the surroundings. One that stands with the object greyed alone may read "
+            "its outline. How far grey disturbs by itself is what the area elsewhere takes.",
             section,
         )
     return figures

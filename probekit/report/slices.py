@@ -219,7 +219,7 @@ def _add_panel(
         name = "the model’s answer" if probe == ANSWER else f"{probe} probe"
         colour = colours[model]
         figure.add_scatter(
-            x=points.slice.map(places) + offset,
+            x=points.slice.map(places).astype(float) + offset,
             y=points.value,
             mode="markers",
             name=f"{model}, {name}",

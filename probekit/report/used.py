@@ -56,6 +56,7 @@ INPUT_LOOKS = {
     WHOLE_IMAGE: ("whole image", KNOWN_COLOUR, SYMBOLS[0]),
     "same_area": ("as much greyed elsewhere", GREY, SYMBOLS[4]),
     "no_object": ("the object greyed", PALETTE[3], SYMBOLS[2]),
+    "no_box": ("its box greyed", PALETTE[1], SYMBOLS[3]),
     "only_object": ("all but the object greyed", PALETTE[2], SYMBOLS[1]),
 }
 EFFECT_COLOURS = "RdBu"

@@ -23,7 +23,7 @@ from probekit import paths
 from probekit.data.dataset import Dataset
 from probekit.images import load_rgb
 
-IMAGE_CHANGES = ("only_object", "no_object", "same_area")
+IMAGE_CHANGES = ("only_object", "no_object", "no_box", "same_area")
 GREY = 128
 # Of an object that covers more of an image as much cannot be greyed elsewhere.
 LARGEST_SHARE = 0.5
@@ -99,7 +99,9 @@ class ImageChanger:
             ``"only_object"``
                 All but the objects that the task asks about and the image shows is grey.
             ``"no_object"``
-                They are grey.
+                They are grey. Where outlines are known, they still show the object's shape.
+            ``"no_box"``
+                Their boxes are grey, which leaves no outline.
             ``"same_area"``
                 As many pixels of the same shape are grey, elsewhere in the image.
 
@@ -115,34 +117,40 @@ class ImageChanger:
         rows = examples.assign(row=np.arange(len(examples)))
         tables = []
         left_out = []
+        files_by_region: dict[tuple[str, tuple[str, ...]], dict[str, Path]] = {}
         groups = rows.groupby(["task", "image_id"], sort=False)
         for (task, image_id), group in tqdm(groups, desc="changing images", unit="image"):
+            source = group.file.iloc[0]
+            asked = tuple(sorted({name for names in group.asked for name in names}))
             try:
-                files = self._files(image_id, group, changes)
+                if (source, asked) not in files_by_region:
+                    files = self._write(image_id, source, asked, changes=changes)
+                    files_by_region[source, asked] = files
             except NotChanged as error:
                 left_out.append((task, str(error)))
                 continue
+            files = files_by_region[source, asked]
             for change, file in files.items():
                 tables.append(group.assign(file=self._home.relative(file), change=change))
         changed = pd.concat(tables, ignore_index=True) if tables else rows.head(0)
         counts = pd.Series(left_out, dtype=object).value_counts()
         return ChangedImages(changed.reset_index(drop=True), counts)
 
-    def _files(
-        self, image_id: Hashable, group: pd.DataFrame, changes: Sequence[str]
+    def _write(
+        self, image_id: Hashable, source: str, asked: Sequence[str], *, changes: Sequence[str]
     ) -> dict[str, Path]:
         """Return the file of each change of one image, and write those that are not there."""
-        asked = {name for names in group.asked for name in names}
         instances = self._instances.get(image_id)
         if instances is None:
             raise NotChanged("no object is annotated in it")
-        names = sorted(asked.intersection(instances.category[~instances.tiny]))
+        names = sorted(set(asked).intersection(instances.category[~instances.tiny]))
         if not names:
             raise NotChanged("it shows none of the objects that are asked about")
-        source = group.file.iloc[0]
         pixels_hw3 = np.array(load_rgb(self._home.resolve(source)))
-        mask_hw = self._object_mask(image_id, names, size=pixels_hw3.shape[1::-1])
+        size = pixels_hw3.shape[1::-1]
+        mask_hw = self._object_mask(image_id, names, size=size)
         grey = find_grey(mask_hw, seed=zlib.crc32(repr((source, names)).encode()))
+        grey["no_box"] = _box_mask(instances[instances.category.isin(names)], size=size)
         key = xxhash.xxh3_64_hexdigest(pixels_hw3.tobytes() + mask_hw.tobytes())
         files = {}
         for change in changes:
@@ -185,7 +193,7 @@ class ImageChanger:
 
 
 def find_grey(mask_hw: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
-    """Find which pixels are greyed by each of :data:`IMAGE_CHANGES`.
+    """Find which pixels are greyed where an object, all but it, or as much elsewhere is.
 
     Parameters
     ----------

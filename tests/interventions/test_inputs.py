@@ -96,7 +96,7 @@ class PlantedStates:
         truth = np.array([labels[0] for labels in examples.labels]) * 2.0 - 1
         noise = rng.normal(scale=0.3, size=(len(LAYERS), len(examples), 4))
         shows_object = examples.change.isin([WHOLE_IMAGE, "only_object", "same_area"])
-        shows_rest = examples.change.isin([WHOLE_IMAGE, "no_object", "same_area"])
+        shows_rest = examples.change != "only_object"
         noise[1, :, 0] += truth * shows_object
         noise[2, :, 1] += truth * shows_rest
         self._states = noise.astype(np.float32)
