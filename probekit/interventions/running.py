@@ -19,7 +19,7 @@ from probekit import paths
 from probekit.extraction import loading, shards
 from probekit.interventions.concepts import FittedEdits
 from probekit.interventions.edits import NoEdit
-from probekit.interventions.object_tokens import ELSEWHERE, OBJECT, ObjectMarker
+from probekit.interventions.object_tokens import ELSEWHERE, NO_OBJECT, OBJECT, ObjectMarker
 from probekit.interventions.settings import CUT, NOTHING, OBJECT_ROUTE, RANDOM, Intervention
 from probekit.models.attention import AttentionCut, NoCut
 from probekit.models.budget import TokenBudget
@@ -372,6 +372,8 @@ def _cut(kept: KeptPass, one: Intervention) -> AttentionCut:
     seen, looking = one.site.split(">")
     sets = kept.token_sets
     if one.site == OBJECT_ROUTE:
+        if OBJECT not in sets:
+            raise NoCut(NO_OBJECT)
         key_nt = sets[ELSEWHERE if one.control == RANDOM else OBJECT]
     else:
         key_nt = sets["image_span" if seen == "image" else seen]

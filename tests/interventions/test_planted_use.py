@@ -81,6 +81,22 @@ def test_attention_is_found_in_the_block_that_moves_what_is_used(planted):
         assert not of_route.is_found.drop(moving).any()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_object_s_tokens_are_found_and_as_many_others_are_not(planted, seed):
+    settings = InterventionSettings(
+        erase=(), doses=(), routes=("object>all",), window=1, resamples=500
+    )
+    table = study(planted, settings, seed=seed, object_tokens=3, noise=0.5)
+    rows = table[(table.metric == "effect") & table.value.notna()]
+    rows = rows.assign(is_found=rows.p_holm < ALPHA).set_index(["control", "layer"])
+    moving = f"lm.{MOVING_BLOCK:02d}"
+    assert rows.is_found["none", moving] and rows.value["none", moving] < -0.1
+    assert not rows.is_found["none"].drop(moving).any()
+    assert not rows.is_found["random"].any()
+    over_random = table[(table.metric == "over_random") & (table.layer == moving)]
+    assert over_random.p_holm.iloc[0] < ALPHA and over_random.value.iloc[0] < -0.1
+
+
 def test_adding_the_direction_says_yes_and_taking_it_says_no(planted):
     settings = InterventionSettings(
         layers=(MOVING_BLOCK + 1,), tokens=("last",), erase=(), routes=(), doses=(-4.0, 4.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,22 @@ def test_blocks_that_do_not_run_are_named(vlm, prepared, monkeypatch):
     monkeypatch.setattr(vlm, "blocks", torch.nn.ModuleList([*vlm.blocks, torch.nn.Identity()]))
     with pytest.raises(NoReplay, match="8 of its 9 blocks ran"):
         KeptPass(vlm, prepared, way="plain")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_image_tokens_that_do_not_look_either_are_cut_in_both_ways(vlm, prepared, way):
+    count = int(prepared[0].image_masks[0].sum())
+    mark_i = np.arange(count) % 3 == 0
+    marked = [replace(image, marks={"object": mark_i}) for image in prepared]
+    states = []
+    for one in (way, "plain"):
+        kept = KeptPass(vlm, marked, way=one)
+        sets = kept.token_sets
+        assert int(sets["object"].sum()) == mark_i.sum() * len(sets["object"])
+        assert not (sets["object"] & ~sets["image"]).any()
+        cut = AttentionCut(range(1, 4), sets["image_span"] | sets["text"], sets["object"])
+        states.append(kept.rerun(1, {}, cut=cut)[len(vlm.blocks)])
+        text_alone = AttentionCut(range(1, 4), sets["text"], sets["object"])
+        differs = (states[-1] - kept.rerun(1, {}, cut=text_alone)[len(vlm.blocks)]).abs().max()
+        assert differs > 1e-4  # what image tokens tell each other matters
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from probekit.interventions.concepts import ConceptNames, FittedEdits
 from probekit.interventions.edits import random_edit
+from probekit.interventions.object_tokens import ELSEWHERE, OBJECT
 from probekit.interventions.running import Reader, do_one
 from probekit.interventions.scores import Done, TaskScores
 from probekit.interventions.settings import (
@@ -102,23 +103,41 @@ class PlantedModel:
         return AnswerHead(rows_vd=rows_vd, token_ids=(0, 1), norm=FinalNorm("none"))
 
     def draw(
-        self, rng: np.random.Generator, n: int, *, noise: float = 1.0
+        self,
+        rng: np.random.Generator,
+        n: int,
+        *,
+        noise: float = 1.0,
+        object_tokens: int | None = None,
     ) -> tuple[list[PreparedImage], np.ndarray, np.ndarray]:
-        """Draw n images with a label each that is used, and one that is not."""
+        """Draw n images with a label each that is used, and one that is not.
+
+        Only the first `object_tokens` hold them, where that is named, and are marked as the
+        object's.
+        """
         width = self.vlm.width
         tokens = int(self.template.image_masks[0].sum())
         # As many of each pair of labels, so that neither says anything of the other.
         used_n, unused_n = rng.permutation(np.tile([[0, 0], [0, 1], [1, 0], [1, 1]], (n // 4, 1))).T
         token_ntd = rng.normal(size=(n, tokens, width)) * noise
-        token_ntd += (2 * used_n - 1)[:, None, None] * self.used_d
-        token_ntd += (2 * unused_n - 1)[:, None, None] * self.unused_d
+        holding = object_tokens or tokens
+        share_t = (np.arange(tokens) < holding)[:, None] * tokens / holding  # the mean stays
+        token_ntd += (2 * used_n - 1)[:, None, None] * share_t * self.used_d
+        token_ntd += (2 * unused_n - 1)[:, None, None] * share_t * self.unused_d
+        marks = {}
+        if object_tokens:
+            order = np.concatenate(
+                [np.arange(object_tokens), object_tokens + rng.permutation(tokens - object_tokens)]
+            )
+            numbers = np.argsort(order) // object_tokens
+            marks = {OBJECT: numbers == 0, ELSEWHERE: numbers == 1}
         pixels = self.template.image_inputs["pixel_values"]
         prepared = []
         for token_td in token_ntd:
             values = torch.zeros_like(pixels).flatten()
             values[: tokens * width] = torch.from_numpy(token_td.ravel())
             inputs = {"pixel_values": values.reshape(pixels.shape)}
-            prepared.append(replace(self.template, image_inputs=inputs))
+            prepared.append(replace(self.template, image_inputs=inputs, marks=marks))
         return prepared, used_n, unused_n
 
 
@@ -162,6 +181,7 @@ def study(
     train_images: int = 160,
     images: int = 100,
     noise: float = 1.0,
+    object_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Do interventions on images that are drawn anew, and score them.
 
@@ -173,7 +193,7 @@ def study(
     model.plant(seed)
     rng = np.random.default_rng([seed, 1])
     train, *train_labels = model.draw(rng, train_images, noise=noise)
-    test, *test_labels = model.draw(rng, images, noise=noise)
+    test, *test_labels = model.draw(rng, images, noise=noise, object_tokens=object_tokens)
     which = 0 if is_used else 1
     concepts = ConceptNames({"text": TASK, "last": TASK, "image": CATEGORIES}, {})
     states = run_pooled(vlm, train, poolings=POOLINGS, way="shared")
