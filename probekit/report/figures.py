@@ -175,7 +175,8 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
                 used.routes_figure(table, task),
                 "The answer while some tokens no longer see others, in a window of blocks that "
                 "begins where the point is. Where a line dips, that is the way by which the answer "
-                "comes.",
+                "comes. The object’s tokens lie in the boxes of what is asked about; read them "
+                "against as many other image tokens, both on the images that have such boxes.",
                 section,
             )
         if ((rows.intervention == used.STEER) & (rows.metric == "says_yes")).any():

@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from probekit.interventions.inputs import PIXELS, WHOLE_IMAGE
-from probekit.interventions.settings import CUT, OTHER_TASK, RANDOM, STEER
+from probekit.interventions.settings import CUT, OBJECT_ROUTE, OTHER_TASK, RANDOM, STEER
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -50,6 +50,14 @@ CONTROL_WORDS = {
     "none": "",
     RANDOM: "a random subspace",
     OTHER_TASK: "another task’s subspace",
+}
+# Words, colour and symbol of each route and its control.
+ROUTE_LOOKS = {
+    ("image>text", "none"): ("image ▶ text", PALETTE[2], SYMBOLS[1]),
+    ("image>last", "none"): ("image ▶ last", PALETTE[3], SYMBOLS[2]),
+    ("text>last", "none"): ("text ▶ last", PALETTE[4], SYMBOLS[3]),
+    (OBJECT_ROUTE, "none"): ("the object’s tokens ▶ all", PALETTE[5], SYMBOLS[4]),
+    (OBJECT_ROUTE, RANDOM): ("as many other image tokens ▶ all", GREY, SYMBOLS[5]),
 }
 # Words, colour and symbol of each kind of image.
 INPUT_LOOKS = {
@@ -395,37 +403,35 @@ def routes_figure(table: pd.DataFrame, task: str) -> go.Figure:
     cut = rows[rows.intervention == CUT]
     models = list(dict.fromkeys(cut.model))
     figure = _panels(models)
-    routes = list(dict.fromkeys(cut.site))
+    routes = sorted(set(zip(cut.site, cut.control, strict=True)), key=list(ROUTE_LOOKS).index)
     for place, model in enumerate(models, 1):
         of_model = cut[cut.model == model]
         said = rows[(rows.model == model) & (rows.intervention == "none")].iloc[0]
         traces = _said_traces(said, int(layer_number(of_model.layer).max()))
-        for number, route in enumerate(routes):
-            curve = of_model[of_model.site == route]
+        for route, control in routes:
+            words, colour, symbol = ROUTE_LOOKS[route, control]
+            curve = of_model[(of_model.site == route) & (of_model.control == control)]
             traces += _curve(
-                layer_number(curve.layer),
-                curve,
-                name=f"{_route_words(route)} cut",
-                colour=PALETTE[2 + number % 4],
-                symbol=SYMBOLS[1 + number % 5],
+                layer_number(curve.layer), curve, name=f"{words} cut", colour=colour, symbol=symbol
             )
         for trace in traces:
             figure.add_trace(trace, row=1, col=place)
     figure.add_trace(legend_entry("answer", line={"color": SAID_COLOUR, "width": 2.5}))
-    for number, route in enumerate(routes):
-        colour = PALETTE[2 + number % 4]
-        figure.add_trace(legend_entry(_route_words(route), line={"color": colour, "width": 2}))
+    for words, colour, symbol in (ROUTE_LOOKS[route] for route in routes):
+        figure.add_trace(
+            legend_entry(
+                words,
+                mode="lines+markers",
+                line={"color": colour, "width": 2},
+                marker={"symbol": symbol, "size": 7},
+            )
+        )
     window = int(cut.dose.iloc[0])
     blocks = "1 block" if window == 1 else f"{window} blocks"
     _style(figure, f"Without attention, in windows of {blocks} — {task_words(task)}", cut)
     figure.update_xaxes(title="first block of the window")
     figure.update_yaxes(title="accuracy (test)", col=1)
     return figure
-
-
-def _route_words(route: str) -> str:
-    seen, looking = route.split(">")
-    return f"{seen} ▶ {looking}"
 
 
 def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
