@@ -74,12 +74,12 @@ SIGNIFICANT = 0.05
 
 def tasks_of(table: pd.DataFrame) -> list[str]:
     """Return the tasks whose answers were watched while states or attention were changed."""
-    return list(dict.fromkeys(table.task[table.site != PIXELS]))
+    return list(dict.fromkeys(table.task[table.site != PIXELS])) if len(table) else []
 
 
 def tasks_on_inputs(table: pd.DataFrame) -> list[str]:
     """Return the tasks that were scored on changed images."""
-    return list(dict.fromkeys(table.task[table.site == PIXELS]))
+    return list(dict.fromkeys(table.task[table.site == PIXELS])) if len(table) else []
 
 
 def erasures_of(table: pd.DataFrame) -> list[str]:
