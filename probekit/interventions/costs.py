@@ -23,7 +23,7 @@ from probekit.interventions.settings import (
 )
 from probekit.models.load import load_skeleton
 from probekit.models.processor import PreparedImage
-from probekit.tasks.base import task_infos
+from probekit.tasks.base import asked_categories, task_infos
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def estimate_interventions(
         planned = plan_interventions(settings, blocks=blocks, is_binary=is_binary)
         estimates += estimate(task, planned, encoded=1, fit_images=settings.fit_images)
     changed = [Intervention(0, NOTHING, PIXELS)] * len(settings.inputs)
-    asking = examples[examples.asked.map(len) > 0].task.unique()
+    asking = set(examples.task[[len(names) > 0 for names in asked_categories(examples)]])
     for task in plain if changed else ():
         if task in asking:
             estimates += estimate(task, changed, encoded=len(changed), fit_images=0)

@@ -18,7 +18,7 @@ from probekit.interventions.scores import COLUMNS, difference_rows, mean_rows
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.results import ProbeKey
 from probekit.probes.weights import ProbeWeights
-from probekit.tasks.base import task_infos
+from probekit.tasks.base import asked_categories, task_infos
 from probekit.tasks.changed_images import ImageChanger
 
 WHOLE_IMAGE = "whole_image"
@@ -116,9 +116,9 @@ def score_inputs(
 def _select_test(examples: pd.DataFrame, images: int) -> pd.DataFrame:
     """Return the first test images of each task that asks about objects, with their `place`."""
     placed = examples.assign(place=np.arange(len(examples)))
-    asks = examples.asked.map(len) > 0 if "asked" in examples else np.zeros(len(examples), bool)
-    is_plain = examples.variant_of == "" if "variant_of" in examples else True
-    rows = placed[(examples.split == "test") & asks & is_plain]
+    asks = np.array([len(names) > 0 for names in asked_categories(examples)])
+    plain = [name for name, info in task_infos(examples).items() if not info.variant_of]
+    rows = placed[(examples.split == "test") & asks & examples.task.isin(plain)]
     image_number = rows.groupby("task", sort=False).image_id.transform(
         lambda ids: pd.factorize(ids)[0]
     )

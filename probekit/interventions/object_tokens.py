@@ -22,6 +22,7 @@ from probekit.models.token_grid import (
     check_token_grid,
 )
 from probekit.probes.localisation import relative_boxes
+from probekit.tasks.base import asked_categories
 
 # Names of the marks.
 OBJECT = "object"
@@ -54,11 +55,9 @@ def find_object_boxes(
         cover by more than :data:`LARGEST_SHARE`, are missing.
     """
     boxes = {}
-    if "asked" not in examples:
-        return {}
     instances_by_image = dict(list(instances.groupby("image_id")))
     for image_id, rows in examples.groupby("image_id"):
-        asked = {name for names in rows.asked for name in names}
+        asked = set().union(*asked_categories(rows))
         of_image = instances_by_image.get(image_id, instances.head(0))
         of_image = of_image[of_image.category.isin(asked)]
         if of_image.empty or of_image.tiny.all():

@@ -338,12 +338,20 @@ class ModelStudy:
             home=self.home,
         )
 
-    def score_inputs(self, changed: pd.DataFrame) -> pd.DataFrame:
-        """Score probes and answers on the examples of :func:`inputs.change_test_images`."""
+    def score_inputs(self, examples: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
+        """Score probes and answers on changed examples.
+
+        Parameters
+        ----------
+        examples : DataFrame
+            Of the run.
+        changed : DataFrame
+            See :func:`probekit.interventions.inputs.change_test_images`.
+        """
         model = self.activations.meta["model"]
         weights = self.results.weights if self.results is not None else {}
         return score_inputs(
-            self.activations.examples,
+            examples,
             self._extract(changed, self.activations.poolings),
             {
                 key: one
@@ -472,14 +480,12 @@ def study_models(
             plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
     tables = [study.run() for study in studies]
     if settings.inputs and studies:
+        examples = studies[0].activations.examples
         changed = change_test_images(
-            studies[0].activations.examples,
-            make_changer,
-            changes=settings.inputs,
-            images=settings.images,
+            examples, make_changer, changes=settings.inputs, images=settings.images
         )
         if len(changed):
-            tables += [study.score_inputs(changed) for study in studies if study.layers]
+            tables += [study.score_inputs(examples, changed) for study in studies if study.layers]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     (folder / RECORD).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 
 from probekit.probes import metrics
 from probekit.probes.labels import LabelSet
+from probekit.tasks.base import asked_categories
 from probekit.tasks.registry import find_caption
 from probekit.tasks.words import split_words
 
@@ -130,10 +131,7 @@ def _asked_by_entry(rows: pd.DataFrame) -> list[list[tuple[str, ...]]]:
 
     The classes of a multilabel task are entries of their own where they are what is asked.
     """
-    if "asked" not in rows:
-        return [[()]] * len(rows)
-    # Tables that were joined may have NaN instead of a list.
-    asked = [() if isinstance(names, float) else tuple(names) for names in rows.asked]
+    asked = asked_categories(rows)
     classes = list(rows.classes.iloc[0]) if len(rows) else []
     is_multilabel = (rows.kind == "multilabel").all()
     names = {name for of_example in asked for name in of_example}

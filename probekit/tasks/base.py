@@ -340,6 +340,16 @@ def example_rows(
     )
 
 
+def asked_categories(examples: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Return which categories each of n examples asks about.
+
+    Of a table without the column `asked`, or of rows that were joined without it, none.
+    """
+    if "asked" not in examples:
+        return [()] * len(examples)
+    return [() if isinstance(names, float) else tuple(names) for names in examples.asked]
+
+
 def task_source(task: Task) -> list:
     """Return what the rows of a task come from, for :func:`~probekit.paths.fingerprint`.
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from probekit import paths
 from probekit.data.dataset import Dataset
 from probekit.images import load_rgb
+from probekit.tasks.base import asked_categories
 
 IMAGE_CHANGES = ("only_object", "no_object", "no_box", "same_area")
 GREY = 128
@@ -121,7 +122,7 @@ class ImageChanger:
         groups = rows.groupby(["task", "image_id"], sort=False)
         for (task, image_id), group in tqdm(groups, desc="changing images", unit="image"):
             source = group.file.iloc[0]
-            asked = tuple(sorted({name for names in group.asked for name in names}))
+            asked = tuple(sorted(set().union(*asked_categories(group))))
             try:
                 if (source, asked) not in files_by_region:
                     files = self._write(image_id, source, asked, changes=changes)
