@@ -57,10 +57,11 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure") == 45  # 43 of the tables, and an explorer for each model
+    assert page.count("<figure") == 47  # 45 of the tables, and an explorer for each model
     used = pd.read_csv(demo / "figures" / "small" / "interventions.csv")
     assert set(used.model) == set(DEMO_MODELS)
-    assert {"none", "leace", "steer", "cut"} == set(used.intervention)
+    greyed = {"whole_image", "no_object", "no_box", "same_area"}
+    assert {"none", "leace", "steer", "cut"} | greyed == set(used.intervention)
     executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
     assert [path.stem[:2] for path in executed] == ["01", "02", "03", "04", "05", "06"]
     for path in executed:
@@ -70,9 +71,9 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
 
 def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
     before = modification_times(demo)
-    # 3 shards of images per model, 6 of prompts without one and 1 that interventions are fitted on
-    # (the untrained model has neither)
-    assert len(before) == 2 * (3 + 6 + 1) + 3
+    # 3 shards of images per model, 6 of prompts without one, 1 that interventions are fitted on and
+    # 1 of changed images (the untrained model has the first alone)
+    assert len(before) == 2 * (3 + 6 + 1 + 1) + 3
     fitted = modification_times(demo, FITTED_PROBES)
     assert fitted
     result = run_notebooks(demo, "--to", "03", cwd=tmp_path, run="small")
