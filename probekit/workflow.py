@@ -452,7 +452,7 @@ def intervene(
         See :func:`build_examples`.
     **settings
         Attributes of :class:`probekit.interventions.settings.InterventionSettings`: `watch`,
-        `layers`, `tokens`, `erase`, `doses`, `routes`, `window`, `images`, `fit_images`, ...
+        `layers`, `tokens`, `erase`, `doses`, `routes`, `window`, `inputs`, `images`, ...
 
     Returns
     -------
@@ -463,7 +463,10 @@ def intervene(
         less that of all others), ``"says_yes"`` and ``"yes_margin"`` of binary tasks, ``"effect"``
         and ``"margin_effect"`` (less those of the model left alone), ``"over_random"`` and
         ``"margin_over_random"`` (less those with a random subspace), and ``"probe_accuracy"`` of
-        the run's ``"logreg"`` probe at `read_layer`. Differences are paired on the test images;
+        the run's ``"logreg"`` probe at `read_layer`, of the `pooling` "last". Rows of the `site`
+        ``"pixels"`` are about changed images (`inputs`), beside the same images as they are
+        (``"whole_image"``): there probes of all poolings are read, and ``"probe_effect"`` is their
+        accuracy less that on whole images. Differences are paired on the test images;
         `p_holm` is corrected for the number of layers. A row without a value has its `reason`. It
         is in ``data/interventions/<run>``, too; what is there already is not done again.
     """
@@ -476,6 +479,12 @@ def intervene(
     run = run_of(examples)
     wanted = intervention_settings(settings)
     fingerprint = building.table_fingerprint(examples)
+    plain = [view for view in views if view.control == "none"]
+    if any(building.table_fingerprint(view.examples) != fingerprint for view in plain):
+        raise ValueError(
+            "the activations are of different examples: give those of one run, as "
+            "open_activations(run) returns them"
+        )
     try:
         results = ProbeResults.read(results_folder(run, home), fingerprint)
     except (FileNotFoundError, ValueError) as error:
@@ -495,6 +504,7 @@ def intervene(
 
     return study_models(
         views,
+        examples,
         wanted,
         results=results,
         instances=instances,

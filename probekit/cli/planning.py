@@ -222,7 +222,7 @@ def estimate_run(
                 device=extraction_parameters["device"],
             )
             estimates.append(estimate)
-            if not settings.untrained and settings.answers:
+            if not settings.untrained:
                 interventions += estimate_interventions(
                     intervening, settings, sample.examples, images=build_parameters["test"]
                 )

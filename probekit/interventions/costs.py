@@ -42,7 +42,9 @@ class InterventionEstimate:
         where those of the image encoder cannot be known without running it.
     fit_images : int
         Training images that edits are fitted on. Their states are extracted where they are not on
-        disk; that is not counted. 0 where images are changed, and nothing is fitted.
+        disk; that is not counted.
+    changes_images : bool
+        Whether these are changed copies of the test images, on which nothing is fitted.
     """
 
     model: str
@@ -51,6 +53,7 @@ class InterventionEstimate:
     interventions: int
     operations: float
     fit_images: int
+    changes_images: bool
 
 
 def estimate_interventions(
@@ -99,7 +102,7 @@ def estimate_interventions(
     watched = min(settings.images, images)
 
     def estimate(
-        task: str, planned: Sequence[Intervention], *, encoded: int, fit_images: int
+        task: str, planned: Sequence[Intervention], *, changes_images: bool
     ) -> list[InterventionEstimate]:
         rows = examples[(examples.task == task) & (examples.split == "test")]
         if rows.empty:
@@ -113,23 +116,38 @@ def estimate_interventions(
             )
         )
         operations = 0.0
+        encoded = len(planned) if changes_images else 1
         for item in items:
             encoder = count_encoder_operations(vlm, item.prepared)
             operations += float("nan") if encoder is None else encoded * encoder
             operations += count_operations(size, item.prepared, planned, blocks=blocks)
         operations *= watched / len(items)
-        return [InterventionEstimate(vlm.name, task, watched, len(planned), operations, fit_images)]
+        return [
+            InterventionEstimate(
+                vlm.name,
+                task,
+                watched,
+                len(planned),
+                operations,
+                settings.fit_images,
+                changes_images,
+            )
+        ]
 
-    estimates = []
-    for task in answered:
-        is_binary = infos[task].kind == "binary"
-        planned = plan_interventions(settings, blocks=blocks, is_binary=is_binary)
-        estimates += estimate(task, planned, encoded=1, fit_images=settings.fit_images)
-    changed = [Intervention(0, NOTHING, PIXELS)] * len(settings.inputs)
     asking = set(examples.task[[len(names) > 0 for names in asked_categories(examples)]])
+    estimates = []
+    for task in answered if extraction.answers else ():
+        planned = plan_interventions(
+            settings,
+            blocks=blocks,
+            is_binary=infos[task].kind == "binary",
+            asks_objects=task in asking,
+        )
+        estimates += estimate(task, planned, changes_images=False)
+    changed = [Intervention(0, NOTHING, PIXELS)] * len(settings.inputs)
     for task in plain if changed else ():
         if task in asking:
-            estimates += estimate(task, changed, encoded=len(changed), fit_images=0)
+            estimates += estimate(task, changed, changes_images=True)
     return estimates
 
 
@@ -184,11 +202,11 @@ def describe_interventions(
         if math.isnan(one.operations):
             effort = "operations unknown"
         what = f"{one.model}, {one.task}: {one.interventions:,}"
-        if one.fit_images:
+        if one.changes_images:
+            lines.append(f"{what} changed copies of each of {one.images:,} test images, {effort}")
+        else:
             lines.append(
                 f"{what} on each of {one.images:,} test images, {effort}; besides, the states of "
                 f"up to {one.fit_images:,} training images"
             )
-        else:
-            lines.append(f"{what} changed copies of each of {one.images:,} test images, {effort}")
     return "\n".join(lines)

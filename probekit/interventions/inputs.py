@@ -51,9 +51,12 @@ def change_test_images(
     DataFrame
         The examples whose image could be changed: with the whole image, and with each change. They
         have the columns `change` and `place`, the number of the example in `examples`. Without rows
-        where there are none, which a line says.
+        where there are none; a line says why.
     """
     tested = _select_test(examples, images)
+    if "asked" not in examples:
+        tqdm.write("no image is changed: run 01_build_data again, examples say what they ask since")
+        return tested
     if tested.empty:
         tqdm.write(
             "no image is changed: no task of this run asks about objects; add one such as object "
@@ -68,7 +71,7 @@ def change_test_images(
     whole = changed.examples.drop_duplicates("row").assign(change=WHOLE_IMAGE)
     whole["file"] = tested.file.iloc[whole.row].to_numpy()
     table = pd.concat([whole, changed.examples]).sort_values(["task", "row"], kind="stable")
-    return table.reset_index(drop=True)
+    return table.drop(columns="row").reset_index(drop=True)
 
 
 def score_inputs(

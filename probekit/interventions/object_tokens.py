@@ -9,30 +9,25 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm.auto import tqdm
 
 from probekit import paths
 from probekit.images import load_rgb
+from probekit.interventions.settings import OBJECT_ROUTE
 from probekit.models.load import Vlm
 from probekit.models.processor import PreparedImage
-from probekit.models.token_grid import (
-    WHOLE_IMAGE,
-    NoTokenGrid,
-    TokenGrid,
-    box_coverage,
-    check_token_grid,
-)
+from probekit.models.token_grid import NoTokenGrid, TokenGrid, box_coverage, check_token_grid
 from probekit.probes.localisation import relative_boxes
 from probekit.tasks.base import asked_categories
+from probekit.tasks.changed_images import select_asked
 
 # Names of the marks.
 OBJECT = "object"
 ELSEWHERE = "elsewhere"
 # A token whose cell is covered by as much lies in the boxes.
 COVERED = 0.5
-# Of an object that covers more of the image there are not as many tokens elsewhere.
-LARGEST_SHARE = 0.5
 CHECKED_IMAGES = 8
-NO_OBJECT = "this task asks about no object that is annotated and covers less than half of an image"
+NO_OBJECT = "no test image shows an annotated object that this task asks about"
 
 
 def find_object_boxes(
@@ -50,21 +45,17 @@ def find_object_boxes(
     Returns
     -------
     dict of hashable to ndarray
-        By `image_id` (b, 4) left, top, right, bottom, in shares of the image: of all objects of the
-        categories that any example of the image asks about. Images without any, or that they
-        cover by more than :data:`LARGEST_SHARE`, are missing.
+        By `image_id` (b, 4) left, top, right, bottom, in shares of the image: of all objects that
+        any example of the image asks about. Images without any are missing.
     """
     boxes = {}
     instances_by_image = dict(list(instances.groupby("image_id")))
     for image_id, rows in examples.groupby("image_id"):
         asked = set().union(*asked_categories(rows))
         of_image = instances_by_image.get(image_id, instances.head(0))
-        of_image = of_image[of_image.category.isin(asked)]
-        if of_image.empty or of_image.tiny.all():
-            continue
-        boxes_b4 = relative_boxes(of_image)
-        if box_coverage(WHOLE_IMAGE[None], boxes_b4)[0] <= LARGEST_SHARE:
-            boxes[image_id] = boxes_b4
+        of_image = select_asked(of_image, tuple(asked))
+        if len(of_image):
+            boxes[image_id] = relative_boxes(of_image)
     return boxes
 
 
@@ -120,7 +111,10 @@ class ObjectMarker:
         return load_rgb(self._home.resolve(file), self._longest_side)
 
     def mark(self, prepared: PreparedImage, row: int) -> PreparedImage:
-        """Return an image with its marks; both are empty where it has no boxes.
+        """Return an image with its marks.
+
+        They are empty where it has no boxes, where none of its tokens lies in them, or where it is
+        not known where its tokens lie.
 
         Parameters
         ----------
@@ -134,10 +128,14 @@ class ObjectMarker:
         example = self._examples.iloc[row]
         boxes_b4 = self._boxes.get(example.image_id)
         if boxes_b4 is not None and not self.refusal:
-            cells_i4 = self._grid(prepared, self._load(example.file).size)
-            inside_i, elsewhere_i = choose_tokens(
-                cells_i4, boxes_b4, seed=zlib.crc32(f"{self._seed} {example.file}".encode())
-            )
+            size = self._load(example.file).size
+            seed = zlib.crc32(f"{self._seed} {example.file}".encode())
+            try:
+                cells_i4 = self._grid(prepared, size)
+            except NoTokenGrid as error:
+                tqdm.write(f"{example.file} is left out of {OBJECT_ROUTE}: {error}")
+            else:
+                inside_i, elsewhere_i = choose_tokens(cells_i4, boxes_b4, seed=seed)
         return replace(prepared, marks={OBJECT: inside_i, ELSEWHERE: elsewhere_i})
 
 
@@ -158,13 +156,15 @@ def choose_tokens(
     Returns
     -------
     inside_i, elsewhere_i : ndarray of bool
-        (i,) At least one token is inside: the one that is covered most, where none is by
-        :data:`COVERED`.
+        (i,) As many of both. The token that is covered most is inside, even where it is covered by
+        less than :data:`COVERED`. Empty where none is covered, or where fewer are elsewhere.
     """
     coverage_i = np.nan_to_num(box_coverage(cells_i4, boxes_b4))
-    inside_i = coverage_i >= min(COVERED, coverage_i.max())
+    inside_i = (coverage_i > 0) & (coverage_i >= min(COVERED, coverage_i.max()))
     outside = np.flatnonzero(~inside_i)
-    wanted = min(int(inside_i.sum()), len(outside))
     elsewhere_i = np.zeros_like(inside_i)
-    elsewhere_i[np.random.default_rng(seed).choice(outside, wanted, replace=False)] = True
+    count = int(inside_i.sum())
+    if count > len(outside):
+        return elsewhere_i, elsewhere_i.copy()
+    elsewhere_i[np.random.default_rng(seed).choice(outside, count, replace=False)] = True
     return inside_i, elsewhere_i

@@ -41,7 +41,7 @@ class Readings(NamedTuple):
     Attributes
     ----------
     answers_na : ndarray
-        (n, a) float32 logits of the answers.
+        (n, a) float32 logits of the answers; NaN for examples that an intervention does not touch.
     probes_lnc : ndarray
         (l, n, c) float32 log-odds of the probes of the layer where it begins and of all later ones;
         c is 0 where there are no probes.
@@ -57,6 +57,10 @@ class Readings(NamedTuple):
             np.concatenate([part.answers_na for part in parts]),
             np.concatenate([part.probes_lnc for part in parts], axis=1),
         )
+
+    def only(self, counts_n: np.ndarray) -> Readings:
+        """Return NaN for the answers of all other examples."""
+        return Readings(np.where(counts_n[:, None], self.answers_na, np.nan), self.probes_lnc)
 
     def select(self, order: np.ndarray) -> Readings:
         """Return the examples in another order."""
@@ -365,6 +369,9 @@ def do_one(
     readings = reader(states)
     if not np.isfinite(readings.answers_na).all():
         return NOT_FINITE
+    if one.site == OBJECT_ROUTE:
+        is_marked_n = kept.token_sets[OBJECT].any(1).cpu().numpy()
+        return readings.only(is_marked_n)
     return readings
 
 

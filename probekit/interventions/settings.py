@@ -129,7 +129,7 @@ class Intervention(NamedTuple):
 
 
 def plan_interventions(
-    settings: InterventionSettings, *, blocks: int, is_binary: bool
+    settings: InterventionSettings, *, blocks: int, is_binary: bool, asks_objects: bool = True
 ) -> list[Intervention]:
     """List what is done to a model for one task, layer by layer; first of all, nothing.
 
@@ -140,6 +140,8 @@ def plan_interventions(
         Of its decoder.
     is_binary : bool
         Whether the task's answers are no and yes, between which there is one direction.
+    asks_objects : bool
+        Whether it asks about objects; else :data:`OBJECT_ROUTE` is left out.
 
     Raises
     ------
@@ -166,8 +168,9 @@ def plan_interventions(
             planned += [Intervention(layer, STEER, site, dose) for dose in settings.doses if site]
     window = min(blocks, settings.window or max(1, round(WINDOW_SHARE * blocks)))
     for start in range(blocks - window + 1):
-        planned += [Intervention(start, CUT, route, window) for route in settings.routes]
-        if OBJECT_ROUTE in settings.routes:
+        routes = [one for one in settings.routes if asks_objects or one != OBJECT_ROUTE]
+        planned += [Intervention(start, CUT, route, window) for route in routes]
+        if OBJECT_ROUTE in routes:
             planned.append(Intervention(start, CUT, OBJECT_ROUTE, window, RANDOM))
     return sorted(dict.fromkeys(planned), key=lambda one: one.layer)  # each once
 

@@ -27,7 +27,7 @@ from probekit.interventions.concepts import (
     FittedEdits,
     select_training,
 )
-from probekit.interventions.inputs import change_test_images, score_inputs
+from probekit.interventions.inputs import FEWEST_IMAGES, change_test_images, score_inputs
 from probekit.interventions.object_tokens import ObjectMarker, find_object_boxes
 from probekit.interventions.running import Reader, Readings, Work, run_interventions
 from probekit.interventions.scores import COLUMNS, Done, TaskScores, complete
@@ -50,7 +50,7 @@ from probekit.tasks.base import task_infos
 from probekit.tasks.changed_images import ImageChanger
 
 # Of what the files hold: those of another version are made again.
-VERSION = 1
+VERSION = 2
 PROBE = "logreg"
 TABLE = "interventions.parquet"
 RECORD = "interventions.json"
@@ -349,17 +349,21 @@ class ModelStudy:
             See :func:`probekit.interventions.inputs.change_test_images`.
         """
         model = self.activations.meta["model"]
-        weights = self.results.weights if self.results is not None else {}
-        return score_inputs(
-            examples,
-            self._extract(changed, self.activations.poolings),
-            {
-                key: one
-                for key, one in weights.items()
-                if (key.model, key.control, key.probe) == (model, "none", PROBE)
-            },
-            resamples=self.settings.resamples,
-        )
+        weights = {
+            key: one
+            for key, one in (self.results.weights if self.results is not None else {}).items()
+            if (key.model, key.control, key.probe) == (model, "none", PROBE)
+        }
+        if not weights:
+            tqdm.write(
+                f"{model} has no {PROBE} probes: its answers alone are scored on changed images"
+            )
+            answered = [name for name, info in task_infos(changed).items() if info.answers]
+            changed = changed[changed.task.isin(answered)].reset_index(drop=True)
+        if changed.empty:
+            return pd.DataFrame()
+        extracted = self._extract(changed, self.activations.poolings)
+        return score_inputs(examples, extracted, weights, resamples=self.settings.resamples)
 
     def check(self, vlm: Vlm, question: Question) -> ReplayVerdict:
         """Find out how passes of the model run again, on a question's first images.
@@ -412,10 +416,14 @@ class ModelStudy:
     def _score_object_route(
         self, question: Question, alone: Readings, done: Sequence[Done]
     ) -> pd.DataFrame:
-        """Score what is cut from objects, on the examples of images that have boxes alone."""
-        rows = np.flatnonzero(question.examples.image_id.isin(list(question.boxes)))
-        if not len(rows):
-            rows = np.arange(len(question.examples))  # reasons are all that there is
+        """Score what is cut from objects, on the examples whose image has tokens in their boxes."""
+        read = [one.readings.answers_na for one in done if one.readings is not None]
+        is_read_n = np.isfinite(np.stack(read)).all((0, 2)) if read else np.array([], bool)
+        rows = np.flatnonzero(is_read_n)
+        if len(np.unique(question.labels.image_n[rows])) < FEWEST_IMAGES:
+            few = "fewer than two test images have such tokens, and as many others"
+            rows = np.arange(len(question.examples))
+            done = [one._replace(readings=None, reason=one.reason or few) for one in done]
         selected = [
             one._replace(readings=one.readings and one.readings.select(rows)) for one in done
         ]
@@ -437,6 +445,7 @@ def _select(labels: LabelSet, places: np.ndarray) -> LabelSet:
 
 def study_models(
     views: Sequence[Activations],
+    examples: pd.DataFrame,
     settings: InterventionSettings,
     *,
     results: ProbeResults | None,
@@ -453,6 +462,8 @@ def study_models(
     ----------
     views : sequence of Activations
         Those of controls and of untrained models are passed over.
+    examples : DataFrame
+        Of the run, those of all views.
     settings : InterventionSettings
     results : ProbeResults or None
     instances : DataFrame
@@ -478,14 +489,14 @@ def study_models(
     for study in studies:  # what a model refuses is said before any of them runs
         if study.layers:
             plan_interventions(settings, blocks=len(study.layers) - 1, is_binary=True)
-    tables = [study.run() for study in studies]
+    changed = pd.DataFrame()
     if settings.inputs and studies:
-        examples = studies[0].activations.examples
         changed = change_test_images(
             examples, make_changer, changes=settings.inputs, images=settings.images
         )
-        if len(changed):
-            tables += [study.score_inputs(examples, changed) for study in studies if study.layers]
+    tables = [study.run() for study in studies]
+    if len(changed):
+        tables += [study.score_inputs(examples, changed) for study in studies if study.layers]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     (folder / RECORD).unlink(missing_ok=True)

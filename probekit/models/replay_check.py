@@ -79,23 +79,20 @@ def check_replay(vlm: Vlm, prepared: Sequence[PreparedImage]) -> ReplayVerdict:
 
 
 class _Trial:
-    """A kept pass beside a plain one.
-
-    States may differ by what those of a padded batch and of passes alone may: kernels for one token
-    round otherwise than those for many.
-    """
+    """A kept pass beside a plain one."""
 
     def __init__(self, vlm: Vlm, kept: KeptPass, expected: States) -> None:
         self.vlm = vlm
         self.kept = kept
         self.expected = expected
+        self.precision = PRECISIONS[vlm.dtype]
         self.first_run = self._by_name(
             {number: kept.last_states(number) for number in range(len(vlm.blocks) + 1)}
         )
 
     def why_inexact(self) -> str:
         """Say where states are not as they should be; "" where all of them are."""
-        difference = self._compare(self.first_run, self.expected)
+        difference = self._compare(self.first_run, self.expected, self.precision.padding)
         if difference.excess > 1:
             return f"a pass in parts differs by {difference} from a plain one"
         blocks = len(self.vlm.blocks)
@@ -110,11 +107,15 @@ class _Trial:
     def why_no_cut(self, prepared: Sequence[PreparedImage]) -> str:
         """Say in a line why attention cannot be cut; "" where it can."""
         try:
-            nothing_nt = torch.zeros_like(self.kept.token_sets["image"])
-            uncut = self.kept.rerun(0, {}, cut=_cut_from_text(self.kept, nothing_nt))
-            difference = self._compare_with_first_run(uncut)
-            if difference.excess > 1:
-                return f"cutting nothing changes {difference}"
+            sets = self.kept.token_sets
+            nothing_nt = torch.zeros_like(sets["image"])
+            blocks = len(self.vlm.blocks)
+            for query_nt in (sets["text"], sets["text"] | sets["image_span"]):
+                for layer in sorted({0, blocks // 2}):
+                    cut = AttentionCut(range(layer, blocks), query_nt, nothing_nt)
+                    difference = self._compare_with_first_run(self.kept.rerun(layer, {}, cut=cut))
+                    if difference.excess > 1:
+                        return f"cutting nothing changes {difference}"
             return self._why_image_shows(prepared)
         except NoCut as error:
             return str(error)
@@ -136,19 +137,19 @@ class _Trial:
         for one in (self.kept, KeptPass(self.vlm, swapped, way=self.kept.way)):
             cut = _cut_from_text(one, one.token_sets["image_span"])
             states.append(self._by_name(one.rerun(0, {}, cut=cut)))
-        difference = self._compare(states[1], states[0])
+        difference = self._compare(states[1], states[0], self.precision.padding)
         if difference.excess > 1:
             return "the image reaches the answer by another way than its tokens"
         return ""
 
     def _compare_with_first_run(self, again: Mapping[int, torch.Tensor]) -> Difference:
         states = self._by_name(again)
-        return self._compare(states, {key: self.first_run[key] for key in states})
+        expected = {key: self.first_run[key] for key in states}
+        return self._compare(states, expected, self.precision.rerun)
 
-    def _compare(self, states: States, expected: States) -> Difference:
-        precision = PRECISIONS[self.vlm.dtype]
+    def _compare(self, states: States, expected: States, spread_part: float) -> Difference:
         return find_largest_difference(
-            states, expected, spread_part=precision.padding, rounding=precision.rounding
+            states, expected, spread_part=spread_part, rounding=self.precision.rounding
         )
 
     def _by_name(self, states: Mapping[int, torch.Tensor]) -> States:

@@ -76,7 +76,7 @@ def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.
         shapes = {name: tuple(value.shape) for name, value in prepared.image_inputs.items()}
         raise NoTokenGrid(
             f"where the {token_count} image tokens of {vlm.name} lie in the image is not known "
-            f"(its image encoder gets {shapes}), so there is no heat map for it"
+            f"(its image encoder gets {shapes})"
         )
     return cells_t4
 
@@ -204,8 +204,7 @@ def check_token_grid(vlm: Vlm, images: Sequence[Image.Image], *, prompt: str) ->
             outside_means.append(float(change_t[~in_quarter_t & in_image_t].mean()))
         if not np.mean(inside_means) > np.mean(outside_means):
             raise NoTokenGrid(
-                f"image tokens of {vlm.name} do not lie where its image processor suggests, so "
-                "there is no heat map for it"
+                f"image tokens of {vlm.name} do not lie where its image processor suggests"
             )
 
 

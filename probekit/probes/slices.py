@@ -301,7 +301,12 @@ def score_slices(
     ValueError
         There is no such metric of this kind of task.
     """
-    _check_metric(metric, labels.kind)
+    names = metrics_of(labels.kind)
+    if metric is not None and metric not in names:
+        raise ValueError(
+            f"slices of a task of the kind {labels.kind} have no {metric}: take one of "
+            f"{', '.join(names)}"
+        )
     whole = labels.select("test")
     mask_nc = whole.mask_nc > 0
     share_of_right = SHARES_OF_RIGHT[labels.kind]
@@ -345,16 +350,13 @@ def score_slices(
     return table.reindex(columns=["source", *COLUMNS])
 
 
-def _check_metric(metric: str | None, kind: str) -> None:
-    names = [SHARES_OF_RIGHT[kind]]
-    if kind != "one_of":
-        no_counts = torch.ones(1, 1, len(metrics.COUNTS))
-        keys = metrics.score_counts(no_counts, binary=kind == "binary")
-        names = [key.metric for key in keys if key.class_number is None] + ["average_precision"]
-    if metric is not None and metric not in names:
-        raise ValueError(
-            f"slices of a task of the kind {kind} have no {metric}: take one of {', '.join(names)}"
-        )
+def metrics_of(kind: str) -> list[str]:
+    """Return the metrics that slices of a kind of task can have."""
+    if kind == "one_of":
+        return [SHARES_OF_RIGHT[kind]]
+    no_counts = torch.ones(1, 1, len(metrics.COUNTS))
+    keys = metrics.score_counts(no_counts, binary=kind == "binary")
+    return [key.metric for key in keys if key.class_number is None] + ["average_precision"]
 
 
 def _reason(metric: str, image_count: int, labels: set[float]) -> str:

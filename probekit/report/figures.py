@@ -193,9 +193,10 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
             used.surroundings_figure(table, task),
             "Probes that were trained on whole images, and the model’s answer where it has one, on "
             "the same test images: whole; with the asked object greyed, or its box; with all else "
-            "greyed; with as large an area greyed elsewhere. A curve that stands with the box "
-            "greyed reads the surroundings. One that stands with the object greyed alone may read "
-            "its outline. How far grey disturbs by itself is what the area elsewhere takes.",
+            "greyed; with the object’s area greyed elsewhere. A curve that stands with the box "
+            "greyed reads the surroundings. A curve that falls with the box and stands with the "
+            "object greyed reads the shape of the grey. How far grey disturbs by itself is what "
+            "the area elsewhere takes; boxes are larger.",
             section,
         )
     return figures

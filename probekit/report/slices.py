@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from tqdm.auto import tqdm
 
 from probekit.answers.scores import ANSWER, said_probabilities
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.labels import LabelledTask
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey, best_layers
-from probekit.probes.slices import COLUMNS, find_covariates, score_slices
+from probekit.probes.slices import COLUMNS, find_covariates, metrics_of, score_slices
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -85,6 +86,10 @@ def slice_table(
     """
     tables = []
     for name in results.tasks if task is None else [task]:
+        kind = results.tasks[name].kind
+        if task is None and metric is not None and metric not in metrics_of(kind):
+            tqdm.write(f"{name} has no {metric}: no slices of it")
+            continue
         sources = _best_sources(results, name, probe=probe)
         if not sources:
             continue

@@ -507,10 +507,13 @@ def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None =
         )
     pooling = pooling or (poolings[0] if poolings else "")
     said = rows[rows.metric == "accuracy"]
+    last_layer = int(layer_number(read.read_layer).max()) if len(read) else 0
+    changes = [change for change in INPUT_LOOKS if change in set(rows.intervention)]
     models = list(dict.fromkeys(rows.model))
     figure = _panels(models)
     for place, model in enumerate(models, 1):
-        for change, (words, colour, symbol) in INPUT_LOOKS.items():
+        for number, change in enumerate(changes):
+            words, colour, symbol = INPUT_LOOKS[change]
             curve = read[
                 (read.model == model) & (read.intervention == change) & (read.pooling == pooling)
             ]
@@ -520,10 +523,11 @@ def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None =
                 x = layer_number(curve.read_layer)
                 traces += _curve(x, curve, name=f"probe, {words}", colour=colour, symbol=symbol)
             if len(answer):
-                traces.append(_answer_mark(answer.iloc[0], curve, words=words, colour=colour))
+                x = last_layer + 0.3 + 0.14 * number
+                traces.append(_answer_mark(answer.iloc[0], x, words=words, colour=colour))
             for trace in traces:
                 figure.add_trace(trace, row=1, col=place)
-    for words, colour, symbol in INPUT_LOOKS.values():
+    for words, colour, symbol in (INPUT_LOOKS[change] for change in changes):
         marker = {"symbol": symbol, "size": 7}
         line = {"color": colour, "width": 2}
         figure.add_trace(legend_entry(words, mode="lines+markers", line=line, marker=marker))
@@ -532,21 +536,18 @@ def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None =
         figure.add_trace(legend_entry("the model’s answer", mode="markers", marker=marker))
     _style(figure, f"The object or its surroundings? — {task_words(task)}", read)
     if len(read):
-        last_layer = int(layer_number(read.read_layer).max())
-        figure.update_xaxes(
-            dtick=tick_step(read.read_layer.nunique()), range=[-0.4, last_layer + 0.8]
-        )
+        dtick = tick_step(read.read_layer.nunique())
+        figure.update_xaxes(dtick=dtick, range=[-0.4, last_layer + (0.95 if len(said) else 0.4)])
     figure.update_yaxes(
         title=f"accuracy (test, {pooling} pooling)" if pooling else "accuracy", col=1
     )
     return figure
 
 
-def _answer_mark(answer: pd.Series, curve: pd.DataFrame, *, words: str, colour: str) -> go.Scatter:
+def _answer_mark(answer: pd.Series, x: float, *, words: str, colour: str) -> go.Scatter:
     """Return what the model says to one kind of image, to the right of its last layer."""
-    last_layer = int(layer_number(curve.read_layer).max()) if len(curve) else 0
     return go.Scatter(
-        x=[last_layer + 0.4],
+        x=[x],
         y=[answer.value],
         error_y={
             "array": [answer.hi - answer.value],

@@ -347,7 +347,8 @@ def asked_categories(examples: pd.DataFrame) -> list[tuple[str, ...]]:
     """
     if "asked" not in examples:
         return [()] * len(examples)
-    return [() if isinstance(names, float) else tuple(names) for names in examples.asked]
+    is_list = (list, tuple, np.ndarray)
+    return [tuple(names) if isinstance(names, is_list) else () for names in examples.asked]
 
 
 def task_source(task: Task) -> list:

@@ -7,7 +7,7 @@ its labels; what it loses is a part of its image.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from probekit.tasks.base import asked_categories
 
 IMAGE_CHANGES = ("only_object", "no_object", "no_box", "same_area")
 GREY = 128
-# Of an object that covers more of an image as much cannot be greyed elsewhere.
+# An object, or its box, may cover as much of an image: else too little is left of the rest.
 LARGEST_SHARE = 0.5
-# So much of the object's area must be greyed elsewhere.
+# At least this share of the object's area must find room elsewhere.
 SMALLEST_MOVED = 0.9
 # Places along the shorter side of an image that an area may be moved to.
 PLACES = 60
@@ -77,11 +77,11 @@ class ImageChanger:
     def __init__(
         self, instances: pd.DataFrame, dataset: Dataset | None, *, folder: Path, home: paths.Home
     ) -> None:
-        self._instances = dict(list(instances.groupby("image_id")))
-        self._outlined = {}
+        self._instances = instances
+        self._outlined = pd.DataFrame(columns=["image_id", "category"])
         self._sizes = pd.DataFrame()
         if dataset is not None:
-            self._outlined = dict(list(dataset.instances.groupby("image_id")))
+            self._outlined = dataset.instances
             self._sizes = dataset.images[["width", "height"]]
         self._folder = folder
         self._home = home
@@ -97,14 +97,17 @@ class ImageChanger:
         examples : DataFrame
             n examples, with the column `asked`.
         changes : sequence of str
+            What is grey. The objects are those that the task asks about and the image shows.
+
             ``"only_object"``
-                All but the objects that the task asks about and the image shows is grey.
+                Everything but the objects.
             ``"no_object"``
-                They are grey. Where outlines are known, they still show the object's shape.
+                The objects. Where their outlines are known, the grey has their shape.
             ``"no_box"``
-                Their boxes are grey, which leaves no outline.
+                The boxes of the objects.
             ``"same_area"``
-                As many pixels of the same shape are grey, elsewhere in the image.
+                Other pixels, of about the number and shape of the objects. The shape is moved;
+                where it fits nowhere else, it goes out on one side and comes in on the other.
 
         Returns
         -------
@@ -116,73 +119,75 @@ class ImageChanger:
             An image cannot be read or written.
         """
         rows = examples.assign(row=np.arange(len(examples)))
+        is_of_these = self._instances.image_id.isin(rows.image_id.unique())
+        instances_by_image = dict(list(self._instances[is_of_these].groupby("image_id")))
+        no_instances = self._instances.head(0)
         tables = []
         left_out = []
-        files_by_region: dict[tuple[str, tuple[str, ...]], dict[str, Path]] = {}
+        regions: dict[tuple[str, tuple[str, ...]], _Region | NotChanged] = {}
         groups = rows.groupby(["task", "image_id"], sort=False)
         for (task, image_id), group in tqdm(groups, desc="changing images", unit="image"):
             source = group.file.iloc[0]
             asked = tuple(sorted(set().union(*asked_categories(group))))
-            try:
-                if (source, asked) not in files_by_region:
-                    files = self._write(image_id, source, asked, changes=changes)
-                    files_by_region[source, asked] = files
-            except NotChanged as error:
-                left_out.append((task, str(error)))
+            if (source, asked) not in regions:
+                instances = instances_by_image.get(image_id, no_instances)
+                regions[source, asked] = self._change_one(
+                    source, select_asked(instances, asked), changes
+                )
+            region = regions[source, asked]
+            if isinstance(region, NotChanged):
+                left_out.append((task, str(region)))
                 continue
-            files = files_by_region[source, asked]
-            for change, file in files.items():
+            for change, file in region.files.items():
                 tables.append(group.assign(file=self._home.relative(file), change=change))
+        by_box = [one for one in regions.values() if isinstance(one, _Region) and one.is_by_box]
+        if by_box:
+            tqdm.write(
+                f"{len(by_box)} of {len(regions)} images: objects are greyed by their boxes, since "
+                "their annotations have no outline that fits"
+            )
         changed = pd.concat(tables, ignore_index=True) if tables else rows.head(0)
         counts = pd.Series(left_out, dtype=object).value_counts()
         return ChangedImages(changed.reset_index(drop=True), counts)
 
-    def _write(
-        self, image_id: Hashable, source: str, asked: Sequence[str], *, changes: Sequence[str]
-    ) -> dict[str, Path]:
-        """Return the file of each change of one image, and write those that are not there."""
-        instances = self._instances.get(image_id)
-        if instances is None:
-            raise NotChanged("no object is annotated in it")
-        names = sorted(set(asked).intersection(instances.category[~instances.tiny]))
-        if not names:
-            raise NotChanged("it shows none of the objects that are asked about")
+    def _change_one(
+        self, source: str, instances: pd.DataFrame, changes: Sequence[str]
+    ) -> _Region | NotChanged:
+        """Write the changes of one image that are not there yet; or return why it has none."""
+        if instances.empty:
+            return NotChanged("it shows none of the objects that are asked about")
         pixels_hw3 = np.array(load_rgb(self._home.resolve(source)))
         size = pixels_hw3.shape[1::-1]
-        mask_hw = self._object_mask(image_id, names, size=size)
-        grey = find_grey(mask_hw, seed=zlib.crc32(repr((source, names)).encode()))
-        grey["no_box"] = _box_mask(instances[instances.category.isin(names)], size=size)
-        key = xxhash.xxh3_64_hexdigest(pixels_hw3.tobytes() + mask_hw.tobytes())
+        box_hw = _box_mask(instances, size=size)
+        outlined_hw = self._outline_mask(instances, size=size)
+        mask_hw = box_hw if outlined_hw is None else outlined_hw
+        if box_hw.mean() > LARGEST_SHARE:
+            return NotChanged(f"the object’s box covers more than {LARGEST_SHARE:.0%} of it")
+        try:
+            grey = find_grey(mask_hw, seed=zlib.crc32(source.encode()))
+        except NotChanged as error:
+            return error
+        grey["no_box"] = box_hw
         files = {}
         for change in changes:
-            files[change] = self._folder / f"{image_id}-{key}-{change}.png"
+            changed_hw3 = np.where(grey[change][..., None], np.uint8(GREY), pixels_hw3)
+            # Named by what it shows: an image that is there need not be written again.
+            files[change] = self._folder / f"{xxhash.xxh3_128_hexdigest(changed_hw3.tobytes())}.png"
             if not files[change].exists():
-                changed_hw3 = np.where(grey[change][..., None], np.uint8(GREY), pixels_hw3)
                 _write_png(files[change], changed_hw3)
-        return files
+        return _Region(files, is_by_box=outlined_hw is None)
 
-    def _object_mask(
-        self, image_id: Hashable, names: Sequence[str], *, size: tuple[int, int]
-    ) -> np.ndarray:
-        """(h, w) True at the pixels of the objects of some categories."""
-        mask_hw = np.zeros(size[::-1], bool)
-        for name in names:
-            of_name = self._instances[image_id]
-            of_name = of_name[of_name.category == name]
-            outlined_hw = self._outline_mask(image_id, name, size=size)
-            mask_hw |= _box_mask(of_name, size=size) if outlined_hw is None else outlined_hw
-        return mask_hw
-
-    def _outline_mask(
-        self, image_id: Hashable, name: str, *, size: tuple[int, int]
-    ) -> np.ndarray | None:
-        """(h, w) True inside the outlines of a category; None where one of them is not known."""
-        outlined = self._outlined.get(image_id)
-        if outlined is None or "outline" not in outlined:
+    def _outline_mask(self, instances: pd.DataFrame, *, size: tuple[int, int]) -> np.ndarray | None:
+        """(h, w) True inside the outlines of an image's objects; None where one is not known."""
+        image_id = instances.image_id.iloc[0]
+        outlined = self._outlined
+        outlined = outlined[
+            (outlined.image_id == image_id) & outlined.category.isin(instances.category.unique())
+        ]
+        if "outline" not in outlined or set(outlined.category) != set(instances.category):
             return None
-        outlined = outlined[outlined.category == name]
         annotated = tuple(self._sizes.loc[image_id].tolist())
-        if outlined.empty or not _is_scaled(annotated, size):
+        if not _is_scaled(annotated, size):
             return None
         painted_hw = np.zeros(annotated[::-1], bool)
         for instance in outlined.to_dict("records"):
@@ -191,6 +196,31 @@ class ImageChanger:
                 return None
             painted_hw |= mask_hw
         return np.array(Image.fromarray(painted_hw).resize(size, Image.Resampling.NEAREST))
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The changed images of one image with its asked objects, and whether outlines were lacking."""
+
+    files: dict[str, Path]
+    is_by_box: bool
+
+
+def select_asked(instances: pd.DataFrame, asked: Sequence[str]) -> pd.DataFrame:
+    """Return an image's instances of the categories that are asked about and clear to see.
+
+    Parameters
+    ----------
+    instances : DataFrame
+        Of the image, see :func:`probekit.tasks.building.load_instances`.
+    asked : sequence of str
+        Categories. Those of which the image shows tiny instances alone are left out; of the others
+        all instances are returned, tiny ones too.
+    """
+    if instances.empty:
+        return instances
+    clear = set(instances.category[~instances.tiny.astype(bool)])
+    return instances[instances.category.isin(clear.intersection(asked))]
 
 
 def find_grey(mask_hw: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
@@ -213,19 +243,31 @@ def find_grey(mask_hw: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
     NotChanged
         As much cannot be greyed elsewhere.
     """
-    if mask_hw.mean() > LARGEST_SHARE:
-        raise NotChanged(f"the object covers more than {LARGEST_SHARE:.0%} of it")
     stride = max(1, min(mask_hw.shape) // PLACES)
     coarse_hw = mask_hw[::stride, ::stride]
     # How much a mask and its moved copy have in common, for all moves at once.
     spectrum = np.fft.rfft2(coarse_hw)
     overlap_hw = np.fft.irfft2(spectrum * spectrum.conj(), s=coarse_hw.shape).round()
-    moves = np.argwhere(overlap_hw == overlap_hw.min())
-    rows, columns = stride * moves[np.random.default_rng(seed).integers(len(moves))]
-    moved_hw = np.roll(mask_hw, (rows, columns), axis=(0, 1)) & ~mask_hw
-    if moved_hw.sum() < SMALLEST_MOVED * mask_hw.sum():
-        raise NotChanged("there is no room elsewhere for as large an area")
-    return {"only_object": ~mask_hw, "no_object": mask_hw, "same_area": moved_hw}
+    stays_hw = np.logical_and.outer(
+        _moves_inside(np.asarray(coarse_hw.any(1))), _moves_inside(np.asarray(coarse_hw.any(0)))
+    )
+    rng = np.random.default_rng(seed)
+    for allowed_hw in (stays_hw, np.ones_like(stays_hw)):
+        moves = np.argwhere(allowed_hw & (overlap_hw == overlap_hw[allowed_hw].min()))
+        rows, columns = stride * moves[rng.integers(len(moves))]
+        moved_hw = np.roll(mask_hw, (rows, columns), axis=(0, 1)) & ~mask_hw
+        if moved_hw.sum() >= SMALLEST_MOVED * mask_hw.sum():
+            return {"only_object": ~mask_hw, "no_object": mask_hw, "same_area": moved_hw}
+    raise NotChanged("there is no room elsewhere for as large an area")
+
+
+def _moves_inside(is_used: np.ndarray) -> np.ndarray:
+    """Tell which cyclic moves of a line's used places take none of them across its ends."""
+    places = np.flatnonzero(is_used)
+    moves = np.arange(-places[0], len(is_used) - places[-1])
+    is_inside = np.zeros(len(is_used), bool)
+    is_inside[moves % len(is_used)] = True
+    return is_inside
 
 
 def paint_outline(instance: Mapping[str, Any], *, size: tuple[int, int]) -> np.ndarray | None:

@@ -36,6 +36,10 @@ def test_tokens_in_boxes_and_as_many_elsewhere():
     inside_i, elsewhere_i = choose_tokens(grid_cells(4), np.array([[0, 0, 0.5, 0.5]]), seed=0)
     assert np.flatnonzero(inside_i).tolist() == [0, 1, 4, 5]
     assert elsewhere_i.sum() == 4 and not (inside_i & elsewhere_i).any()
+    beside = np.array([[-1, 0, -0.5, 1]])  # what no token covers, as where an image is cropped
+    assert not any(mask_i.any() for mask_i in choose_tokens(grid_cells(4), beside, seed=0))
+    large = np.array([[0, 0, 0.8, 1]])  # fewer tokens are elsewhere
+    assert not any(mask_i.any() for mask_i in choose_tokens(grid_cells(4), large, seed=0))
     small = np.array([[0.3, 0.3, 0.32, 0.32]])  # less than half of any token
     assert np.flatnonzero(choose_tokens(grid_cells(4), small, seed=0)[0]).tolist() == [5]
     others = [choose_tokens(grid_cells(4), small, seed=seed)[1].argmax() for seed in range(9)]
@@ -60,7 +64,7 @@ def test_boxes_are_those_of_all_that_is_asked_about():
         ]
     )
     boxes = find_object_boxes(examples, instances)
-    assert set(boxes) == {1}
+    assert set(boxes) == {1, 3}  # the ox is too small to be asked about
     assert boxes[1].tolist() == [[0, 0, 0.2, 0.5], [0.5, 0, 0.7, 0.5]]
     assert find_object_boxes(examples.drop(columns="asked"), instances) == {}
 
@@ -113,6 +117,30 @@ def test_the_route_is_cut_where_a_task_asks_about_objects(objects, capsys):
     assert set(refused.reason) == {NO_OBJECT}
     margins = cut[(cut.task == "object") & (cut.metric == "margin_effect")]
     assert (margins.value != 0).any()
+
+
+def test_one_image_with_such_tokens_is_too_few(objects, monkeypatch):
+    activations, home = objects
+    chosen = activations.examples.image_id[activations.examples.split == "test"].iloc[0]
+
+    def find_one(examples, instances):
+        boxes = find_object_boxes(examples, instances)
+        return {image: one for image, one in boxes.items() if image == chosen}
+
+    monkeypatch.setattr("probekit.interventions.study.find_object_boxes", find_one)
+    table = pk.intervene(
+        activations,
+        **ROUTE,
+        watch=["object"],
+        images=12,
+        resamples=30,
+        fit_images=5,
+        device="cpu",
+        home=home,
+    )
+    cut = table[table.site == "object>all"]
+    assert cut.value.isna().all()
+    assert cut.reason.str.startswith("fewer than two test images have such tokens").all()
 
 
 def test_a_model_without_a_grid_says_why(vlm, objects, monkeypatch):

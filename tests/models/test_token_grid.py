@@ -56,7 +56,7 @@ def test_a_wrong_grid_is_noticed(vlm, monkeypatch):
         return original(self, prepared, size)[::-1]
 
     monkeypatch.setattr(TokenGrid, "__call__", turn_around)
-    with pytest.raises(NoTokenGrid, match="there is no heat map"):
+    with pytest.raises(NoTokenGrid, match="do not lie where its image processor suggests"):
         check_token_grid(vlm, [draw_blocks(), draw_blocks(200, 100)], prompt=PROMPT)
 
 

@@ -156,12 +156,44 @@ def test_what_cannot_be_greyed_elsewhere_is_left_out(make_changer):
     changer, examples, _ = make_changer(None, x=0, y=0, w=60, h=25)
     changed = changer.change(examples, IMAGE_CHANGES)
     assert changed.examples.empty
-    assert changed.left_out.to_dict() == {("object", "the object covers more than 50% of it"): 1}
+    covers = "the object’s box covers more than 50% of it"
+    assert changed.left_out.to_dict() == {("object", covers): 1}
     asks_about_others = examples.assign(asked=[["cat"], []])
     left_out = changer.change(asks_about_others, IMAGE_CHANGES).left_out
     assert "none of the objects that are asked about" in left_out.index[0][1]
-    elsewhere = changer.change(examples.assign(image_id=8), IMAGE_CHANGES).left_out
-    assert "no object is annotated" in elsewhere.index[0][1]
+    for asked in (None, np.nan, []):
+        joined = examples.assign(asked=[asked, asked])
+        assert changer.change(joined, IMAGE_CHANGES).examples.empty
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_area_that_fits_elsewhere_is_moved_in_one_piece(seed):
+    mask_hw = np.zeros((90, 120), bool)
+    mask_hw[30:60, 10:40] = True
+    moved_hw = find_grey(mask_hw, seed=seed)["same_area"]
+    rows, columns = np.flatnonzero(moved_hw.any(1)), np.flatnonzero(moved_hw.any(0))
+    assert moved_hw.sum() == mask_hw.sum()
+    assert np.ptp(rows) == 29 and np.ptp(columns) == 29
+
+
+def test_an_area_that_fits_in_pieces_alone_is_moved_across_the_border():
+    mask_hw = np.zeros((90, 120), bool)
+    mask_hw[20:70, 35:85] = True
+    moved_hw = find_grey(mask_hw, seed=0)["same_area"]
+    assert moved_hw.sum() >= 0.9 * mask_hw.sum() and not (moved_hw & mask_hw).any()
+
+
+def test_files_are_named_by_what_they_show(make_changer, tmp_path):
+    changer, examples, _ = make_changer(TRIANGLE)
+    files = set(changer.change(examples, IMAGE_CHANGES).examples.file)
+    other, _, _ = make_changer(TRIANGLE, x=9)  # another box, the same outline
+    assert len(files - set(other.change(examples, IMAGE_CHANGES).examples.file)) == 1
+    outside = examples.assign(image_id="val/../../../etc")
+    changer._instances["image_id"] = "val/../../../etc"
+    changer._outlined["image_id"] = "val/../../../etc"
+    changer._sizes.index = ["val/../../../etc"]
+    changed = changer.change(outside, IMAGE_CHANGES).examples
+    assert {changer._home.resolve(file).parent for file in changed.file} == {tmp_path / "changed"}
 
 
 def test_objects_all_over_the_image_leave_no_room():
