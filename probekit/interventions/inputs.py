@@ -55,7 +55,10 @@ def change_test_images(
     """
     tested = _select_test(examples, images)
     if "asked" not in examples:
-        tqdm.write("no image is changed: run 01_build_data again, examples say what they ask since")
+        tqdm.write(
+            "no image is changed: these examples do not say what they ask about; run 01_build_data "
+            "again"
+        )
         return tested
     if tested.empty:
         tqdm.write(
