@@ -187,6 +187,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             InterventionSettings(layers=tuple(layers.tolist())),
             blocks=len(vlm.blocks),
             is_binary=True,
+            asks_objects=False,
         )
         if one.control != OTHER_TASK
     ]
