@@ -60,7 +60,7 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     assert page.count("<figure") == 47  # 45 of the tables, and an explorer for each model
     used = pd.read_csv(demo / "figures" / "small" / "interventions.csv")
     assert set(used.model) == set(DEMO_MODELS)
-    greyed = {"whole_image", "no_object", "no_box", "same_area"}
+    greyed = {"whole_image", "no_box", "same_area"}
     assert {"none", "leace", "steer", "cut"} | greyed == set(used.intervention)
     executed = sorted((demo / "data" / "runs").glob("*/0*.ipynb"))
     assert [path.stem[:2] for path in executed] == ["01", "02", "03", "04", "05", "06"]
