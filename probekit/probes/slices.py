@@ -283,8 +283,8 @@ def score_slices(
         ``"average_precision"``. The share of right answers unless it is named: ``"accuracy"``, or
         ``"top1_accuracy"`` where one of several answers is right. Where each slice of a covariate
         has one label, as those of the area have, because what is not shown has none, it is called
-        ``"recall"``, and one slice is to be read beside the others: whoever always says yes has a
-        recall of 1 of all that is shown, and of 0 of what is not.
+        ``"recall"``, and one slice is to be read beside the others: a probe that always says yes
+        has a recall of 1 of all that is shown, and of 0 of what is not.
     resamples : int
         Number of bootstrap samples of the images of a slice.
 

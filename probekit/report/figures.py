@@ -235,7 +235,8 @@ def _slices_figure(results: ProbeResults, slices: pd.DataFrame, task: str, *, pr
         "category in its colour, together. Drawn is what varies. Circles: the probe at its best "
         "layer, which all validation images chose. Diamonds: the model's answer. Recall is the "
         "share of right answers where all answers of a slice are yes, or all no (not shown): read "
-        "these beside each other, for whoever always says no is right about all that is not shown. "
+        "these beside each other: a model that always says no is right about all that is not "
+        "there. "
         "Bars are 95 % intervals over the slice's images. Slices differ in more than their names "
         "say: small things also stand in crowded images.",
         f"{task}: {results.tasks[task].question}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -241,36 +242,22 @@ class Results(ProbeResults):
 
     def _plot_wordings(self, task: str | None, *, probe: str) -> go.Figure:
         families = wording_families(self.tasks)
-        if task is None and families:
-            task = next(iter(families))
-        if task not in families:
-            raise ValueError(
-                f"{task or 'each task'} is in these results without another wording, or without "
-                "the plain one: "
-                + (f"take one of {', '.join(families)}" if families else "add both to tasks")
-            )
+        refusal = (
+            f"{task or 'each task'} is in these results without another wording, or without the "
+            "plain one"
+        )
+        task = _choose_task(task, list(families), refusal, remedy="add both to tasks")
         return wordings_figure(self.metrics, self.transfer, self.tasks, task, probe=probe)
 
     def _plot_used(self, task: str | None) -> go.Figure:
-        tasks = tasks_of(self.interventions)
-        if task is None and tasks:
-            task = tasks[0]
-        if task not in tasks:
-            raise ValueError(
-                f"no interventions on answers to {task or 'any task'} in these results: "
-                + (f"take one of {', '.join(tasks)}" if tasks else "run 04_intervene")
-            )
+        refusal = f"no interventions on answers to {task or 'any task'} in these results"
+        task = _choose_task(task, tasks_of(self.interventions), refusal, remedy="run 04_intervene")
         return used_figure(self.interventions, task)
 
     def _plot_surroundings(self, task: str | None, *, pooling: str | None) -> go.Figure:
+        refusal = f"no scores of {task or 'any task'} on changed images in these results"
         tasks = tasks_on_inputs(self.interventions)
-        if task is None and tasks:
-            task = tasks[0]
-        if task not in tasks:
-            raise ValueError(
-                f"{task or 'no task'} was not scored on changed images: "
-                + (f"take one of {', '.join(tasks)}" if tasks else "run 04_intervene")
-            )
+        task = _choose_task(task, tasks, refusal, remedy="run 04_intervene")
         return surroundings_figure(self.interventions, task, pooling=pooling)
 
     def _plot_slices(self, task: str | None, *, probe: str) -> go.Figure:
@@ -342,3 +329,13 @@ class Results(ProbeResults):
             interventions=self.interventions,
             slices=self.slices(probe=probe) if len(self.examples) else None,
         )
+
+
+def _choose_task(task: str | None, tasks: Sequence[str], refusal: str, *, remedy: str) -> str:
+    """Return the task that is named, or else the first one; refuse one that is not there."""
+    if task is None and tasks:
+        return tasks[0]
+    if task is None or task not in tasks:
+        fix = f"take one of {', '.join(tasks)}" if tasks else remedy
+        raise ValueError(f"{refusal}: {fix}")
+    return task

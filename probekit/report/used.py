@@ -111,7 +111,7 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
     ValueError
         Nothing was erased for this task.
     """
-    rows = table[(table.task == task) & table.value.notna()]
+    rows = table[(table.task == task) & (table.site != PIXELS) & table.value.notna()]
     erasure = _choose_erasure(rows, erasure, task=task)
     models = list(dict.fromkeys(rows.model))
     figure = _panels(models)

@@ -13,6 +13,7 @@ from probekit.interventions.inputs import WHOLE_IMAGE, score_inputs
 from probekit.probes.results import ProbeKey
 from probekit.probes.weights import ProbeWeights
 from probekit.report.saved_run import SavedRun
+from probekit.report.used import used_figure
 from probekit.tasks.changed_images import IMAGE_CHANGES
 from probekit.workflow import open_activations
 
@@ -57,7 +58,7 @@ def test_probes_on_whole_images_score_what_the_results_hold(small_run):
     assert {"category_surroundings", "category_list_surroundings"} <= set(reopened.figures())
     title = reopened.plot("surroundings", task="category", pooling="last").layout.title.text
     assert title.startswith("The object or its surroundings?")
-    with pytest.raises(ValueError, match="caption was not scored on changed images: take one of"):
+    with pytest.raises(ValueError, match=r"no scores of caption on changed images .*: take one of"):
         reopened.plot("surroundings", task="caption")
 
 
@@ -191,3 +192,12 @@ def test_of_several_answers_the_largest_that_counts_is_given():
     table = score_inputs(examples, Indexed(**vars(states)), {key: weights}, resamples=20)
     assert table.value.tolist() == [0.5]
     assert table.n.tolist() == [20]
+
+
+def test_a_model_whose_answers_were_not_watched_has_no_panel(small_run):
+    wanted = NOTHING_ELSE | {"erase": ["leace"], "layers": [8], "tokens": ["last"]}
+    table = pk.intervene(open_activations("small"), **wanted, fit_images=20, device="cpu")
+    pixels = table[table.site == "pixels"].assign(model="another", task="caption")
+    figure = used_figure(pd.concat([table, pixels], ignore_index=True), "caption")
+    panels = {annotation.text for annotation in figure.layout.annotations}
+    assert "tiny-qwen2-vl" in panels and "another" not in panels
