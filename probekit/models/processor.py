@@ -391,32 +391,9 @@ class PromptProcessor:
             self._check_image_tokens(image_masks, prompts)
         return PreparedImage(image_inputs, tokens, image_masks)
 
-    def show(self, image: Image.Image, prompt: str) -> str:
-        """Return a prompt as the model gets it, for people to read.
-
-        Parameters
-        ----------
-        image : PIL.Image.Image
-        prompt : str
-
-        Returns
-        -------
-        str
-            All its tokens as text, with a run of image tokens as ``<image> × 256``, and their
-            numbers.
-        """
-        prepared = self.prepare(image, [prompt])
-        ids = prepared.tokens[0]["input_ids"]
-        is_image = prepared.image_masks[0]
-        starts = np.flatnonzero(is_image[1:] != is_image[:-1]) + 1
-        pieces = []
-        for run, of_image in zip(np.split(ids, starts), np.split(is_image, starts), strict=True):
-            if of_image.any():
-                word = self.processor.tokenizer.decode(run[:1].tolist()) or "<image>"
-                pieces.append(f"{word} × {len(run)}")
-            else:
-                pieces.append(self.processor.tokenizer.decode(run.tolist()))
-        return f"{''.join(pieces)}\n({len(ids):,} tokens, {is_image.sum():,} of them the image's)"
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return token ids as text, special tokens included."""
+        return self.processor.tokenizer.decode(list(ids))
 
     def _tokenizer_options(self, text: str) -> dict[str, bool]:
         """Keep the tokenizer from adding a first token where the chat template has written it."""

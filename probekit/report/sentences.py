@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from itertools import combinations
 from typing import NamedTuple
 
@@ -28,13 +29,14 @@ COMPARISON_COLUMNS = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm
 
 
 class Summary(list[str]):
-    """Paragraphs about a run: Markdown in a notebook, plain text when printed."""
+    """Paragraphs about a run: they fold out in a notebook, and are plain text when printed."""
 
     def __str__(self) -> str:
         return "\n\n".join(self)
 
-    def _repr_markdown_(self) -> str:
-        return "\n\n".join(self)
+    def _repr_html_(self) -> str:
+        paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in self)
+        return f"<details><summary>In sentences</summary>{paragraphs}</details>"
 
 
 def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg") -> Summary:
