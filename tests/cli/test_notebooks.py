@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,11 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure") == 47  # 45 of the tables, and an explorer for each model
+    assert page.count("<figure ") == 47  # 45 of the tables, and an explorer for each model
+    assert all((demo / "figures" / "small" / f"{name}.js").exists() for name in _figures(page))
+    assert page.index("caption_known_and_said") < page.index('role="tablist"')  # the first picture
+    overview = pd.read_csv(demo / "figures" / "small" / "overview.csv")
+    assert len(overview) == 4 + 2 + 2  # two models; captions in two poolings
     used = pd.read_csv(demo / "figures" / "small" / "interventions.csv")
     assert set(used.model) == set(DEMO_MODELS)
     greyed = {"whole_image", "no_box", "same_area"}
@@ -67,6 +72,13 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for path in executed:
         assert path.stat().st_size < 3e6
         assert nbformat.read(path, 4).metadata.papermill["exception"] is None
+
+
+def _figures(page):
+    """Names of the figures of a page, each of them once."""
+    names = re.findall('data-name="([^"]+)"', page)
+    assert len(set(names)) == len(names) == 47
+    return names
 
 
 def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
