@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from probekit.answers.scores import ANSWER, said_probabilities
@@ -16,6 +15,7 @@ from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.labels import LabelledTask
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey, best_layers
 from probekit.probes.slices import COLUMNS, find_covariates, metrics_of, score_slices
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -24,7 +24,6 @@ from probekit.report.style import (
     apply_style,
     capitalise,
     legend_entry,
-    make_room_for_legend,
     metric_words,
     model_colours,
     pooling_note,
@@ -143,7 +142,7 @@ def _answer_layer(results: ProbeResults, state: StateKey) -> str:
 # -------------------------------------------------------------------------------------- the figure
 
 
-def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> go.Figure:
+def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> LayerFigure:
     """Draw the scores of a task in slices of its test examples, a panel per covariate.
 
     Parameters
@@ -174,7 +173,7 @@ def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> g
     covariates = list(dict.fromkeys(rows.covariate))
     columns = min(PANELS_PER_ROW, len(covariates))
     panel_rows = -(-len(covariates) // columns)
-    figure = make_subplots(
+    figure = panels(
         panel_rows,
         columns,
         subplot_titles=[capitalise(COVARIATE_WORDS[name]) for name in covariates],
@@ -191,13 +190,12 @@ def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> g
     figure.add_traces(_legend(sources, colours))
     apply_style(
         figure,
-        title=f"In slices of the test examples — {task_words(task)}{note}",
+        title="In slices of the test examples",
+        subtitle=f"{task_words(task)}{note}",
         height=174 + PANEL_HEIGHT * panel_rows,
         width=FULL_PAGE if columns > 1 else HALF_PAGE,
         panel_titles=True,
     )
-    if columns == 1:
-        make_room_for_legend(figure)
     return figure
 
 
@@ -208,7 +206,7 @@ def _one_pooling(rows: pd.DataFrame) -> str:
 
 
 def _add_panel(
-    figure: go.Figure,
+    figure: LayerFigure,
     rows: pd.DataFrame,
     sources: Sequence[tuple[str, str]],
     *,
@@ -261,7 +259,7 @@ def _add_panel(
     )
     figure.update_yaxes(title=f"{metric_words(metric)} (test)", **panel)
     if metric != "log_loss":
-        figure.update_yaxes(range=[-0.04, 1.04], dtick=0.25, **panel)
+        figure.update_yaxes(range=[-0.03, 1.03], tick0=0, dtick=0.25, **panel)
 
 
 def _tick(row: Any) -> str:
