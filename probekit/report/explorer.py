@@ -136,6 +136,7 @@ class Explorer:
         self.heat_map: HeatMap | None = None  # of the example that is shown
         self.no_heat_reason = ""  # as HTML
         self.answers: list[_Answer] = []  # to the example that is shown, or on its image
+        self._known_boxes: dict[tuple[int, str], np.ndarray] = {}
         self._is_updating = False
         self._make_widgets()
         self._connect_widgets()
@@ -383,6 +384,7 @@ class Explorer:
         with_pooling = len({choice.pooling for choice in models}) > 1
         model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
         categories = sorted(self.saved.instances.category.unique())
+        self._known_boxes = {}
         self._is_updating = True
         _set_options(self.model_dropdown, model_options)
         _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
@@ -562,9 +564,16 @@ class Explorer:
             photo = pictures.draw_borders(photo, self.heat_map.cells_t4)
         if self.boxes_checkbox.value:
             for category in self._boxed_categories(row):
-                boxes_b4 = self.saved.boxes(row.image_id, category)
+                boxes_b4 = self._boxes(row, category)
                 photo = pictures.draw_boxes(photo, boxes_b4, name=category)
         self.photo.value = pictures.encode_jpeg(photo)
+
+    def _boxes(self, row: pd.Series, category: str) -> np.ndarray:
+        """Return the boxes (b, 4) of a category in an example's image; they are looked up once."""
+        key = (row.image_id, category)
+        if key not in self._known_boxes:
+            self._known_boxes[key] = self.saved.boxes(*key)
+        return self._known_boxes[key]
 
     def _boxed_categories(self, row: pd.Series) -> list[str]:
         """Return whose boxes are drawn: the chosen category, or what the prompt names."""
@@ -582,7 +591,7 @@ class Explorer:
             return
         category = self.heat_category_dropdown.value
         c = self.task.classes.index(category)
-        boxes_b4 = self.saved.boxes(row.image_id, category)
+        boxes_b4 = self._boxes(row, category)
         self.heat_share.value = _share_words(
             self.heat_map, boxes_b4, category=category, c=c, layer=layer
         )
