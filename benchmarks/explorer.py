@@ -45,7 +45,9 @@ def measure(run: str, *, moves: int, screenshots: Path | None) -> dict[str, np.n
             page.wait_for_timeout(2000)  # until JupyterLab itself has finished
             if screenshots is not None:
                 screenshot = Image.open(BytesIO(page.screenshot())).convert("RGB")
-                screenshot.quantize(256).save(screenshots / "explorer.png", optimize=True)
+                palette = screenshot.quantize(256, kmeans=1)
+                reduced = screenshot.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+                reduced.save(screenshots / "explorer.png", optimize=True)
             for moved, keys in KEYS.items():
                 for done in range(0, moves, MOST_PRESSES_IN_A_ROW):
                     key = keys[done // MOST_PRESSES_IN_A_ROW % 2]

@@ -135,7 +135,9 @@ class Explorer:
         self.places = np.zeros(0, int)  # row numbers of the examples that match
         self.heat_map: HeatMap | None = None  # of the example that is shown
         self.no_heat_reason = ""  # as HTML
-        self.answers: list[_Answer] = []  # to the example that is shown, or on its image
+        # What the model says to the example that is shown, or on its image; None: not looked up.
+        self.answers: list[_Answer] | None = None
+        self._asked_elsewhere: dict[str, tuple[pd.DataFrame, Ends]] = {}  # by task
         self._known_boxes: dict[tuple[int, str], np.ndarray] = {}
         self._is_updating = False
         self._make_widgets()
@@ -385,6 +387,7 @@ class Explorer:
         model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
         categories = sorted(self.saved.instances.category.unique())
         self._known_boxes = {}
+        self._asked_elsewhere = {}
         self._is_updating = True
         _set_options(self.model_dropdown, model_options)
         _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
@@ -483,7 +486,7 @@ class Explorer:
         if self.task.kind == "multilabel":
             self._choose_heat_category(row)
         self._find_heat(row)
-        self._find_answers(row)
+        self.answers = None
         self._show_layer()
 
     def _choose_heat_category(self, row: pd.Series) -> None:
@@ -524,32 +527,34 @@ class Explorer:
                 self.no_heat_reason = _fill("{}", str(error))
         _show(self.run_model_checkbox, not is_stored)
 
-    def _find_answers(self, row: pd.Series) -> None:
+    def _find_answers(self, row: pd.Series) -> list[_Answer]:
         """Look up what the model says to an example, else what it says of its image elsewhere."""
         said_nc = self.said_nc
         if said_nc is not None:
-            self.answers = [_Answer(Said.of(said_nc[self.place], row, self.task), "")]
-            return
-        self.answers = []
+            return [_Answer(Said.of(said_nc[self.place], row, self.task), "")]
         for task, info in self.saved.results.tasks.items():
             said_nc = said_probabilities(self.saved.results, self.state._replace(task=task))
             if said_nc is None or info.kind != "binary":
                 continue
-            rows = self.saved.test_examples(task)
-            template = common_ends(rows.prompt.tolist())
+            if task not in self._asked_elsewhere:
+                rows = self.saved.test_examples(task)
+                self._asked_elsewhere[task] = rows, common_ends(rows.prompt.tolist())
+            rows, template = self._asked_elsewhere[task]
+            answers = []
             for place in np.flatnonzero(rows.image_id == row.image_id)[:MOST_ANSWERS]:
                 example = rows.iloc[place]
                 asked = template.strip_from(example.prompt)
-                self.answers.append(_Answer(Said.of(said_nc[place], example, info), asked))
-            return
+                answers.append(_Answer(Said.of(said_nc[place], example, info), asked))
+            return answers
+        return []
 
     def _show_layer(self) -> None:
         place = self.place
         row = self.rows.iloc[place]
         layer = self.layer_slider.value
         self._show_photo(row, layer)  # first what takes the browser longest
-        self._explain_heat(row, layer)
         self._show_answers(row, place, layer)
+        self._explain_heat(row, layer)
         self._show_erased_answer()
         self._show_neighbours(row, place, layer)
 
@@ -613,6 +618,8 @@ class Explorer:
         self.curve.value = pictures.curve_svg(
             p_lc, names, labels=labels, layer=layer, lens_lc=lens_lc
         )
+        if self.answers is None:
+            self.answers = self._find_answers(row)
         probed = []
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
