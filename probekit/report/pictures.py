@@ -186,18 +186,20 @@ def draw_boxes(image: Image.Image, boxes_b4: np.ndarray, *, name: str = "") -> I
     boxes_b4 : ndarray, (b, 4)
         Left, top, right, bottom, in shares of the image.
     name : str
-        Written into the boxes' upper left corners.
+        Written into the upper left corner of the largest box.
     """
     image = image.copy()
     pen = ImageDraw.Draw(image)
-    for box in (boxes_b4 * np.array([*image.size, *image.size])).tolist():
+    boxes = (boxes_b4 * np.array([*image.size, *image.size])).tolist()
+    for box in boxes:
         pen.rectangle(box, outline="#15171c", width=5)
         pen.rectangle(box, outline="white", width=2)
-        if name:
-            corner = (box[0] + 7, box[1] + 5)
-            left, top, right, bottom = pen.textbbox(corner, name, font=BOX_FONT)
-            pen.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill="#15171c")
-            pen.text(corner, name, font=BOX_FONT, fill="white")
+    if name and boxes:
+        largest = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+        corner = (largest[0] + 7, largest[1] + 5)
+        left, top, right, bottom = pen.textbbox(corner, name, font=BOX_FONT)
+        pen.rectangle((left - 4, top - 3, right + 4, bottom + 3), fill="#15171c")
+        pen.text(corner, name, font=BOX_FONT, fill="white")
     return image
 
 

@@ -108,6 +108,16 @@ def test_thumbnails_are_the_middles_of_their_images(tmp_path):
         assert green < 60
 
 
+def test_the_largest_box_has_the_name():
+    grey = Image.new("RGB", (200, 100), (128, 128, 128))
+    boxes_b4 = np.array([[0.05, 0.1, 0.3, 0.5], [0.4, 0.1, 0.95, 0.9]])
+    plain = np.asarray(pictures.draw_boxes(grey, boxes_b4)).astype(int)
+    named = np.asarray(pictures.draw_boxes(grey, boxes_b4, name="cup")).astype(int)
+    changed = np.abs(named - plain).max(axis=2) > 0
+    assert changed[:, 80:].any()
+    assert not changed[:, :79].any()
+
+
 def test_borders_lie_between_tokens():
     grey = Image.new("RGB", (90, 60), (128, 128, 128))
     lined = np.asarray(pictures.draw_borders(grey, grid(3, 2)))[..., 0]
