@@ -186,6 +186,7 @@ LONG_FILES = (
     "test_benchmarks.py",
     "test_launch.py",
     "test_browser.py",
+    "test_explorer_browser.py",
     "test_worked_examples.py",
     "test_extracting.py",
 )
