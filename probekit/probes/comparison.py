@@ -242,6 +242,16 @@ def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
         plateau.
     """
     layers = list(table.layer)
+    best = layers[int(table.gap.argmax())] if len(table) > 1 else layers[0]
+    return (
+        f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is "
+        f"among {plateau_words(table)} ({table.plateau.sum()} of {len(layers)} layers)."
+    )
+
+
+def plateau_words(table: pd.DataFrame) -> str:
+    """Name every stretch of neighbouring layers of the plateau, see :func:`plateau_sentence`."""
+    layers = list(table.layer)
     inside = np.flatnonzero(table.plateau)
     stretches = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
     spans = []
@@ -249,11 +259,7 @@ def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
         first = layers[stretch[0]]
         last = layers[stretch[-1]]
         spans.append(str(first) if len(stretch) == 1 else f"{first} to {last}")
-    best = layers[int(table.gap.argmax())] if len(table) > 1 else layers[0]
-    return (
-        f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is "
-        f"among {', '.join(spans)} ({len(inside)} of {len(layers)} layers)."
-    )
+    return ", ".join(spans)
 
 
 def curve_difference(

@@ -142,11 +142,13 @@ def compare_peaks(a: Curve, b: Curve, *, level: float = LEVEL) -> PeakShift:
 
     The quantiles of the resamples' peaks are no such interval. Where a peak stands barely above a
     long plateau, the highest of many noisy scores lies on the plateau, and in the resamples as
-    well (Hall and Miller, 2009). In simulated studies of 29 layers and 300 images, in which one
-    curve had a clear peak and the other one stood at the same layer 0.02 above a plateau, these
-    quantiles said in 39 % that the peak had moved; the interval here in none of 150.
+    well (Hall and Miller, 2009). In 200 simulated studies of 25 layers and 300 images, in which
+    one curve had a clear peak and the other one stood at the same layer one hundredth above a
+    plateau, these quantiles said in 34 % that the peak had moved; the interval here in none.
 
-    The price is power: the interval is wider than it would have to be for a clear peak.
+    The price is power. False alarms are rarer than stated, and the interval is wider than it would
+    have to be for a clear peak: about three layers there, instead of one or two. A movement of
+    three layers was found in 92 % of studies with 300 images, and in all with 1,000.
 
     References
     ----------
