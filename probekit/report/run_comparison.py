@@ -104,8 +104,8 @@ class RunComparison:
         and `best_b` (chosen on its validation images), their `difference` (b less a) with `lo`,
         `hi` and `p`; for both runs `peak_…` (the layer with the highest test score), the interval
         of its place `peak_…_lo` to `peak_…_hi`, between which layers the resamples peak
-        (`peak_…_resampled_lo`, `_hi`), `plateau_…`; the `shift` of the peak in layers of the first
-        run, with `shift_lo`, `shift_hi`, `shift_p`, and `shift_p_holm`, corrected for the number of
+        (`peak_…_resampled_lo`, `_hi`), `plateau_…`; the `moved` of the peak in layers of the first
+        run, with `moved_lo`, `moved_hi`, `moved_p`, and `moved_p_holm`, corrected for the number of
         rows; and how many test images counted, see :func:`compare_runs`.
     differences : DataFrame
         One row per task, pooling, pair of models and layer of the first run: `score_a`, `score_b`
@@ -143,9 +143,9 @@ class RunComparison:
                     "difference": f"{_signed(row.difference)} [{_signed(row.lo)}, "
                     f"{_signed(row.hi)}]",
                     "peak": f"{row.peak_a} → {row.peak_b}",
-                    "moved by": f"{_steps(row.shift)} [{_steps(row.shift_lo)}, "
-                    f"{_steps(row.shift_hi)}]",
-                    "p": f"{row.shift_p:.3f}",
+                    "moved by": f"{_steps(row.moved)} [{_steps(row.moved_lo)}, "
+                    f"{_steps(row.moved_hi)}]",
+                    "p": f"{row.moved_p:.3f}",
                 }
             )
         return pd.DataFrame(rows)
@@ -282,18 +282,26 @@ def compare_runs(
     _check_runs(runs)
     base, *others = runs
     names = _image_names(runs)
+    curves_to_compare = []
+    for run in others:
+        for pair in _match_models(base, run, models=models):
+            keys = _shared_keys(base, pair, tasks=tasks, poolings=poolings, probe=probe)
+            curves_to_compare += [(pair, key_a, key_b) for key_a, key_b in keys]
+    # Curves of one task are neighbours, and so are those that have the same base.
+    tasks_in_order = list(base.results.tasks)
+    places = {key: place for place, key in enumerate(base.results.predictions)}
+    curves_to_compare.sort(
+        key=lambda curve: (tasks_in_order.index(curve[1].task), places[curve[1]])
+    )
     comparisons = []
     left_out: list[str] = []
-    pairs = [pair for run in others for pair in _match_models(base, run, models=models)]
-    for pair in pairs:
-        keys = _shared_keys(base, pair, tasks=tasks, poolings=poolings, probe=probe)
-        for key_a, key_b in keys:
-            try:
-                comparisons.append(
-                    _compare_curves(base, pair, key_a, key_b, names=names, resamples=resamples)
-                )
-            except _NotComparable as reason:
-                left_out.append(f"{key_a.task} of {pair.run.name} ({reason})")
+    for pair, key_a, key_b in curves_to_compare:
+        try:
+            comparisons.append(
+                _compare_curves(base, pair, key_a, key_b, names=names, resamples=resamples)
+            )
+        except _NotComparable as reason:
+            left_out.append(f"{key_a.task} of {pair.run.name} ({reason})")
     if not comparisons:
         raise ValueError(
             f"{' and '.join(run.name for run in runs)} have no curves that can be compared"
@@ -302,7 +310,7 @@ def compare_runs(
     peaks, differences, curves = (
         pd.concat(tables, ignore_index=True) for tables in zip(*comparisons, strict=True)
     )
-    peaks.insert(peaks.columns.get_loc("shift_p") + 1, "shift_p_holm", holm(peaks.shift_p))
+    peaks.insert(peaks.columns.get_loc("moved_p") + 1, "moved_p_holm", holm(peaks.moved_p))
     return RunComparison(
         tuple(runs), probe, peaks, differences, curves, tuple(dict.fromkeys(left_out))
     )
@@ -562,12 +570,12 @@ def _peak_row(a: Curve, b: Curve, *, best_a: int, best_b: int) -> dict[str, obje
         "lo": difference.lo,
         "hi": difference.hi,
         "p": difference.p,
-        "shift": shift.shift,
-        "shift_lo": shift.lo,
-        "shift_hi": shift.hi,
-        "shift_p": shift.p,
-        "shift_resampled_lo": shift.resampled_lo,
-        "shift_resampled_hi": shift.resampled_hi,
+        "moved": shift.shift,
+        "moved_lo": shift.lo,
+        "moved_hi": shift.hi,
+        "moved_p": shift.p,
+        "moved_resampled_lo": shift.resampled_lo,
+        "moved_resampled_hi": shift.resampled_hi,
     }
     for side, curve in (("a", a), ("b", b)):
         peak: Peak = find_peak(curve)
@@ -663,12 +671,12 @@ def _paragraph(row) -> str:
 
 
 def _moved_words(row) -> str:
-    between = f"between {_steps(row.shift_lo)} and {_steps(row.shift_hi)} layers"
-    if row.shift_p <= MOVED:
-        unit = "layer" if abs(row.shift) == 1 else "layers"
+    between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
+    if row.moved_p <= MOVED:
+        unit = "layer" if abs(row.moved) == 1 else "layers"
         return (
-            f"the peak moved by {_steps(row.shift)} {unit}, from {row.peak_a} to {row.peak_b} "
-            f"({between}, p = {row.shift_p:.3f})"
+            f"the peak moved by {_steps(row.moved)} {unit}, from {row.peak_a} to {row.peak_b} "
+            f"({between}, p = {row.moved_p:.3f})"
         )
     flat = [
         run
@@ -678,7 +686,7 @@ def _moved_words(row) -> str:
     images = min(row.images_a, row.images_b)
     text = (
         f"the peak did not move as far as {images:,} images can tell: {between} "
-        f"(p = {row.shift_p:.2f})"
+        f"(p = {row.moved_p:.2f})"
     )
     if flat:
         curves = "the curve of" if len(flat) == 1 else "the curves of"
@@ -738,14 +746,14 @@ def _sample_words(peaks: pd.DataFrame) -> str:
 
 def _judge_peak(row, limit: float) -> Verdict:
     shift = PeakShift(
-        row.shift, row.shift_lo, row.shift_hi, row.shift_p, row.shift_lo, row.shift_hi
+        row.moved, row.moved_lo, row.moved_hi, row.moved_p, row.moved_lo, row.moved_hi
     )
-    between = f"between {_steps(row.shift_lo)} and {_steps(row.shift_hi)} layers"
+    between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
     if shift.is_beyond(limit):
         return Verdict(
             True, f"FAILED {_curve_name(row)}: the peak moved more than {limit:g} layers, {between}"
         )
-    if -limit <= row.shift_lo and row.shift_hi <= limit:
+    if -limit <= row.moved_lo and row.moved_hi <= limit:
         return Verdict(
             False, f"fine   {_curve_name(row)}: the peak stayed within {limit:g} layers, {between}"
         )

@@ -143,11 +143,12 @@ def peaks_figure(comparison: RunComparison) -> go.Figure:
         figure.update_xaxes(
             title=LAYER_AXIS, range=[-0.5, layers - 0.5], dtick=tick_step(layers), col=1
         )
-    furthest = max(1.0, table.shift_lo.abs().max(), table.shift_hi.abs().max())
+    furthest = max(1.0, table.moved_lo.abs().max(), table.moved_hi.abs().max())
     return figure.update_xaxes(
         title="layers of the first run (to the right: deeper)",
         range=[-furthest - 0.7, furthest + 0.7],
-        dtick=tick_step(int(furthest)),
+        dtick=max(1, round(furthest / 4)),
+        tickangle=0,
         col=2,
     )
 
@@ -219,7 +220,6 @@ def difference_curves(comparison: RunComparison, task: str) -> go.Figure:
     in_legend = set()
     for column, pooling in enumerate(panels, 1):
         of_panel = rows[rows.pooling == pooling]
-        figure.add_hline(y=0, line={"color": GREY, "width": 1.5, "dash": "dot"}, row=1, col=column)
         for (model_a, run_b, model_b), curve in of_panel.groupby(
             ["model_a", "run_b", "model_b"], sort=False
         ):
@@ -261,6 +261,7 @@ def difference_curves(comparison: RunComparison, task: str) -> go.Figure:
                 col=column,
             )
             in_legend.add(name)
+        figure.add_hline(y=0, line={"color": GREY, "width": 1.5, "dash": "dot"}, row=1, col=column)
     return _finish(
         figure,
         panels,
@@ -335,17 +336,17 @@ def _peak_traces(
 
 def _shift_traces(row, *, y: float, colour: str) -> list[go.Scatter]:
     words = (
-        f"moved by {row.shift:+.3g} layers<br>95 % interval {row.shift_lo:+.3g} to "
-        f"{row.shift_hi:+.3g}<br>p = {row.shift_p:.3f}"
+        f"moved by {row.moved:+.3g} layers<br>95 % interval {row.moved_lo:+.3g} to "
+        f"{row.moved_hi:+.3g}<br>p = {row.moved_p:.3f}"
     )
     return [
         *_interval_traces(
-            (row.shift_lo, row.shift_hi),
-            (row.shift_resampled_lo, row.shift_resampled_hi),
+            (row.moved_lo, row.moved_hi),
+            (row.moved_resampled_lo, row.moved_resampled_hi),
             y=y,
             colour=colour,
         ),
-        _point(row.shift, y=y, colour=colour, words=words),
+        _point(row.moved, y=y, colour=colour, words=words),
     ]
 
 
