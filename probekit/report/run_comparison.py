@@ -15,7 +15,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from probekit.parameters import LONGEST_NAME
-from probekit.probes.bootstrap import Curve, bca_interval
+from probekit.probes.bootstrap import ROUNDING, Curve, bca_interval
 from probekit.probes.comparison import compare_layers, curve_difference, holm, plateau_words
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.peaks import Peak, PeakShift, compare_peaks, find_peak
@@ -27,6 +27,7 @@ from probekit.report.style import metric_words
 FEWEST_IMAGES = 10
 PAIRED_SHARE = 0.5  # of the test images of the run with fewer of them
 MOVED = 0.05
+FEWEST_RESAMPLES = 2  # where only the score is wanted
 FILES = {
     "peaks.csv": (
         "a row per task, pooling and pair of models: scores at the best layers, where both curves "
@@ -101,12 +102,15 @@ class RunComparison:
         The kind of probe whose curves are compared.
     peaks : DataFrame
         One row per task, pooling and pair of models: `score_a` and `score_b` at each run's `best_a`
-        and `best_b` (chosen on its validation images), their `difference` (b less a) with `lo`,
-        `hi` and `p`; for both runs `peak_…` (the layer with the highest test score), the interval
-        of its place `peak_…_lo` to `peak_…_hi`, between which layers the resamples peak
-        (`peak_…_resampled_lo`, `_hi`), `plateau_…`; the `moved` of the peak in layers of the first
-        run, with `moved_lo`, `moved_hi`, `moved_p`, and `moved_p_holm`, corrected for the number of
-        rows; and how many test images counted, see :func:`compare_runs`.
+        and `best_b` (chosen on its validation images), and their `difference` (b less a) with
+        `lo`, `hi` and `p`. For both runs `peak_…`, the layer with the highest test score, with
+        the interval of its place (`peak_…_lo`, `peak_…_hi`), the layers between which the
+        resamples peak (`peak_…_resampled_lo`, `_hi`), and whether it is a place at all
+        (`peak_…_is_place`); `plateau_…`; what always yes or always no would score (`guess_…`), and
+        whether the peak is no higher (`is_guess_…`). How far the peak `moved`, in layers of the
+        first run, with `moved_lo`, `moved_hi`, `moved_p`, and `moved_p_holm`, corrected for the
+        number of rows. How many test images counted: `images_…`, `shared_images`,
+        `left_out_images`, and whether they are `paired`, see :func:`compare_runs`.
     differences : DataFrame
         One row per task, pooling, pair of models and layer of the first run: `score_a`, `score_b`
         with intervals, `difference` (b less a) with `lo`, `hi`, `p`, and `p_holm`, corrected for
@@ -166,7 +170,7 @@ class RunComparison:
         ----------
         peak_may_move : float, optional
             How many layers of the first run a peak may move, either way. It is too far where the
-            whole interval of the shift lies beyond.
+            whole interval lies beyond, and both runs score better than a guess.
         score_may_fall : float, optional
             How far the score at the best layer may fall. It is too low where the whole interval of
             the difference lies beyond.
@@ -483,6 +487,7 @@ def _compare_curves(
     labels_b = LabelledTask.from_examples(pair.run.examples, task).true
     both_learn_c = labels_a.mask_nc.amax(0) * labels_b.mask_nc.amax(0)
     curves = []
+    guesses = []
     for run, key, labels, keep, image_n in (
         (base, key_a, labels_a, sample.keep_a, sample.names_a),
         (pair.run, key_b, labels_b, sample.keep_b, sample.names_b),
@@ -490,6 +495,9 @@ def _compare_curves(
         kept = _restrict(labels, keep=keep, image_n=image_n, class_c=both_learn_c)
         p_lnc = run.results.predictions[key][:, keep].astype(np.float32)
         curves.append(kept.curve(p_lnc, split="test", metric=metric, resamples=resamples))
+        always = np.stack([np.zeros_like(p_lnc[0]), np.ones_like(p_lnc[0])])
+        of_always = kept.curve(always, split="test", metric=metric, resamples=FEWEST_RESAMPLES)
+        guesses.append(float(of_always.score_l.max()))
     a, b = curves
     keys = {
         "task": task,
@@ -505,6 +513,7 @@ def _compare_curves(
         b,
         best_a=_best_layer(base, key_a),
         best_b=_best_layer(pair.run, key_b),
+        guesses=guesses,
     )
     counts = {
         "images_a": sample.images_a,
@@ -558,7 +567,9 @@ def _layer_names(layers: int) -> list[str]:
     return [f"lm.{k:02d}" for k in range(layers)]
 
 
-def _peak_row(a: Curve, b: Curve, *, best_a: int, best_b: int) -> dict[str, object]:
+def _peak_row(
+    a: Curve, b: Curve, *, best_a: int, best_b: int, guesses: Sequence[float]
+) -> dict[str, object]:
     difference = curve_difference(b.select([best_b]), a.select([best_a]), layers=[""]).iloc[0]
     shift: PeakShift = compare_peaks(a, b)
     row: dict[str, object] = {
@@ -577,8 +588,9 @@ def _peak_row(a: Curve, b: Curve, *, best_a: int, best_b: int) -> dict[str, obje
         "moved_resampled_lo": shift.resampled_lo,
         "moved_resampled_hi": shift.resampled_hi,
     }
-    for side, curve in (("a", a), ("b", b)):
+    for side, curve, guess in (("a", a, guesses[0]), ("b", b, guesses[1])):
         peak: Peak = find_peak(curve)
+        lower, _ = bca_interval(curve.select([peak.layer]))
         names = _layer_names(peak.layers)
         row |= {
             f"peak_{side}": names[peak.layer],
@@ -589,6 +601,8 @@ def _peak_row(a: Curve, b: Curve, *, best_a: int, best_b: int) -> dict[str, obje
             f"peak_{side}_is_place": peak.is_place,
             f"plateau_{side}": plateau_words(compare_layers(curve, names)),
             f"layers_{side}": peak.layers,
+            f"guess_{side}": guess,
+            f"is_guess_{side}": bool(lower[0] <= guess + ROUNDING),
         }
     return row
 
@@ -672,26 +686,41 @@ def _paragraph(row) -> str:
 
 def _moved_words(row) -> str:
     between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
+    images = min(row.images_a, row.images_b)
     if row.moved_p <= MOVED:
-        unit = "layer" if abs(row.moved) == 1 else "layers"
-        return (
-            f"the peak moved by {_steps(row.moved)} {unit}, from {row.peak_a} to {row.peak_b} "
+        text = (
+            f"the peak moved by {_steps(row.moved)} layers, from {row.peak_a} to {row.peak_b} "
             f"({between}, p = {row.moved_p:.3f})"
         )
-    flat = [
-        run
-        for run, is_place in ((row.run_a, row.peak_a_is_place), (row.run_b, row.peak_b_is_place))
-        if not is_place
-    ]
-    images = min(row.images_a, row.images_b)
-    text = (
-        f"the peak did not move as far as {images:,} images can tell: {between} "
-        f"(p = {row.moved_p:.2f})"
-    )
+    else:
+        text = (
+            f"the peak did not move as far as {images:,} images can tell: {between} "
+            f"(p = {row.moved_p:.2f})"
+        )
+    doubts = _doubts(row)
+    return f"{text}; {doubts}" if doubts else text
+
+
+def _guessing_runs(row) -> list[str]:
+    sides = ((row.run_a, row.is_guess_a), (row.run_b, row.is_guess_b))
+    return [run for run, is_guess in sides if is_guess]
+
+
+def _doubts(row) -> str:
+    """Say why a movement, or none, means little; "" where it means something."""
+    guessing = _guessing_runs(row)
+    if guessing:
+        level = row.guess_b if row.is_guess_b else row.guess_a
+        return (
+            f"it means nothing, as {' and '.join(guessing)} scores no better than a guess "
+            f"({level:.3f})"
+        )
+    sides = ((row.run_a, row.peak_a_is_place), (row.run_b, row.peak_b_is_place))
+    flat = [run for run, is_place in sides if not is_place]
     if flat:
         curves = "the curve of" if len(flat) == 1 else "the curves of"
-        text += f"; {curves} {' and '.join(flat)} may peak nearly anywhere, so this says little"
-    return text
+        return f"{curves} {' and '.join(flat)} may peak nearly anywhere, so this says little"
+    return ""
 
 
 def _score_words(row) -> str:
@@ -749,6 +778,13 @@ def _judge_peak(row, limit: float) -> Verdict:
         row.moved, row.moved_lo, row.moved_hi, row.moved_p, row.moved_lo, row.moved_hi
     )
     between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
+    guessing = _guessing_runs(row)
+    if guessing:
+        return Verdict(
+            False,
+            f"open   {_curve_name(row)}: {' and '.join(guessing)} scores no better than a guess, "
+            "so the place of its peak means nothing",
+        )
     if shift.is_beyond(limit):
         return Verdict(
             True, f"FAILED {_curve_name(row)}: the peak moved more than {limit:g} layers, {between}"

@@ -220,13 +220,14 @@ def difference_curves(comparison: RunComparison, task: str) -> go.Figure:
     in_legend = set()
     for column, pooling in enumerate(panels, 1):
         of_panel = rows[rows.pooling == pooling]
-        for (model_a, run_b, model_b), curve in of_panel.groupby(
+        for (model_a, run_b, _), curve in of_panel.groupby(
             ["model_a", "run_b", "model_b"], sort=False
         ):
             x = curve.depth if relative else layer_number(curve.layer_a)
             run_a = curve.run_a.iloc[0]
-            models = model_a if model_a == model_b else f"{model_b} − {model_a}"
-            name = f"{run_b} − {run_a}: {models}"
+            name = f"{run_b} − {run_a}"
+            if len(colours) > 1:
+                name += f": {model_a}"
             colour = colours[model_a]
             differs = curve.p_holm <= 0.05
             details = np.stack(

@@ -254,6 +254,21 @@ def test_a_score_that_fell_is_a_failure_and_one_that_rose_is_not():
     assert not rose[0].is_failure
 
 
+def test_a_run_that_guesses_has_no_peak_that_could_move():
+    guessing = make_run("guessing", peak=4)
+    (key,) = guessing.results.predictions
+    p_lnc = guessing.results.predictions[key]
+    p_lnc[:] = 0.1
+    p_lnc[8, :20] = 0.9  # which says yes to a few, at random
+    comparison = compare_runs([BASE, guessing], resamples=300)
+    row = comparison.peaks.iloc[0]
+    assert (row.guess_a, row.guess_b) == (0.5, 0.5)
+    assert (row.is_guess_a, row.is_guess_b) == (False, True)
+    assert "guessing scores no better than a guess (0.500)" in str(comparison.summary())
+    (verdict,) = comparison.verdicts(peak_may_move=0)
+    assert not verdict.is_failure
+
+
 # ---- the page and the command ----
 
 
