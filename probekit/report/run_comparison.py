@@ -149,7 +149,7 @@ class RunComparison:
                     "peak": f"{row.peak_a} → {row.peak_b}",
                     "moved by": f"{_steps(row.moved)} [{_steps(row.moved_lo)}, "
                     f"{_steps(row.moved_hi)}]",
-                    "p": f"{row.moved_p:.3f}",
+                    "p (moved)": _p_words(row.moved_p).removeprefix("p = ").removeprefix("p "),
                 }
             )
         return pd.DataFrame(rows)
@@ -684,18 +684,37 @@ def _paragraph(row) -> str:
     return " ".join(sentences)
 
 
+def _p_words(p: float) -> str:
+    """Write a p-value; a bootstrap knows of none that is smaller."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _between(row) -> str:
+    """Say between which numbers of layers a peak moved, and whose layers where depths differ."""
+    layers = "layers" if row.layers_a == row.layers_b else f"layers of {row.run_a}"
+    if row.moved_lo == row.moved_hi:
+        return f"by {_steps(row.moved_lo)} {layers}"
+    return f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} {layers}"
+
+
+def _place(row, side: str) -> str:
+    first = getattr(row, f"peak_{side}_lo")
+    last = getattr(row, f"peak_{side}_hi")
+    return f"at {first}" if first == last else f"between {first} and {last}"
+
+
 def _moved_words(row) -> str:
-    between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
+    between = _between(row)
     images = min(row.images_a, row.images_b)
     if row.moved_p <= MOVED:
         text = (
             f"the peak moved by {_steps(row.moved)} layers, from {row.peak_a} to {row.peak_b} "
-            f"({between}, p = {row.moved_p:.3f})"
+            f"({between}, {_p_words(row.moved_p)})"
         )
     else:
         text = (
             f"the peak did not move as far as {images:,} images can tell: {between} "
-            f"(p = {row.moved_p:.2f})"
+            f"({_p_words(row.moved_p)})"
         )
     doubts = _doubts(row)
     return f"{text}; {doubts}" if doubts else text
@@ -733,13 +752,11 @@ def _score_words(row) -> str:
 
 
 def _places_words(row) -> str:
-    parts = [
-        f"{row.run_a} scores highest at {row.peak_a}, and peaks between {row.peak_a_lo} and "
-        f"{row.peak_a_hi} (plateau: {row.plateau_a})",
-        f"{row.run_b} at {row.peak_b}, between {row.peak_b_lo} and {row.peak_b_hi} (plateau: "
-        f"{row.plateau_b})",
-    ]
-    return f"On the test images {'; '.join(parts)}."
+    return (
+        f"On the test images {row.run_a} scores highest at {row.peak_a}, and peaks "
+        f"{_place(row, 'a')} (plateau: {row.plateau_a}); {row.run_b} at {row.peak_b}, "
+        f"{_place(row, 'b')} (plateau: {row.plateau_b})."
+    )
 
 
 def _images_words(row) -> str:
@@ -777,7 +794,7 @@ def _judge_peak(row, limit: float) -> Verdict:
     shift = PeakShift(
         row.moved, row.moved_lo, row.moved_hi, row.moved_p, row.moved_lo, row.moved_hi
     )
-    between = f"between {_steps(row.moved_lo)} and {_steps(row.moved_hi)} layers"
+    between = _between(row)
     guessing = _guessing_runs(row)
     if guessing:
         return Verdict(
@@ -787,16 +804,16 @@ def _judge_peak(row, limit: float) -> Verdict:
         )
     if shift.is_beyond(limit):
         return Verdict(
-            True, f"FAILED {_curve_name(row)}: the peak moved more than {limit:g} layers, {between}"
+            True, f"FAILED {_curve_name(row)}: the peak moved more than {limit:g}, {between}"
         )
     if -limit <= row.moved_lo and row.moved_hi <= limit:
         return Verdict(
-            False, f"fine   {_curve_name(row)}: the peak stayed within {limit:g} layers, {between}"
+            False, f"fine   {_curve_name(row)}: the peak stayed within {limit:g}, {between}"
         )
     return Verdict(
         False,
-        f"open   {_curve_name(row)}: the peak is not shown to have moved more than {limit:g} "
-        f"layers, {between}; more test images would say more",
+        f"open   {_curve_name(row)}: the peak is not shown to have moved more than {limit:g}, "
+        f"{between}; more test images would say more",
     )
 
 
