@@ -21,7 +21,7 @@ peaks      two models on the same images: studies whose intervals hold the place
 probes     the same with features and fitted probes: only layers 5 to 9 carry the label; wanted: 95
            of 100
 
-300 studies take 25 minutes on one core.
+300 studies take half an hour on one core.
 (This file is not called statistics.py, because Python would take it for its own module of that
 name.)
 """

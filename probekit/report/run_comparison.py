@@ -27,7 +27,8 @@ from probekit.report.style import metric_words
 FEWEST_IMAGES = 10
 PAIRED_SHARE = 0.5  # of the test images of the run with fewer of them
 MOVED = 0.05
-FEWEST_RESAMPLES = 2  # where only the score is wanted
+LEAST_RESAMPLES = 100
+ONLY_THE_SCORE = 2  # resamples where none are looked at
 FILES = {
     "peaks.csv": (
         "a row per task, pooling and pair of models: scores at the best layers, where both curves "
@@ -284,6 +285,10 @@ def compare_runs(
         The runs have nothing in common that could be compared, or models cannot be matched.
     """
     _check_runs(runs)
+    if resamples < LEAST_RESAMPLES:
+        raise ValueError(
+            f"resamples={resamples}: take at least {LEAST_RESAMPLES}, for 95 % intervals"
+        )
     base, *others = runs
     names = _image_names(runs)
     curves_to_compare = []
@@ -496,7 +501,7 @@ def _compare_curves(
         p_lnc = run.results.predictions[key][:, keep].astype(np.float32)
         curves.append(kept.curve(p_lnc, split="test", metric=metric, resamples=resamples))
         always = np.stack([np.zeros_like(p_lnc[0]), np.ones_like(p_lnc[0])])
-        of_always = kept.curve(always, split="test", metric=metric, resamples=FEWEST_RESAMPLES)
+        of_always = kept.curve(always, split="test", metric=metric, resamples=ONLY_THE_SCORE)
         guesses.append(float(of_always.score_l.max()))
     a, b = curves
     keys = {

@@ -218,6 +218,8 @@ def test_what_cannot_be_compared_is_refused_with_what_there_is():
         compare_runs([BASE, BASE])
     with pytest.raises(ValueError, match="probe mlp: base has the tasks caption, poolings mean"):
         compare_runs([BASE, MOVED], probe="mlp")
+    with pytest.raises(ValueError, match="resamples=1: take at least 100"):
+        compare_runs([BASE, MOVED], resamples=1)
 
 
 def test_settings_that_differ_are_listed(moved):
