@@ -15,10 +15,13 @@ best       one layer is truly best, others are near it: studies that keep it amo
            wanted: 95 %
 planted    20 layers, of which 5 to 9 are equally good: studies whose plateau is exactly 5 to 9, by
            alpha and effect
+peaks      two models on the same images: studies whose intervals hold the place of the first one's
+           peak and the movement, and that say that the peak moved, by the interval and by where the
+           resamples peak; wanted: at least 95 %, and at most 5 % where nothing moved
 probes     the same with features and fitted probes: only layers 5 to 9 carry the label; wanted: 95
            of 100
 
-300 studies take 25 minutes on one core.
+300 studies take half an hour on one core.
 (This file is not called statistics.py, because Python would take it for its own module of that
 name.)
 """
@@ -41,6 +44,7 @@ from probekit.probes.bootstrap import Curve, bca_interval, bootstrap_curve
 from probekit.probes.comparison import compare_layers, curve_difference
 from probekit.probes.logreg import solve_logreg
 from probekit.probes.metrics import ScoreKey, count_by_image, score_counts
+from probekit.probes.peaks import compare_peaks, find_peak
 
 PREVALENCE = np.array([0.5, 0.3, 0.2, 0.1, 0.05, 0.03])
 THRESHOLD = 0.5  # of the f1_macro studies: a class is answered less often than it is shown
@@ -257,6 +261,56 @@ def best(kind: str, rng: np.random.Generator, *, images: int, studies: int) -> S
     return mean_shares(seen)
 
 
+def peaked(layer: int, *, layers: int = 12) -> np.ndarray:
+    """Strengths with a clear peak."""
+    return 0.9 - 0.12 * np.abs(np.arange(layers) - layer)
+
+
+# Strengths of two models, and how far the peak moves between them.
+PAIRS = {
+    "clear, same": (peaked(5), peaked(5), 0),
+    "clear, +3": (peaked(5), peaked(8), 3),
+    "beside a plateau": (
+        peaked(4, layers=25),
+        np.array([0.0, 0.2, 0.4, 0.6, 0.73, *[0.7] * 20]),
+        0,
+    ),
+    "flat": (np.full(12, 0.7), np.full(12, 0.7), 0),
+}
+
+
+def peaks(
+    rng: np.random.Generator,
+    *,
+    images: int,
+    strengths: tuple[np.ndarray, np.ndarray],
+    movement: int,
+    studies: int,
+) -> Shares:
+    """Coverage of the place of a peak and of its movement, and how often it is said to move."""
+    layers = len(strengths[0])
+    seen = []
+    for seed in range(studies):
+        both, truth_l = simulate_study(
+            "accuracy", rng, images=images, strength_l=np.concatenate(strengths), seed=seed
+        )
+        one = both.select(slice(layers))
+        peak = find_peak(one)
+        shift = compare_peaks(one, both.select(slice(layers, None)))
+        is_outside = not shift.resampled_lo <= 0 <= shift.resampled_hi
+        seen.append(
+            {
+                "place": peak.lo <= truth_l[:layers].argmax() <= peak.hi,
+                "movement": shift.lo <= movement <= shift.hi,
+                "movement, resamples": shift.resampled_lo <= movement <= shift.resampled_hi,
+                "says moved": shift.p <= 0.05,
+                "says moved, resamples": is_outside,
+                "width in layers": shift.hi - shift.lo,
+            }
+        )
+    return mean_shares(seen)
+
+
 def is_recovered(table: pd.DataFrame) -> dict[str, bool]:
     """Whether exactly the planted layers are kept, by method and level."""
     kept = {f"plateau, alpha {alpha}": table.p_plateau > alpha for alpha in (0.05, 0.025, 0.01)}
@@ -334,6 +388,18 @@ def run_checks(*, studies: int, probe_studies: int) -> Iterator[tuple[str, dict[
             rng, images=images, points=points, studies=studies
         )
     yield "planted", by_design
+
+    by_design = {}
+    for seed, (images, name) in enumerate((n, name) for n in (300, 1000) for name in PAIRS):
+        *strengths, movement = PAIRS[name]
+        by_design[f"{name}, {images} images"] = peaks(
+            np.random.default_rng(seed),
+            images=images,
+            strengths=tuple(strengths),
+            movement=movement,
+            studies=studies,
+        )
+    yield "peaks", by_design
 
     designs = [(kind, images) for kind in KINDS for images in (300, 1000)]
     for check in (alarms, best, coverage):

@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is
-        wrong, 130 where it was stopped with Ctrl-C.
+        The exit code: 0, 1 where a notebook failed, something is damaged or a run is beyond its
+        limit, 2 where the input is wrong, 130 where it was stopped with Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not have all characters
@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_models(commands)
     _add_download(commands)
+    _add_compare(commands)
     _add_verify(commands)
     doctor = commands.add_parser(
         "doctor", help="check Python, torch, COCO, model cache, Chrome, widgets"
@@ -158,6 +159,45 @@ def _add_download(commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--archive", help="another address of the annotation archive")
     parser.set_defaults(run_command=run_download, after_stop=GOES_ON)
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="two or more runs side by side: which scores differ, and whether a peak moved",
+        description="Compare the first run with each of the others, and write a page.",
+        epilog="example: python -m probekit compare base tuned --peak-may-move 2; the exit code is "
+        "1 where a peak moved further, or a score fell lower, by all of its 95 % interval",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs, the base first")
+    parser.add_argument(
+        "--models",
+        action="append",
+        default=[],
+        metavar="BASE=OTHER",
+        help="a model of the first run and that of the others which it is compared with; without "
+        "it those of the same name",
+    )
+    parser.add_argument("--task", action="append", default=[], help="compare only this task")
+    parser.add_argument("--pooling", action="append", default=[], help="compare only this pooling")
+    parser.add_argument("--probe", default="logreg", help="kind of probe")
+    parser.add_argument(
+        "--resamples", type=int, default=2000, help="bootstrap resamples of the test images"
+    )
+    parser.add_argument(
+        "--peak-may-move",
+        type=float,
+        metavar="N",
+        help="exit with 1 where the whole interval of a peak's shift lies more than N layers away",
+    )
+    parser.add_argument(
+        "--score-may-fall",
+        type=float,
+        metavar="X",
+        help="exit with 1 where the whole interval of a score's change at the best layer lies "
+        "below -X",
+    )
+    parser.set_defaults(run_command=run_compare)
 
 
 def _add_verify(commands) -> None:
@@ -319,6 +359,37 @@ def run_download(options: argparse.Namespace) -> int:
     for row in download.failed.itertuples():
         print(f"probekit: left out {row.split}/{row.file}: {row.reason}", file=sys.stderr)
     return 1 if len(download.failed) else 0
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Compare runs, and hold them against limits."""
+    from probekit.report.run_comparison import compare_runs
+    from probekit.workflow import open_run
+
+    models = []
+    for pair in options.models:
+        base_model, equals, model = pair.partition("=")
+        if not (base_model and equals and model):
+            raise ValueError(f"--models {pair}: name two models, as in --models base=tuned")
+        models.append((base_model, model))
+    comparison = compare_runs(
+        [open_run(run) for run in options.runs],
+        models=models,
+        tasks=options.task,
+        poolings=options.pooling,
+        probe=options.probe,
+        resamples=options.resamples,
+    )
+    verdicts = comparison.verdicts(
+        peak_may_move=options.peak_may_move, score_may_fall=options.score_may_fall
+    )
+    print(comparison.table().to_string(index=False))
+    for reason in comparison.left_out:
+        print(f"probekit: not compared: {reason}", file=sys.stderr)
+    for verdict in verdicts:
+        print(verdict.line)
+    print(f"open {comparison.write_page()}")
+    return int(any(verdict.is_failure for verdict in verdicts))
 
 
 def run_verify(options: argparse.Namespace) -> int:

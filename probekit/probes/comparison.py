@@ -48,7 +48,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _standardised_leads(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def standardised_leads(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Standardise how far layer j leads over layer i.
 
     Returns
@@ -80,7 +80,7 @@ def _standardised_leads(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return z_ll, z_bll, error_ll
 
 
-def _tail_share(observed: np.ndarray, resampled: np.ndarray) -> np.ndarray:
+def tail_share(observed: np.ndarray, resampled: np.ndarray) -> np.ndarray:
     """Compute the share of values at least as extreme as the observed one, itself among them.
 
     Resamples are along the first axis. The share is never 0.
@@ -101,7 +101,7 @@ def _confidence_set(z_ll: np.ndarray, z_bll: np.ndarray) -> np.ndarray:
     while len(remaining) > 1:
         behind = z_ll[np.ix_(remaining, remaining)].max(1)
         range_b = z_bll[:, remaining][:, :, remaining].max((1, 2))
-        highest = max(highest, float(_tail_share(behind.max(), range_b)))
+        highest = max(highest, float(tail_share(behind.max(), range_b)))
         worst = int(behind.argmax())
         p[remaining[worst]] = highest
         del remaining[worst]
@@ -212,13 +212,13 @@ def compare_layers(
     )
     if len(table) == 1:
         return table
-    z_ll, z_bll, error_ll = _standardised_leads(curve)
+    z_ll, z_bll, error_ll = standardised_leads(curve)
     score_l = curve.score_l
     table["gap"] = [score_l[i] - np.delete(score_l, i).max() for i in range(len(score_l))]
     table["gap_lo"], table["gap_hi"] = _gap_interval(
         curve, z_bll=z_bll, error_ll=error_ll, level=level
     )
-    table["p"] = _tail_share(z_ll.max(1), z_bll.max(2))
+    table["p"] = tail_share(z_ll.max(1), z_bll.max(2))
     table["p_holm"] = holm(table.p.to_numpy())
     table["p_plateau"] = _confidence_set(z_ll, z_bll)
     table["plateau"] = table.p_plateau > alpha

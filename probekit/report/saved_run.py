@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ from probekit.probes.token_readers import LensReader, ProbeReader, TokenReader
 from probekit.report.results import Results
 from probekit.report.used import erasures_of
 from probekit.tasks import building
+
+if TYPE_CHECKING:
+    from probekit.report.run_comparison import RunComparison
 
 TABLE_CONTENTS = {
     "metrics": (
@@ -178,6 +182,46 @@ class SavedRun:
             settings[f"probes: {name}"] = setting_words(name, value)
         return settings
 
+    def compare(
+        self,
+        *others: SavedRun | str,
+        models: Sequence[tuple[str, str]] = (),
+        tasks: Sequence[str] = (),
+        poolings: Sequence[str] = (),
+        probe: str = "logreg",
+        resamples: int = 2000,
+    ) -> RunComparison:
+        """Compare this run with others: scores by layer, and whether the peak moved.
+
+        Parameters
+        ----------
+        *others : SavedRun or str
+            Other runs; a name is one of the same home.
+        models, tasks, poolings, probe, resamples
+            See :func:`probekit.report.run_comparison.compare_runs`.
+
+        Returns
+        -------
+        RunComparison
+            With `peaks` and `differences` as tables, `summary()` and `write_page()`.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            There is no such run, or nothing that can be compared.
+        """
+        from probekit.report.run_comparison import compare_runs
+
+        runs = [SavedRun.open(run, self.home) if isinstance(run, str) else run for run in others]
+        return compare_runs(
+            [self, *runs],
+            models=models,
+            tasks=tasks,
+            poolings=poolings,
+            probe=probe,
+            resamples=resamples,
+        )
+
     def write_tables(self, folder: Path, *, probe: str = "logreg") -> dict[str, str]:
         """Write the tables as CSV files with five digits per number, and what they come from.
 
@@ -194,15 +238,15 @@ class SavedRun:
             What each file holds, by its name.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        _write_csv(self.results.overview(probe=probe), folder / "overview.csv")
+        write_csv(self.results.overview(probe=probe), folder / "overview.csv")
         contents = {"overview.csv": OVERVIEW_CONTENT}
         for name, words in TABLE_CONTENTS.items():
             if name == "interventions" and self.results.interventions.empty:
                 (folder / "interventions.csv").unlink(missing_ok=True)
                 continue
-            _write_csv(getattr(self.results, name), folder / f"{name}.csv")
+            write_csv(getattr(self.results, name), folder / f"{name}.csv")
             contents[f"{name}.csv"] = words
-        _write_csv(self.results.slices(probe=probe), folder / "slices.csv")
+        write_csv(self.results.slices(probe=probe), folder / "slices.csv")
         contents["slices.csv"] = SLICES_CONTENT
         sources = {}
         for store in self.results.stores:
@@ -408,7 +452,8 @@ def setting_words(name: str, value: object) -> str:
     return str(value)
 
 
-def _write_csv(table: pd.DataFrame, file: Path) -> None:
+def write_csv(table: pd.DataFrame, file: Path) -> None:
+    """Write a table as a CSV file with five digits per number."""
     write = partial(table.to_csv, index=False, float_format=_five_digits, encoding="utf-8")
     write_atomic(file, write)
 

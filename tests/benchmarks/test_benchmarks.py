@@ -185,6 +185,8 @@ def test_statistics_recover_what_was_planted(run):
     assert result["planted"]["1000 images, +0.12"]["plateau, alpha 0.01"] == 1
     for shares in result["alarms"].values():
         assert shares["outside plateau"] == 0
+    assert result["peaks"]["clear, +3, 1000 images"]["movement"] == 1
+    assert result["peaks"]["flat, 300 images"]["says moved"] == 0
     for shares in result["coverage"].values():
         assert shares["gap"] > 0.9
 
