@@ -8,9 +8,10 @@ import io
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from probekit.cli.stopping import Stopped, stopped_by_signals
 from probekit.parameters import Remark
 
 DESCRIPTION = "What each layer of a vision-language model knows."
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     -------
     int
         The exit code: 0, 1 where a notebook failed or something is damaged, 2 where the input is
-        wrong, 130 where it was stopped with Ctrl-C.
+        wrong, 128 and the signal's number where it was stopped: 130 with Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not have all characters
@@ -32,11 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run_command
     try:
-        with _remarks_as_lines():
+        with stopped_by_signals(), _remarks_as_lines():
             return command(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nprobekit: stopped. {options.after_stop}", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Stopped) else 130
     except (
         ArithmeticError,
         MemoryError,
@@ -54,7 +55,9 @@ def _remarks_as_lines() -> Iterator[None]:
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
         if issubclass(category, Remark):
-            print(f"probekit: {message}", file=sys.stderr)
+            from tqdm import tqdm  # below it may be a bar
+
+            tqdm.write(f"probekit: {message}", file=sys.stderr)
         else:
             show_others(message, category, filename, lineno, file, line)
 
@@ -179,28 +182,53 @@ def _add_verify(commands) -> None:
 
 
 def run_notebooks(options: argparse.Namespace) -> int:
-    """Execute the notebooks, and say where the results are."""
+    """Execute the notebooks, and say what they wrote and where the results are."""
     from probekit.cli.notebooks import (
+        Batch,
         NotebookFailedError,
-        execute_notebooks,
         find_notebook,
         read_notebook_parameters,
     )
+    from probekit.cli.progress import Screen
     from probekit.paths import Home
 
-    try:
-        folder = execute_notebooks(
-            options.params, options.overrides, start=options.start, end=options.end
-        )
-    except NotebookFailedError as error:
-        print(f"\n{error}", file=sys.stderr)
+    with contextlib.closing(Screen(sys.stderr)) as screen:
+        screen.show("checking the parameters")
+        batch = Batch.plan(options.params, options.overrides, start=options.start, end=options.end)
+        failure = ""
+        try:
+            batch.execute(screen)
+        except NotebookFailedError as error:
+            failure = str(error)
+        finally:
+            screen.close()
+            print(f"\n{batch.describe()}\n", flush=True)
+            if batch.unfinished:
+                number = batch.unfinished.notebook.name[:2]
+                command = command_of_run(
+                    options.params, options.overrides, start=number, end=options.end
+                )
+                options.after_stop = f"Go on with\n\n    {command}"
+    if failure:
+        print(f"{failure}\n\nprobekit: failed. {options.after_stop}", file=sys.stderr)
         return 1
-    print(f"executed notebooks: {folder}")
+    print(f"executed notebooks: {batch.folder}")
     plots = find_notebook("05_layer_plots")
-    if (folder / plots.name).exists():
+    if (batch.folder / plots.name).exists():
         run = read_notebook_parameters(plots, options.params, options.overrides)["run"]
         print(f"open {Home.find().figures / str(run) / 'index.html'}")
     return 0
+
+
+def command_of_run(params: Path, overrides: Sequence[str], *, start: str, end: str = "99") -> str:
+    """Return the command that runs notebooks with these parameters from a number on."""
+    command = ["python", "-m", "probekit", "run", "--params", str(params)]
+    for override in overrides:
+        command += ["-p", override]
+    command += ["--from", start]
+    if end != "99":
+        command += ["--to", end]
+    return shlex.join(command)
 
 
 def run_extract(options: argparse.Namespace) -> int:
@@ -231,11 +259,9 @@ def run_extract(options: argparse.Namespace) -> int:
         tables = workflow.tables_with_controls(examples, controls)
         job = plan_job(settings, tables, device=device, root=parameters["activations_root"])
         made += len(launcher.make_shards(job))
-    same_overrides = "".join(f" -p {shlex.quote(override)}" for override in options.overrides)
     print(
         f"rank {launcher.rank} of {launcher.world_size} made {made} shards: when all ranks are "
-        f"done, go on with python -m probekit run --params {options.params}{same_overrides} --from "
-        "02"
+        f"done, go on with {command_of_run(options.params, options.overrides, start='02')}"
     )
     return 0
 
