@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from probekit.cli.stopping import Stopped, stopped_by_signals
 from probekit.parameters import Remark
@@ -69,7 +70,11 @@ def _remarks_as_lines() -> Iterator[None]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe all commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m probekit", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="python -m probekit",
+        description=DESCRIPTION,
+        **_example("run --params notebooks/params/demo.yaml"),
+    )
     parser.set_defaults(after_stop="Run it again when you like")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
@@ -79,10 +84,20 @@ def make_parser() -> argparse.ArgumentParser:
     _add_download(commands)
     _add_verify(commands)
     doctor = commands.add_parser(
-        "doctor", help="check Python, torch, COCO, model cache, Chrome, widgets"
+        "doctor",
+        help="check Python, torch, COCO, model cache, Chrome, widgets",
+        **_example("doctor"),
     )
     doctor.set_defaults(run_command=run_doctor)
     return parser
+
+
+def _example(arguments: str) -> dict[str, Any]:
+    """Return what shows an example below a parser's help, as it is to be typed."""
+    return {
+        "epilog": f"example:\n  python -m probekit {arguments}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +115,11 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(commands) -> None:
-    parser = commands.add_parser("run", help="execute the notebooks with papermill")
+    parser = commands.add_parser(
+        "run",
+        help="execute the notebooks with papermill",
+        **_example("run --params notebooks/params/demo.yaml -p run=mine --from 03"),
+    )
     _add_parameters(parser)
     parser.add_argument(
         "--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03"
@@ -111,7 +130,9 @@ def _add_run(commands) -> None:
 
 def _add_extract(commands) -> None:
     parser = commands.add_parser(
-        "extract", help="make shards of 02_extract, as one of several processes"
+        "extract",
+        help="make shards of 02_extract, as one of several processes",
+        **_example("extract --params notebooks/params/paper.yaml --rank 0 --world-size 2"),
     )
     _add_parameters(parser)
     parser.add_argument(
@@ -123,7 +144,9 @@ def _add_extract(commands) -> None:
 
 def _add_plan(commands) -> None:
     parser = commands.add_parser(
-        "plan", help="what an extraction takes, before it runs: tokens, bytes, memory, hours"
+        "plan",
+        help="what an extraction takes, before it runs: tokens, bytes, memory, hours",
+        **_example("plan --params notebooks/params/paper.yaml --flops 3.5e14"),
     )
     _add_parameters(parser)
     parser.add_argument(
@@ -141,7 +164,9 @@ def _add_plan(commands) -> None:
 
 def _add_models(commands) -> None:
     parser = commands.add_parser(
-        "models", help="list the checkpoints that have a name here, or describe one"
+        "models",
+        help="list the checkpoints that have a name here, or describe one",
+        **_example("models data/models/tiny-qwen2-vl"),
     )
     parser.add_argument(
         "id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone"
@@ -151,20 +176,26 @@ def _add_models(commands) -> None:
 
 def _add_download(commands) -> None:
     parser = commands.add_parser(
-        "download", help="fetch a sample of MS COCO, not all of its images"
+        "download",
+        help="fetch a sample of MS COCO, not all of its images",
+        **_example("download coco --images 3000"),
     )
-    parser.add_argument("what", choices=["coco"])
+    parser.add_argument("what", choices=["coco"], help="a dataset")
     parser.add_argument("--split", default="val2017", help="split of --images")
     parser.add_argument("--images", type=int, default=2000, help="how many images of it")
     parser.add_argument("--train", type=int, default=0, help="how many images of train2017 besides")
-    parser.add_argument("--folder", default="data/coco")
+    parser.add_argument("--folder", default="data/coco", help="where they go")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--archive", help="another address of the annotation archive")
     parser.set_defaults(run_command=run_download, after_stop=GOES_ON)
 
 
 def _add_verify(commands) -> None:
-    parser = commands.add_parser("verify", help="check every byte of the shards below a folder")
+    parser = commands.add_parser(
+        "verify",
+        help="check every byte of the shards below a folder",
+        **_example("verify data/activations --remove"),
+    )
     parser.add_argument(
         "folder",
         nargs="?",

@@ -74,7 +74,7 @@ class _KernelOfThisPython(AsyncKernelManager):
     def kill_with_children(self) -> None:
         """Kill the kernel, if it runs, with all processes that it started."""
         process = getattr(self.provisioner, "process", None)
-        if process is None:
+        if process is None or process.poll() is not None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             kernel = psutil.Process(process.pid)
@@ -494,10 +494,10 @@ def _with_size(line: str, home: Home) -> str:
             size = path.stat().st_size
     except OSError:  # it names none: a sentence, a URL
         return line
-    megabytes = f"{size / 1e6:,.1f} MB"
+    size_words = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.0f} kB"
     if path.suffix != ".parquet":
-        return f"{line} ({megabytes})"
-    return f"{line} ({parquet.read_metadata(path).num_rows:,} rows, {megabytes})"
+        return f"{line} ({size_words})"
+    return f"{line} ({parquet.read_metadata(path).num_rows:,} rows, {size_words})"
 
 
 def _values_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:

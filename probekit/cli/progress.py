@@ -34,6 +34,7 @@ INDENT = " " * 6
 WIDTH = 80  # of a terminal that does not say it
 BAR_OF_TQDM = ["HTMLModel", "FloatProgressModel", "HTMLModel"]
 BAR_ENDINGS = ("success", "danger")
+HEADING = re.compile(r"#+ (?:\d+ · )?(.+)")  # without the number of the notebook
 WARNING = re.compile(r"(?P<file>.+?):(?P<line>\d+): (?P<kind>\w*(Warning|Remark)): (?P<text>.*)")
 
 
@@ -288,7 +289,7 @@ def _describe_cell(cells: list[NotebookNode], index: int) -> str:
     count = sum(cell.cell_type == "code" for cell in cells)
     text = f"cell {number} of {count}"
     for cell in reversed(cells[:index]):
-        heading = re.match(r"#+ (.+)", cell.source) if cell.cell_type == "markdown" else None
+        heading = HEADING.match(cell.source) if cell.cell_type == "markdown" else None
         if heading:
             return f"{text}, {heading[1]}"
     return text
