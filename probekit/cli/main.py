@@ -233,7 +233,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
             failure = str(error)
         finally:
             screen.close()
-            print(f"\n{batch.describe()}\n", flush=True)
+            print(f"\n{batch.describe()}", flush=True)
             if batch.unfinished:
                 number = batch.unfinished.notebook.name[:2]
                 command = command_of_run(
@@ -241,9 +241,9 @@ def run_notebooks(options: argparse.Namespace) -> int:
                 )
                 options.after_stop = f"Go on with\n\n    {command}"
     if failure:
-        print(f"{failure}\n\nprobekit: failed. {options.after_stop}", file=sys.stderr)
+        print(f"\n{failure}\n\nprobekit: failed. {options.after_stop}", file=sys.stderr)
         return 1
-    print(f"executed notebooks: {batch.folder}")
+    print(f"\nexecuted notebooks: {batch.folder}")
     plots = find_notebook("05_layer_plots")
     if (batch.folder / plots.name).exists():
         run = read_notebook_parameters(plots, options.params, options.overrides)["run"]

@@ -8,6 +8,7 @@ and stderr. They are kept in the executed notebook, and read here on their way.
 from __future__ import annotations
 
 import html
+import logging
 import os
 import queue
 import re
@@ -281,6 +282,7 @@ class _ReportingEngine(NBClientEngine):
 
 
 papermill_engines.register(ENGINE, _ReportingEngine)
+logger.addHandler(logging.NullHandler())  # a kernel's death is said once, by who waits for it
 
 
 def _describe_cell(cells: list[NotebookNode], index: int) -> str:
