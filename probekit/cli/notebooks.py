@@ -480,7 +480,7 @@ def _written_lines(executed: NotebookNode, home: Home) -> list[str]:
         elif is_below:
             for output in cell.get("outputs", ()):
                 if output.get("name") == "stdout":
-                    lines += output.text.splitlines()
+                    lines += filter(str.strip, output.text.splitlines())
     return [_with_size(line.replace(f"{home.root}{os.sep}", ""), home) for line in lines]
 
 

@@ -70,12 +70,15 @@ class Screen:
 
     def show(self, text: str) -> None:
         """Show what goes on now."""
+        if text == self._shown:
+            return
         if self._line is not None:
             self._line.set_description_str(text)
-        elif text != self._shown and time.monotonic() >= self._next_line:
+            self._shown = text
+        elif time.monotonic() >= self._next_line:
+            self.write(text)
             self._shown = text
             self._next_line = time.monotonic() + LINE_SECONDS
-            self.write(text)
 
     def close(self) -> None:
         """Take the line about the present away."""

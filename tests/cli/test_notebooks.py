@@ -190,9 +190,10 @@ def test_a_kernelspec_of_another_environment_is_passed_over(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("stop", "sign", "number"),
     [
-        (signal.SIGTERM, "data/runs/*", "01"),  # a kernel starts
-        (signal.SIGINT, SHARDS, "02"),  # two workers read
+        (signal.SIGTERM, "data/runs/*", "01"),
+        (signal.SIGINT, SHARDS, "02"),
     ],
+    ids=["as a kernel starts", "as two workers read"],
 )
 def test_ctrl_c_and_sigterm_leave_no_process_and_say_how_to_go_on(tmp_path, stop, sign, number):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_parameters()), encoding="utf-8")
