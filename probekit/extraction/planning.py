@@ -26,7 +26,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -81,8 +82,10 @@ class ModelSize:
 
     @classmethod
     def of(cls, vlm: Vlm) -> ModelSize:
-        """Read them off a config and the shapes of the weights."""
-        text = vlm.config.get_text_config(decoder=True)
+        """Read them off a config and the shapes of the weights; of an adapter, off its width."""
+        text: Any = SimpleNamespace(num_attention_heads=1, hidden_size=vlm.width)
+        if vlm.config is not None:
+            text = vlm.config.get_text_config(decoder=True)
         layers = len(vlm.blocks)
         heads = text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -329,8 +332,10 @@ def _count_disk_bytes(contents: Collection[Content], vlm: Vlm, rows: pd.DataFram
 
 def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
     preset = PRESETS.get(settings.model)
-    architecture = preset.type if preset else vlm.config.model_type
+    architecture = preset.type if preset else vlm.type
     sharing = read_checked_architectures().sharing.get(architecture)
+    if vlm.config is None:
+        sharing = "no" if vlm.why_not_shared else "exact"
     return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
 
 

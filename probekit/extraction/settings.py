@@ -13,6 +13,7 @@ import xxhash
 
 from probekit import parameters, paths
 from probekit.extraction.shards import STAGES, Content
+from probekit.models.adapters import find_adapter
 from probekit.models.checkpoints import resolve_commit
 from probekit.models.load import IMAGE_ADAPTERS, best_dtype, read_dtype
 from probekit.models.pooling import TEXT_POOLINGS, check_pooling
@@ -39,7 +40,8 @@ class ExtractionSettings:
     Attributes
     ----------
     model : str
-        Hub id, ``id@revision``, checkpoint folder, or the name of a preset.
+        Hub id, ``id@revision``, checkpoint folder, the name of a preset, or an adapter
+        (``my_vlm.py:MyVlm``).
     revision, dtype, untrained, seed, trust_remote_code
         As for :func:`probekit.models.load.load_vlm`.
     longest_side : int or None
@@ -193,8 +195,14 @@ class ExtractionSettings:
         Images, prompts, poolings and stages do not matter, nor does a patch release of
         transformers. The settings must be filled in.
         """
-        source = Path(locate(self.model, home=home))
+        adapter = find_adapter(self.model, home)
+        source = Path("" if adapter else locate(self.model, home=home))
         weights = []
+        if adapter is not None:
+            weights = [
+                (file.name, file.stat().st_size, _sampled_hash(file))
+                for file in adapter.weight_files()
+            ]
         if source.is_absolute():  # a hub id has its commit instead
             folders = (source, *[source / adapter for adapter in IMAGE_ADAPTERS.values()])
             files = sorted(file for one in folders for file in one.glob("*") if file.is_file())

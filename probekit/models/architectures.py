@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -249,6 +250,18 @@ class LanguageHead:
             if child is head
         ]
         return cls(model, head, tuple(places))
+
+    def logits(
+        self, tokens: Mapping[str, torch.Tensor], images: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Run the whole model; return (n, t, vocabulary), or (n, 1, vocabulary) of last tokens."""
+        inputs = {**tokens, **images}
+        inputs.pop("labels", None)  # some processors add them, and then a loss is computed
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.full_model.forward).parameters:
+            options["logits_to_keep"] = 1
+        with self.in_place():
+            return self.full_model(**inputs, **options).logits
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -57,6 +57,8 @@ class TokenGrid:
         NoTokenGrid
             Its image tokens are no regular grid on what the image encoder gets.
         """
+        if self.vlm.config is None:  # an adapter may choose its tokens by what the image shows
+            return _find_cells(self.vlm, prepared, size)
         key = (size, input_shape(prepared))
         if key not in self._cells_by_size:
             self._cells_by_size[key] = _find_cells(self.vlm, prepared, size)
@@ -65,6 +67,8 @@ class TokenGrid:
 
 def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.ndarray:
     token_count = int(prepared.image_masks[0].sum())
+    if vlm.config is None:
+        return _cells_of_adapter(vlm, prepared, size, token_count)
     patch_grids = prepared.image_inputs.get("image_grid_thw")
     pixels = _find_pixels(prepared)
     cells_t4: np.ndarray | None = None
@@ -77,6 +81,20 @@ def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.
         raise NoTokenGrid(
             f"where the {token_count} image tokens of {vlm.name} lie in the image is not known "
             f"(its image encoder gets {shapes})"
+        )
+    return cells_t4
+
+
+def _cells_of_adapter(
+    vlm: Vlm, prepared: PreparedImage, size: tuple[int, int], token_count: int
+) -> np.ndarray:
+    if getattr(vlm.adapter, "token_grid", None) is None:
+        raise NoTokenGrid(f"the adapter of {vlm.name} has no token_grid, so there are no heat maps")
+    cells_t4 = np.asarray(vlm.adapter.token_grid(prepared, size), float)
+    if cells_t4.shape != (token_count, 4):
+        raise NoTokenGrid(
+            f"token_grid of {vlm.name} gives {cells_t4.shape}, and there are {token_count} image "
+            "tokens: (image tokens, 4) is needed"
         )
     return cells_t4
 
