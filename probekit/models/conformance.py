@@ -5,7 +5,7 @@ Each check plants or changes one thing and looks at what comes of it, so that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ PROMPTS = (
 WORDS = ("yes", "no")
 # How far two float32 passes of the same tokens may be apart, as a share of the largest value.
 SAME = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
-OTHER_DTYPES = ("bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Finding(NamedTuple):
@@ -57,6 +57,7 @@ def check_model(
     model: str,
     *,
     device: str = "cpu",
+    dtypes: Sequence[str] = DTYPES,
     home: str | Path | paths.Home | None = None,
 ) -> pd.DataFrame:
     """Check a model against the protocol that it is read through.
@@ -66,6 +67,8 @@ def check_model(
     model : str
         See :func:`probekit.models.load.load_vlm`: an adapter, or a checkpoint.
     device : str
+    dtypes : sequence of str
+        In which sharing is tried; the rest is checked in float32.
     home : str, Path or Home, optional
         See :meth:`probekit.paths.Home.find`.
 
@@ -86,7 +89,7 @@ def check_model(
             return pd.DataFrame(findings)
     shares = not vlm.why_not_shared
     vlm.release()
-    for dtype in OTHER_DTYPES if shares else ():
+    for dtype in dtypes[: None if shares else 1]:
         findings.append(_find(f"sharing, {dtype}", _sharing_in(model, dtype, device, home)))
     return pd.DataFrame(findings)
 
@@ -144,7 +147,6 @@ class _Trial:
             "projector": lambda: self.stage("projector", "image_features"),
             "vision": lambda: self.stage("vision", "vision_blocks"),
             "heat map": self.heat_map,
-            "sharing, float32": self.sharing,
         }
 
     def _prepare(self) -> list[PreparedImage]:
@@ -232,10 +234,11 @@ class _Trial:
             logits_v = vlm.head.logits(tokens, images)[0, -1].float()
             if _fits(vlm.head.module, last_td[-1], logits_v, vlm.dtype):
                 return "the model's logits are those of the last layer"
+            inside_blocks = {part for block in vlm.blocks for part in block.modules()}
             for name, module in vlm.model.named_modules():
-                if _looks_like_norm(module) and _fits(
-                    vlm.head.module, _try(module, last_td[-1:])[0], logits_v, vlm.dtype
-                ):
+                if module in inside_blocks or not _looks_like_norm(module):
+                    continue
+                if _fits(vlm.head.module, _try(module, last_td[-1:])[0], logits_v, vlm.dtype):
                     raise ValueError(
                         f"another norm comes after the last layer: final_norm is to be {name}"
                     )
@@ -289,8 +292,9 @@ class _Trial:
         )
         if verdict.way == "plain":
             return "as each prompt alone"
-        several = run_pooled(self.vlm, prepared, poolings=["last"], way="plain")
-        alone = run_pooled(self.vlm, prepared, poolings=["last"], way="alone")
+        poolings = ["mean", "last"]
+        several = run_pooled(self.vlm, prepared, poolings=poolings, way="plain")
+        alone = run_pooled(self.vlm, prepared, poolings=poolings, way="alone")
         layers = [key for key in alone if _apart(several[key], alone[key]) > SAME["float32"]]
         first = layers[0].partition("/")[0] if layers else "some layer"
         why = "the positions or the images of the batch" if first == "lm.00" else "the mask"
