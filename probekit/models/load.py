@@ -417,20 +417,20 @@ def _load_adapter(
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Change a model's weights to a floating type, in place.
 
-    Buffers that are not saved with it, such as the frequencies of rotary positions, keep theirs:
-    they are computed, and need their precision.
+    Buffers that are not saved with it and belong to a module without weights, such as the
+    frequencies of rotary positions, keep theirs: they are computed, and need their precision.
     """
     saved = set(model.state_dict(keep_vars=True))
     for module_name, module in model.named_modules():
-        for name, tensor in chain(module.named_parameters(recurse=False), _buffers_of(module)):
-            full_name = f"{module_name}.{name}" if module_name else name
-            if tensor.is_floating_point() and full_name in saved:
-                tensor.data = tensor.data.to(dtype)
+        has_weights = any(True for _ in module.parameters())
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            is_saved = f"{module_name}.{name}".removeprefix(".") in saved
+            if buffer.is_floating_point() and (is_saved or has_weights):
+                setattr(module, name, buffer.to(dtype))
     return model
-
-
-def _buffers_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return list(module.named_buffers(recurse=False))
 
 
 class AdapterHead(NamedTuple):

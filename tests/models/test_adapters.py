@@ -244,12 +244,17 @@ def test_it_is_described_without_an_extraction(toy, capsys):
 
 
 def test_computed_buffers_keep_their_precision():
-    module = torch.nn.LayerNorm(4)
-    module.register_buffer("frequencies", torch.ones(2), persistent=False)
-    module.register_buffer("means", torch.ones(2))
-    cast_weights(module, torch.bfloat16)
-    assert module.weight.dtype == module.means.dtype == torch.bfloat16
-    assert module.frequencies.dtype == torch.float32
+    rotary = torch.nn.Module()
+    rotary.register_buffer("frequencies", torch.ones(2), persistent=False)
+    norm = torch.nn.LayerNorm(4)
+    norm.register_buffer("means", torch.ones(2))
+    norm.register_buffer("zeros", torch.zeros(2), persistent=False)
+    model = cast_weights(torch.nn.Sequential(rotary, norm), torch.bfloat16)
+    assert rotary.frequencies.dtype == torch.float32
+    assert norm.weight.dtype == norm.means.dtype == norm.zeros.dtype == torch.bfloat16
+    assert {name for name, _ in model.named_buffers()} == {"0.frequencies", "1.means", "1.zeros"}
+    assert "1.means" in model.state_dict()
+    assert "1.zeros" not in model.state_dict()
 
 
 # ---------------------------------------------------------------------------------------- the check
