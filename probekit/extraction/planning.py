@@ -41,6 +41,7 @@ from probekit.extraction.loading import WorkItem, prepare_images, workers_for
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import (
+    OF_PROMPTS,
     Content,
     Shard,
     count_units,
@@ -253,7 +254,7 @@ def estimate_extraction(
     rows = pd.concat(inputs).drop_duplicates().reset_index(drop=True)
     contents = {one for table in tables.values() for one in wanted_contents(settings, table)}
     size = ModelSize.of(vlm)
-    if "lm" not in settings.stages:
+    if not set(OF_PROMPTS) & set(settings.stages):
         size = replace(size, active_parameters=0, operations_per_pair=0)
     items = list(
         prepare_images(vlm.prompt_processor, [rows], longest_side=settings.longest_side, home=home)

@@ -556,9 +556,9 @@ class ShardStates:
         """
         self._rows_seen += len(rows)
         for key, values in states.items():
-            is_decoder = key.stage == "lm"
-            count = self._row_count if is_decoder else self._image_count
-            places = rows if is_decoder else images
+            of_image = key.content.is_of_image
+            count = self._image_count if of_image else self._row_count
+            places = images if of_image else rows
             if key not in self.states:
                 self.states[key] = np.full((count, values.shape[1]), np.nan, np.float32)
                 self._is_filled[key] = np.zeros(count, bool)
@@ -690,7 +690,7 @@ def _has_no_image(rows: pd.DataFrame) -> pd.Series:
 def _join_parts(first: States, second: States, of_images: bool) -> States:
     joined = {}
     for key in first:
-        if of_images or key.stage == "lm":
+        if of_images or not key.content.is_of_image:
             joined[key] = torch.cat([first[key], second[key]])
         else:  # of the same image
             joined[key] = first[key]

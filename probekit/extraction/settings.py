@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from probekit import parameters, paths
-from probekit.extraction.shards import STAGES, Content
+from probekit.extraction.shards import OF_PROMPTS, STAGES, Content
 from probekit.models.adapters import find_adapter
 from probekit.models.checkpoints import resolve_commit
 from probekit.models.load import IMAGE_ADAPTERS, best_dtype, read_dtype
@@ -52,8 +52,9 @@ class ExtractionSettings:
     poolings : tuple of str
         See :mod:`probekit.models.pooling`.
     stages : tuple of str
-        ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over
-        the image's patches.
+        ``"lm"``, and where wanted ``"experts"`` (in mixtures of experts, which of them a token is
+        routed to), ``"vision"`` and ``"projector"``, whose states are pooled over the image's
+        patches.
     shard_images : int or None
         Images per shard, the unit of work, of writing and of resuming. None takes 500 with a GPU,
         where small last batches of a shard cost more, and 200 without.
@@ -94,7 +95,7 @@ class ExtractionSettings:
     def contents(self) -> list[Content]:
         """What is to be stored of each stage; text is no part of an image."""
         contents = [Content(stage, pooling) for stage in self.stages for pooling in self.poolings]
-        return [one for one in contents if one.stage == "lm" or one.pooling not in TEXT_POOLINGS]
+        return [one for one in contents if not one.is_of_image or one.pooling not in TEXT_POOLINGS]
 
     @property
     def token_budget(self) -> int:
@@ -175,7 +176,8 @@ class ExtractionSettings:
                 "prompts without an image need the stage lm, and a pooling besides image_mean and "
                 "token:<i>"
             )
-        return replace(self, stages=("lm",), poolings=poolings)
+        stages = tuple(stage for stage in self.stages if stage in OF_PROMPTS)
+        return replace(self, stages=stages, poolings=poolings)
 
     @property
     def naming(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -218,6 +218,29 @@ def width_of(blocks: nn.ModuleList, config: Any = None) -> int:
     ]
     _, width = min(norms)
     return width
+
+
+def find_experts(blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Find the experts of a decoder's blocks, by the number of the block from 1.
+
+    They are modules with `num_experts` that are called with states, the numbers of the experts of
+    each token, and weights. A block with several of them, each for some of the tokens, has none.
+    """
+    found = {}
+    for number, block in enumerate(blocks, start=1):
+        modules = [
+            module
+            for module in block.modules()
+            if isinstance(getattr(module, "num_experts", None), int) and _takes_choices(module)
+        ]
+        if len(modules) == 1:
+            found[f"experts.{number:02d}"] = modules[0]
+    return found
+
+
+def _takes_choices(module: nn.Module) -> bool:
+    names = list(inspect.signature(module.forward).parameters)
+    return len(names) >= 3 and ("ind" in names[1] or "experts" in names[1])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -432,10 +432,10 @@ def _apart(values: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _fits(head: nn.Module, last_d: torch.Tensor, logits_v: torch.Tensor, dtype: str) -> bool:
     """Tell whether the logits of a state are the model's, up to a scale."""
-    weight_vd = head.weight
-    if last_d.shape != weight_vd.shape[1:]:  # type: ignore[union-attr]
+    weight_vd: Any = head.weight
+    if last_d.shape != weight_vd.shape[1:]:
         return False
-    raw_v = (last_d @ weight_vd.T).float()  # type: ignore[operator]
+    raw_v = (last_d @ weight_vd.T).float()
     bias = getattr(head, "bias", None)
     raw_v = raw_v if bias is None else raw_v + bias.float()
     scale = (raw_v @ logits_v) / (raw_v @ raw_v).clamp(min=1e-30)

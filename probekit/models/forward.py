@@ -20,7 +20,7 @@ from probekit.models.batches import (
     stack_padded,
 )
 from probekit.models.devices import copy_to
-from probekit.models.hooks import Take, tap_decoder, tap_encoder
+from probekit.models.hooks import Take, tap_decoder, tap_encoder, tap_experts
 from probekit.models.load import Vlm
 from probekit.models.pooling import TEXT_POOLINGS, Pooler, Prefix
 from probekit.models.processor import PreparedImage
@@ -54,8 +54,8 @@ def run_pooled(
         b images of one shape (:func:`probekit.models.batches.input_shape`), with their prompts.
     poolings : sequence of str
         Out of :data:`probekit.models.pooling.POOLINGS`.
-    stages : sequence of {"lm", "vision", "projector"}
-        Without "lm" the decoder does not run.
+    stages : sequence of {"lm", "experts", "vision", "projector"}
+        Without "lm" and "experts" the decoder does not run.
     way : str
         Out of :data:`WAYS`. Prompts without an image have nothing to share, and run plainly.
 
@@ -71,7 +71,7 @@ def run_pooled(
         The model cannot go this way, or its image encoder makes another number of image vectors
         than its processor announced.
     """
-    encoder_is_enough = "lm" not in stages and vlm.features_method is not None
+    encoder_is_enough = not {"lm", "experts"} & set(stages) and vlm.features_method is not None
     if way == "alone" and not encoder_is_enough:
         return _run_alone(vlm, prepared, poolings=poolings, stages=stages)
     forward_pass = _PooledPass(vlm, prepared, poolings=poolings, stages=stages)
@@ -133,7 +133,7 @@ def _run_alone(
                 of_first_prompts.append(states)
     joined = {}
     for key in of_prompts[0]:
-        rows = of_prompts if key.startswith("lm.") else of_first_prompts
+        rows = of_prompts if key.startswith(("lm.", "experts.")) else of_first_prompts
         joined[key] = torch.cat([states[key] for states in rows])
     return joined
 
@@ -168,7 +168,7 @@ class _PooledPass:
         tokens = batch_tokens(vlm, self.rows)
         images = batch_images(vlm, self.prepared, counts=self.prompt_counts)
         with (
-            tap_decoder(vlm, self._pool_whole_prompts(tokens)),
+            self._tap_decoder(self._pool_whole_prompts(tokens), rows=len(self.rows)),
             self._pool_encoder(self.prompt_counts) if images else nullcontext(),
         ):
             vlm.adapter.forward(vlm.to_device(tokens), vlm.to_device(images))
@@ -184,7 +184,7 @@ class _PooledPass:
         for name, value in batch_images(vlm, self.prepared, counts=self.prompt_counts).items():
             images[name] = None if value.is_floating_point() else copy_to(vlm.device, value)
         repeated = _repeat_for_prompts(features, self.owner_n, image_count=len(self.prepared))
-        with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
+        with self._tap_decoder(self._pool_whole_prompts(tokens), rows=len(self.rows)):
             vlm.adapter.forward_encoded(vlm.to_device(tokens), images, repeated)
 
     def run_shared(self) -> None:
@@ -230,7 +230,7 @@ class _PooledPass:
             self._add_states(layer, pooled)
 
         with (
-            tap_decoder(vlm, take_prefix),
+            self._tap_decoder(take_prefix, rows=len(self.prepared)),
             self._pool_encoder([1] * len(self.prepared)),
         ):
             cache = vlm.adapter.forward_prefix(
@@ -239,7 +239,7 @@ class _PooledPass:
         suffix_mask = suffix_tokens["attention_mask"]
         prefix_mask = suffix_mask.new_ones(len(self.rows), prefix_length)
         suffix_tokens["attention_mask"] = torch.cat([prefix_mask, suffix_mask], 1)
-        with tap_decoder(vlm, take_suffix):
+        with self._tap_decoder(take_suffix, rows=len(self.rows)):
             vlm.adapter.forward_suffix(suffix_tokens, cache, owner_n)
 
     def run_encoder(self) -> Any:
@@ -248,6 +248,16 @@ class _PooledPass:
         images = vlm.to_device(batch_images(vlm, self.prepared))
         with self._pool_encoder([1] * len(self.prepared)):
             return vlm.adapter.image_features(images)
+
+    @contextmanager
+    def _tap_decoder(self, take: Take, *, rows: int) -> Iterator[None]:
+        """Hand over the decoder's layers and, where wanted, what its experts get."""
+        with tap_decoder(self.vlm, take):
+            if "experts" not in self.stages:
+                yield
+                return
+            with tap_experts(self.vlm, take, rows=rows):
+                yield
 
     def _add_states(self, layer: str, pooled: Mapping[str, torch.Tensor]) -> None:
         for pooling, values in pooled.items():

@@ -50,6 +50,42 @@ def tap_decoder(vlm: Vlm, take: Take) -> Iterator[None]:
 
 
 @contextmanager
+def tap_experts(vlm: Vlm, take: Take, *, rows: int) -> Iterator[None]:
+    """Hand over which experts tokens are routed to, during a forward pass inside the context.
+
+    Parameters
+    ----------
+    vlm : Vlm
+    take : callable
+        Called as ``take(layer, share_nte)`` for each of the layers ``experts.k``: of a token's
+        choices the share of each of the e experts, float32.
+    rows : int
+        n, the number of prompts in the pass.
+    """
+
+    def take_choices(layer: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        chosen = [*args, *kwargs.values()][1]
+        if chosen.is_floating_point() or len(chosen) % rows:
+            raise ValueError(
+                f"{vlm.name}, {layer}: its experts are not given the number of an expert for each "
+                "token: leave the stage experts out"
+            )
+        # Some models have one more number, for a token that no expert of this device gets.
+        counts = nn.functional.one_hot(chosen, module.num_experts + 1).sum(-2)[..., :-1]
+        take(layer, (counts.float() / chosen.shape[-1]).unflatten(0, (rows, -1)))
+
+    handles = [
+        module.register_forward_pre_hook(partial(take_choices, layer), with_kwargs=True)
+        for layer, module in vlm.experts.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def tap_encoder(vlm: Vlm, take: Take, *, image_count: int, with_blocks: bool) -> Iterator[None]:
     """Hand over the image encoder's layers during a forward pass inside the context.
 

@@ -22,6 +22,7 @@ from probekit.models.architectures import (
     LanguageHead,
     LayerStack,
     SpecialCase,
+    find_experts,
     has_text_encoder,
     remove_head,
     width_of,
@@ -144,6 +145,8 @@ class Vlm:
     layers : tuple of str
         Names of its l layers in the order of transformers' `hidden_states`: ``lm.00`` is the input
         embeddings, ``lm.k`` the output of block k, the last one after the final norm.
+    experts : dict of str to Module
+        ``experts.k``: the experts of block k, in mixtures of experts.
     vision_blocks : ModuleList or None
         The blocks of the image encoder; None where it is not a stack of blocks.
     vision_layers : tuple of str
@@ -179,6 +182,7 @@ class Vlm:
         self.blocks = adapter.blocks
         self.width: int = adapter.width
         self.layers = _name_layers("lm", self.blocks)
+        self.experts = find_experts(self.blocks)
         self.vision_blocks = getattr(adapter, "vision_blocks", None)
         self.vision_layers = (
             () if self.vision_blocks is None else _name_layers("vision", self.vision_blocks)
@@ -231,6 +235,7 @@ class Vlm:
         has_projector = self.features_method is not None and self.special_case.has_projector
         return {
             "lm": self.layers,
+            "experts": tuple(self.experts),
             "vision": self.vision_layers,
             "projector": ("projector",) if has_projector else (),
         }
@@ -261,6 +266,7 @@ class Vlm:
         self.head = None
         self.stack = None
         self.blocks = nn.ModuleList()
+        self.experts = {}
         self.vision_blocks = None
         free_memory()
 
@@ -822,4 +828,6 @@ def stage_width(vlm: Vlm, stage: str) -> int:
     """Return the width (d) of a stage's hidden states."""
     if stage == "vision" and vlm.vision_blocks is not None:
         return width_of(vlm.vision_blocks)
+    if stage == "experts" and vlm.experts:
+        return int(next(iter(vlm.experts.values())).num_experts)  # type: ignore[arg-type]
     return vlm.width

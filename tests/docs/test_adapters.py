@@ -157,3 +157,66 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts():
         total = sum(share_e[e] for e in best)
         expected_d = sum(share_e[e] / total * mixture.experts.experts[e](hidden_d) for e in best)
         torch.testing.assert_close(mixed_ntd[n, t], expected_d, atol=1e-5, rtol=1e-4)
+
+
+def test_the_share_of_tokens_by_expert_is_what_routers_choose(noise_images_for_experts):
+    """Pooled in plain passes and after a shared prefix, by hand from each router."""
+    vlm = load_vlm(ADAPTERS["MoeLlava"], device="cpu")
+    prompts = ["Is there a dog?", "Is there a cat, or another animal that is as small?"]
+    prepared = [vlm.prompt_processor.prepare(image, prompts) for image in noise_images_for_experts]
+    assert vlm.layers_of_stage["experts"] == ("experts.01", "experts.03")
+    poolings = ["mean", "image_mean", "last"]
+    options = {"poolings": poolings, "stages": ["lm", "experts"]}
+    shared = run_pooled(vlm, prepared, way="shared", **options)
+    plain = run_pooled(vlm, prepared, way="plain", **options)
+    row = 0
+    for one in prepared:
+        for k, tokens in enumerate(one.tokens):
+            for layer, block in (("experts.01", vlm.blocks[0]), ("experts.03", vlm.blocks[2])):
+                chosen = []
+                hook = block.mlp.experts.register_forward_pre_hook(
+                    lambda module, args, to=chosen: to.append(args[1])
+                )
+                run_pooled(vlm, [one.with_prompt(k)], poolings=["last"])
+                hook.remove()
+                share_te = torch.zeros(len(tokens["input_ids"]), 4)
+                for t, experts in enumerate(chosen[0].tolist()):
+                    share_te[t, experts] += 0.5
+                is_image = torch.from_numpy(one.image_masks[k])
+                expected = {
+                    "mean": share_te.mean(0),
+                    "image_mean": share_te[is_image].mean(0),
+                    "last": share_te[-1],
+                }
+                for pooling, values_e in expected.items():
+                    for states in (shared, plain):
+                        read_e = states[f"{layer}/{pooling}"][row]
+                        torch.testing.assert_close(read_e, values_e, atol=1e-6, rtol=1e-6)
+            row += 1
+
+
+@pytest.fixture
+def noise_images_for_experts() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (60, 80, 3), np.uint8)) for _ in range(2)]
+
+
+def test_routing_is_probed_like_states(data, examples):
+    few = examples[examples.task == "caption"].assign(run="experts")
+    activations = pk.extract(
+        ADAPTERS["MoeLlava"],
+        few,
+        poolings=["mean", "text_mean"],
+        stages=["lm", "experts"],
+        answers=False,
+        device="cpu",
+    )
+    share_ne = activations["experts.03", "text_mean"]
+    assert share_ne.shape == (len(few), 4)
+    np.testing.assert_allclose(share_ne.sum(1), 1, atol=2e-3)
+    results = pk.probe(activations, probes=["logreg"], resamples=20)
+    assert set(results.metrics.layer[results.metrics.stage == "experts"]) == {
+        "experts.01",
+        "experts.03",
+    }
+    assert any(name.endswith("_stages") for name in results.figures())

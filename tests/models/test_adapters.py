@@ -13,6 +13,7 @@ from probekit.cli.main import main
 from probekit.extraction.settings import ExtractionSettings
 from probekit.models import adapters
 from probekit.models.conformance import check_model
+from probekit.models.forward import run_pooled
 from probekit.models.load import cast_weights, load_skeleton, load_vlm, stage_table
 from probekit.models.presets import short_name
 from probekit.models.replay import KeptPass, NoReplay
@@ -137,7 +138,6 @@ def test_a_class_of_a_file_goes_the_whole_way(toy, data, examples_of_scenes, cap
 
 def test_states_are_those_of_a_pass_by_hand(toy, scene_folder):
     from probekit.images import load_rgb
-    from probekit.models.forward import run_pooled
 
     vlm = load_vlm(f"{toy}:ToyVlm", device="cpu")
     image = load_rgb(next(scene_folder.rglob("*.jpg")))
@@ -285,3 +285,27 @@ def test_a_planted_fault_is_named(toy, fault):
 def test_a_checkpoint_can_be_checked_too():
     findings = check_model("tiny-qwen2-vl", dtypes=["float32"])
     assert set(findings.result) == {"✓"}
+
+
+# ----------------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "aria", "qwen3_5_moe"])
+def test_routing_of_native_mixtures_is_read(name, checkpoint, noise_images):
+    """The shares of a pass of all tokens are those of the experts' own arguments."""
+    vlm = load_vlm(str(checkpoint(name)), device="cpu", dtype="float32")
+    prepared = [vlm.prompt_processor.prepare(noise_images[0], ["Is there a dog?", "A cat?"])]
+    layers = vlm.layers_of_stage["experts"]
+    states = run_pooled(vlm, prepared, poolings=["mean", "last"], stages=["experts"], way="shared")
+    assert {key.partition("/")[0] for key in states if key.startswith("experts")} == set(layers)
+    for layer, module in vlm.experts.items():
+        chosen = []
+        hook = module.register_forward_pre_hook(lambda module, args, to=chosen: to.append(args[1]))
+        run_pooled(vlm, [prepared[0].with_prompt(1)], poolings=["last"])
+        hook.remove()
+        count_e = torch.bincount(chosen[0].flatten(), minlength=module.num_experts)
+        share_e = count_e / count_e.sum()
+        torch.testing.assert_close(states[f"{layer}/mean"][1], share_e, atol=1e-5, rtol=1e-5)
+        assert set(states[f"{layer}/last"][1].nonzero()[:, 0].tolist()) == set(
+            chosen[0][-1].tolist()
+        )
