@@ -179,11 +179,13 @@ class Vlm:
         self.tokenizer: Any = getattr(adapter, "tokenizer", None)
         self.prompt_processor = prompt_processor or adapter.prompt_processor
         self.stack: Any = adapter.final_norm
-        self.blocks = adapter.blocks
+        self.blocks: nn.ModuleList = _as_modules(adapter.blocks)
         self.width: int = adapter.width
         self.layers = _name_layers("lm", self.blocks)
         self.experts = find_experts(self.blocks)
-        self.vision_blocks = getattr(adapter, "vision_blocks", None)
+        self.vision_blocks: nn.ModuleList | None = None
+        if _has(adapter, "vision_blocks"):
+            self.vision_blocks = _as_modules(adapter.vision_blocks)
         self.vision_layers = (
             () if self.vision_blocks is None else _name_layers("vision", self.vision_blocks)
         )
@@ -269,6 +271,10 @@ class Vlm:
         self.experts = {}
         self.vision_blocks = None
         free_memory()
+
+
+def _as_modules(blocks: Any) -> nn.ModuleList:
+    return blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
 
 
 def _has(adapter: Any, member: str) -> bool:
