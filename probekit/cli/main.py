@@ -171,7 +171,14 @@ def _add_models(commands) -> None:
         **_example("models data/models/tiny-qwen2-vl"),
     )
     parser.add_argument(
-        "id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone"
+        "id",
+        nargs="?",
+        help="name, hub id, folder or file.py:Class: its stages and layers, without its weights",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load it, and check layers, batches, image tokens, sharing and answers",
     )
     parser.set_defaults(run_command=run_models)
 
@@ -196,8 +203,8 @@ def _add_compare(commands) -> None:
     parser = commands.add_parser(
         "compare",
         help="two or more runs side by side: which scores differ, and whether a peak moved",
-        description="Compare the first run with each of the others, and write a page. The exit "
-        "code is 1 where\na peak moved further, or a score fell lower, by all of its 95 % interval.",
+        description="Compare the first run with each of the others, and write a page.\nThe exit "
+        "code is 1 where a peak moved further, or a score fell lower, by all of\nits interval.",
         **_example("compare base tuned --peak-may-move 2"),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs, the base first")
@@ -389,13 +396,25 @@ def run_models(options: argparse.Namespace) -> int:
     from probekit.models.presets import list_models
 
     if not options.id:
+        if options.check:
+            raise ValueError("--check needs a model, such as my_vlm.py:MyVlm")
         print(list_models())
         return 0
+    if options.check:
+        return _check_model(options.id)
     vlm, parameters = load_skeleton(options.id)
     millions = parameters / 1e6
-    print(f"{options.id}: {vlm.config.model_type}, {millions:,.0f} million parameters")
+    print(f"{options.id}: {vlm.type}, {millions:,.0f} million parameters")
     print(stage_table(vlm).to_string(index=False))
     return 0
+
+
+def _check_model(model: str) -> int:
+    from probekit.models.conformance import FAILED, check_model, describe_findings
+
+    findings = check_model(model)
+    print(describe_findings(findings))
+    return int((findings.result == FAILED).any())
 
 
 def run_download(options: argparse.Namespace) -> int:

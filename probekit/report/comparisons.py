@@ -40,6 +40,7 @@ STAGES = {
     "vision": ("image encoder", 0.0, 1.0),
     "projector": ("projector", 1.18, 1.18),
     "lm": ("decoder", 1.36, 2.36),
+    "experts": ("experts", 2.54, 3.54),  # where there are some
 }
 TASK_DASHES = ("solid", "dash", "dot", "dashdot")
 BAND_OPACITY = 0.15
@@ -223,11 +224,14 @@ def stage_curves(
     figure = LayerFigure()
     looks = model_looks(table)
     trained = table[(table.task == task) & (table.control == "none")]
+    shown = dict(STAGES)
+    if not (trained.stage == "experts").any():
+        shown.pop("experts")
     pooling = trained[trained.stage != "lm"].pooling.iloc[0]
     rows = trained[trained.pooling == pooling]
     in_legend = set()
     for model in dict.fromkeys(trained.model):
-        for stage, (_, start, end) in STAGES.items():
+        for stage, (_, start, end) in shown.items():
             part = rows[(rows.model == model) & (rows.stage == stage)]
             if len(part) == 0:
                 continue
@@ -251,7 +255,7 @@ def stage_curves(
 
     tick_places = []
     tick_names = []
-    for name, start, end in STAGES.values():
+    for name, start, end in shown.values():
         tick_places.append((start + end) / 2)
         has_width = start < end
         tick_names.append(f"{name},<br>first to last block" if has_width else name)
