@@ -63,7 +63,7 @@ def tap_experts(vlm: Vlm, take: Take, *, rows: int) -> Iterator[None]:
         n, the number of prompts in the pass.
     """
 
-    def take_choices(layer: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def take_choices(layer: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         chosen = [*args, *kwargs.values()][1]
         if chosen.is_floating_point() or len(chosen) % rows:
             raise ValueError(
