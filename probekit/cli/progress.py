@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,21 @@ class Screen:
         """Write a line that stays."""
         tqdm.write(line, file=self._stream)
         self._stream.flush()
+
+    def write_below(self, line: str) -> None:
+        """Write a line that stays, indented; on a terminal no word is cut."""
+        if self.width is None:
+            self.write(INDENT + line)
+            return
+        text = textwrap.fill(
+            line,
+            self.width,
+            initial_indent=INDENT,
+            subsequent_indent=INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        self.write(text)
 
     def show(self, text: str) -> None:
         """Show what goes on now."""
@@ -138,7 +154,7 @@ class NotebookProgress:
     def refresh(self, screen: Screen) -> None:
         """Show what has come since the last call."""
         while not self._lines.empty():
-            screen.write(INDENT + self._lines.get())
+            screen.write_below(self._lines.get())
         screen.show(self.describe(screen.width))
 
     def describe(self, width: int | None) -> str:

@@ -152,3 +152,15 @@ def test_a_terminal_shows_the_present_below_what_stays():
     assert shown.count("\n") == 1
     assert shown.index("step 1") < shown.index("a note\n") < shown.rindex("step 2")
     assert not shown.rpartition("\r")[2].strip()  # the last line is taken away
+
+
+def test_a_terminal_cuts_no_word_of_a_note():
+    stream = Terminal()
+    screen = Screen(stream)
+    words = ["each", "image", "runs", "once", "for", "all", "its", "prompts"] * 4
+    screen.write_below(" ".join(words))
+    screen.close()
+    lines = [line.rpartition("\r")[2] for line in stream.getvalue().split("\n")[:-1]]
+    assert len(lines) > 1
+    assert " ".join(lines).split() == words
+    assert all(len(line) <= screen.width for line in lines)
