@@ -193,7 +193,10 @@ class NotebookProgress:
     def _follow_bar(
         self, number: str, state: Mapping[str, Any], widgets: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        children = [child.removeprefix("IPY_MODEL_") for child in state.get("children", ())]
+        children = state.get("children")
+        if not isinstance(children, list):  # another library's widgets may call anything so
+            children = []
+        children = [str(child).removeprefix("IPY_MODEL_") for child in children]
         if [widgets.get(child, {}).get("_model_name") for child in children] == BAR_OF_TQDM:
             self._bars |= dict.fromkeys(children, _Bar([children[0], children[2]]))
             number = children[1]
