@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,21 @@ class Screen:
         """Write a line that stays."""
         tqdm.write(line, file=self._stream)
         self._stream.flush()
+
+    def write_below(self, line: str) -> None:
+        """Write a line that stays, indented; on a terminal no word is cut."""
+        if self.width is None:
+            self.write(INDENT + line)
+            return
+        text = textwrap.fill(
+            line,
+            self.width,
+            initial_indent=INDENT,
+            subsequent_indent=INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        self.write(text)
 
     def show(self, text: str) -> None:
         """Show what goes on now."""
@@ -138,7 +154,7 @@ class NotebookProgress:
     def refresh(self, screen: Screen) -> None:
         """Show what has come since the last call."""
         while not self._lines.empty():
-            screen.write(INDENT + self._lines.get())
+            screen.write_below(self._lines.get())
         screen.show(self.describe(screen.width))
 
     def describe(self, width: int | None) -> str:
@@ -177,7 +193,10 @@ class NotebookProgress:
     def _follow_bar(
         self, number: str, state: Mapping[str, Any], widgets: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        children = [child.removeprefix("IPY_MODEL_") for child in state.get("children", ())]
+        children = state.get("children")
+        if not isinstance(children, list):  # another library's widgets may call anything so
+            children = []
+        children = [str(child).removeprefix("IPY_MODEL_") for child in children]
         if [widgets.get(child, {}).get("_model_name") for child in children] == BAR_OF_TQDM:
             self._bars |= dict.fromkeys(children, _Bar([children[0], children[2]]))
             number = children[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from probekit.cli.main import make_parser
 
+resource = pytest.importorskip("resource", reason="Windows counts no seconds of its children")
 COMMANDS = next(
     action.choices
     for action in make_parser()._actions

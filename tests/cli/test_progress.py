@@ -120,6 +120,15 @@ def test_a_bar_of_plain_text_is_followed_too():
     assert progress.describe(None).endswith("20%|## | 2/10 [00:02<00:08]")
 
 
+@pytest.mark.parametrize("children", [3, None, [None, {"a": 1}], ["IPY_MODEL_b"] * 3])
+def test_widgets_that_are_no_bars_do_no_harm(children):
+    progress = NotebookProgress("02_extract", number=2, count=6)
+    content = {"comm_id": "a", "data": {"state": {"children": children}}}
+    progress.receive({"msg_type": "comm_open", "content": content}, {"a": {}})
+    progress.receive({"msg_type": "comm_msg", "content": {"comm_id": "a", "data": {}}}, {"a": {}})
+    assert progress.describe(None).endswith("starting a kernel")
+
+
 @pytest.mark.parametrize("width", [20, 60, 79, 119])
 def test_a_line_in_place_fits_and_keeps_its_numbers_where_they_fit(width):
     progress = NotebookProgress("02_extract", number=2, count=6)
@@ -152,3 +161,15 @@ def test_a_terminal_shows_the_present_below_what_stays():
     assert shown.count("\n") == 1
     assert shown.index("step 1") < shown.index("a note\n") < shown.rindex("step 2")
     assert not shown.rpartition("\r")[2].strip()  # the last line is taken away
+
+
+def test_a_terminal_cuts_no_word_of_a_note():
+    stream = Terminal()
+    screen = Screen(stream)
+    words = ["each", "image", "runs", "once", "for", "all", "its", "prompts"] * 4
+    screen.write_below(" ".join(words))
+    screen.close()
+    lines = [line.rpartition("\r")[2] for line in stream.getvalue().split("\n")[:-1]]
+    assert len(lines) > 1
+    assert " ".join(lines).split() == words
+    assert all(len(line) <= screen.width for line in lines)
