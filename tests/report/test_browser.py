@@ -348,8 +348,9 @@ def test_the_page_can_be_dark_and_its_links_lead_to_files(run_page, demo):
     run_page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
 
 
-def test_axe_finds_nothing_serious(run_page):
+def test_axe_finds_nothing_serious(run_page, demo):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    open_page(run_page, demo)
     run_page.evaluate("document.getElementById('in-words').open = true")
     run_page.evaluate("document.querySelector('figure .numbers').open = true")
     for scheme, tab in (("light", "single-examples"), ("dark", "category_list-used")):
