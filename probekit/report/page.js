@@ -501,6 +501,9 @@ function context(state) {
 
 function seriesName(trace, template) {
   if (trace.name) return plain(trace.name);
+  const bold = template.match(/<b>([^%]*?)<\/b>/);
+  if (bold) return plain(bold[1]);
+  if (trace.type === "heatmap") return "";
   const first = template.split("<br>")[0].split(/,?\s*%\{/)[0];
   return plain(first).replace(/[,:]$/, "");
 }
@@ -515,12 +518,12 @@ function detailsOf(template) {
   if (fixed) constants.push(["lo", Number(fixed[1])], ["hi", Number(fixed[2])]);
   const count = template.match(/n = ([\d,]+)/);
   if (count) constants.push(["n", Number(count[1].replaceAll(",", ""))]);
-  const pattern = /([^{}]*)%\{customdata(?:\[(\d+)\])?([^}]*)\}/g;
-  for (const [, before, index, format] of template.matchAll(pattern)) {
+  const pattern = /([^{}]*)%\{customdata(?:\[(\d+)\])?([^}]*)\}\s*(\w*)/g;
+  for (const [, before, index, format, after] of template.matchAll(pattern)) {
     const place = index === undefined ? -1 : Number(index);
     if (details.has(place)) continue;
     const words = plain(before.split(/<br>/).pop()).replace(/^.*[,(]/, "").replace(/[:=(\s]+$/, "").trim();
-    const name = words || {":.1%": "share"}[format] || (format === "" && (place <= 0) ? "at" : "");
+    const name = (words === "of" ? after : words) || {":.1%": "share"}[format] || (format === "" && (place <= 0) ? "at" : "");
     if (name) details.set(place, name);
   }
   return {details, constants};
@@ -551,7 +554,7 @@ function pointRows(trace, template, row, axes) {
 
 function cellRows(trace, template, row, axes) {
   const {details} = detailsOf(template);
-  const words = template.match(/([^<>{}\[\]]*)%\{z/)?.[1].replace(/[:=\s]+$/, "").trim();
+  const words = template.match(/([^<>{}\[\]]*)%\{z/)?.[1].replace(/^[:,\s]+|[:=\s]+$/g, "");
   const rows = [];
   trace.z.forEach((cells, i) => cells.forEach((z, j) => {
     if (z === null || z === undefined) return;
@@ -563,7 +566,7 @@ function cellRows(trace, template, row, axes) {
 
 // Put rows under common headings; what is the same or empty everywhere has none.
 function tableOf(rows) {
-  const names = (pick) => [...new Set(rows.map(pick))];
+  const names = (pick) => [...new Set(rows.map(pick))].filter(Boolean);
   const xNames = names((row) => row.axes.x);
   const yNames = names((row) => row.axes.y);
   const hasPanels = names((row) => row.panel).length > 1;
@@ -572,8 +575,8 @@ function tableOf(rows) {
     if (hasPanels) record.panel = row.panel;
     if (row.series) record.series = row.series;
     if (yNames.length > 1 && row.z === undefined) record.measure = row.axes.y;
-    record[xNames.length === 1 && xNames[0] ? xNames[0] : "x"] = plain_value(row.x);
-    record[yNames.length === 1 && yNames[0] ? yNames[0] : row.z === undefined ? "value" : "y"] = plain_value(row.y);
+    record[xNames.length === 1 ? xNames[0] : "x"] = plain_value(row.x);
+    record[yNames.length === 1 ? yNames[0] : row.z === undefined ? "value" : "y"] = plain_value(row.y);
     if (row.z !== undefined) record[row.zName] = row.z;
     return Object.assign(record, Object.fromEntries(row.values));
   });
