@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,13 @@ class PreparedImage:
         """Number of tokens up to and including the image's last one; 1 without an image."""
         places = np.flatnonzero(self.image_masks[0])
         return int(places[-1]) + 1 if len(places) else 1
+
+
+class EscapedPrompts(NamedTuple):
+    """Prompts that are nothing but text, with the token ids of each alone; both are (k,)."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
 
 
 class _SingleImageProcessor:
@@ -164,22 +171,34 @@ class PromptProcessor:
         never = r"\b\B"
         return re.compile("|".join(re.escape(word) for word in longest_first) or never)
 
-    def escape(self, prompt: str) -> str:
-        """Return the prompt as nothing but text: a space breaks up special tokens in it.
+    def escape(self, prompts: Sequence[str]) -> EscapedPrompts:
+        """Return prompts as nothing but text: a space breaks up special tokens in them.
 
         Otherwise a caption with ``<|im_end|>`` in it would end the user's turn, and one with
         ``<image>`` would ask for an image.
 
+        Parameters
+        ----------
+        prompts : sequence of str
+            (k,)
+
         Raises
         ------
         ValueError
-            It still has special tokens, in a spelling that only the tokenizer takes for one.
+            One still has special tokens, in a spelling that only the tokenizer takes for one.
 
         Warns
         -----
         UserWarning
-            The prompt spells out a special token.
+            A prompt spells out a special token.
         """
+        texts = [self._break_up_reserved_words(prompt) for prompt in prompts]
+        token_ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for ids, prompt in zip(token_ids, prompts, strict=True):
+            self._check_reserved_tokens(ids, prompt)
+        return EscapedPrompts(texts, token_ids)
+
+    def _break_up_reserved_words(self, prompt: str) -> str:
         text = prompt
         match = self._reserved_pattern.search(text)
         while match is not None:
@@ -190,15 +209,12 @@ class PromptProcessor:
             )
             text = self._reserved_pattern.sub(_break_up, text)
             match = self._reserved_pattern.search(text)
-        self._check_reserved_tokens(text, prompt)
         return text
 
-    def _check_reserved_tokens(self, text: str, prompt: str) -> None:
-        tokenizer = self.processor.tokenizer
-        token_ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
-        token_ids.discard(tokenizer.unk_token_id)
+    def _check_reserved_tokens(self, ids: Sequence[int], prompt: str) -> None:
+        reserved_ids = set(ids) - {self.processor.tokenizer.unk_token_id}
         for word, token_id in self._reserved_words.items():
-            if token_id in token_ids:
+            if token_id in reserved_ids:
                 raise ValueError(
                     f"{self.name} reads the special token {word!r} in the prompt {prompt[:80]!r}: "
                     "take it out"
@@ -359,14 +375,12 @@ class PromptProcessor:
             A prompt is longer than the model's positions, has special tokens, or changes the number
             of image tokens; or the chat template places no image.
         """
-        escaped = [self.escape(prompt) for prompt in prompts]
-        texts = [self.wrap(prompt, with_image=image is not None) for prompt in escaped]
+        escaped = self.escape(prompts)
+        texts = [self.wrap(text, with_image=image is not None) for text in escaped.texts]
         options = self._tokenizer_options(texts[0])
         if image is None:
             image_inputs: dict[str, torch.Tensor] = {}
-            tokens = [
-                {"input_ids": np.array(self._tokenize_alone(text, options))} for text in texts
-            ]
+            tokens = [{"input_ids": np.array(ids)} for ids in self._tokenize_alone(texts, options)]
             image_masks = [np.zeros(len(row["input_ids"]), dtype=bool) for row in tokens]
         else:
             image_inputs, tokens = self._process(image, texts, options)
@@ -377,32 +391,9 @@ class PromptProcessor:
             self._check_image_tokens(image_masks, prompts)
         return PreparedImage(image_inputs, tokens, image_masks)
 
-    def show(self, image: Image.Image, prompt: str) -> str:
-        """Return a prompt as the model gets it, for people to read.
-
-        Parameters
-        ----------
-        image : PIL.Image.Image
-        prompt : str
-
-        Returns
-        -------
-        str
-            All its tokens as text, with a run of image tokens as ``<image> × 256``, and their
-            numbers.
-        """
-        prepared = self.prepare(image, [prompt])
-        ids = prepared.tokens[0]["input_ids"]
-        is_image = prepared.image_masks[0]
-        starts = np.flatnonzero(is_image[1:] != is_image[:-1]) + 1
-        pieces = []
-        for run, of_image in zip(np.split(ids, starts), np.split(is_image, starts), strict=True):
-            if of_image.any():
-                word = self.processor.tokenizer.decode(run[:1].tolist()) or "<image>"
-                pieces.append(f"{word} × {len(run)}")
-            else:
-                pieces.append(self.processor.tokenizer.decode(run.tolist()))
-        return f"{''.join(pieces)}\n({len(ids):,} tokens, {is_image.sum():,} of them the image's)"
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return token ids as text, special tokens included."""
+        return self.processor.tokenizer.decode(list(ids))
 
     def _tokenizer_options(self, text: str) -> dict[str, bool]:
         """Keep the tokenizer from adding a first token where the chat template has written it."""
@@ -411,15 +402,15 @@ class PromptProcessor:
             return {"add_special_tokens": False}
         return {}
 
-    def _tokenize_alone(self, text: str, options: Mapping[str, bool]) -> list[int]:
-        """Return the token ids of a text without an image.
+    def _tokenize_alone(self, texts: Sequence[str], options: Mapping[str, bool]) -> list[list[int]]:
+        """Return the token ids of texts without an image.
 
         Some processors write a first token that their tokenizer does not; some want an image.
         """
         try:
-            return self.processor(text=[text], **options)["input_ids"][0]
+            return self.processor(text=list(texts), **options)["input_ids"]
         except (TypeError, ValueError, AttributeError):
-            return self.processor.tokenizer([text], **options)["input_ids"][0]
+            return self.processor.tokenizer(list(texts), **options)["input_ids"]
 
     def _process(
         self, image: Image.Image, texts: Sequence[str], options: Mapping[str, bool]
@@ -496,12 +487,16 @@ class PromptProcessor:
         self,
         tokens: Sequence[Mapping[str, np.ndarray]],
         image_masks: Sequence[np.ndarray],
-        prompts: Sequence[str],
+        prompts: EscapedPrompts,
     ) -> None:
         """Refuse tokens that do not contain their prompt."""
         tokenizer = self.processor.tokenizer
-        for row, mask, prompt in zip(tokens, image_masks, prompts, strict=True):
-            prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for row, mask, prompt, prompt_ids in zip(
+            tokens, image_masks, prompts.texts, prompts.token_ids, strict=True
+        ):
+            if _contains(row["input_ids"].tolist(), prompt_ids):
+                continue
+            # Beside other text its first and last tokens may be others.
             text = "".join(tokenizer.decode(row["input_ids"][~mask]).split())
             if "".join(tokenizer.decode(prompt_ids).split()) not in text:
                 raise ValueError(
@@ -526,6 +521,11 @@ class PromptProcessor:
                 "template does not name an image as its processor expects it; take template and "
                 "processor of one model"
             )
+
+
+def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
+    """Whether some ids have a part, in its order and without a gap."""
+    return f" {' '.join(map(str, part))} " in f" {' '.join(map(str, ids))} "
 
 
 def _break_up(match: re.Match[str]) -> str:

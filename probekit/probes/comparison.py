@@ -242,15 +242,23 @@ def plateau_sentence(table: pd.DataFrame, *, alpha: float = 0.01) -> str:
         plateau.
     """
     layers = list(table.layer)
+    spans = plateau_spans(table)
+    count = int(table.plateau.sum())
     best = layers[int(table.gap.argmax())] if len(table) > 1 else layers[0]
     return (
         f"{best} scores highest; with {100 * (1 - alpha):g} % confidence the truly best layer is "
-        f"among {plateau_words(table)} ({table.plateau.sum()} of {len(layers)} layers)."
+        f"among {', '.join(spans)} ({count} of {len(layers)} layers)."
     )
 
 
-def plateau_words(table: pd.DataFrame) -> str:
-    """Name every stretch of neighbouring layers of the plateau, see :func:`plateau_sentence`."""
+def plateau_spans(table: pd.DataFrame) -> list[str]:
+    """Return every stretch of neighbouring layers of the plateau, such as ``"lm.03 to lm.08"``.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Layers in order, with the columns of :func:`compare_layers`.
+    """
     layers = list(table.layer)
     inside = np.flatnonzero(table.plateau)
     stretches = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
@@ -259,7 +267,7 @@ def plateau_words(table: pd.DataFrame) -> str:
         first = layers[stretch[0]]
         last = layers[stretch[-1]]
         spans.append(str(first) if len(stretch) == 1 else f"{first} to {last}")
-    return ", ".join(spans)
+    return spans
 
 
 def curve_difference(

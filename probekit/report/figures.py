@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -22,6 +23,16 @@ BAND_NOTE = (
     "bound what a score means."
 )
 
+# Groups of figures on the page, beside the tasks.
+ALL_TASKS = "All tasks"
+SINGLE_EXAMPLES = "Single examples"
+
+# Kinds of figures that are named more than once.
+KNOWN_AND_SAID = "Known and said"
+SCORES = "Scores"
+SLICES = "In slices"
+DETAILS = "Behind the scores"
+
 
 class Figure(NamedTuple):
     """A figure of the report.
@@ -33,12 +44,15 @@ class Figure(NamedTuple):
     caption : str
         How to read it.
     section : str
-        Heading that it stands under.
+        What kind of figure it is: the page has a tab for each.
+    group : str
+        The task that it is about, or another heading above its kind; empty for all tasks.
     """
 
     figure: go.Figure
     caption: str
     section: str
+    group: str = ""
 
 
 def run_figures(
@@ -70,7 +84,7 @@ def run_figures(
     Returns
     -------
     dict of str to Figure
-        By name, in the order of the page; figures of one section are neighbours.
+        By name, in the order of the page.
     """
     table = results.metrics
     figures = _answer_figures(results, probe=probe, relative=relative)
@@ -101,12 +115,40 @@ def run_figures(
             "lies above that line is about the category. Dashed: random weights.",
             "Where in the image",
         )
-    return figures
+    return {
+        name: figure._replace(group=_task_of(name, results.tasks))
+        for name, figure in figures.items()
+    }
+
+
+def first_figure(figures: Mapping[str, Figure]) -> str | None:
+    """Return the name of the figure that answers a run's question.
+
+    That is what the models know and say of the first task with answers, or else the first curve of
+    scores; None where there is no figure.
+
+    Parameters
+    ----------
+    figures : mapping of str to Figure
+        Such as :func:`run_figures` draws.
+    """
+    for section in (KNOWN_AND_SAID, SCORES):
+        for name, figure in figures.items():
+            if figure.section == section:
+                return name
+    return next(iter(figures), None)
+
+
+def _task_of(name: str, tasks: Collection[str]) -> str:
+    """Return the task that a figure's name begins with, empty for a figure of several tasks."""
+    if name == "global_and_local":
+        return ""
+    return max((task for task in tasks if name.startswith(f"{task}_")), key=len, default="")
 
 
 def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dict[str, Figure]:
     """Draw what the models say beside what their layers know."""
-    section = "Known and said"
+    section = KNOWN_AND_SAID
     table = results.metrics
     figures = {}
     for task, info in results.tasks.items():
@@ -239,7 +281,7 @@ def _slices_figure(results: ProbeResults, slices: pd.DataFrame, task: str, *, pr
         "there. "
         "Bars are 95 % intervals over the slice's images. Slices differ in more than their names "
         "say: small things also stand in crowded images.",
-        f"{task}: {results.tasks[task].question}",
+        SLICES,
     )
 
 
@@ -309,7 +351,7 @@ def _score_figures(
     is_binary = info.kind == "binary"
     has_selectivity = ((rows.probe == probe) & (rows.metric == "selectivity")).any()
     has_codelength = (rows.metric == "codelength").any() and probe == "logreg"
-    section = f"{task}: {info.question}"
+    section = SCORES
     figures = {}
 
     def draw_metric(name: str) -> go.Figure:
@@ -373,7 +415,7 @@ def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str
     table = results.metrics
     info = results.tasks[task]
     is_binary = info.kind == "binary"
-    section = f"{task}: {info.question}"
+    section = DETAILS
     figures = {}
 
     average = "positive" if is_binary else "macro"

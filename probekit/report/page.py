@@ -8,21 +8,22 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from probekit.paths import write_atomic
-from probekit.report.figures import Figure
+from probekit.report.figures import ALL_TASKS, SINGLE_EXAMPLES, Figure
+from probekit.report.overview import control_notes, overview_columns
 from probekit.report.style import DARK, LIGHT
 from probekit.report.templates import render
 
-PLOTLY_CONFIG = {"displaylogo": False, "responsive": True}
+PAGE_PARTS = ("page.css", "page.js")  # files that lie beside every page
 LONGEST_PICTURE = 60.0  # seconds without a further picture, after which Chrome is given up
 LONGEST_ENDING = 10.0  # seconds to wait for what is left of it
 PICTURES_NEED = (
@@ -48,22 +49,40 @@ class _Paragraph(NamedTuple):
 
 
 class _PageFigure(NamedTuple):
+    """What the page says of a figure before it is drawn."""
+
     name: str
-    html: str
+    title: str
     caption: str
+    height: int
+    model: str  # of single examples, else empty
 
 
-class _Section(NamedTuple):
+class _Tab(NamedTuple):
+    """Figures of one kind, behind a tab."""
+
+    anchor: str
     name: str
     figures: list[_PageFigure]
 
-    @property
-    def short_name(self) -> str:
-        return self.name.partition(":")[0]
 
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"\W+", "-", self.short_name.lower()).strip("-")
+class _Group(NamedTuple):
+    """Figures of one task, or of all of them, by kind."""
+
+    anchor: str
+    name: str
+    question: str
+    tabs: list[_Tab]
+
+
+class _Cell(NamedTuple):
+    """A cell of the overview: what stands there, what rows are sorted by, and where it leads."""
+
+    text: str
+    interval: str
+    key: float | str | None
+    note: str
+    link: str
 
 
 def write_page(
@@ -76,15 +95,19 @@ def write_page(
     settings: Mapping[str, object] | None = None,
     files: Mapping[str, str] | None = None,
     reading: Sequence[Mapping[str, object]] | None = None,
+    overview: pd.DataFrame | None = None,
+    first_figure: str | None = None,
+    questions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``index.html``, which shows all figures in light or dark, and a page for each figure.
+    """Write ``index.html``, which loads figures once they are looked at, and a page for each one.
 
-    The pages need no network and no kernel.
+    The pages need no network and no kernel. A figure is a file ``<name>.js`` that a page loads when
+    the figure is to be seen.
 
     Parameters
     ----------
     figures : mapping of str to Figure
-        By name; those of one section are neighbours.
+        By name; the page has a tab for each group, and in it one for each section.
     folder : Path
         Made where it does not exist.
     title : str
@@ -99,38 +122,121 @@ def write_page(
         What each table in the folder holds, by file name.
     reading : sequence of mapping, optional
         Rows of a table, all with the same names: what was read of the dataset, and what was not.
+    overview : DataFrame, optional
+        Of :func:`probekit.report.overview.overview_table`: the page opens with it, and the summary
+        folds out below.
+    first_figure : str, optional
+        Name of the figure that stands above the tabs; the first one unless it is named.
+    questions : mapping of str to str, optional
+        What a task asks, by its name, which is a group of figures.
 
     Returns
     -------
     Path
         The file ``index.html``.
+
+    Raises
+    ------
+    ValueError
+        There is no figure called `first_figure`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if first_figure is None:
+        first_figure = next(iter(figures), None)
+    elif first_figure not in figures:
+        raise ValueError(
+            f"no figure {first_figure!r} to begin the page with: take one of {', '.join(figures)}"
+        )
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
-    sections = []
-    for name, group in groupby(figures.items(), key=lambda item: item[1].section):
-        section_figures = [_write_figure(key, figure, folder) for key, figure in group]
-        sections.append(_Section(name, section_figures))
+    themes = {"light": _theme_values(LIGHT), "dark": _theme_values(DARK)}
+    (folder / "themes.js").write_text(f"const THEMES = {json.dumps(themes)};\n", encoding="utf-8")
+    for file in PAGE_PARTS:
+        (folder / file).write_bytes((Path(__file__).parent / file).read_bytes())
+    page_figures = {name: _write_figure(name, figure, folder) for name, figure in figures.items()}
     page = render(
         "page.html.jinja",
         title=title,
         lead=lead,
         summary=[_Paragraph.of(text) for text in summary],
-        sections=sections,
+        first=None if first_figure is None else page_figures[first_figure],
+        groups=_sort_into_tabs(figures, page_figures, first=first_figure, questions=questions),
         settings=settings,
         files=files,
         reading=reading,
-        light_theme=_theme_values(LIGHT),
-        dark_theme=_theme_values(DARK),
+        headings=[] if overview is None else _headings(overview),
+        rows=[] if overview is None else _cells(overview, figures),
+        notes=[] if overview is None else control_notes(overview),
     )
     return write_atomic(folder / "index.html", lambda part: part.write_text(page, encoding="utf-8"))
 
 
 def _write_figure(name: str, figure: Figure, folder: Path) -> _PageFigure:
-    file = folder / f"{name}.html"
-    figure.figure.write_html(file, include_plotlyjs="directory", config=PLOTLY_CONFIG)
-    html = figure.figure.to_html(full_html=False, include_plotlyjs=False, config=PLOTLY_CONFIG)
-    return _PageFigure(name, html, figure.caption)
+    """Write what plotly needs for a figure, and a page that shows it alone."""
+    content = json.loads(plotly.io.to_json(figure.figure))
+    content["layout"].pop("template", None)  # the page's theme takes its place
+    script = f"showFigure({json.dumps(name)}, {json.dumps(content, separators=(',', ':'))});\n"
+    write_atomic(folder / f"{name}.js", lambda part: part.write_text(script, encoding="utf-8"))
+    layout = content["layout"]
+    page_figure = _PageFigure(
+        name,
+        re.sub("<br>", " ", layout.get("title", {}).get("text") or name),
+        figure.caption,
+        layout.get("height", 450),
+        layout.get("meta", {}).get("model", ""),
+    )
+    page = render("figure.html.jinja", figure=page_figure)
+    write_atomic(folder / f"{name}.html", lambda part: part.write_text(page, encoding="utf-8"))
+    return page_figure
+
+
+def _sort_into_tabs(
+    figures: Mapping[str, Figure],
+    page_figures: Mapping[str, _PageFigure],
+    *,
+    first: str | None,
+    questions: Mapping[str, str] | None,
+) -> list[_Group]:
+    """Return the groups of figures and the kinds within them, without the figure above the tabs."""
+    names: dict[str, dict[str, list[_PageFigure]]] = {}
+    for name, figure in figures.items():
+        if name != first:
+            sections = names.setdefault(figure.group or ALL_TASKS, {})
+            sections.setdefault(figure.section, []).append(page_figures[name])
+    last = {ALL_TASKS: 1, SINGLE_EXAMPLES: 2}
+    groups = []
+    for group_name in sorted(names, key=lambda name: last.get(name, 0)):
+        anchor = _anchor(group_name)
+        tabs = [
+            _Tab(f"{anchor}-{_anchor(section)}", section, of_section)
+            for section, of_section in names[group_name].items()
+        ]
+        question = (questions or {}).get(group_name, "")
+        groups.append(_Group(anchor, group_name, question, tabs))
+    return groups
+
+
+def _anchor(words: str) -> str:
+    return re.sub(r"\W+", "-", words.lower()).strip("-")
+
+
+def _headings(overview: pd.DataFrame) -> list[str]:
+    return [column.heading for column in overview_columns(overview)]
+
+
+def _cells(overview: pd.DataFrame, figures: Mapping[str, Figure]) -> list[list[_Cell]]:
+    """Return the cells of the overview by row; a task leads to the curve of its scores."""
+    columns = []
+    for column in overview_columns(overview):
+        cells = []
+        for place, (text, key, note) in enumerate(
+            zip(column.texts, column.keys, column.notes, strict=True)
+        ):
+            value, bracket, interval = text.partition(" [")
+            curve = f"{overview.task.iloc[place]}_{overview.metric.iloc[place]}"
+            link = curve if column.heading == "task" and curve in figures else ""
+            cells.append(_Cell(value, bracket.strip() + interval, key, note, link))
+        columns.append(cells)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _theme_values(template: str) -> dict:

@@ -14,7 +14,7 @@ from probekit.probes.localisation import HeatMap
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
 from probekit.report.example_search import KNOWN_NOT_SAID, SORT_KEYS, find_examples
-from probekit.report.figures import Figure
+from probekit.report.figures import SINGLE_EXAMPLES, Figure
 from probekit.report.saved_run import SavedRun
 from probekit.report.style import FULL_PAGE, LAYER_AXIS, PALETTE, apply_style, tick_step
 
@@ -53,7 +53,8 @@ def page_explorers(run: SavedRun) -> dict[str, Figure]:
             "answer; “earliest decided” ones keep their answers from an early layer on; those that "
             "are “known, but answered wrongly” the probe of the last layer gets right, and the "
             "model does not.",
-            "Single examples",
+            SINGLE_EXAMPLES,
+            SINGLE_EXAMPLES,
         )
     return figures
 
@@ -80,9 +81,12 @@ def example_figure(run: SavedRun, model: str, *, examples_per_order: int = 2) ->
         Two panels.
     """
     examples = []
+    addresses = []  # by which a link names an example
     for state in _states_to_show(run, model):
         for order, place in _choose_examples(run, state, count=examples_per_order):
             examples.append(_read_example(run, state, place, label=f"{state.task}: {order}"))
+            image_id = run.test_examples(state.task).image_id.iloc[place]
+            addresses.append({"task": state.task, "order": order, "image": str(image_id)})
     first = examples[0]
     last_layer = len(first.p_lc) - 1
     curve_count = max(len(example.class_names) for example in examples)
@@ -93,6 +97,7 @@ def example_figure(run: SavedRun, model: str, *, examples_per_order: int = 2) ->
     for trace, properties in zip(figure.data, traces_of_first, strict=True):
         trace.update(properties)
     apply_style(figure, title=first.title, height=520, width=FULL_PAGE)
+    figure.update_layout(meta={"width": FULL_PAGE, "model": model, "examples": addresses})
     figure.update_xaxes(visible=False, range=[0, first.width], constrain="domain", row=1, col=1)
     figure.update_yaxes(
         visible=False, range=[0, 1], scaleanchor="x", constrain="domain", row=1, col=1

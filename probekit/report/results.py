@@ -16,6 +16,7 @@ from probekit.report.known_and_said import (
     known_and_said_figure,
     models_with_answers,
 )
+from probekit.report.overview import overview_table
 from probekit.report.sentences import Summary, compare_pairs, summarise
 from probekit.report.slices import NO_SLICES, slice_table, slices_figure
 from probekit.report.used import (
@@ -98,6 +99,14 @@ class Results(ProbeResults):
             A list of paragraphs; Markdown in a notebook, text when printed.
         """
         return summarise(self.metrics, self.tasks, probe=probe)
+
+    def overview(self, *, probe: str = "logreg") -> pd.DataFrame:
+        """Put best layers, plateaus, answers and controls into one table, with all numbers.
+
+        See :func:`probekit.report.overview.overview_table`, and
+        :func:`probekit.report.overview.overview_for_people` for a table to look at.
+        """
+        return overview_table(self.metrics, self.tasks, probe=probe)
 
     def curve(
         self, metric: str, *, probe: str = "logreg", split: str | None = None

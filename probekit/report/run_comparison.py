@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from probekit.parameters import LONGEST_NAME
 from probekit.probes.bootstrap import ROUNDING, Curve, bca_interval
-from probekit.probes.comparison import compare_layers, curve_difference, holm, plateau_words
+from probekit.probes.comparison import compare_layers, curve_difference, holm, plateau_spans
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.peaks import Peak, PeakShift, compare_peaks, find_peak
 from probekit.probes.results import HEADLINE, ProbeKey, best_layers
-from probekit.report.saved_run import SavedRun, write_csv
+from probekit.report.saved_run import SavedRun, setting_words, write_csv
 from probekit.report.sentences import Summary
 from probekit.report.style import metric_words
 
@@ -240,6 +240,11 @@ class RunComparison:
             summary=self.summary(),
             settings={f"differs: {name}": value for name, value in settings.items()},
             files=FILES,
+            first_figure="peaks",
+            questions={
+                task: self.runs[0].results.tasks[task].question
+                for task in dict.fromkeys(self.peaks.task)
+            },
         )
 
 
@@ -604,7 +609,7 @@ def _peak_row(
             f"peak_{side}_resampled_lo": names[peak.resampled_lo],
             f"peak_{side}_resampled_hi": names[peak.resampled_hi],
             f"peak_{side}_is_place": peak.is_place,
-            f"plateau_{side}": plateau_words(compare_layers(curve, names)),
+            f"plateau_{side}": ", ".join(plateau_spans(compare_layers(curve, names))),
             f"layers_{side}": peak.layers,
             f"guess_{side}": guess,
             f"is_guess_{side}": bool(lower[0] <= guess + ROUNDING),
@@ -859,9 +864,11 @@ def _settings_of(run: SavedRun) -> dict[str, str]:
             **meta["settings"],
             "device": meta["device"],
             "activations": store["record"]["folder"],
-            "stages": ", ".join(store["record"]["stages"]),
-            "poolings": ", ".join(store["record"]["poolings"]),
+            "stages": store["record"]["stages"],
+            "poolings": store["record"]["poolings"],
         }
-        settings |= {f"model{which}: {name}": str(value) for name, value in values.items()}
+        settings |= {
+            f"model{which}: {name}": setting_words(name, value) for name, value in values.items()
+        }
         settings |= {f"versions{which}: {name}": value for name, value in meta["versions"].items()}
     return settings

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from probekit.paths import read_json
-from probekit.report.figures import Figure
+from probekit.report.figures import Figure, first_figure
 from probekit.report.page import write_page
 from probekit.report.page_explorer import page_explorers
 from probekit.report.saved_run import SavedRun
@@ -48,5 +48,8 @@ def write_run_page(
         summary=run.results.summary(probe=probe),
         settings=run.settings,
         files=run.write_tables(folder, probe=probe),
+        overview=run.results.overview(probe=probe),
+        first_figure=first_figure(figures),
+        questions={task: info.question for task, info in run.results.tasks.items()},
         reading=build.get("report"),  # an older build has none
     )

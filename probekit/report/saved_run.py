@@ -45,6 +45,10 @@ TABLE_CONTENTS = {
     "interventions": ("a row per model, task, layer, intervention, site, dose, control and metric"),
     "transfer": "the score of each layer's probe on the states of other layers and wordings",
 }
+OVERVIEW_CONTENT = (
+    "a row per task, model and pooling: best layer, plateau, selectivity, answer, and each control"
+)
+CHOSEN_BY_DEVICE = ("device", "dtype")  # settings that nobody has to set
 SLICES_CONTENT = (
     "a row per model, pooling, task, probe at its best layer or answer, covariate and slice of the "
     "test examples"
@@ -156,9 +160,9 @@ class SavedRun:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """What the run was made with: the step and the name of a setting, and its value."""
+        """What the run was made with: step and name of each setting, and its value in words."""
         build = read_json(self.home.data / "tasks" / self.name / "build.json")["settings"]
-        settings = {f"data: {name}": str(value) for name, value in build.items()}
+        settings = {f"data: {name}": setting_words(name, value) for name, value in build.items()}
         for store in self.results.stores:
             record = store["record"]
             meta = store["meta"]
@@ -171,12 +175,11 @@ class SavedRun:
                 "stages": record["stages"],
                 "poolings": record["poolings"],
             }
-            extraction_words = [f"{name}={value}" for name, value in extraction.items()]
+            settings[f"extraction: {model}"] = setting_words("extraction", extraction)
             version_words = [f"{name} {value}" for name, value in meta["versions"].items()]
-            settings[f"extraction: {model}"] = ", ".join(extraction_words)
             settings[f"versions: {model}"] = ", ".join(version_words)
         for name, value in self.results.stores[0]["settings"].items():
-            settings[f"probes: {name}"] = str(value)
+            settings[f"probes: {name}"] = setting_words(name, value)
         return settings
 
     def compare(
@@ -227,7 +230,7 @@ class SavedRun:
         folder : Path
             Made where it does not exist.
         probe : str
-            The kind of probe whose best layers are in the table of slices.
+            The kind of probe whose best layers are in the overview and the table of slices.
 
         Returns
         -------
@@ -235,7 +238,8 @@ class SavedRun:
             What each file holds, by its name.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {}
+        write_csv(self.results.overview(probe=probe), folder / "overview.csv")
+        contents = {"overview.csv": OVERVIEW_CONTENT}
         for name, words in TABLE_CONTENTS.items():
             if name == "interventions" and self.results.interventions.empty:
                 (folder / "interventions.csv").unlink(missing_ok=True)
@@ -423,6 +427,29 @@ class SavedRun:
             if (store["record"]["control"], meta["model"], meta["untrained"]) == wanted:
                 return meta["settings"]
         raise KeyError(f"no activations of {key.model} in this run")
+
+
+def setting_words(name: str, value: object) -> str:
+    """Return the value of a setting as people write it, without Python's brackets and quotes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the setting.
+    value : object
+        What a JSON file holds: yes or no, a number, text, a list or a mapping of those, or None,
+        which is an empty text but for what is then chosen by the device.
+    """
+    if value is None:
+        return "chosen by device" if name in CHOSEN_BY_DEVICE else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(setting_words(name, item) for item in value)
+    if isinstance(value, dict):
+        words = {key: setting_words(key, item) for key, item in value.items()}
+        return "; ".join(f"{key}: {text}" for key, text in words.items() if text)
+    return str(value)
 
 
 def write_csv(table: pd.DataFrame, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from itertools import combinations
 from typing import NamedTuple
 
@@ -28,13 +29,14 @@ COMPARISON_COLUMNS = ["a", "b", "metric", "difference", "lo", "hi", "p", "p_holm
 
 
 class Summary(list[str]):
-    """Paragraphs about a run: Markdown in a notebook, plain text when printed."""
+    """Paragraphs about a run: they fold out in a notebook, and are plain text when printed."""
 
     def __str__(self) -> str:
         return "\n\n".join(self)
 
-    def _repr_markdown_(self) -> str:
-        return "\n\n".join(self)
+    def _repr_html_(self) -> str:
+        paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in self)
+        return f"<details><summary>In sentences</summary>{paragraphs}</details>"
 
 
 def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg") -> Summary:
@@ -55,12 +57,12 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         A paragraph for each, in the order of the table. Other wordings of a question have no
         paragraph of their own: that of the plain one says how far they differ.
     """
-    best = best_layers(table, _plain_tasks(tasks), probe=probe)
+    best = best_layers(table, plain_tasks(tasks), probe=probe)
     in_other_words = wording_table(table, pd.DataFrame(), tasks, probe=probe)
     several_poolings = table.pooling[table.probe == probe].nunique() > 1
     paragraphs = Summary()
     for _, best_row in best[best.control == "none"].iterrows():
-        rows = _same_source(table, best_row)
+        rows = same_source(table, best_row)
         curve = find_curve(rows, probe=probe, metric=HEADLINE[tasks[best_row.task].kind])
         name = f"{best_row.task}, {best_row.model}"
         if several_poolings:
@@ -77,24 +79,36 @@ def summarise(table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "
         sentences += _answer_sentences(table, best_row, tasks[best_row.task], probe=probe)
         sentences += _wording_sentences(in_other_words, best_row)
         sentences += _codelength_sentences(rows, probe=probe, layer=best_row["best layer"])
-        sentences += _control_sentences(rows, _same_source(best, best_row), probe=probe)
+        sentences += _control_sentences(rows, same_source(best, best_row), probe=probe)
         sentences += _doubt_sentences(rows, curve, best_row, probe=probe)
         paragraphs.append(" ".join(sentences))
     return paragraphs
 
 
-def _plain_tasks(tasks: dict[str, TaskInfo]) -> dict[str, TaskInfo]:
+def plain_tasks(tasks: dict[str, TaskInfo]) -> dict[str, TaskInfo]:
     """Return the tasks without other wordings of a question that is among them."""
     return {name: info for name, info in tasks.items() if not has_plain_wording(name, tasks)}
 
 
 def _chance_words(row: pd.Series, info: TaskInfo) -> str:
     """Say of an accuracy of balanced yes-or-no labels that a guess is as good."""
-    is_chance = info.kind == "binary" and row.lo <= CHANCE_ACCURACY
-    return ": no better than a guess" if is_chance else ""
+    return ": no better than a guess" if is_a_guess(row.lo, info) else ""
 
 
-def _same_source(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
+def is_a_guess(lo: float, info: TaskInfo) -> bool:
+    """Return whether an accuracy of balanced yes-or-no labels may be that of a guess.
+
+    Parameters
+    ----------
+    lo : float
+        Lower end of its interval.
+    info : TaskInfo
+        Of the task.
+    """
+    return info.kind == "binary" and lo <= CHANCE_ACCURACY
+
+
+def same_source(table: pd.DataFrame, row: pd.Series) -> pd.DataFrame:
     """Return the rows with the task, model and pooling of `row`, controls included."""
     return table[
         (table.task == row.task) & (table.model == row.model) & (table.pooling == row.pooling)
@@ -166,9 +180,52 @@ def _codelength_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list
     ]
 
 
-def _control_sentences(
-    rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe: str
-) -> list[str]:
+class ControlScore(NamedTuple):
+    """The accuracy of a control, beside what it must not exceed.
+
+    Attributes
+    ----------
+    control : str
+        As in the metrics table.
+    value, lo, hi : float
+        Accuracy with the ends of its 95 % interval: at the control's best layer, chosen on
+        validation, or of a baseline.
+    level : float
+        What guesses score.
+    """
+
+    control: str
+    value: float
+    lo: float
+    hi: float
+    level: float
+
+    @property
+    def is_above(self) -> bool:
+        """Whether the interval lies above what guesses score."""
+        return self.lo > self.level
+
+
+class Controls(NamedTuple):
+    """The controls of one task, model and pooling.
+
+    Attributes
+    ----------
+    guess : float
+        The accuracy with which labels can be guessed without the states.
+    scores : list of ControlScore
+        Controls of inputs, labels and weights: they are compared with `guess`, or with what their
+        labels let one guess.
+    baselines : list of ControlScore
+        What guesses without the states: compared with one half.
+    """
+
+    guess: float
+    scores: list[ControlScore]
+    baselines: list[ControlScore]
+
+
+def judge_controls(rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe: str) -> Controls:
     """Compare the accuracy of each control, at its own best layer, with what guesses score.
 
     Parameters
@@ -179,39 +236,57 @@ def _control_sentences(
         The best layer of each control, chosen on validation.
     probe : str
         The kind of probe.
+
+    Returns
+    -------
+    Controls
     """
-    baseline_curves = {}
+    baselines = []
+    guesses = [0.5]
     for baseline in BASELINES:
         curve = find_curve(rows, probe=probe, metric="accuracy", control=baseline)
         if len(curve):
-            baseline_curves[baseline] = curve
-    guess_accuracy = np.nanmax([0.5, *(curve.value.max() for curve in baseline_curves.values())])
+            first = curve.iloc[0]
+            baselines.append(ControlScore(baseline, first.value, first.lo, first.hi, 0.5))
+            guesses.append(curve.value.max())
+    guess = float(np.nanmax(guesses))
 
-    at_chance = []
-    above_chance = []
+    scores = []
     is_control = ~best_of_controls.control.isin(["none", *BASELINES])
     for _, best_row in best_of_controls[is_control].iterrows():
         control = best_row.control
         accuracy = find_curve(rows, probe=probe, metric="accuracy", control=control)
         at_best = accuracy[accuracy.layer == best_row["best layer"]].iloc[0]
         chance = find_curve(rows, probe=probe, metric="chance", control=control).value.max()
-        level = np.nanmax([guess_accuracy, chance])
-        score = (
-            f"{CONTROL_WORDS[control]} {at_best.value:.3f} ({at_best.lo:.3f} to {at_best.hi:.3f})"
+        level = float(np.nanmax([guess, chance]))
+        scores.append(ControlScore(control, at_best.value, at_best.lo, at_best.hi, level))
+    return Controls(guess, scores, baselines)
+
+
+def _control_sentences(
+    rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe: str
+) -> list[str]:
+    """Say which controls are at chance, and what it means of the others that they are not."""
+    controls = judge_controls(rows, best_of_controls, probe=probe)
+    at_chance = []
+    above_chance = []
+    for score in controls.scores:
+        words = (
+            f"{CONTROL_WORDS[score.control]} {score.value:.3f} ({score.lo:.3f} to {score.hi:.3f})"
         )
-        if at_best.lo > level:
-            above_chance.append(f"{score}, above chance: {CONTROL_MEANING[control]}.")
+        if score.is_above:
+            above_chance.append(f"{words}, above chance: {CONTROL_MEANING[score.control]}.")
         else:
-            at_chance.append(score)
-    for baseline, curve in baseline_curves.items():
-        if curve.lo.iloc[0] > 0.5:
+            at_chance.append(words)
+    for score in controls.baselines:
+        if score.is_above:
             above_chance.append(
-                f"{CONTROL_WORDS[baseline]} {curve.value.iloc[0]:.3f}, above one half: "
-                f"{CONTROL_MEANING[baseline]}."
+                f"{CONTROL_WORDS[score.control]} {score.value:.3f}, above one half: "
+                f"{CONTROL_MEANING[score.control]}."
             )
 
     sentences = [
-        f"Without the states the labels can be guessed with an accuracy of {guess_accuracy:.3f}."
+        f"Without the states the labels can be guessed with an accuracy of {controls.guess:.3f}."
     ]
     if at_chance:
         sentences.append(
@@ -305,7 +380,7 @@ def compare_pairs(
         One row per pair: `a` and `b` (task, model, pooling, layer), `metric`, their `difference`
         with `lo` and `hi`, `p` (two-sided), and `p_holm`, corrected over all rows of a metric.
     """
-    best = best_layers(results.metrics, _plain_tasks(results.tasks), probe=probe)
+    best = best_layers(results.metrics, plain_tasks(results.tasks), probe=probe)
     is_decoder = best["best layer"].str.startswith("lm.")
     best = best[best.control.isin(["none", "untrained"]) & is_decoder]
     labelled_tasks = {

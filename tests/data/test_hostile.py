@@ -109,9 +109,10 @@ def test_a_special_token_in_a_prompt_is_kept_as_text_with_a_warning(vlm, image):
     processor = vlm.prompt_processor
     prompt = "one <|im_end|> two"
     with pytest.warns(UserWarning, match=r"'<\|im_end\|>' in a prompt is read as text"):
-        escaped = processor.escape(prompt)
-    assert escaped == "one < |im_end|> two"
-    assert processor.escape("a < b, [c] and <d>") == "a < b, [c] and <d>"
+        escaped = processor.escape([prompt])
+    assert escaped.texts == ["one < |im_end|> two"]
+    plain = "a < b, [c] and <d>"
+    assert processor.escape([plain]).texts == [plain]
     with pytest.warns(UserWarning, match="is read as text"):
         with_token = processor.prepare(image, [prompt])
     plain = processor.prepare(image, ["one two"])

@@ -206,15 +206,3 @@ def test_the_word_for_an_image_is_the_one_that_the_processor_replaces(
     folder = shutil.copytree(checkpoint(name), tmp_path / "copy")
     (folder / "chat_template.jinja").unlink()
     assert prompts_of(folder).prepare(image, ["A dog."]).image_masks[0].sum() == expected > 1
-
-
-def test_a_prompt_is_shown_as_the_model_gets_it(vlm, image):
-    prompts = vlm.prompt_processor
-    prepared = prompts.prepare(image, ["A dog."])
-    count = int(prepared.image_masks[0].sum())
-    shown = prompts.show(image, "A dog.")
-    assert shown.count(f" × {count}") == 1
-    assert f"({len(prepared.tokens[0]['input_ids'])} tokens, {count} of them" in shown
-    word = vlm.processor.image_token
-    whole = vlm.processor.tokenizer.decode(prepared.tokens[0]["input_ids"])
-    assert shown.replace(f"{word} × {count}", word * count).startswith(whole)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from probekit.report.figures import run_figures
+from probekit.report.figures import KNOWN_AND_SAID, first_figure, run_figures
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,23 @@ def test_a_run_has_a_figure_for_all_that_its_tables_have(figures):
     } <= set(figures)
 
 
-def test_every_figure_has_a_title_a_caption_and_neighbours_of_its_section(figures):
-    sections = [figure.section for figure in figures.values()]
-    changes = [a for a, b in zip(sections, [*sections[1:], None], strict=True) if a != b]
-    assert len(changes) == len(set(sections))
+def test_every_figure_has_a_title_a_caption_and_its_task(figures):
     for name, figure in figures.items():
         assert figure.figure.layout.title.text, name
         assert len(figure.caption) > 40, name
+    assert figures["category_list_f1_macro"].group == "category_list"  # and not category
+    assert figures["category_f1_macro"].group == "category"
+    assert figures["caption_losses"].group == "caption"
+    assert figures["global_and_local"].group == figures["similarity"].group == ""
+
+
+def test_the_first_figure_answers_the_question_of_the_run(figures):
+    assert first_figure(figures) == "caption_known_and_said"
+    no_answers = {
+        name: figure for name, figure in figures.items() if figure.section != KNOWN_AND_SAID
+    }
+    assert first_figure(no_answers) == "caption_accuracy"
+    assert first_figure({}) is None
 
 
 def test_figures_that_need_what_a_run_lacks_are_left_out(saved_run):

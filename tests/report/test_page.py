@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from PIL import Image
 from probekit.report import page
 from probekit.report.curves import layer_curves, loss_curves
 from probekit.report.figures import Figure
+from probekit.report.overview import overview_table
 from probekit.report.page import write_images, write_page
 from probekit.report.style import FULL_PAGE, HALF_PAGE
 
@@ -68,15 +70,92 @@ def test_a_paragraph_shows_its_first_sentence_and_unfolds_the_rest(html):
     assert "<p>one &lt;sentence&gt;</p>" in html
 
 
-def test_every_link_leads_somewhere(folder, html):
-    anchors = re.findall(r'<a href="#([^"]+)"', html)
-    assert anchors == ["what-came-out", "caption", "training", "settings", "tables"]
-    for anchor in anchors:
-        assert f'<h2 id="{anchor}">' in html
+def test_every_link_and_every_tab_leads_somewhere(folder, html):
+    anchors = set(re.findall(r'<a [^>]*href="#([^"]+)"', html))
+    panels = set(re.findall('aria-controls="([^"]+)"', html))
+    labels = set(re.findall('aria-labelledby="([^"]+)"', html))
+    assert anchors == {"figures"}
+    ids = re.findall(' id="([^"]+)"', html)
+    assert anchors | panels | labels <= set(ids)
+    assert len(ids) == len(set(ids))
     for name in ("curves", "losses"):
-        assert f'<figure id="{name}">' in html
         assert f'<a href="{name}.html">' in html
-        assert (folder / f"{name}.html").exists()
+        alone = (folder / f"{name}.html").read_text(encoding="utf-8")
+        assert f'href="index.html#figure={name}"' in alone
+        for file in re.findall(r'(?:src|href)="([\w.]+)"', alone):
+            assert (folder / file).exists()
+
+
+def test_a_figure_is_a_file_and_not_in_the_page(folder, figures):
+    script = (folder / "curves.js").read_text(encoding="utf-8")
+    start = 'showFigure("curves", '
+    assert script.startswith(start)
+    content = json.loads(script.removeprefix(start).rstrip().removesuffix(");"))
+    assert len(content["data"]) == len(figures["curves"].figure.data)
+    assert "template" not in content["layout"]  # the page's theme takes its place
+    assert (folder / "index.html").stat().st_size < 20_000
+
+
+def test_figures_stand_behind_tabs_of_their_task_and_kind(figures, tmp_path):
+    losses = figures["losses"]
+    sorted_figures = {
+        "one": losses._replace(section="Training", group="caption"),
+        "two": losses._replace(section="Training", group="category"),
+        "three": losses._replace(section="Scores", group="caption"),
+        "four": losses._replace(section="Training", group="caption"),
+        "all": losses._replace(section="Likeness"),
+    }
+    file = write_page(
+        sorted_figures,
+        tmp_path,
+        title="t",
+        lead="l",
+        summary=[],
+        first_figure="two",
+        questions={"caption": "Does it <belong>?"},
+    )
+    html = file.read_text(encoding="utf-8")
+    tabs = re.findall(r'role="tab" id="tab-([^"]+)".*?aria-selected="(\w+)"', html)
+    assert tabs == [
+        ("caption", "true"),
+        ("all-tasks", "false"),
+        ("caption-training", "true"),
+        ("caption-scores", "false"),
+    ]
+    order = re.findall('<figure id="figure-([^"]+)"', html)
+    assert order == ["two", "one", "four", "three", "all"]
+    training = html.partition('id="panel-caption-training"')[2].partition('id="panel-caption-sco')[
+        0
+    ]
+    assert re.findall('data-name="([^"]+)"', training) == ["one", "four"]
+    assert "Does it &lt;belong&gt;?" in html
+
+
+def test_a_first_figure_that_is_not_there_is_refused(figures, tmp_path):
+    with pytest.raises(ValueError, match="take one of curves, losses"):
+        write_page(figures, tmp_path, title="t", lead="l", summary=[], first_figure="none")
+
+
+def test_the_page_opens_with_the_overview(figures, table, tasks, tmp_path):
+    overview = overview_table(table, tasks).assign(model="a <model>")
+    curves = {"caption_accuracy": figures["curves"]}
+    file = write_page(curves, tmp_path, title="t", lead="l", summary=SUMMARY, overview=overview)
+    html = file.read_text(encoding="utf-8")
+    opening, _, rest = html.partition("</table>")
+    assert html.index("<table") < html.index("In words") < html.index("<figure")
+    assert re.findall(r'<button type="button">([\w -]+)</button></th>', opening)[:3] == [
+        "task",
+        "model",
+        "best layer",
+    ]
+    assert opening.count("<tr>") == 1 + len(overview)
+    assert "a &lt;model&gt;" in opening
+    (key, *_) = re.findall(
+        r'data-key="([\d.]+)">0.80 <span class="interval">\[0.75, 0.85\]<', opening
+    )
+    assert float(key) == pytest.approx(0.8)
+    assert opening.count('<a href="#figure=caption_accuracy">') == 2  # a row for each model
+    assert "<b>caption, a &lt;model&gt;:</b>" in rest  # the sentences, folded
 
 
 def test_what_was_read_is_a_table_that_unfolds(html):
@@ -92,6 +171,9 @@ def test_headings_of_what_a_page_lacks_are_left_out(figures, tmp_path):
     assert 'id="settings"' not in html
     assert 'id="tables"' not in html
     assert 'id="reading"' not in html
+    assert 'id="in-words"' not in html
+    file = write_page({}, tmp_path / "none", title="t", lead="l", summary=["no figures"])
+    assert "<figure" not in file.read_text(encoding="utf-8")
 
 
 def test_pages_need_no_network(folder):
@@ -100,6 +182,8 @@ def test_pages_need_no_network(folder):
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"""(src|href)=["']https?:""", text)
         assert 'src="plotly.min.js"' in text
+        for name in re.findall(r'<(?:script src|link rel="stylesheet" href)="([^"]+)"', text):
+            assert (folder / name).exists()
 
 
 needs_chrome = pytest.mark.skipif(

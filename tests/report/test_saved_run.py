@@ -9,7 +9,7 @@ import pytest
 from probekit.probes.localisation import NOT_POOLED
 from probekit.probes.results import ProbeKey
 from probekit.report import saved_run as module
-from probekit.report.saved_run import SavedRun, list_runs
+from probekit.report.saved_run import SavedRun, list_runs, setting_words
 
 PROBES = ProbeKey("tiny-qwen2-vl", "none", "mean", "category", "logreg")
 LENS = PROBES._replace(pooling=NOT_POOLED, probe="lens")
@@ -104,11 +104,20 @@ def test_heat_is_read_where_it_is_stored_and_made_where_it_is_not(small_home, mo
     assert not np.allclose(trained.logit_ltc, untrained.logit_ltc, atol=0.1)
 
 
+def test_settings_are_in_words():
+    assert setting_words("codelength", True) == "yes"
+    assert setting_words("seeds", [0, 1]) == "0, 1"
+    assert setting_words("dtype", None) == "chosen by device"
+    assert setting_words("longest_side", None) == ""
+    nested = {"epochs": 10, "patience": None, "probes": ["logreg", "mlp"]}
+    assert setting_words("training", nested) == "epochs: 10; probes: logreg, mlp"
+
+
 def test_settings_name_every_step(saved_run):
     settings = saved_run.settings
     assert settings["data: train"] == "36"
-    assert "poolings=['mean', 'last']" in settings["extraction: tiny-qwen2-vl"]
-    assert "untrained=True" in settings["extraction: tiny-qwen2-vl (untrained)"]
+    assert "poolings: mean, last" in settings["extraction: tiny-qwen2-vl"]
+    assert "untrained: yes" in settings["extraction: tiny-qwen2-vl (untrained)"]
     assert "torch " in settings["versions: tiny-qwen2-vl"]
     assert settings["probes: resamples"] == "50"
 
