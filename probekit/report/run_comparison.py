@@ -150,7 +150,7 @@ class RunComparison:
                     "peak": f"{row.peak_a} → {row.peak_b}",
                     "moved by": f"{_steps(row.moved)} [{_steps(row.moved_lo)}, "
                     f"{_steps(row.moved_hi)}]",
-                    "p (moved)": _p_words(row.moved_p).removeprefix("p = ").removeprefix("p "),
+                    "p (moved)": "< 0.001" if row.moved_p < 0.001 else f"{row.moved_p:.3f}",
                 }
             )
         return pd.DataFrame(rows)
@@ -227,7 +227,7 @@ class RunComparison:
         write_csv(self.differences, folder / "differences.csv")
         base, *others = (run.name for run in self.runs)
         lead = (
-            f"What differs between {base} and {', '.join(others)}? Light probes ({self.probe}) on "
+            f"What differs between {base} and {' or '.join(others)}? Light probes ({self.probe}) on "
             "each layer: do they score higher or lower, and did the peak move to another layer? "
             f"{_sample_words(self.peaks)}"
         )
@@ -235,7 +235,7 @@ class RunComparison:
         return write_page(
             comparison_figures(self),
             folder,
-            title=f"Side by side: {' and '.join((base, *others))}",
+            title=f"Side by side: {', '.join([base, *others[:-1]])} and {others[-1]}",
             lead=lead,
             summary=self.summary(),
             settings={f"differs: {name}": value for name, value in settings.items()},
@@ -696,7 +696,7 @@ def _paragraph(row) -> str:
 
 def _p_words(p: float) -> str:
     """Write a p-value; a bootstrap knows of none that is smaller."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
 def _between(row) -> str:
