@@ -227,8 +227,8 @@ class RunComparison:
         write_csv(self.differences, folder / "differences.csv")
         base, *others = (run.name for run in self.runs)
         lead = (
-            f"What differs between {base} and {' or '.join(others)}? Light probes ({self.probe}) on "
-            "each layer: do they score higher or lower, and did the peak move to another layer? "
+            f"What differs between {base} and {' or '.join(others)}? Light probes ({self.probe}) "
+            "on each layer: do they score higher or lower, and did the peak move to another layer? "
             f"{_sample_words(self.peaks)}"
         )
         settings = self.different_settings or {"settings": "the runs differ in none"}
