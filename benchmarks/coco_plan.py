@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from probekit.extraction.planning import ModelSize, count_encoder_operations
 from probekit.models.architectures import remove_head
 from probekit.models.load import Vlm, auto_class
+from probekit.models.native import NativeAdapter
 from probekit.models.processor import PreparedImage
 
 OPERATIONS_PER_S = 0.35 * 989e12
@@ -163,9 +164,8 @@ def make_skeleton(checkpoint: Checkpoint) -> Vlm:
     config = AutoConfig.for_model(checkpoint.model_type, **checkpoint.config)
     with torch.device("meta"):
         full_model = auto_class(config).from_config(config, dtype=torch.bfloat16)
-    return Vlm(
-        checkpoint.name, remove_head(full_model), processor=None, device="meta", dtype="bfloat16"
-    )
+    adapter = NativeAdapter(checkpoint.name, remove_head(full_model), processor=None)
+    return Vlm(checkpoint.name, adapter, device="meta", dtype="bfloat16")
 
 
 def plan(checkpoint: Checkpoint, *, images: int, prompts: int) -> dict:

@@ -46,8 +46,8 @@ from probekit.extraction.shards import model_inputs
 from probekit.extraction.store import Activations
 from probekit.images import load_rgb
 from probekit.models.batches import batch_images, batch_tokens, shared_prefix_length
-from probekit.models.forward import cache_arguments
 from probekit.models.load import Vlm, load_vlm
+from probekit.models.native import cache_arguments
 from probekit.models.presets import locate
 from probekit.paths import Home
 

@@ -45,6 +45,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from probekit.models.architectures import LanguageHead, remove_head
 from probekit.models.load import Vlm, auto_class
+from probekit.models.native import NativeAdapter
 from probekit.models.presets import locate
 
 VOCABULARY = 151_936
@@ -137,10 +138,10 @@ def draw_weights(name: str, checkpoint: Path, *, dtype: str, device: str) -> Vlm
         full_model = auto_class(config).from_config(config, dtype=getattr(torch, dtype))
     full_model.eval().requires_grad_(False).to(device)
     head = LanguageHead.of(full_model)
+    processor = AutoProcessor.from_pretrained(checkpoint)
     return Vlm(
         name,
-        remove_head(full_model),
-        processor=AutoProcessor.from_pretrained(checkpoint),
+        NativeAdapter(name, remove_head(full_model), processor=processor),
         device=device,
         dtype=dtype,
         head=head,

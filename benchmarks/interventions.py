@@ -42,8 +42,9 @@ from probekit.interventions.settings import (
     plan_interventions,
 )
 from probekit.models.batches import batch_images, batch_tokens
-from probekit.models.forward import cache_arguments, run_pooled
+from probekit.models.forward import run_pooled
 from probekit.models.load import Vlm
+from probekit.models.native import cache_arguments
 from probekit.models.output_head import take_answer_head
 from probekit.models.processor import PreparedImage
 from probekit.models.replay import KeptPass

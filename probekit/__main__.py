@@ -1,5 +1,6 @@
 """``python -m probekit``: see :mod:`probekit.cli.main`."""
 
+import gc
 import os
 import sys
 
@@ -24,4 +25,6 @@ def start_in_utf8_mode() -> None:
 
 if __name__ == "__main__":
     start_in_utf8_mode()
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # or the end takes a second longer, to look through all objects of torch again
+    sys.exit(exit_code)

@@ -178,6 +178,8 @@ def make_demo(home: Path) -> None:
     """Run all notebooks in a home."""
     result = run_notebooks(home, run="small")
     assert result.returncode == 0, result.stderr[-3000:]
+    (home / "stdout.txt").write_text(result.stdout, encoding="utf-8")
+    (home / "stderr.txt").write_text(result.stderr, encoding="utf-8")
 
 
 # Files that take minutes, in the order in which they start. At the end they keep one worker idle.
@@ -186,6 +188,7 @@ LONG_FILES = (
     "test_benchmarks.py",
     "test_launch.py",
     "test_browser.py",
+    "test_explorer_browser.py",
     "test_worked_examples.py",
     "test_extracting.py",
 )

@@ -8,9 +8,11 @@ import io
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from probekit.cli.stopping import Stopped, stopped_by_signals
 from probekit.parameters import Remark
 
 DESCRIPTION = "What each layer of a vision-language model knows."
@@ -24,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     -------
     int
         The exit code: 0, 1 where a notebook failed, something is damaged or a run is beyond its
-        limit, 2 where the input is wrong, 130 where it was stopped with Ctrl-C.
+        limit, 2 where the input is wrong, 128 and the signal's number where it was stopped: 130
+        with Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may not have all characters
@@ -32,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run_command
     try:
-        with _remarks_as_lines():
+        with stopped_by_signals(), _remarks_as_lines():
             return command(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nprobekit: stopped. {options.after_stop}", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Stopped) else 130
     except (
         ArithmeticError,
         MemoryError,
@@ -54,7 +57,9 @@ def _remarks_as_lines() -> Iterator[None]:
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
         if issubclass(category, Remark):
-            print(f"probekit: {message}", file=sys.stderr)
+            from tqdm import tqdm  # below it may be a bar
+
+            tqdm.write(f"probekit: {message}", file=sys.stderr)
         else:
             show_others(message, category, filename, lineno, file, line)
 
@@ -66,7 +71,11 @@ def _remarks_as_lines() -> Iterator[None]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe all commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m probekit", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="python -m probekit",
+        description=DESCRIPTION,
+        **_example("run --params notebooks/params/demo.yaml"),
+    )
     parser.set_defaults(after_stop="Run it again when you like")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
@@ -77,10 +86,20 @@ def make_parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_verify(commands)
     doctor = commands.add_parser(
-        "doctor", help="check Python, torch, COCO, model cache, Chrome, widgets"
+        "doctor",
+        help="check Python, torch, COCO, model cache, Chrome, widgets",
+        **_example("doctor"),
     )
     doctor.set_defaults(run_command=run_doctor)
     return parser
+
+
+def _example(arguments: str) -> dict[str, Any]:
+    """Return what shows an example below a parser's help, as it is to be typed."""
+    return {
+        "epilog": f"example:\n  python -m probekit {arguments}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +117,11 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(commands) -> None:
-    parser = commands.add_parser("run", help="execute the notebooks with papermill")
+    parser = commands.add_parser(
+        "run",
+        help="execute the notebooks with papermill",
+        **_example("run --params notebooks/params/demo.yaml -p run=mine --from 03"),
+    )
     _add_parameters(parser)
     parser.add_argument(
         "--from", dest="start", default="01", metavar="NN", help="first notebook to run, e.g. 03"
@@ -109,7 +132,9 @@ def _add_run(commands) -> None:
 
 def _add_extract(commands) -> None:
     parser = commands.add_parser(
-        "extract", help="make shards of 02_extract, as one of several processes"
+        "extract",
+        help="make shards of 02_extract, as one of several processes",
+        **_example("extract --params notebooks/params/paper.yaml --rank 0 --world-size 2"),
     )
     _add_parameters(parser)
     parser.add_argument(
@@ -121,7 +146,9 @@ def _add_extract(commands) -> None:
 
 def _add_plan(commands) -> None:
     parser = commands.add_parser(
-        "plan", help="what an extraction takes, before it runs: tokens, bytes, memory, hours"
+        "plan",
+        help="what an extraction takes, before it runs: tokens, bytes, memory, hours",
+        **_example("plan --params notebooks/params/paper.yaml --flops 3.5e14"),
     )
     _add_parameters(parser)
     parser.add_argument(
@@ -139,23 +166,34 @@ def _add_plan(commands) -> None:
 
 def _add_models(commands) -> None:
     parser = commands.add_parser(
-        "models", help="list the checkpoints that have a name here, or describe one"
+        "models",
+        help="list the checkpoints that have a name here, or describe one",
+        **_example("models data/models/tiny-qwen2-vl"),
     )
     parser.add_argument(
-        "id", nargs="?", help="name, hub id or folder: its stages and layers, from its config alone"
+        "id",
+        nargs="?",
+        help="name, hub id, folder or file.py:Class: its stages and layers, without its weights",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load it, and check layers, batches, image tokens, sharing and answers",
     )
     parser.set_defaults(run_command=run_models)
 
 
 def _add_download(commands) -> None:
     parser = commands.add_parser(
-        "download", help="fetch a sample of MS COCO, not all of its images"
+        "download",
+        help="fetch a sample of MS COCO, not all of its images",
+        **_example("download coco --images 3000"),
     )
-    parser.add_argument("what", choices=["coco"])
+    parser.add_argument("what", choices=["coco"], help="a dataset")
     parser.add_argument("--split", default="val2017", help="split of --images")
     parser.add_argument("--images", type=int, default=2000, help="how many images of it")
     parser.add_argument("--train", type=int, default=0, help="how many images of train2017 besides")
-    parser.add_argument("--folder", default="data/coco")
+    parser.add_argument("--folder", default="data/coco", help="where they go")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--archive", help="another address of the annotation archive")
     parser.set_defaults(run_command=run_download, after_stop=GOES_ON)
@@ -165,9 +203,9 @@ def _add_compare(commands) -> None:
     parser = commands.add_parser(
         "compare",
         help="two or more runs side by side: which scores differ, and whether a peak moved",
-        description="Compare the first run with each of the others, and write a page.",
-        epilog="example: python -m probekit compare base tuned --peak-may-move 2; the exit code is "
-        "1 where a peak moved further, or a score fell lower, by all of its 95 % interval",
+        description="Compare the first run with each of the others, and write a page.\nThe exit "
+        "code is 1 where a peak moved further, or a score fell lower, by all of\nits interval.",
+        **_example("compare base tuned --peak-may-move 2"),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names of runs, the base first")
     parser.add_argument(
@@ -201,7 +239,11 @@ def _add_compare(commands) -> None:
 
 
 def _add_verify(commands) -> None:
-    parser = commands.add_parser("verify", help="check every byte of the shards below a folder")
+    parser = commands.add_parser(
+        "verify",
+        help="check every byte of the shards below a folder",
+        **_example("verify data/activations --remove"),
+    )
     parser.add_argument(
         "folder",
         nargs="?",
@@ -219,28 +261,53 @@ def _add_verify(commands) -> None:
 
 
 def run_notebooks(options: argparse.Namespace) -> int:
-    """Execute the notebooks, and say where the results are."""
+    """Execute the notebooks, and say what they wrote and where the results are."""
     from probekit.cli.notebooks import (
+        Batch,
         NotebookFailedError,
-        execute_notebooks,
         find_notebook,
         read_notebook_parameters,
     )
+    from probekit.cli.progress import Screen
     from probekit.paths import Home
 
-    try:
-        folder = execute_notebooks(
-            options.params, options.overrides, start=options.start, end=options.end
-        )
-    except NotebookFailedError as error:
-        print(f"\n{error}", file=sys.stderr)
+    with contextlib.closing(Screen(sys.stderr)) as screen:
+        screen.show("checking the parameters")
+        batch = Batch.plan(options.params, options.overrides, start=options.start, end=options.end)
+        failure = ""
+        try:
+            batch.execute(screen)
+        except NotebookFailedError as error:
+            failure = str(error)
+        finally:
+            screen.close()
+            print(f"\n{batch.describe()}", flush=True)
+            if batch.unfinished:
+                number = batch.unfinished.notebook.name[:2]
+                command = command_of_run(
+                    options.params, options.overrides, start=number, end=options.end
+                )
+                options.after_stop = f"Go on with\n\n    {command}"
+    if failure:
+        print(f"\n{failure}\n\nprobekit: failed. {options.after_stop}", file=sys.stderr)
         return 1
-    print(f"executed notebooks: {folder}")
+    print(f"\nexecuted notebooks: {batch.folder}")
     plots = find_notebook("05_layer_plots")
-    if (folder / plots.name).exists():
+    if (batch.folder / plots.name).exists():
         run = read_notebook_parameters(plots, options.params, options.overrides)["run"]
         print(f"open {Home.find().figures / str(run) / 'index.html'}")
     return 0
+
+
+def command_of_run(params: Path, overrides: Sequence[str], *, start: str, end: str = "99") -> str:
+    """Return the command that runs notebooks with these parameters from a number on."""
+    command = ["python", "-m", "probekit", "run", "--params", str(params)]
+    for override in overrides:
+        command += ["-p", override]
+    command += ["--from", start]
+    if end != "99":
+        command += ["--to", end]
+    return shlex.join(command)
 
 
 def run_extract(options: argparse.Namespace) -> int:
@@ -271,11 +338,9 @@ def run_extract(options: argparse.Namespace) -> int:
         tables = workflow.tables_with_controls(examples, controls)
         job = plan_job(settings, tables, device=device, root=parameters["activations_root"])
         made += len(launcher.make_shards(job))
-    same_overrides = "".join(f" -p {shlex.quote(override)}" for override in options.overrides)
     print(
         f"rank {launcher.rank} of {launcher.world_size} made {made} shards: when all ranks are "
-        f"done, go on with python -m probekit run --params {options.params}{same_overrides} --from "
-        "02"
+        f"done, go on with {command_of_run(options.params, options.overrides, start='02')}"
     )
     return 0
 
@@ -331,13 +396,25 @@ def run_models(options: argparse.Namespace) -> int:
     from probekit.models.presets import list_models
 
     if not options.id:
+        if options.check:
+            raise ValueError("--check needs a model, such as my_vlm.py:MyVlm")
         print(list_models())
         return 0
+    if options.check:
+        return _check_model(options.id)
     vlm, parameters = load_skeleton(options.id)
     millions = parameters / 1e6
-    print(f"{options.id}: {vlm.config.model_type}, {millions:,.0f} million parameters")
+    print(f"{options.id}: {vlm.type}, {millions:,.0f} million parameters")
     print(stage_table(vlm).to_string(index=False))
     return 0
+
+
+def _check_model(model: str) -> int:
+    from probekit.models.conformance import FAILED, check_model, describe_findings
+
+    findings = check_model(model)
+    print(describe_findings(findings))
+    return int((findings.result == FAILED).any())
 
 
 def run_download(options: argparse.Namespace) -> int:

@@ -11,19 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 import papermill
+import psutil
 import yaml
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from pyarrow import parquet
 from traitlets import default
 
+from probekit.cli.progress import ENGINE, NotebookProgress, Screen
+from probekit.cli.stopping import deaf_to_signals
 from probekit.parameters import PARAMETERS, TYPES, Kind, read_parameter, remark, suggest
 from probekit.paths import NUMBERED_NOTEBOOKS, Home
 
@@ -34,6 +39,9 @@ KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40"]
 POLL_SECONDS = 0.1
 LONGEST_ENDING = 10
 
+# Heading of a notebook's cells that print what it has written.
+WRITTEN = "## What is written"
+
 # Endings that JupyterLab, browsers, editors and file managers give to copies.
 COPY_ENDING = re.compile(r"(-Copy\d*|[ _-]copy( ?\d+)?|-checkpoint| ?\(\d+\))+", re.IGNORECASE)
 
@@ -42,6 +50,9 @@ SMALLER = {
     "02": "with a smaller batch_tokens, which goes on where this stopped",
     "03": "with a smaller memory_gb",
 }
+
+
+Value = TypeVar("Value")
 
 
 class _KernelOfThisPython(AsyncKernelManager):
@@ -63,13 +74,17 @@ class _KernelOfThisPython(AsyncKernelManager):
     def kill_with_children(self) -> None:
         """Kill the kernel, if it runs, with all processes that it started."""
         process = getattr(self.provisioner, "process", None)
-        if process is None:
+        if process is None or process.poll() is not None:
             return
-        with contextlib.suppress(OSError):  # it has ended
-            if sys.platform == "win32":
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            kernel = psutil.Process(process.pid)
+            kernel.suspend()  # it starts no others
+            for one in (*kernel.children(recursive=True), kernel):  # Chrome is in another group
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        if sys.platform != "win32":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what has lost its parent
 
 
 class NotebookFailedError(RuntimeError):
@@ -296,49 +311,193 @@ def read_notebook_parameters(
 # ------------------------------------------------------------------------------------ execution
 
 
-def execute_notebooks(
-    file: Path, overrides: Sequence[str], *, start: str = "01", end: str = "99"
-) -> Path:
-    """Execute the notebooks from number `start` to `end`.
+@dataclass
+class Execution:
+    """One notebook of a batch.
 
-    Returns
-    -------
-    Path
-        The folder of the executed copies.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        What the parameters say is not there or not right; nothing has been run.
-    NotebookFailedError
-        A notebook stopped; the message shows the cell, and where the notebook lies as far as it
-        came.
+    Attributes
+    ----------
+    notebook : Path
+    state : str
+        ``"not run"``, ``"stopped"`` (it runs, or did so when all was stopped), ``"failed"``,
+        ``"done"``.
+    seconds : float
+    written : list of str
+        Lines about what it wrote.
     """
-    first = start[:2].zfill(2)
-    last = end[:2].zfill(2)
-    notebooks = [notebook for notebook in list_notebooks() if first <= notebook.name[:2] <= last]
-    if not notebooks:
-        names = ", ".join(notebook.stem for notebook in list_notebooks())
-        raise ValueError(f"--from {start} --to {end}: there are {names}")
-    declared = all_declared_parameters()
-    parameters = check_parameters(read_parameters(file, overrides), declared)
-    from probekit.cli.planning import check_steps  # loads torch: what is wrong so far is quick
 
-    check_steps({notebook.stem: _values_of(notebook, parameters) for notebook in notebooks})
-    home = Home.find()
-    if not home.notebooks.is_relative_to(home.root):
-        remark(f"{home.root} has no notebooks: those of {home.notebooks.parent} are run")
-    for copy in list_copies():
-        remark(f"{copy.name} is a copy of a notebook and is not run")
-    _report_unused_overrides(overrides, notebooks, declared)
-    folder = home.data / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
-    folder.mkdir(parents=True)
-    os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
-    for notebook in notebooks:
+    notebook: Path
+    state: str = "not run"
+    seconds: float = 0
+    written: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Notebooks that are executed one after the other.
+
+    Attributes
+    ----------
+    executions : list of Execution
+    parameters : dict
+        Those that are set, by name.
+    home : Home
+    folder : Path
+        Of the executed copies.
+    """
+
+    executions: list[Execution]
+    parameters: dict[str, Any]
+    home: Home
+    folder: Path
+
+    @classmethod
+    def plan(
+        cls, file: Path, overrides: Sequence[str], *, start: str = "01", end: str = "99"
+    ) -> Batch:
+        """Check all that can be checked before the notebooks from number `start` to `end` run.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            What the parameters say is not there or not right.
+        """
+        first = start[:2].zfill(2)
+        last = end[:2].zfill(2)
+        notebooks = [one for one in list_notebooks() if first <= one.name[:2] <= last]
+        if not notebooks:
+            names = ", ".join(notebook.stem for notebook in list_notebooks())
+            raise ValueError(f"--from {start} --to {end}: there are {names}")
+        declared = all_declared_parameters()
+        parameters = check_parameters(read_parameters(file, overrides), declared)
+        from probekit.cli.planning import check_steps  # loads torch: what is wrong so far is quick
+
+        check_steps({notebook.stem: _values_of(notebook, parameters) for notebook in notebooks})
+        home = Home.find()
+        if not home.notebooks.is_relative_to(home.root):
+            remark(f"{home.root} has no notebooks: those of {home.notebooks.parent} are run")
+        for copy in list_copies():
+            remark(f"{copy.name} is a copy of a notebook and is not run")
+        _report_unused_overrides(overrides, notebooks, declared)
+        folder = home.data / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
+        return cls([Execution(notebook) for notebook in notebooks], parameters, home, folder)
+
+    def execute(self, screen: Screen) -> None:
+        """Execute the notebooks, and show on a screen how far they are.
+
+        Raises
+        ------
+        NotebookFailedError
+            A notebook stopped; the message shows the cell, and where the notebook lies as far as
+            it came.
+        KeyboardInterrupt
+            No process of the notebook is left.
+        """
+        self.folder.mkdir(parents=True)
+        os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
+        count = len(self.executions)
+        for number, execution in enumerate(self.executions, start=1):
+            name = execution.notebook.stem
+            screen.write(f"[{number}/{count}] {name}")
+            progress = NotebookProgress(name, number=number, count=count)
+            started = time.monotonic()
+            execution.state = "stopped"
+            try:
+                executed = self._execute(execution.notebook, progress, screen)
+            except NotebookFailedError:
+                execution.state = "failed"
+                raise
+            finally:
+                execution.seconds = time.monotonic() - started
+            execution.state = "done"
+            execution.written = _written_lines(executed, self.home)
+
+    def _execute(self, notebook: Path, progress: NotebookProgress, screen: Screen) -> NotebookNode:
         declared = declared_parameters(notebook)
-        values = {name: value for name, value in parameters.items() if name in declared}
-        _execute(notebook, folder / notebook.name, values, home)
-    return folder
+        values = {name: value for name, value in self.parameters.items() if name in declared}
+        target = self.folder / notebook.name
+
+        def execute() -> NotebookNode:
+            return papermill.execute_notebook(
+                str(notebook),
+                str(target),
+                values,
+                engine_name=ENGINE,
+                progress=progress,
+                kernel_name="python3",
+                kernel_manager_class=_KernelOfThisPython,
+                cwd=str(self.home.root),
+                progress_bar=False,
+                extra_arguments=KERNEL_ARGUMENTS,
+            )
+
+        try:
+            return _call_in_thread(execute, meanwhile=lambda: progress.refresh(screen))
+        except papermill.PapermillExecutionError as error:
+            raise NotebookFailedError(
+                f"A cell of {notebook.stem} failed:\n\n{error.source}\n\n{error.ename}: "
+                f"{error.evalue}\n\nThe notebook as far as it came: {target}"
+            ) from error
+        except DeadKernelError as error:
+            remedy = SMALLER.get(notebook.stem[:2], "with fewer images")
+            raise NotebookFailedError(
+                f"The kernel of {notebook.stem} died, most likely for want of memory: run it again "
+                f"{remedy}. The notebook as far as it came: {target}"
+            ) from error
+        except RuntimeError as error:
+            raise NotebookFailedError(
+                f"{notebook.stem} could not be started with {sys.executable} ({error}): "
+                "pip install -e . again, in the checkout and with this Python"
+            ) from error
+
+    @property
+    def unfinished(self) -> Execution | None:
+        """The first notebook that is not done."""
+        return next((one for one in self.executions if one.state != "done"), None)
+
+    def describe(self) -> str:
+        """Return a table: notebook, seconds, what it wrote or what became of it."""
+        width = max(len(execution.notebook.stem) for execution in self.executions)
+        lines = [f"{'notebook':{width}}  seconds  wrote"]
+        for execution in self.executions:
+            is_run = execution.state != "not run"
+            seconds = f"{execution.seconds:,.0f}" if is_run else ""
+            first, *others = (
+                execution.written or ["nothing"] if execution.state == "done" else [execution.state]
+            )
+            lines.append(f"{execution.notebook.stem:{width}}  {seconds:>7}  {first}")
+            lines += [f"{'':{width}}  {'':7}  {other}" for other in others]
+        return "\n".join(lines)
+
+
+def _written_lines(executed: NotebookNode, home: Home) -> list[str]:
+    """Return what the cells below :data:`WRITTEN` print, with the sizes of files and folders."""
+    lines: list[str] = []
+    is_below = False
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            is_below = is_below or cell.source.startswith(WRITTEN)
+        elif is_below:
+            for output in cell.get("outputs", ()):
+                if output.get("name") == "stdout":
+                    lines += filter(str.strip, output.text.splitlines())
+    return [_with_size(line.replace(f"{home.root}{os.sep}", ""), home) for line in lines]
+
+
+def _with_size(line: str, home: Home) -> str:
+    """Return a line that names a file or folder with its size, any other as it is."""
+    path = home.resolve(line)
+    try:
+        if path.is_dir():
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        else:
+            size = path.stat().st_size
+    except OSError:  # it names none: a sentence, a URL
+        return line
+    size_words = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.0f} kB"
+    if path.suffix != ".parquet":
+        return f"{line} ({size_words})"
+    return f"{line} ({parquet.read_metadata(path).num_rows:,} rows, {size_words})"
 
 
 def _values_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,55 +521,34 @@ def _report_unused_overrides(
             )
 
 
-def _execute(notebook: Path, target: Path, values: dict[str, object], home: Home) -> None:
-    def execute() -> None:
-        papermill.execute_notebook(
-            str(notebook),
-            str(target),
-            values,
-            kernel_name="python3",
-            kernel_manager_class=_KernelOfThisPython,
-            cwd=str(home.root),
-            progress_bar={"desc": notebook.stem},
-            extra_arguments=KERNEL_ARGUMENTS,
-        )
-
-    try:
-        _call_in_thread(execute)
-    except papermill.PapermillExecutionError as error:
-        raise NotebookFailedError(
-            f"A cell of {notebook.stem} failed:\n\n{error.source}\n\n{error.ename}: "
-            f"{error.evalue}\n\nThe notebook as far as it came: {target}"
-        ) from error
-    except DeadKernelError as error:
-        remedy = SMALLER.get(notebook.stem[:2], "with fewer images")
-        raise NotebookFailedError(
-            f"The kernel of {notebook.stem} died, most likely for want of memory: run it again "
-            f"{remedy}. The notebook as far as it came: {target}"
-        ) from error
-    except RuntimeError as error:
-        raise NotebookFailedError(
-            f"{notebook.stem} could not be started with {sys.executable} ({error}): "
-            "pip install -e . again, in the checkout and with this Python"
-        ) from error
-
-
-def _call_in_thread(call: Callable[[], None]) -> None:
+def _call_in_thread(call: Callable[[], Value], *, meanwhile: Callable[[], None]) -> Value:
     """Call what executes a notebook, so that Ctrl-C ends it at once.
 
     In the main thread nbclient would take Ctrl-C for itself, and end the kernel when it has time.
+
+    Parameters
+    ----------
+    call : callable
+    meanwhile : callable
+        Called every :data:`POLL_SECONDS`, and once at the end.
+
+    Returns
+    -------
+    object
+        What `call` returns.
 
     Raises
     ------
     KeyboardInterrupt
         No process of the notebook is left.
     """
+    values: list[Value] = []
     errors: list[BaseException] = []
     ended = threading.Event()  # an interrupted Thread.join takes the thread for ended
 
     def call_and_keep_error() -> None:
         try:
-            call()
+            values.append(call())
         except BaseException as error:  # raised in the main thread
             errors.append(error)
         finally:
@@ -419,12 +557,20 @@ def _call_in_thread(call: Callable[[], None]) -> None:
     threading.Thread(target=call_and_keep_error, daemon=True).start()
     try:
         while not ended.wait(POLL_SECONDS):
-            pass
+            meanwhile()
+        meanwhile()
     except KeyboardInterrupt:
-        deadline = time.monotonic() + LONGEST_ENDING
-        while not ended.wait(POLL_SECONDS) and time.monotonic() < deadline:
-            for manager in list(_KernelOfThisPython.managers):  # one may just be starting
-                manager.kill_with_children()
+        with deaf_to_signals():
+            _end_kernels(ended)
         raise
     if errors:
         raise errors[0]
+    return values[0]
+
+
+def _end_kernels(ended: threading.Event) -> None:
+    """Kill kernels until the thread that executes a notebook has ended, or for some seconds."""
+    deadline = time.monotonic() + LONGEST_ENDING
+    while not ended.wait(POLL_SECONDS) and time.monotonic() < deadline:
+        for manager in list(_KernelOfThisPython.managers):  # one may just be starting
+            manager.kill_with_children()

@@ -26,7 +26,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,7 @@ from probekit.extraction.loading import WorkItem, prepare_images, workers_for
 from probekit.extraction.runner import Runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.extraction.shards import (
+    OF_PROMPTS,
     Content,
     Shard,
     count_units,
@@ -81,8 +83,10 @@ class ModelSize:
 
     @classmethod
     def of(cls, vlm: Vlm) -> ModelSize:
-        """Read them off a config and the shapes of the weights."""
-        text = vlm.config.get_text_config(decoder=True)
+        """Read them off a config and the shapes of the weights; of an adapter, off its width."""
+        text: Any = SimpleNamespace(num_attention_heads=1, hidden_size=vlm.width)
+        if vlm.config is not None:
+            text = vlm.config.get_text_config(decoder=True)
         layers = len(vlm.blocks)
         heads = text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -250,7 +254,7 @@ def estimate_extraction(
     rows = pd.concat(inputs).drop_duplicates().reset_index(drop=True)
     contents = {one for table in tables.values() for one in wanted_contents(settings, table)}
     size = ModelSize.of(vlm)
-    if "lm" not in settings.stages:
+    if not set(OF_PROMPTS) & set(settings.stages):
         size = replace(size, active_parameters=0, operations_per_pair=0)
     items = list(
         prepare_images(vlm.prompt_processor, [rows], longest_side=settings.longest_side, home=home)
@@ -329,8 +333,10 @@ def _count_disk_bytes(contents: Collection[Content], vlm: Vlm, rows: pd.DataFram
 
 def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
     preset = PRESETS.get(settings.model)
-    architecture = preset.type if preset else vlm.config.model_type
+    architecture = preset.type if preset else vlm.type
     sharing = read_checked_architectures().sharing.get(architecture)
+    if vlm.config is None:
+        sharing = "no" if vlm.why_not_shared else "exact"
     return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
 
 

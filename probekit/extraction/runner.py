@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from probekit.extraction.loading import (
 from probekit.extraction.settings import SHARING_WAYS, ExtractionSettings
 from probekit.extraction.shards import Shard, TensorKey, count_units, rows_of
 from probekit.models import forward
+from probekit.models.adapters import switched_off
 from probekit.models.budget import TokenBudget
 from probekit.models.devices import is_out_of_memory
 from probekit.models.load import Vlm, load_vlm
@@ -107,6 +109,13 @@ class Runner:
         self.load()
         return self._make_missing(missing)
 
+    @property
+    def _workers(self) -> int:
+        """Processes that prepare images; none where that runs the model."""
+        if getattr(self.vlm.prompt_processor, "runs_model", False):
+            return 0
+        return self.job.settings.workers or 0
+
     def release(self) -> None:
         """Drop the model and give its memory back."""
         if self._vlm is not None:
@@ -137,6 +146,7 @@ class Runner:
             with_head=self.job.lacks_answer_head,
             home=self.job.home,
         )
+        self._report_what_is_off()
         self._check_stages()
         self._report_other_versions()
         self._report_what_is_missing()
@@ -151,12 +161,18 @@ class Runner:
         if not missing:
             return
         message = (
-            f"{self.vlm.name} ({self.vlm.config.model_type}) has no stage {', '.join(missing)} "
+            f"{self.vlm.name} ({self.vlm.type}) has no stage {', '.join(missing)} "
             "that can be read layer by layer"
         )
         if len(missing) == len(stages):
             raise ValueError(f'{message}: take stages=["lm"]')
         tqdm.write(f"{message}: left out")
+
+    def _report_what_is_off(self) -> None:
+        """Say in a line each what cannot be done because an adapter does not have it."""
+        if self.vlm.config is None:
+            for member, what in switched_off(self.vlm.adapter).items():
+                tqdm.write(f"{self.vlm.name} has no {member}, which switches off {what}")
 
     def _report_other_versions(self) -> None:
         meta = self.job.folder.read_meta() or {}
@@ -388,7 +404,7 @@ class Runner:
             longest_side=self.job.settings.longest_side,
             home=self.job.home,
             dtype=self.vlm.dtype,
-            workers=self.job.settings.workers or 0,
+            workers=self._workers,
             order=still_missing(),
         )
         progress = tqdm(
@@ -540,9 +556,9 @@ class ShardStates:
         """
         self._rows_seen += len(rows)
         for key, values in states.items():
-            is_decoder = key.stage == "lm"
-            count = self._row_count if is_decoder else self._image_count
-            places = rows if is_decoder else images
+            of_image = key.content.is_of_image
+            count = self._image_count if of_image else self._row_count
+            places = images if of_image else rows
             if key not in self.states:
                 self.states[key] = np.full((count, values.shape[1]), np.nan, np.float32)
                 self._is_filled[key] = np.zeros(count, bool)
@@ -674,7 +690,7 @@ def _has_no_image(rows: pd.DataFrame) -> pd.Series:
 def _join_parts(first: States, second: States, of_images: bool) -> States:
     joined = {}
     for key in first:
-        if of_images or key.stage == "lm":
+        if of_images or not key.content.is_of_image:
             joined[key] = torch.cat([first[key], second[key]])
         else:  # of the same image
             joined[key] = first[key]
@@ -735,9 +751,12 @@ def _pair_with_other_prompts(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 
 def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
     """Return what ``meta.json`` says of a model and its settings."""
+    of_adapter = {}
+    if vlm.config is None:
+        of_adapter = {"adapter": {"file": inspect.getfile(type(vlm.adapter)), "hash": vlm.revision}}
     return {
         "model": vlm.name,
-        "type": vlm.config.model_type,
+        "type": vlm.type,
         "revision": vlm.revision,
         "untrained": settings.untrained,
         "dtype": vlm.dtype,
@@ -745,6 +764,7 @@ def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
         "layers": vlm.layers_of_stage,
         "settings": settings.naming,
         "prompt": vlm.prompt_processor.wrap("{prompt}"),
-        "image_processor": type(vlm.processor.image_processor).__name__,
+        "image_processor": type(getattr(vlm.processor, "image_processor", vlm.adapter)).__name__,
         "versions": paths.versions(*VERSIONED_PACKAGES),
+        **of_adapter,
     }

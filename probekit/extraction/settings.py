@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from probekit import parameters, paths
-from probekit.extraction.shards import STAGES, Content
+from probekit.extraction.shards import OF_PROMPTS, STAGES, Content
+from probekit.models.adapters import find_adapter
 from probekit.models.checkpoints import resolve_commit
 from probekit.models.load import IMAGE_ADAPTERS, best_dtype, read_dtype
 from probekit.models.pooling import TEXT_POOLINGS, check_pooling
@@ -39,7 +40,8 @@ class ExtractionSettings:
     Attributes
     ----------
     model : str
-        Hub id, ``id@revision``, checkpoint folder, or the name of a preset.
+        Hub id, ``id@revision``, checkpoint folder, the name of a preset, or an adapter
+        (``my_vlm.py:MyVlm``).
     revision, dtype, untrained, seed, trust_remote_code
         As for :func:`probekit.models.load.load_vlm`.
     longest_side : int or None
@@ -50,8 +52,9 @@ class ExtractionSettings:
     poolings : tuple of str
         See :mod:`probekit.models.pooling`.
     stages : tuple of str
-        ``"lm"``, and where wanted ``"vision"`` and ``"projector"``, whose states are pooled over
-        the image's patches.
+        ``"lm"``, and where wanted ``"experts"`` (in mixtures of experts, which of them a token is
+        routed to), ``"vision"`` and ``"projector"``, whose states are pooled over the image's
+        patches.
     shard_images : int or None
         Images per shard, the unit of work, of writing and of resuming. None takes 500 with a GPU,
         where small last batches of a shard cost more, and 200 without.
@@ -92,7 +95,7 @@ class ExtractionSettings:
     def contents(self) -> list[Content]:
         """What is to be stored of each stage; text is no part of an image."""
         contents = [Content(stage, pooling) for stage in self.stages for pooling in self.poolings]
-        return [one for one in contents if one.stage == "lm" or one.pooling not in TEXT_POOLINGS]
+        return [one for one in contents if not one.is_of_image or one.pooling not in TEXT_POOLINGS]
 
     @property
     def token_budget(self) -> int:
@@ -173,7 +176,8 @@ class ExtractionSettings:
                 "prompts without an image need the stage lm, and a pooling besides image_mean and "
                 "token:<i>"
             )
-        return replace(self, stages=("lm",), poolings=poolings)
+        stages = tuple(stage for stage in self.stages if stage in OF_PROMPTS)
+        return replace(self, stages=stages, poolings=poolings)
 
     @property
     def naming(self) -> dict[str, Any]:
@@ -193,8 +197,14 @@ class ExtractionSettings:
         Images, prompts, poolings and stages do not matter, nor does a patch release of
         transformers. The settings must be filled in.
         """
-        source = Path(locate(self.model, home=home))
+        adapter = find_adapter(self.model, home)
+        source = Path("" if adapter else locate(self.model, home=home))
         weights = []
+        if adapter is not None:
+            weights = [
+                (file.name, file.stat().st_size, _sampled_hash(file))
+                for file in adapter.weight_files()
+            ]
         if source.is_absolute():  # a hub id has its commit instead
             folders = (source, *[source / adapter for adapter in IMAGE_ADAPTERS.values()])
             files = sorted(file for one in folders for file in one.glob("*") if file.is_file())

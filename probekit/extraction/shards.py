@@ -36,7 +36,9 @@ from safetensors.numpy import save_file
 from probekit import paths
 from probekit.extraction.folder import ActivationFolder
 
-STAGES = ("lm", "vision", "projector")
+STAGES = ("lm", "experts", "vision", "projector")
+# Those whose values depend on the prompt: one row per prompt, not per image.
+OF_PROMPTS = ("lm", "experts")
 FLOAT16_MAX = np.finfo(np.float16).max
 
 
@@ -49,7 +51,7 @@ class Content(NamedTuple):
     @property
     def is_of_image(self) -> bool:
         """Whether its values depend on the image alone, not on the prompt."""
-        return self.stage != "lm"
+        return self.stage not in OF_PROMPTS
 
 
 class TensorKey(NamedTuple):
@@ -60,7 +62,7 @@ class TensorKey(NamedTuple):
 
     @property
     def stage(self) -> str:
-        """``"lm"``, ``"vision"`` or ``"projector"``."""
+        """One of :data:`STAGES`."""
         return self.layer.partition(".")[0]
 
     @property

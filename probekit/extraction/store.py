@@ -175,8 +175,12 @@ class Activations:
 
     def poolings_of(self, stage: str) -> list[str]:
         """Return the poolings of a stage: text is no part of an image, and says no answer."""
-        of_decoder = (*TEXT_POOLINGS, self.answer_pooling)
-        return [pooling for pooling in self.poolings if stage == "lm" or pooling not in of_decoder]
+        if stage == "lm":
+            return list(self.poolings)
+        left_out = [self.answer_pooling]
+        if Content(stage, "").is_of_image:
+            left_out += TEXT_POOLINGS
+        return [pooling for pooling in self.poolings if pooling not in left_out]
 
     @property
     def layers(self) -> list[str]:

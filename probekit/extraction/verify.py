@@ -145,8 +145,8 @@ def find_content_fault(shard_set: ShardSet, i: int, meta: dict | None) -> str:
 
 
 def _find_tensor_fault(name: str, values: np.ndarray, rows: pd.DataFrame, digests: dict) -> str:
-    is_of_images = TensorKey.of(name).stage != "lm"
-    expected = rows.file.nunique() if is_of_images else len(rows)
+    is_of_image = TensorKey.of(name).content.is_of_image
+    expected = rows.file.nunique() if is_of_image else len(rows)
     if tensor_digest(values) != digests.get(name):
         return f"{name} is not what was written"
     if values.ndim != 2 or len(values) != expected:

@@ -231,7 +231,7 @@ def run_interventions(
         for shard, layers in missing
     )
     description = f"interventions on {vlm.name}"
-    with tqdm(total=total, desc=description, unit=" images", unit_scale=True) as bar:
+    with tqdm(total=total, desc=description, unit=" passes", unit_scale=True) as bar:
         for shard, layers in missing:
             _run_shard(
                 tables[shard],

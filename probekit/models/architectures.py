@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -219,6 +220,29 @@ def width_of(blocks: nn.ModuleList, config: Any = None) -> int:
     return width
 
 
+def find_experts(blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Find the experts of a decoder's blocks, by the number of the block from 1.
+
+    They are modules with `num_experts` that are called with states, the numbers of the experts of
+    each token, and weights. A block with several of them, each for some of the tokens, has none.
+    """
+    found = {}
+    for number, block in enumerate(blocks, start=1):
+        modules = [
+            module
+            for module in block.modules()
+            if isinstance(getattr(module, "num_experts", None), int) and _takes_choices(module)
+        ]
+        if len(modules) == 1:
+            found[f"experts.{number:02d}"] = modules[0]
+    return found
+
+
+def _takes_choices(module: nn.Module) -> bool:
+    names = list(inspect.signature(module.forward).parameters)
+    return len(names) >= 3 and ("ind" in names[1] or "experts" in names[1])
+
+
 @dataclass(frozen=True)
 class LanguageHead:
     """The output embedding of a whole model.
@@ -249,6 +273,18 @@ class LanguageHead:
             if child is head
         ]
         return cls(model, head, tuple(places))
+
+    def logits(
+        self, tokens: Mapping[str, torch.Tensor], images: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Run the whole model; return (n, t, vocabulary), or (n, 1, vocabulary) of last tokens."""
+        inputs = {**tokens, **images}
+        inputs.pop("labels", None)  # some processors add them, and then a loss is computed
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.full_model.forward).parameters:
+            options["logits_to_keep"] = 1
+        with self.in_place():
+            return self.full_model(**inputs, **options).logits
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -52,8 +52,8 @@ def batch_tokens(vlm: Vlm, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, t
     """
     batch = {}
     for name in rows[0]:
-        padding = vlm.processor.tokenizer.pad_token_id if name == "input_ids" else 0
-        batch[name] = stack_padded([row[name] for row in rows], padding=padding or 0)
+        padding = vlm.pad_id if name == "input_ids" else 0
+        batch[name] = stack_padded([row[name] for row in rows], padding=padding)
     if "attention_mask" not in batch:
         masks = [np.ones(len(row["input_ids"]), dtype=int) for row in rows]
         batch["attention_mask"] = stack_padded(masks)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.models.adapters import find_adapter
 from probekit.models.architectures import find_special_case
 from probekit.models.presets import locate, pinned_revision, refuse_adapter
 
@@ -113,8 +114,11 @@ def resolve_commit(
     Returns
     -------
     str or None
-        None for a folder.
+        None for a folder; of an adapter the hash of its code.
     """
+    adapter = find_adapter(model, home)
+    if adapter is not None:
+        return adapter.hash_code()
     if Path(locate(model, home)).is_absolute():
         return None
     checkpoint = open_checkpoint(

@@ -5,17 +5,13 @@ They are plain, or they run each image once for all its prompts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from probekit.models.architectures import has_text_encoder
 from probekit.models.batches import (
     batch_images,
     batch_tokens,
@@ -24,19 +20,10 @@ from probekit.models.batches import (
     stack_padded,
 )
 from probekit.models.devices import copy_to
-from probekit.models.hooks import Take, tap_decoder, tap_encoder
+from probekit.models.hooks import Take, tap_decoder, tap_encoder, tap_experts
 from probekit.models.load import Vlm
 from probekit.models.pooling import TEXT_POOLINGS, Pooler, Prefix
 from probekit.models.processor import PreparedImage
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-    from transformers.utils import ModelOutput
-
-# Types of tokens, 0 for text: what attends to what may depend on them.
-TOKEN_TYPE_INPUTS = ("token_type_ids", "mm_token_type_ids")
-
-Tokens = TypeVar("Tokens", np.ndarray, torch.Tensor)
 
 # From "<layer>/<pooling>" to float32: (n, d) of the decoder, (b, d) of image encoder and projector.
 States = dict[str, torch.Tensor]
@@ -67,8 +54,8 @@ def run_pooled(
         b images of one shape (:func:`probekit.models.batches.input_shape`), with their prompts.
     poolings : sequence of str
         Out of :data:`probekit.models.pooling.POOLINGS`.
-    stages : sequence of {"lm", "vision", "projector"}
-        Without "lm" the decoder does not run.
+    stages : sequence of {"lm", "experts", "vision", "projector"}
+        Without "lm" and "experts" the decoder does not run.
     way : str
         Out of :data:`WAYS`. Prompts without an image have nothing to share, and run plainly.
 
@@ -84,7 +71,7 @@ def run_pooled(
         The model cannot go this way, or its image encoder makes another number of image vectors
         than its processor announced.
     """
-    encoder_is_enough = "lm" not in stages and hasattr(vlm.model, "get_image_features")
+    encoder_is_enough = not {"lm", "experts"} & set(stages) and vlm.features_method is not None
     if way == "alone" and not encoder_is_enough:
         return _run_alone(vlm, prepared, poolings=poolings, stages=stages)
     forward_pass = _PooledPass(vlm, prepared, poolings=poolings, stages=stages)
@@ -103,7 +90,7 @@ def run_pooled(
 @torch.inference_mode()
 def read_layers(
     vlm: Vlm, prepared: Sequence[PreparedImage], take: Take, *, output_hidden_states: bool = False
-) -> ModelOutput:
+) -> Any:
     """Run images of one shape, each with its first prompt, and hand over the states of all tokens.
 
     Parameters
@@ -114,20 +101,18 @@ def read_layers(
         Called as ``take(layer, hidden_ntd)`` for each layer of the decoder; padding is on the
         right.
     output_hidden_states : bool
-        Whether the output has transformers' own hidden states, too.
+        Whether the output has transformers' own hidden states, too; for its models alone.
 
     Returns
     -------
-    transformers.utils.ModelOutput
-        Of the pass.
+    object
+        What the pass returns, of transformers' models a ModelOutput.
     """
     tokens = vlm.to_device(batch_tokens(vlm, [image.tokens[0] for image in prepared]))
     images = vlm.to_device(batch_images(vlm, prepared))
-    options = forward_options(vlm, len(prepared))
-    if output_hidden_states:
-        options["output_hidden_states"] = True
+    options = {"output_hidden_states": True} if output_hidden_states else {}
     with tap_decoder(vlm, take):
-        return vlm.model(**tokens, **images, **options)
+        return vlm.adapter.forward(tokens, images, **options)
 
 
 def _run_alone(
@@ -148,7 +133,7 @@ def _run_alone(
                 of_first_prompts.append(states)
     joined = {}
     for key in of_prompts[0]:
-        rows = of_prompts if key.startswith("lm.") else of_first_prompts
+        rows = of_prompts if key.startswith(("lm.", "experts.")) else of_first_prompts
         joined[key] = torch.cat([states[key] for states in rows])
     return joined
 
@@ -182,59 +167,31 @@ class _PooledPass:
         vlm = self.vlm
         tokens = batch_tokens(vlm, self.rows)
         images = batch_images(vlm, self.prepared, counts=self.prompt_counts)
-        options = forward_options(vlm, len(self.rows))
-        if not images:
-            self._run_without_image(tokens)
-            return
         with (
-            tap_decoder(vlm, self._pool_whole_prompts(tokens)),
-            self._pool_encoder(self.prompt_counts),
+            self._tap_decoder(self._pool_whole_prompts(tokens), rows=len(self.rows)),
+            self._pool_encoder(self.prompt_counts) if images else nullcontext(),
         ):
-            vlm.model(**vlm.to_device(tokens), **vlm.to_device(images), **options)
-
-    def _run_without_image(self, tokens: Mapping[str, torch.Tensor]) -> None:
-        vlm = self.vlm
-        pool_prompts = self._pool_whole_prompts(tokens)
-        tokens = vlm.to_device(tokens)
-        with tap_decoder(vlm, pool_prompts):
-            if not vlm.special_case.runs_without_image:
-                vlm.stack(**text_inputs(tokens))
-                return
-            types = {
-                name: torch.zeros_like(tokens["input_ids"])
-                for name in TOKEN_TYPE_INPUTS
-                if name in vlm.forward_arguments
-            }
-            vlm.model(**{**types, **tokens}, **forward_options(vlm, len(self.rows)))
+            vlm.adapter.forward(vlm.to_device(tokens), vlm.to_device(images))
 
     def run_encoded(self) -> None:
         """Run the image encoder once per image, then every prompt from its start."""
         vlm = self.vlm
-        if "mm_encoder_outputs" not in vlm.forward_arguments:
-            # A model that swallows any keyword would not see the image, and would not say so.
-            raise ValueError("it does not take its image encoder's output back")
+        if vlm.why_not_encoded:
+            raise ValueError(vlm.why_not_encoded)
         tokens = batch_tokens(vlm, self.rows)
-        options = forward_options(vlm, len(self.rows))
         features = self.run_encoder()
         images: dict[str, torch.Tensor | None] = {}
         for name, value in batch_images(vlm, self.prepared, counts=self.prompt_counts).items():
             images[name] = None if value.is_floating_point() else copy_to(vlm.device, value)
         repeated = _repeat_for_prompts(features, self.owner_n, image_count=len(self.prepared))
-        with tap_decoder(vlm, self._pool_whole_prompts(tokens)):
-            vlm.model(
-                **vlm.to_device(tokens),
-                **images,
-                mm_encoder_outputs={"image": repeated},
-                **options,
-            )
+        with self._tap_decoder(self._pool_whole_prompts(tokens), rows=len(self.rows)):
+            vlm.adapter.forward_encoded(vlm.to_device(tokens), images, repeated)
 
     def run_shared(self) -> None:
         """Run the prefix of each image once, with a key-value cache; then only the suffixes."""
-        from transformers import DynamicCache  # takes seconds
-
         vlm = self.vlm
-        if has_text_encoder(vlm.config):
-            raise ValueError("its prompts are read by a bidirectional encoder")
+        if vlm.why_not_shared:
+            raise ValueError(vlm.why_not_shared)
         prefix_length = shared_prefix_length(self.prepared)
         prefix_tokens = batch_tokens(
             vlm,
@@ -246,7 +203,11 @@ class _PooledPass:
         suffix_tokens = batch_tokens(
             vlm,
             [
-                {name: values[prefix_length:] for name, values in text_inputs(row).items()}
+                {
+                    name: values[prefix_length:]
+                    for name, values in row.items()
+                    if len(values) == len(row["input_ids"])
+                }
                 for row in self.rows
             ],
         )
@@ -260,7 +221,6 @@ class _PooledPass:
         owner_n = copy_to(vlm.device, self.owner_n)
         suffix_tokens = vlm.to_device(suffix_tokens)
         pooled_prefixes: dict[str, dict[str, torch.Tensor]] = {}
-        cache = DynamicCache(config=vlm.stack.config)
 
         def take_prefix(layer: str, hidden_btd: torch.Tensor) -> None:
             pooled_prefixes[layer] = pooler.pool_prefix(hidden_btd)
@@ -270,39 +230,34 @@ class _PooledPass:
             self._add_states(layer, pooled)
 
         with (
-            tap_decoder(vlm, take_prefix),
-            _record_positions(vlm.stack) as positions,
+            self._tap_decoder(take_prefix, rows=len(self.prepared)),
             self._pool_encoder([1] * len(self.prepared)),
         ):
-            vlm.model(
-                **vlm.to_device(prefix_tokens),
-                **vlm.to_device(batch_images(vlm, self.prepared)),
-                **cache_arguments(vlm.model, cache),
+            cache = vlm.adapter.forward_prefix(
+                vlm.to_device(prefix_tokens), vlm.to_device(batch_images(vlm, self.prepared))
             )
-        # One copy of a prefix for each of its prompts.
-        cache.reorder_cache(owner_n)  # type: ignore[arg-type]  # int64 is what a LongTensor holds
         suffix_mask = suffix_tokens["attention_mask"]
         prefix_mask = suffix_mask.new_ones(len(self.rows), prefix_length)
-        options = cache_arguments(vlm.stack, cache)
-        suffix_positions = continue_positions(positions[0], owner_n, length=suffix_mask.shape[1])
-        if suffix_positions is not None:
-            options["position_ids"] = suffix_positions
-        with tap_decoder(vlm, take_suffix):
-            vlm.stack(
-                input_ids=suffix_tokens["input_ids"],
-                attention_mask=torch.cat([prefix_mask, suffix_mask], 1),
-                **options,
-            )
+        suffix_tokens["attention_mask"] = torch.cat([prefix_mask, suffix_mask], 1)
+        with self._tap_decoder(take_suffix, rows=len(self.rows)):
+            vlm.adapter.forward_suffix(suffix_tokens, cache, owner_n)
 
     def run_encoder(self) -> Any:
         """Run the image encoder alone, once per image; return what it makes of them."""
         vlm = self.vlm
-        accepted = inspect.signature(vlm.model.get_image_features).parameters
-        images = batch_images(vlm, self.prepared)
-        inputs = {name: value for name, value in images.items() if name in accepted}
-        inputs = vlm.to_device(inputs)
+        images = vlm.to_device(batch_images(vlm, self.prepared))
         with self._pool_encoder([1] * len(self.prepared)):
-            return vlm.model.get_image_features(**inputs, return_dict=True)
+            return vlm.adapter.image_features(images)
+
+    @contextmanager
+    def _tap_decoder(self, take: Take, *, rows: int) -> Iterator[None]:
+        """Hand over the decoder's layers and, where wanted, what its experts get."""
+        with tap_decoder(self.vlm, take):
+            if "experts" not in self.stages:
+                yield
+                return
+            with tap_experts(self.vlm, take, rows=rows):
+                yield
 
     def _add_states(self, layer: str, pooled: Mapping[str, torch.Tensor]) -> None:
         for pooling, values in pooled.items():
@@ -374,30 +329,6 @@ class _PooledPass:
         return Pooler(poolings, mask_bp, image_nt=mask_bp, device=self.vlm.device)
 
 
-def text_inputs(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
-    """Select what a decoder takes that knows nothing of images."""
-    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
-
-
-def forward_options(vlm: Vlm, n: int) -> dict[str, Any]:
-    """Arguments of a forward pass besides its inputs."""
-    options: dict[str, Any] = {"use_cache": False}
-    if has_text_encoder(vlm.config):
-        # Nothing reads the decoder of an encoder-decoder model, so one token is enough.
-        options["decoder_input_ids"] = torch.zeros(n, 1, dtype=torch.long, device=vlm.device)
-    return options
-
-
-def cache_arguments(module: nn.Module, cache: DynamicCache) -> dict[str, Any]:
-    """Return the arguments that hand a cache to a module.
-
-    Their name differs between versions of transformers.
-    """
-    parameters = inspect.signature(module.forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"
-    return {name: cache, "use_cache": True}
-
-
 def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int) -> Any:
     """Repeat an encoder's output for b images once per prompt; intermediate states are left out.
 
@@ -424,36 +355,3 @@ def _repeat_for_prompts(output: Any, owner_n: torch.Tensor, *, image_count: int)
                 repeated[name] = _repeat_for_prompts(value, owner_n, image_count=image_count)
         return type(output)(**repeated)
     return output
-
-
-@contextmanager
-def _record_positions(stack: nn.Module) -> Iterator[list[torch.Tensor | None]]:
-    """Note the position ids of each call of the decoder inside the context."""
-    positions: list[torch.Tensor | None] = []
-
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        positions.append(kwargs.get("position_ids"))
-
-    handle = stack.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield positions
-    finally:
-        handle.remove()
-
-
-def continue_positions(
-    position_ids: torch.Tensor | None, owner_n: torch.Tensor, *, length: int
-) -> torch.Tensor | None:
-    """Return the positions of `length` more text tokens after a prefix, (n, t) or (axes, n, t).
-
-    After an image the axes of a multi-axis position differ: text goes on, on all of them, after the
-    largest. None leaves the positions to the model.
-    """
-    if position_ids is None:
-        return None
-    if position_ids.ndim == 3:
-        position_ids = position_ids.amax(0, keepdim=True).expand_as(position_ids)
-    if position_ids.shape[-2] == 1:  # one row for a whole batch
-        owner_n = torch.zeros_like(owner_n)
-    last = position_ids[..., -1:].index_select(-2, owner_n)
-    return last + 1 + torch.arange(length, device=last.device)

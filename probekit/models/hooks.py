@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -50,6 +50,42 @@ def tap_decoder(vlm: Vlm, take: Take) -> Iterator[None]:
 
 
 @contextmanager
+def tap_experts(vlm: Vlm, take: Take, *, rows: int) -> Iterator[None]:
+    """Hand over which experts tokens are routed to, during a forward pass inside the context.
+
+    Parameters
+    ----------
+    vlm : Vlm
+    take : callable
+        Called as ``take(layer, share_nte)`` for each of the layers ``experts.k``: of a token's
+        choices the share of each of the e experts, float32.
+    rows : int
+        n, the number of prompts in the pass.
+    """
+
+    def take_choices(layer: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        chosen = [*args, *kwargs.values()][1]
+        if chosen.is_floating_point() or len(chosen) % rows:
+            raise ValueError(
+                f"{vlm.name}, {layer}: its experts are not given the number of an expert for each "
+                "token: leave the stage experts out"
+            )
+        # Some models have one more number, for a token that no expert of this device gets.
+        counts = nn.functional.one_hot(chosen, module.num_experts + 1).sum(-2)[..., :-1]
+        take(layer, (counts.float() / chosen.shape[-1]).unflatten(0, (rows, -1)))
+
+    handles = [
+        module.register_forward_pre_hook(partial(take_choices, layer), with_kwargs=True)
+        for layer, module in vlm.experts.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def tap_encoder(vlm: Vlm, take: Take, *, image_count: int, with_blocks: bool) -> Iterator[None]:
     """Hand over the image encoder's layers during a forward pass inside the context.
 
@@ -68,34 +104,55 @@ def tap_encoder(vlm: Vlm, take: Take, *, image_count: int, with_blocks: bool) ->
         take(layer, split_by_image(hidden, image_count))
 
     handles = []
-    if with_blocks and vlm.vision is not None:
+    if with_blocks and vlm.vision_blocks is not None:
         handles = _add_hooks(
-            vlm.vision.blocks,
+            vlm.vision_blocks,
             take_by_image,
-            last_module=vlm.vision.blocks[-1],
+            last_module=vlm.vision_blocks[-1],
             layers=vlm.vision_layers,
         )
-    original: Any = getattr(vlm.model, "get_image_features", None)
 
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
+    def take_vectors(output: Any) -> None:
         vectors = getattr(output, "pooler_output", output)
         if vectors is not None:  # some architectures project them later, outside of this method
             take_by_image("projector", vectors)
-        return output
 
-    if original is not None:
-        vlm.model.get_image_features = get_image_features
     try:
-        yield
+        with _tap_method(vlm.features_method, take_vectors):
+            yield
     finally:
-        vars(vlm.model).pop("get_image_features", None)
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def _tap_method(place: tuple[Any, str] | None, take: Callable[[Any], None]) -> Iterator[None]:
+    """Hand over what a method of an object returns inside the context."""
+    if place is None:
+        yield
+        return
+    owner, name = place
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def call_and_take(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        take(output)
+        return output
+
+    had_it = name in vars(owner)
+    setattr(owner, name, call_and_take)
+    try:
+        yield
+    finally:
+        if had_it:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
 def _add_hooks(
-    blocks: nn.ModuleList,
+    blocks: Any,
     take: Callable[[str, Any], None],
     *,
     last_module: nn.Module,
@@ -113,7 +170,7 @@ def _add_hooks(
 
     first_hook = partial(take_input, layers[0])
     handles = [blocks[0].register_forward_pre_hook(first_hook, with_kwargs=True)]
-    modules = [*blocks[:-1], last_module]
+    modules = [*list(blocks)[:-1], last_module]
     for layer, module in zip(layers[1:], modules, strict=True):
         handles.append(module.register_forward_hook(partial(take_output, layer)))
     return handles

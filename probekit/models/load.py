@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sized
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -18,18 +17,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from probekit import paths
+from probekit.models.adapters import AdapterPrompts, AdapterSource, find_adapter
 from probekit.models.architectures import (
     LanguageHead,
-    find_special_case,
-    find_text_stack,
-    find_vision_stack,
+    LayerStack,
+    SpecialCase,
+    find_experts,
+    has_text_encoder,
     remove_head,
     width_of,
 )
 from probekit.models.checkpoints import Checkpoint, broken_files_named, open_checkpoint
 from probekit.models.devices import copy_to, free_memory
+from probekit.models.native import NativeAdapter
 from probekit.models.presets import short_name
-from probekit.models.processor import PromptProcessor
 
 # What each type is called elsewhere.
 DTYPE_NAMES = {
@@ -93,42 +94,61 @@ def read_dtype(dtype: str | torch.dtype | None) -> str | None:
     )
 
 
+class Head(Protocol):
+    """The output embedding of a model, and the model's own logits."""
+
+    @property
+    def module(self) -> Any:
+        """The module whose `weight` is (vocabulary, d)."""
+        ...
+
+    def logits(
+        self, tokens: Mapping[str, torch.Tensor], images: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Run the whole model; return logits (n, t or 1, vocabulary)."""
+        ...
+
+
 class Vlm:
-    """A frozen model without its language-model head, and its processor.
+    """A frozen model without its language-model head, as all of extraction reads it.
 
     Parameters
     ----------
     name : str
-    model : torch.nn.Module
-        A transformers model without its head.
-    processor : transformers.ProcessorMixin or None
-        None where nothing is to be prepared.
+    adapter : Adapter
+        The model behind the protocol of :mod:`probekit.models.protocol`.
     device, dtype : str
         Where its weights are, and their type.
     revision : str or None
-        The commit of a checkpoint from the hub.
-    head : LanguageHead or None
+        The commit of a checkpoint from the hub; the hash of an adapter's code.
+    head : Head or None
         Its output embedding, where it was kept.
+    prompt_processor : PromptProcessor or AdapterPrompts or None
+        What prepares images and prompts; None takes that of the adapter.
 
     Attributes
     ----------
-    config : transformers.PreTrainedConfig
+    model : torch.nn.Module
+    processor, config : object
+        Of a model of transformers; else None.
     special_case : SpecialCase
         What its architecture needs besides the generic rule.
     forward_arguments : set of str
-        Names of the arguments of its forward pass.
-    prompt_processor : PromptProcessor
+        Names of the arguments of the forward pass of a model of transformers.
+    tokenizer : object or None
     stack : torch.nn.Module
-        The module that reads image and prompt together and ends with the final norm.
-    blocks : torch.nn.ModuleList
-        Its l - 1 blocks.
+        The module that ends with the final norm; of a model of transformers the whole decoder.
+    blocks : ModuleList
+        The l - 1 blocks that read image and prompt together.
     width : int
         d, the width of its hidden states.
     layers : tuple of str
         Names of its l layers in the order of transformers' `hidden_states`: ``lm.00`` is the input
         embeddings, ``lm.k`` the output of block k, the last one after the final norm.
-    vision : LayerStack or None
-        The image encoder and its blocks; None where it is not a stack of blocks.
+    experts : dict of str to Module
+        ``experts.k``: the experts of block k, in mixtures of experts.
+    vision_blocks : ModuleList or None
+        The blocks of the image encoder; None where it is not a stack of blocks.
     vision_layers : tuple of str
         ``vision.00`` is what enters the image encoder's first block, ``vision.k`` the output of
         block k.
@@ -137,46 +157,87 @@ class Vlm:
     def __init__(
         self,
         name: str,
-        model: Any,
+        adapter: Any,
         *,
-        processor: Any,
         device: str,
         dtype: str,
         revision: str | None = None,
-        head: LanguageHead | None = None,
+        head: Head | None = None,
+        prompt_processor: Any = None,
     ) -> None:
         self.name = name
-        self.model = model
-        self.processor = processor
+        self.adapter = adapter
         self.device = device
         self.dtype = dtype
         self.revision = revision
         self.head = head
-        self.config = model.config
-        self.special_case = find_special_case(self.config)
-        self.forward_arguments = set(inspect.signature(model.forward).parameters)
-        self.prompt_processor = PromptProcessor(
-            name,
-            config=self.config,
-            processor=processor,
-            needs_token_types="mm_token_type_ids" in self.forward_arguments,
-        )
-        self.stack, self.blocks = find_text_stack(model)
-        self.width = width_of(self.blocks, getattr(self.stack, "config", None))
+        self.model = adapter.model
+        self.processor = getattr(adapter, "processor", None)
+        self.config = getattr(adapter, "config", None)
+        self.special_case: SpecialCase = getattr(adapter, "special_case", SpecialCase())
+        self.forward_arguments: set[str] = getattr(adapter, "forward_arguments", set())
+        self.tokenizer: Any = getattr(adapter, "tokenizer", None)
+        self.prompt_processor = prompt_processor or adapter.prompt_processor
+        self.stack: Any = adapter.final_norm
+        self.blocks: nn.ModuleList = _as_modules(adapter.blocks)
+        self.width: int = adapter.width
         self.layers = _name_layers("lm", self.blocks)
-        self.vision = None
-        if self.special_case.why_no_vision is None:
-            self.vision = find_vision_stack(model, self.blocks)
-        self.vision_layers = _name_layers("vision", self.vision.blocks) if self.vision else ()
+        self.experts = find_experts(self.blocks)
+        self.vision_blocks: nn.ModuleList | None = None
+        if _has(adapter, "vision_blocks"):
+            self.vision_blocks = _as_modules(adapter.vision_blocks)
+        self.vision_layers = (
+            () if self.vision_blocks is None else _name_layers("vision", self.vision_blocks)
+        )
+
+    @property
+    def type(self) -> str:
+        """The `model_type` of a model of transformers, else the name of the adapter's class."""
+        return self.config.model_type if self.config else type(self.adapter).__name__
+
+    @property
+    def vision(self) -> LayerStack | None:
+        """The image encoder of a model of transformers, and its blocks."""
+        return getattr(self.adapter, "vision", None)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up prompts on the right."""
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
+    @property
+    def features_method(self) -> tuple[Any, str] | None:
+        """The object and the name of the method that makes image vectors; None without one."""
+        if hasattr(type(self.adapter), "features_method"):
+            return self.adapter.features_method
+        return (self.adapter, "image_features") if _has(self.adapter, "image_features") else None
+
+    @property
+    def why_not_shared(self) -> str:
+        """Why prompts cannot go on from a prefix; "" where that can be tried."""
+        if not (_has(self.adapter, "forward_prefix") and _has(self.adapter, "forward_suffix")):
+            return "its adapter has no forward_prefix and forward_suffix"
+        return getattr(self.adapter, "why_not_shared", "")
+
+    @property
+    def why_not_encoded(self) -> str:
+        """Why it does not go on from its image encoder's output; "" where it does."""
+        if not _has(self.adapter, "forward_encoded"):
+            return "its adapter has no forward_encoded"
+        return getattr(self.adapter, "why_not_encoded", "")
+
+    @property
+    def reads_prompts_by_encoder(self) -> bool:
+        """Whether a bidirectional encoder reads the prompts."""
+        return self.config is not None and has_text_encoder(self.config)
 
     @property
     def layers_of_stage(self) -> dict[str, tuple[str, ...]]:
         """Names of the layers that can be read of each stage; none where a stage cannot be read."""
-        has_projector = (
-            hasattr(self.model, "get_image_features") and self.special_case.has_projector
-        )
+        has_projector = self.features_method is not None and self.special_case.has_projector
         return {
             "lm": self.layers,
+            "experts": tuple(self.experts),
             "vision": self.vision_layers,
             "projector": ("projector",) if has_projector else (),
         }
@@ -202,15 +263,25 @@ class Vlm:
 
     def release(self) -> None:
         """Drop the weights and give their memory back; the model cannot be used any more."""
+        self.adapter = None
         self.model = None
         self.head = None
         self.stack = None
         self.blocks = nn.ModuleList()
-        self.vision = None
+        self.experts = {}
+        self.vision_blocks = None
         free_memory()
 
 
-def _name_layers(stage: str, blocks: nn.ModuleList) -> tuple[str, ...]:
+def _as_modules(blocks: Any) -> nn.ModuleList:
+    return blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
+
+
+def _has(adapter: Any, member: str) -> bool:
+    return getattr(adapter, member, None) is not None
+
+
+def _name_layers(stage: str, blocks: Sized) -> tuple[str, ...]:
     return tuple(f"{stage}.{k:02d}" for k in range(len(blocks) + 1))
 
 
@@ -232,9 +303,10 @@ def load_vlm(
     ----------
     model : str
         The name of a preset (:data:`probekit.models.presets.PRESETS`), a checkpoint folder, a hub
-        id, or ``id@revision``.
+        id, ``id@revision``, or an adapter (``my_vlm.py:MyVlm``, or the name of an entry point).
     revision : str, optional
-        A commit, tag or branch on the hub; by default that of the preset, else the newest.
+        A commit, tag or branch on the hub; by default that of the preset, else the newest. Of an
+        adapter the hash that its code must have.
     dtype : {"float32", "bfloat16", "float16"}, optional
         Also as other libraries spell it (:data:`DTYPE_NAMES`). By default what suits the device
         (:func:`best_dtype`).
@@ -276,6 +348,17 @@ def load_vlm(
             "torch for the GPU"
         )
     dtype = read_dtype(dtype) or best_dtype(device)
+    source = find_adapter(model, home)
+    if source is not None:
+        return _load_adapter(
+            source,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            untrained=untrained,
+            seed=seed,
+            with_head=with_head,
+        )
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust_remote_code, home=home
     )
@@ -292,10 +375,11 @@ def load_vlm(
     if head is not None and with_head:
         head.module.requires_grad_(False).to(device)
         head.full_model.eval().requires_grad_(False).to(device)
+    name = short_name(model, home)
+    read_model = read_model.eval().requires_grad_(False).to(device)
     vlm = Vlm(
-        short_name(model, home),
-        read_model.eval().requires_grad_(False).to(device),
-        processor=processor,
+        name,
+        NativeAdapter(name, read_model, processor=processor),
         device=device,
         dtype=dtype,
         revision=checkpoint.commit,
@@ -305,6 +389,74 @@ def load_vlm(
     if remark:
         tqdm.write(remark)
     return vlm
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+
+def _load_adapter(
+    source: AdapterSource,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    untrained: bool,
+    seed: int,
+    with_head: bool,
+) -> Vlm:
+    """Make a model of a class that is not transformers'; see :func:`load_vlm`."""
+    code_hash = source.hash_code()
+    if revision is not None and revision != code_hash:
+        raise ValueError(
+            f"{source.file} is not the code that was asked for: its hash is {code_hash}, not "
+            f"{revision}; run 02_extract again with the code as it is now, or bring the other back"
+        )
+    adapter = source.make(untrained=untrained, seed=seed)
+    model = adapter.model.eval().requires_grad_(False)
+    adapter.model = cast_weights(model, getattr(torch, dtype)).to(device)
+    head = AdapterHead.of(adapter) if with_head else None
+    return Vlm(
+        source.name,
+        adapter,
+        device=device,
+        dtype=dtype,
+        revision=code_hash,
+        head=head,
+        prompt_processor=AdapterPrompts(source.name, adapter),
+    )
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Change a model's weights to a floating type, in place.
+
+    Buffers that are not saved with it and belong to a module without weights, such as the
+    frequencies of rotary positions, keep theirs: they are computed, and need their precision.
+    """
+    saved = set(model.state_dict(keep_vars=True))
+    for module_name, module in model.named_modules():
+        has_weights = any(True for _ in module.parameters())
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            is_saved = f"{module_name}.{name}".removeprefix(".") in saved
+            if buffer.is_floating_point() and (is_saved or has_weights):
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
+class AdapterHead(NamedTuple):
+    """The output embedding of an adapter, see :class:`Head`."""
+
+    module: Any
+    logits: Any
+
+    @classmethod
+    def of(cls, adapter: Any) -> AdapterHead | None:
+        """Return the head of an adapter; None where it has none, or cannot spell."""
+        if not all(_has(adapter, name) for name in ("output_embedding", "logits", "tokenizer")):
+            return None
+        return cls(adapter.output_embedding, adapter.logits)
 
 
 # --------------------------------------------------------------------------------------- processor
@@ -618,7 +770,20 @@ def load_skeleton(
     Returns
     -------
     Skeleton
+        An adapter is made as its class makes it, with the weights that it loads.
     """
+    source = find_adapter(model, home)
+    if source is not None:
+        vlm = _load_adapter(
+            source,
+            revision=revision,
+            dtype="float32",
+            device="cpu",
+            untrained=False,
+            seed=0,
+            with_head=False,
+        )
+        return Skeleton(vlm, sum(parameter.numel() for parameter in vlm.model.parameters()))
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust_remote_code, home=home
     )
@@ -628,10 +793,10 @@ def load_skeleton(
             checkpoint.config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
         )
     parameters = sum(parameter.numel() for parameter in full_model.parameters())
+    name = short_name(model, home)
     vlm = Vlm(
-        short_name(model, home),
-        remove_head(full_model),
-        processor=processor,
+        name,
+        NativeAdapter(name, remove_head(full_model), processor=processor),
         device="meta",
         dtype="bfloat16",
     )
@@ -667,6 +832,8 @@ def stage_table(vlm: Vlm) -> pd.DataFrame:
 
 def stage_width(vlm: Vlm, stage: str) -> int:
     """Return the width (d) of a stage's hidden states."""
-    if stage == "vision" and vlm.vision is not None:
-        return width_of(vlm.vision.blocks)
+    if stage == "vision" and vlm.vision_blocks is not None:
+        return width_of(vlm.vision_blocks)
+    if stage == "experts" and vlm.experts:
+        return int(next(iter(vlm.experts.values())).num_experts)  # type: ignore[arg-type]
     return vlm.width

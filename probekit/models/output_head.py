@@ -7,7 +7,6 @@ real prompt. From then on answers are read off stored states.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from probekit.models.architectures import has_text_encoder
 from probekit.models.batches import batch_images, batch_tokens
 from probekit.models.devices import copy_to
 from probekit.models.hooks import tap_decoder
@@ -32,12 +30,12 @@ NORM_TOLERANCE = 1e-3
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 # Tokens with a lower logit are those that a model is kept from saying.
 LOWEST_LOGIT = -1e4
-# Names under which configs state the soft cap of logits.
-SOFT_CAP_NAMES = ("final_logit_softcapping", "logit_softcapping")
 # How the words of answers are spelled at the beginning of an answer.
 SPELLINGS = ("{word}", " {word}", "{Word}", " {Word}", "{WORD}", " {WORD}")
 
 
+NO_HEAD = "its checkpoint has no output embedding"
+NO_HEAD_OF_ADAPTER = "its adapter lacks one of output_embedding, logits, tokenizer"
 NO_LENS = "its final norm is not one that is known, so there is no lens"
 
 
@@ -343,20 +341,20 @@ def take_answer_head(vlm: Vlm, words: Sequence[str], prepared: PreparedImage) ->
 
 @torch.inference_mode()
 def _take_answer_head(vlm: Vlm, words: Sequence[str], prepared: PreparedImage) -> AnswerHead:
-    if has_text_encoder(vlm.config):
+    if vlm.reads_prompts_by_encoder:
         raise NoAnswers(
             "its prompts are read by an encoder, and what its decoder says is not read: not for "
-            f"the architecture {vlm.config.model_type}"
+            f"the architecture {vlm.type}"
         )
     if vlm.head is None:
-        raise NoAnswers("its checkpoint has no output embedding")
+        raise NoAnswers(NO_HEAD if vlm.config else NO_HEAD_OF_ADAPTER)
     output = vlm.head.module
     weight_vd = output.weight
     if weight_vd.shape[1] != vlm.width:
         raise NoAnswers(
             f"its output embedding is {weight_vd.shape[1]} wide, and its last layer {vlm.width}"
         )
-    tokenizer = vlm.processor.tokenizer
+    tokenizer = vlm.tokenizer
     spellings = spell(words, tokenizer)
     if not spellings:
         raise NoAnswers(f"its tokenizer has none of the words {', '.join(words)}")
@@ -367,7 +365,7 @@ def _take_answer_head(vlm: Vlm, words: Sequence[str], prepared: PreparedImage) -
     raw_v = (last_d.to(weight_vd.dtype) @ weight_vd.T).float()
     if bias is not None:
         raw_v = raw_v + bias.float()
-    soft_cap = _soft_cap(vlm.config)
+    soft_cap = getattr(vlm.adapter, "soft_cap", None)
     scale = _measure_scale(raw_v, logits_v, soft_cap=soft_cap)
     index = torch.tensor(token_ids, device=weight_vd.device)
     head = AnswerHead(
@@ -416,13 +414,9 @@ def _run_whole(
         (vocabulary,) float32.
     """
     if vlm.head is None:
-        raise NoAnswers("its checkpoint has no output embedding")
-    inputs = vlm.to_device(batch_tokens(vlm, [prepared.tokens[0]]))
-    inputs |= vlm.to_device(batch_images(vlm, [prepared]))
-    inputs.pop("labels", None)  # some processors add them, and then a loss is computed
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(vlm.head.full_model.forward).parameters:
-        options["logits_to_keep"] = 1
+        raise NoAnswers(NO_HEAD)
+    tokens = vlm.to_device(batch_tokens(vlm, [prepared.tokens[0]]))
+    images = vlm.to_device(batch_images(vlm, [prepared]))
     seen: dict[str, torch.Tensor] = {}
 
     def keep(layer: str, hidden_ntd: torch.Tensor) -> None:
@@ -436,20 +430,11 @@ def _run_whole(
 
     handle = vlm.blocks[-1].register_forward_hook(keep_block)
     try:
-        with tap_decoder(vlm, keep), vlm.head.in_place():
-            output = vlm.head.full_model(**inputs, **options)
+        with tap_decoder(vlm, keep):
+            logits_ntv = vlm.head.logits(tokens, images)
     finally:
         handle.remove()
-    return seen["block"], seen["last"], output.logits[0, -1].float()
-
-
-def _soft_cap(config: Any) -> float | None:
-    text_config = config.get_text_config(decoder=True)
-    for name in SOFT_CAP_NAMES:
-        cap = getattr(text_config, name, None)
-        if cap:
-            return float(cap)
-    return None
+    return seen["block"], seen["last"], logits_ntv[0, -1].float()
 
 
 def _measure_scale(raw_v: torch.Tensor, logits_v: torch.Tensor, *, soft_cap: float | None) -> float:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import pandas as pd
 
 from probekit import paths
+from probekit.models.adapters import find_adapter
 
 ARCHITECTURES_CSV = Path(__file__).with_name("architectures.csv")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -113,14 +114,8 @@ PRESETS = {
     ),
 }
 NOT_IN_TRANSFORMERS = {
-    "LaVIT": (
-        "its visual tokenizer and its decoder are code of its own; transformers would need a "
-        "config, a model and a processor class for them, and converted weights"
-    ),
-    "MoE-LLaVA": (
-        "its experts are DeepSpeed layers in model types of its own; transformers would need a "
-        "native class with those experts, and converted weights"
-    ),
+    "LaVIT": "docs/adapters/lavit.py:LaVit",
+    "MoE-LLaVA": "docs/adapters/moe_llava.py:MoeLlava",
 }
 
 
@@ -198,7 +193,11 @@ def short_name(model: str, home: str | Path | paths.Home | None = None) -> str:
     str
         The last part of its id or folder, with the revision where `model` names one. The folder of
         a training's checkpoint has the name of the training's before it: ``run-checkpoint-500``.
+        Of an adapter the name of its class, or of its entry point.
     """
+    adapter = find_adapter(model, home)
+    if adapter is not None:
+        return adapter.name
     _, revision = _split_revision(model, home)
     path = Path(locate(model, home))
     name = path.name
@@ -283,8 +282,9 @@ def list_models() -> str:
         for name, preset in PRESETS.items()
     ]
     presets = pd.DataFrame(rows).to_string(index=False)
-    reasons = [
-        f"{name} is not in transformers: {reason}." for name, reason in NOT_IN_TRANSFORMERS.items()
+    adapters = [
+        f"{name} is not in transformers: {adapter} is an adapter for it, a worked example."
+        for name, adapter in NOT_IN_TRANSFORMERS.items()
     ]
     return "\n\n".join(
         [
@@ -292,7 +292,7 @@ def list_models() -> str:
             "Any checkpoint of the following types can be given by its hub id or folder.\n"
             "Each type was checked on a tiny random model; docs/models.md explains the columns:",
             architectures.to_string(),
-            "\n".join(reasons),
+            "\n".join([*adapters, "docs/models.md says how to write your own."]),
         ]
     )
 

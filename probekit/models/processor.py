@@ -54,6 +54,34 @@ class PreparedImage:
     image_masks: list[np.ndarray]
     marks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    @classmethod
+    def of_ids(
+        cls,
+        ids: Sequence[Sequence[int]],
+        *,
+        image_id: int | None = None,
+        image_inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> PreparedImage:
+        """Put together what an adapter prepares (:class:`probekit.models.protocol.Adapter`).
+
+        Parameters
+        ----------
+        ids : sequence of sequences of int
+            The token ids of each prompt, with one id for each vector of the image.
+        image_id : int or None
+            The id that stands for a vector of the image; None where there is no image.
+        image_inputs : mapping of str to Tensor or None
+            What belongs to the image; the first axis runs over its parts, and is 1 for one image.
+        """
+        tokens = [{"input_ids": np.asarray(row, dtype=np.int64)} for row in ids]
+        masks = [
+            np.zeros(len(row["input_ids"]), dtype=bool)
+            if image_id is None
+            else row["input_ids"] == image_id
+            for row in tokens
+        ]
+        return cls(dict(image_inputs or {}), tokens, masks)
+
     def with_prompt(self, k: int) -> PreparedImage:
         """Return the image with its k-th prompt alone."""
         return self.with_prompts([k])

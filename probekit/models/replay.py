@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from probekit.models.architectures import has_text_encoder
 from probekit.models.attention import AttentionCut, cut_attention
 from probekit.models.batches import (
     batch_images,
@@ -27,12 +26,8 @@ from probekit.models.batches import (
     stack_padded,
 )
 from probekit.models.devices import copy_to
-from probekit.models.forward import (
-    cache_arguments,
-    continue_positions,
-    forward_options,
-)
 from probekit.models.load import Vlm
+from probekit.models.native import cache_arguments, continue_positions, forward_options
 from probekit.models.processor import PreparedImage
 
 TOKEN_SETS = ("image", "image_span", "text", "last")
@@ -168,7 +163,7 @@ class KeptPass:
             vlm.model(
                 **vlm.to_device(tokens),
                 **vlm.to_device(images),
-                **forward_options(vlm, len(self._rows)),
+                **forward_options(vlm.config, len(self._rows), device=vlm.device),
             )
         self._text = _Segment(call, 0, None, self._last_place_n)
 
@@ -387,7 +382,9 @@ def _spread(mark_i: np.ndarray, image_mask_t: np.ndarray) -> np.ndarray:
 
 def why_no_replay(vlm: Vlm) -> str:
     """Return in a line why passes of a model cannot be run again with changes; "" if they can."""
-    if has_text_encoder(vlm.config):
+    if vlm.config is None:
+        return "its adapter has no decoder of transformers, whose parts could run again"
+    if vlm.reads_prompts_by_encoder:
         return "prompts are read by an encoder"
     if vlm.special_case.stream_axis is not None:
         return "layers have parallel streams"

@@ -57,6 +57,8 @@ class TokenGrid:
         NoTokenGrid
             Its image tokens are no regular grid on what the image encoder gets.
         """
+        if self.vlm.config is None:  # an adapter may choose its tokens by what the image shows
+            return _find_cells(self.vlm, prepared, size)
         key = (size, input_shape(prepared))
         if key not in self._cells_by_size:
             self._cells_by_size[key] = _find_cells(self.vlm, prepared, size)
@@ -65,6 +67,8 @@ class TokenGrid:
 
 def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.ndarray:
     token_count = int(prepared.image_masks[0].sum())
+    if vlm.config is None:
+        return _cells_of_adapter(vlm, prepared, size, token_count)
     patch_grids = prepared.image_inputs.get("image_grid_thw")
     pixels = _find_pixels(prepared)
     cells_t4: np.ndarray | None = None
@@ -77,6 +81,20 @@ def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.
         raise NoTokenGrid(
             f"where the {token_count} image tokens of {vlm.name} lie in the image is not known "
             f"(its image encoder gets {shapes})"
+        )
+    return cells_t4
+
+
+def _cells_of_adapter(
+    vlm: Vlm, prepared: PreparedImage, size: tuple[int, int], token_count: int
+) -> np.ndarray:
+    if getattr(vlm.adapter, "token_grid", None) is None:
+        raise NoTokenGrid(f"the adapter of {vlm.name} has no token_grid, so there are no heat maps")
+    cells_t4 = np.asarray(vlm.adapter.token_grid(prepared, size), float)
+    if cells_t4.shape != (token_count, 4):
+        raise NoTokenGrid(
+            f"token_grid of {vlm.name} gives {cells_t4.shape}, and there are {token_count} image "
+            "tokens: (image tokens, 4) is needed"
         )
     return cells_t4
 
@@ -194,18 +212,42 @@ def check_token_grid(vlm: Vlm, images: Sequence[Image.Image], *, prompt: str) ->
         outside_means = []
         for image, cells_t4, original_td in zip(large_enough, cells, originals, strict=True):
             changed = _scramble_quarter(image, is_right=is_right, is_lower=is_lower)
-            changed_td = _embed_image(vlm, vlm.prompt_processor.prepare(changed, [prompt]))
-            change_t = (changed_td - original_td).norm(dim=1)
+            of_changed = vlm.prompt_processor.prepare(changed, [prompt])
+            in_both = _match_cells(cells_t4, grid(of_changed, changed.size))
+            changed_td = _embed_image(vlm, of_changed)[in_both[:, 1]]
+            change_t = (changed_td - original_td[in_both[:, 0]]).norm(dim=1)
+            cells_t4 = cells_t4[in_both[:, 0]]
             x_t = cells_t4[:, [0, 2]].mean(1)
             y_t = cells_t4[:, [1, 3]].mean(1)
             in_image_t = (x_t > 0) & (x_t < 1) & (y_t > 0) & (y_t < 1)
             in_quarter_t = ((x_t > 0.5) == is_right) & ((y_t > 0.5) == is_lower)
-            inside_means.append(float(change_t[in_quarter_t & in_image_t].mean()))
-            outside_means.append(float(change_t[~in_quarter_t & in_image_t].mean()))
+            inside_t = in_quarter_t & in_image_t
+            outside_t = ~in_quarter_t & in_image_t
+            if not (inside_t.any() and outside_t.any()):  # where a model drops tokens
+                continue
+            inside_means.append(float(change_t[inside_t].mean()))
+            outside_means.append(float(change_t[outside_t].mean()))
+        if not inside_means:
+            raise NoTokenGrid(
+                f"{vlm.name} has too few tokens at the same places of two images to check them"
+            )
         if not np.mean(inside_means) > np.mean(outside_means):
             raise NoTokenGrid(
                 f"image tokens of {vlm.name} do not lie where its image processor suggests"
             )
+
+
+def _match_cells(cells_t4: np.ndarray, others_t4: np.ndarray) -> np.ndarray:
+    """(cells in both, 2) places of equal cells: some models choose which tokens an image has."""
+    if np.array_equal(cells_t4, others_t4):
+        return np.arange(len(cells_t4))[:, None].repeat(2, 1)
+    places = {tuple(cell): place for place, cell in enumerate(others_t4.tolist())}
+    pairs = [
+        (place, places[tuple(cell)])
+        for place, cell in enumerate(cells_t4.tolist())
+        if tuple(cell) in places
+    ]
+    return np.array(pairs, int).reshape(-1, 2)
 
 
 def _scramble_quarter(image: Image.Image, *, is_right: bool, is_lower: bool) -> Image.Image:

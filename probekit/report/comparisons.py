@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from probekit.probes.results import select_curve
 from probekit.report.curves import curve_traces
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
-    LAYER_AXIS,
+    PANEL_LAYER_AXIS,
+    ROOM,
+    SMALLEST_SPAN,
     SYMBOLS,
     apply_style,
     first_pooling,
@@ -22,7 +24,11 @@ from probekit.report.style import (
     legend_entry,
     metric_words,
     model_colours,
+    model_looks,
     pooling_note,
+    score_axis,
+    set_score_axis,
+    task_words,
     tick_step,
     title_by_layer,
     with_alpha,
@@ -34,13 +40,16 @@ STAGES = {
     "vision": ("image encoder", 0.0, 1.0),
     "projector": ("projector", 1.18, 1.18),
     "lm": ("decoder", 1.36, 2.36),
+    "experts": ("experts", 2.54, 3.54),  # where there are some
 }
 TASK_DASHES = ("solid", "dash", "dot", "dashdot")
+BAND_OPACITY = 0.15
+MOST_BANDS = 2  # that lie over each other at full opacity
 
 
 def global_and_local(
     table: pd.DataFrame, tasks: dict[str, TaskInfo], *, probe: str = "logreg"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw accuracy of global and local tasks by layer, and one against the other, a row per model.
 
     Left: accuracy by layer of the first binary task, which is the global one, and of all
@@ -72,7 +81,7 @@ def global_and_local(
     panel_titles = []
     for model in models:
         panel_titles += [model, ""]
-    figure = make_subplots(
+    figure = panels(
         len(models),
         2,
         column_widths=[0.58, 0.42],
@@ -82,7 +91,6 @@ def global_and_local(
     )
     for panel, model in enumerate(models, 1):
         curves = {}
-        peaks = []
         for task, dash in dashes.items():
             of_task = (rows.model == model) & (rows.task == task)
             curve = rows[of_task].reset_index(drop=True)
@@ -103,20 +111,16 @@ def global_and_local(
             figure.add_trace(band, row=panel, col=1)
             figure.add_trace(line, row=panel, col=1)
             best = curve.loc[curve.value.idxmax()]
-            peaks.append(
-                f"{task} peaks at {best.layer}" if is_global else f"{task} at {best.layer}"
-            )
             figure.add_scatter(
                 x=[int(best.layer.partition(".")[2])],
                 y=[best.value],
                 mode="markers",
-                marker={"symbol": "star", "size": 15, "color": colours[model]},
+                marker={"symbol": "star", "size": 14, "color": colours[model]},
                 showlegend=False,
-                hoverinfo="skip",
+                hovertemplate=f"<b>{task}</b> peaks at {best.layer}: %{{y:.3f}}<extra></extra>",
                 row=panel,
                 col=1,
             )
-        figure.layout.annotations[panel - 1].text = f"<b>{model}</b>: {', '.join(peaks)}"
         trade_traces = _trade_traces(
             curves[global_task],
             curves[local_tasks[0]],
@@ -126,8 +130,12 @@ def global_and_local(
         )
         for trace in trade_traces:
             figure.add_trace(trace, row=panel, col=2)
-        figure.update_yaxes(title="accuracy (test)", row=panel, col=1)
-        figure.update_yaxes(title=f"{global_task} (global)", row=panel, col=2)
+        values = pd.concat(curves.values())
+        axis = score_axis("accuracy", values.lo.min(), values.hi.max())
+        figure.update_yaxes(title="accuracy (test)", **axis, row=panel, col=1)
+        figure.update_yaxes(title=f"{global_task} (global)", **axis, row=panel, col=2)
+        start = min(curves[local_tasks[0]].value.min() - ROOM, 1 - SMALLEST_SPAN)
+        figure.update_xaxes(range=[max(start, -ROOM), 1 + ROOM], row=panel, col=2)
 
     for task, dash in dashes.items():
         kind = "global" if task == global_task else "local"
@@ -136,10 +144,17 @@ def global_and_local(
     marker = {"color": GREY, "size": 9}
     filled = legend_entry("no other layer is better at both", mode="markers", marker=marker)
     figure.add_trace(filled)
-    title = f"Global against local semantics{pooling_words}"
-    height = 200 + 270 * len(models)
-    apply_style(figure, title=title, height=height, width=FULL_PAGE, panel_titles=True)
-    figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
+    star = {"color": GREY, "size": 12, "symbol": "star"}
+    figure.add_trace(legend_entry("peak", mode="markers", marker=star))
+    apply_style(
+        figure,
+        title="Global against local semantics",
+        subtitle=f"accuracy{pooling_words}",
+        height=170 + 270 * len(models),
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
+    figure.update_xaxes(title=PANEL_LAYER_AXIS, row=len(models), col=1)
     figure.update_xaxes(dtick=tick_step(rows.layer.nunique()), col=1)
     return figure.update_xaxes(title=f"{local_tasks[0]} (local)", row=len(models), col=2)
 
@@ -171,7 +186,10 @@ def _trade_traces(
         x=x,
         y=y,
         mode="markers+text",
-        text=[str(number) for number in layer_number(global_curve.layer)],
+        text=[
+            str(number) if place == 0 or not is_beaten[place] else ""
+            for place, number in enumerate(layer_number(global_curve.layer))
+        ],
         textposition="top center",
         textfont={"size": 10},
         showlegend=False,
@@ -188,7 +206,7 @@ def _trade_traces(
 
 def stage_curves(
     table: pd.DataFrame, task: str, metric: str, *, probe: str = "logreg"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw image encoder, projector and decoder on one axis, by relative depth within each stage.
 
     Parameters
@@ -203,14 +221,17 @@ def stage_curves(
     Figure
         One panel.
     """
-    figure = go.Figure()
-    colours = model_colours(table)
+    figure = LayerFigure()
+    looks = model_looks(table)
     trained = table[(table.task == task) & (table.control == "none")]
+    shown = dict(STAGES)
+    if not (trained.stage == "experts").any():
+        shown.pop("experts")
     pooling = trained[trained.stage != "lm"].pooling.iloc[0]
     rows = trained[trained.pooling == pooling]
     in_legend = set()
     for model in dict.fromkeys(trained.model):
-        for stage, (_, start, end) in STAGES.items():
+        for stage, (_, start, end) in shown.items():
             part = rows[(rows.model == model) & (rows.stage == stage)]
             if len(part) == 0:
                 continue
@@ -221,9 +242,10 @@ def stage_curves(
                 curve,
                 name=model,
                 control="none",
-                colour=colours[model],
-                symbol=SYMBOLS[0],
+                colour=looks[model].colour,
+                symbol=looks[model].symbol,
                 metric=metric,
+                dash=looks[model].dash,
             )
             for trace in traces:
                 trace.x = [*x, *x[::-1]] if trace.fill else x
@@ -233,10 +255,10 @@ def stage_curves(
 
     tick_places = []
     tick_names = []
-    for name, start, end in STAGES.values():
+    for name, start, end in shown.values():
         tick_places.append((start + end) / 2)
         has_width = start < end
-        tick_names.append(f"{name}, first to last block" if has_width else name)
+        tick_names.append(f"{name},<br>first to last block" if has_width else name)
         if has_width:
             figure.add_vrect(
                 x0=start - 0.06,
@@ -246,15 +268,22 @@ def stage_curves(
                 line_width=0,
                 layer="below",
             )
-    title = title_by_layer(metric, task) + pooling_note(trained, pooling)
-    apply_style(figure, title=title, width=FULL_PAGE)
-    figure.update_xaxes(tickvals=tick_places, ticktext=tick_names, ticks="", showgrid=False)
+    apply_style(
+        figure,
+        title=f"{title_by_layer(metric)}, from image to answer",
+        subtitle=task_words(task) + pooling_note(trained, pooling),
+        width=FULL_PAGE,
+    )
+    figure.update_xaxes(
+        tickvals=tick_places, ticktext=tick_names, tickangle=0, ticks="", showgrid=False
+    )
+    set_score_axis(figure, metric)
     return figure.update_yaxes(title=f"{metric_words(metric)} (test)")
 
 
 def pooling_curves(
     table: pd.DataFrame, task: str, metric: str, *, probe: str = "logreg"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw a metric of every pooling: a panel per model, a symbol and a shade for each pooling.
 
     Parameters
@@ -272,11 +301,19 @@ def pooling_curves(
     trained = table[(table.control == "none") & (table.task == task)]
     rows = select_curve(trained, probe=probe, metric=metric)
     figure = _shaded_curves(rows, column="pooling", colours=model_colours(table), metric=metric)
-    title = f"Poolings: {title_by_layer(metric, task)}"
-    return apply_style(figure, title=title, height=450, width=FULL_PAGE, panel_titles=True)
+    apply_style(
+        figure,
+        title=f"Poolings: {title_by_layer(metric)}",
+        subtitle=task_words(task),
+        height=450,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
+    set_score_axis(figure, metric)
+    return figure
 
 
-def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logreg") -> go.Figure:
+def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logreg") -> LayerFigure:
     """Draw accuracy of several tasks: a panel per model, a symbol and a shade for each task.
 
     Dotted, with the same symbol: what the prompts' words and their order alone give away, which is
@@ -316,21 +353,31 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
                 col=panel,
             )
     figure.add_trace(legend_entry("the texts alone", line={"dash": "dot", "color": GREY}))
-    title = f"Accuracy by layer: how hard the wrong captions are{pooling_words}"
-    return apply_style(figure, title=title, height=450, width=FULL_PAGE, panel_titles=True)
+    apply_style(
+        figure,
+        title="Accuracy by layer",
+        subtitle=f"global: wrong captions of several kinds{pooling_words}",
+        height=450,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
+    set_score_axis(figure, "accuracy")
+    return figure
 
 
 def _shaded_curves(
     rows: pd.DataFrame, *, column: str, colours: dict[str, str], metric: str
-) -> go.Figure:
+) -> LayerFigure:
     """Draw a panel per model, and in it a curve for each value of a column."""
     models = list(dict.fromkeys(rows.model))
     values = list(dict.fromkeys(rows[column]))
     opacities = [1 - 0.7 * number / len(values) for number in range(len(values))]
     symbols = [SYMBOLS[number % len(SYMBOLS)] for number in range(len(values))]
-    figure = make_subplots(
+    figure = panels(
         1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
     )
+    # Many bands over each other would be darker than the curves.
+    opacity_of_bands = BAND_OPACITY * min(1, MOST_BANDS / len(values))
     for panel, model in enumerate(models, 1):
         for value, opacity, symbol in zip(values, opacities, symbols, strict=True):
             curve = rows[(rows.model == model) & (rows[column] == value)].reset_index(drop=True)
@@ -346,6 +393,7 @@ def _shaded_curves(
             )
             # Several curves share one colour, so their plateaus are left out.
             band, line = traces[-2:]
+            band.fillcolor = with_alpha(colours[model], opacity_of_bands)
             line.update(showlegend=False, line={"color": with_alpha(colours[model], opacity)})
             figure.add_trace(band, row=1, col=panel)
             figure.add_trace(line, row=1, col=panel)
@@ -357,5 +405,5 @@ def _shaded_curves(
             marker={"symbol": symbol, "size": 8},
         )
         figure.add_trace(entry)
-    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
+    figure.update_xaxes(title=PANEL_LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
     return figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from probekit.probes.controls import BASELINES, CONTROL_WORDS
-from probekit.probes.results import LENS, select_curve
+from probekit.probes.results import LENS, find_curve, select_curve
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
     GREY,
     HALF_PAGE,
     LAYER_AXIS,
-    PALETTE,
     PLATEAU_OPACITY,
     PLATEAU_WIDTH,
-    SYMBOLS,
+    ModelLook,
     add_depth_menu,
     apply_style,
     band,
     first_pooling,
     layer_number,
     legend_entry,
-    make_room_for_legend,
     metric_words,
     model_colours,
+    model_looks,
     pooling_note,
+    set_score_axis,
     task_words,
     tick_step,
     title_by_layer,
@@ -44,6 +45,9 @@ BASELINE_METRICS = ("accuracy", "log_loss")
 CHANCE_ACCURACY = 0.5  # of balanced yes-or-no labels
 HEAT_METRICS = ("heat_in_boxes", "others_in_boxes", "area_in_boxes")
 ABSENT_WORDS = "absent categories, same boxes"
+BAND_OPACITY = 0.22  # of the controls
+MOST_LISTED = 3  # models whose scores at one control are listed on hover
+LAST_IN_LEGEND = 1001  # plotly's own rank of an entry is 1000
 LOSS_DASHES = {"train": "solid", "validation": "dash"}
 
 
@@ -61,8 +65,12 @@ def layer_curves(
     pooling: str | None = None,
     published: bool = False,
     relative: bool = False,
-) -> go.Figure:
-    """Draw a metric by layer: a colour per model, 95 % intervals, plateaus, and controls dashed.
+) -> LayerFigure:
+    """Draw a metric by layer: a look per model, 95 % intervals, plateaus, and a band of controls.
+
+    The band reaches from the lowest to the highest score of the controls; hovering over it lists
+    all of them, and a button shows their curves. A control that is clearly above chance has a
+    curve from the beginning, and the band is that of the others: else it would cover the models.
 
     A plateau consists of the layers that cannot be told apart from the best one
     (:func:`probekit.probes.comparison.compare_layers`).
@@ -91,50 +99,211 @@ def layer_curves(
     ValueError
         The table has no such scores.
     """
-    figure = go.Figure()
-    colours = model_colours(table)
-    models = list(colours)
+    figure = LayerFigure()
+    looks = model_looks(table)
     split = scored_split(metric)
     all_poolings = select_curve(table[table.task == task], probe=probe, metric=metric, split=split)
     if pooling is None:
         pooling = all_poolings.pooling.iloc[0]
     rows = all_poolings[all_poolings.pooling == pooling]
     rows_by_layer = rows[~rows.control.isin(BASELINES)]
+    controls = rows_by_layer[rows_by_layer.control != "none"]
 
+    above = _controls_above_chance(table, task, probe=probe, pooling=pooling)
+    figure.add_traces(control_band(controls, metric=metric, apart=above))
     for (model, control), curve in rows_by_layer.groupby(["model", "control"], sort=False):
-        curve = curve.reset_index(drop=True)
         name = model
         if control != "none":
             name = f"{model} {CONTROL_WORDS[control].removesuffix(' model')}"
-        palette_round = models.index(model) // len(PALETTE)
+        look = looks[model]
         traces = curve_traces(
-            curve,
+            curve.reset_index(drop=True),
             name=name,
             control=control,
-            colour=colours[model],
-            symbol=SYMBOLS[palette_round % len(SYMBOLS)],
+            colour=look.colour,
+            symbol=look.symbol,
             metric=metric,
+            dash=look.dash if control == "none" else None,
         )
+        if control != "none":
+            traces[-1].visible = (model, control) in above
         figure.add_traces(traces)
+    hidden = _add_control_entries(figure, controls, above)
 
-    drawn_controls = set(rows_by_layer.control)
-    for control, dash in CONTROL_DASHES.items():
-        if control in drawn_controls:
-            line = {"dash": dash, "color": GREY, "width": 2}
-            entry = legend_entry(CONTROL_WORDS[control], legendgroup=control, line=line)
-            figure.add_trace(entry)
     if rows_by_layer.plateau.notna().any():
         line = {"color": with_alpha(GREY, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
-        figure.add_trace(legend_entry("cannot be told apart from the best", line=line))
+        plateau = legend_entry("cannot be told apart from the best", line=line)
+        figure.add_trace(plateau.update(legendrank=LAST_IN_LEGEND))
     if published:
         figure.add_traces(_published_traces(task, metric))
-    _add_level_lines(figure, rows, metric=metric)
+    levels = _add_level_lines(figure, rows, metric=metric)
 
-    title = title_by_layer(metric, task) + pooling_note(all_poolings, pooling)
-    make_room_for_legend(apply_style(figure, title=title))
+    apply_style(
+        figure,
+        title=title_by_layer(metric),
+        subtitle=task_words(task) + pooling_note(all_poolings, pooling),
+    )
     axis = metric_words(metric) if metric == "codelength" else f"{metric_words(metric)} ({split})"
     figure.update_yaxes(title=axis)
-    return add_depth_menu(figure, relative=relative)
+    set_score_axis(figure, metric, *levels)
+    add_depth_menu(figure, relative=relative, hidden=hidden)
+    return figure
+
+
+def _controls_above_chance(
+    table: pd.DataFrame, task: str, *, probe: str, pooling: str
+) -> set[tuple[str, str]]:
+    """Return the models and controls that are clearly above chance.
+
+    That is where the interval of the accuracy lies above what guesses score, at half of the layers.
+    """
+    rows = table[(table.task == task) & (table.probe == probe) & (table.pooling == pooling)]
+    above = set()
+    for model in dict.fromkeys(rows.model):
+        of_model = rows[rows.model == model]
+        guesses = [
+            find_curve(of_model, probe=probe, metric="accuracy", control=name).value.max()
+            for name in BASELINES
+        ]
+        for control in CONTROL_DASHES:
+            curve = find_curve(of_model, probe=probe, metric="accuracy", control=control)
+            chance = find_curve(of_model, probe=probe, metric="chance", control=control).value.max()
+            level = np.nanmax([CHANCE_ACCURACY, *guesses, chance])
+            if len(curve) and (curve.lo > level).mean() >= 0.5:
+                above.add((model, control))
+    return above
+
+
+def _add_control_entries(
+    figure: go.Figure, controls: pd.DataFrame, above: set[tuple[str, str]]
+) -> list[int]:
+    """Add an entry for each kind of control, and return the numbers of the traces that are hidden.
+
+    Entries of controls whose curves are hidden are hidden with them.
+    """
+    drawn = set(controls.control)
+    shown = {control for _, control in above} & drawn
+    for control, dash in CONTROL_DASHES.items():
+        if control in drawn:
+            line = {"dash": dash, "color": GREY, "width": 1.5}
+            entry = legend_entry(CONTROL_WORDS[control], legendgroup=control, line=line)
+            entry.update(visible=control in shown, legendrank=LAST_IN_LEGEND)
+            figure.add_trace(entry)
+    return [number for number, trace in enumerate(figure.data) if trace.visible is False]
+
+
+def control_band(
+    controls: pd.DataFrame,
+    *,
+    metric: str,
+    chance: float | None = None,
+    apart: Collection[tuple[str, str]] = (),
+    in_legend: bool = True,
+) -> list[go.Scatter]:
+    """Return the band of the controls, and points to hover over, which list them layer by layer.
+
+    Parameters
+    ----------
+    controls : DataFrame
+        Rows of :func:`probekit.probes.results.select_curve`; `control` is never ``"none"``.
+    metric : str
+        What they show.
+    chance : float, optional
+        A level that the band includes.
+    apart : collection of (str, str)
+        Models and controls that have curves of their own; the band is that of the others.
+    in_legend : bool
+        Give the band an entry, see :func:`control_band_name`.
+
+    Returns
+    -------
+    list of Scatter
+        Two traces, or none where there are no controls in the band.
+    """
+    if controls.empty:
+        return []
+    scores = controls[controls.value.notna()]
+    is_apart = [pair in apart for pair in zip(scores.model, scores.control, strict=True)]
+    others = scores[~np.array(is_apart, bool)]
+    if others.empty:
+        return []
+    by_layer = others.groupby("layer").value.agg(["min", "max"])
+    x = layer_number(by_layer.index.to_series()).to_numpy()
+    low = by_layer["min"].to_numpy()
+    high = by_layer["max"].to_numpy()
+    if chance is not None:
+        low = np.minimum(low, chance)
+        high = np.maximum(high, chance)
+    name = control_band_name(
+        others, metric=metric, with_chance=chance is not None, has_others=len(others) < len(scores)
+    )
+    area = band(
+        x,
+        low,
+        high,
+        colour=GREY,
+        opacity=BAND_OPACITY,
+        name=name,
+        showlegend=in_legend,
+        legendrank=LAST_IN_LEGEND,
+        legendgroup="all controls",
+        line={"width": 1, "color": with_alpha(GREY, 0.5)},
+    )
+    words = [_list_controls(scores[scores.layer == layer]) for layer in by_layer.index]
+    points = go.Scatter(
+        x=np.tile(x, 3),
+        y=np.concatenate([low, (low + high) / 2, high]),
+        mode="markers",
+        marker={"size": 10, "color": "rgba(0,0,0,0)"},
+        showlegend=False,
+        legendgroup="all controls",
+        hoverinfo="text",
+        hovertext=words * 3,
+    )
+    return [area, points]
+
+
+def control_band_name(
+    controls: pd.DataFrame, *, metric: str, with_chance: bool = False, has_others: bool = False
+) -> str:
+    """Return what the band of controls is called: with the one that scores best at any layer.
+
+    Parameters
+    ----------
+    controls : DataFrame
+        Their scores.
+    metric : str
+        What they show.
+    with_chance : bool
+        Whether the band includes chance.
+    has_others : bool
+        Whether there are controls besides these.
+    """
+    is_loss = metric in LOWER_IS_BETTER
+    ranked = controls.sort_values("value", ascending=is_loss, kind="stable")
+    best = ranked.iloc[0]
+    words = f"{CONTROL_WORDS[best.control]}, {best.model}"
+    if len(controls[["model", "control"]].drop_duplicates()) == 1:
+        return words + (" and chance" if with_chance else "")
+    extreme = "lowest" if is_loss else "highest"
+    name = "other controls" if has_others else "all controls"
+    if with_chance:
+        name += " and chance"
+    return f"{name}<br>({extreme}: {words} {best.value:.2f})"
+
+
+def _list_controls(of_layer: pd.DataFrame) -> str:
+    """List the scores of controls at a layer, those of several models side by side."""
+    lines = [f"<b>controls</b>, {of_layer.layer.iloc[0]}"]
+    for control, rows in of_layer.groupby("control", sort=False):
+        rows = rows.sort_values("value", ascending=False)
+        if len(rows) > MOST_LISTED:
+            first, last = rows.iloc[0], rows.iloc[-1]
+            scores = f"{first.value:.3f} ({first.model}) to {last.value:.3f} ({last.model})"
+        else:
+            scores = ", ".join(f"{row.value:.3f} ({row.model})" for row in rows.itertuples())
+        lines.append(f"{CONTROL_WORDS[str(control)]}: {scores}")
+    return "<br>".join(lines)
 
 
 def curve_traces(
@@ -156,13 +325,13 @@ def curve_traces(
     name : str
         What the line is called on hover.
     control : str
-        ``"none"`` for a model's own curve; a control has a dashed line without plateau.
+        ``"none"`` for a model's own curve; a control has a thin line without plateau and band.
     colour, symbol : str
         Of the line and its markers.
     metric : str
         What the curve shows.
     dash : str, optional
-        Kind of the line; the control's unless it is named.
+        Kind of the line; the control's unless it is given.
 
     Returns
     -------
@@ -189,7 +358,7 @@ def curve_traces(
             hoverinfo="skip",
         )
         traces.append(plateau)
-    if control in ("none", "untrained"):
+    if not is_control:
         traces.append(band(x, curve.lo, curve.hi, colour=colour, legendgroup=group))
 
     best = curve.value.idxmin() if metric in LOWER_IS_BETTER else curve.value.idxmax()
@@ -227,8 +396,11 @@ def curve_traces(
     return traces
 
 
-def _add_level_lines(figure: go.Figure, rows: pd.DataFrame, *, metric: str) -> None:
-    """Draw chance, and what guesses without the states score; lines that lie together only once."""
+def _add_level_lines(figure: go.Figure, rows: pd.DataFrame, *, metric: str) -> list[float]:
+    """Draw chance, and what guesses without the states score; lines that lie together only once.
+
+    Returns where the lines are.
+    """
     levels = {}
     if metric == "accuracy":
         levels["chance"] = CHANCE_ACCURACY
@@ -243,9 +415,10 @@ def _add_level_lines(figure: go.Figure, rows: pd.DataFrame, *, metric: str) -> N
             y=level,
             line={"color": GREY, "dash": "dot", "width": 1.5},
             annotation_text=name,
-            annotation_font_color=GREY,
+            annotation_font={"color": GREY, "size": 12},
             annotation_position="bottom right" if name == "chance" else "top right",
         )
+    return list(levels.values())
 
 
 def _published_traces(task: str, metric: str) -> list[go.Scatter]:
@@ -292,19 +465,20 @@ def rank_curves(ranks: pd.DataFrame) -> go.Figure:
         :attr:`probekit.probes.results.ProbeResults.ranks`.
     """
     metric = "effective_rank"
-    figure = go.Figure()
-    for model, colour in model_colours(ranks).items():
+    figure = LayerFigure()
+    for model, look in model_looks(ranks).items():
         curve = ranks[ranks.model == model].rename(columns={metric: "value"})
         traces = curve_traces(
             curve.assign(plateau=pd.NA).reset_index(drop=True),
             name=model,
             control="none",
-            colour=colour,
-            symbol=SYMBOLS[0],
+            colour=look.colour,
+            symbol=look.symbol,
             metric=metric,
+            dash=look.dash,
         )
         figure.add_traces(traces)
-    apply_style(figure, title="How many directions do states use? — effective rank by layer")
+    apply_style(figure, title="How many directions do states use?", subtitle="effective rank")
     figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(ranks.layer.nunique()))
     return figure.update_yaxes(title=f"{metric_words(metric)} (test images)", rangemode="tozero")
 
@@ -331,19 +505,19 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
         A panel for each of them.
     """
     heat = table[(table.task == task) & table.metric.isin(HEAT_METRICS)]
-    panels = {}
+    readers = {}
     of_probe = heat[heat.probe != LENS]
     if len(of_probe):
         rows, pooling_words = first_pooling(of_probe)
-        panels[f"local probe{pooling_words}"] = rows
+        readers[f"local probe{pooling_words}"] = rows
     if (heat.probe == LENS).any():
-        panels["lens: the word for the category"] = heat[heat.probe == LENS]
-    figure = make_subplots(
-        1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.04
+        readers["lens: the word for the category"] = heat[heat.probe == LENS]
+    figure = panels(
+        1, len(readers), subplot_titles=list(readers), shared_yaxes=True, horizontal_spacing=0.04
     )
-    colours = model_colours(table)
-    for column, rows in enumerate(panels.values(), 1):
-        for trace in _heat_traces(rows, colours=colours):
+    looks = model_looks(table)
+    for column, rows in enumerate(readers.values(), 1):
+        for trace in _heat_traces(rows, looks=looks):
             # The entries of the first panel stand for both.
             trace.showlegend = bool(trace.showlegend) and column == 1
             figure.add_trace(trace, row=1, col=column)
@@ -352,7 +526,7 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
             y=rows[of_area].value.mean(),
             line={"color": GREY, "width": 1.5},
             annotation_text="share of area",
-            annotation_font_color=GREY,
+            annotation_font={"color": GREY, "size": 12},
             annotation_position="bottom right",
             row=1,
             col=column,
@@ -360,19 +534,18 @@ def localisation_curves(table: pd.DataFrame, task: str, *, relative: bool = Fals
     figure.add_trace(legend_entry(ABSENT_WORDS, line={"dash": "dot", "color": GREY}))
     apply_style(
         figure,
-        title="Where in the image: heat within the boxes of the category",
+        title="Heat in the boxes, by layer",
+        subtitle=task_words(task),
         height=480,
-        width=FULL_PAGE if len(panels) > 1 else HALF_PAGE,
+        width=FULL_PAGE if len(readers) > 1 else HALF_PAGE,
         panel_titles=True,
     )
-    if len(panels) == 1:
-        make_room_for_legend(figure)
     figure.update_yaxes(title="share of heat in the boxes", col=1)
-    figure.update_yaxes(rangemode="tozero")
+    set_score_axis(figure, "heat_in_boxes")
     return add_depth_menu(figure, relative=relative)
 
 
-def _heat_traces(rows: pd.DataFrame, *, colours: dict[str, str]) -> list[go.Scatter]:
+def _heat_traces(rows: pd.DataFrame, *, looks: dict[str, ModelLook]) -> list[go.Scatter]:
     """Return the curves of one reader: of categories in their boxes, and of absent ones there."""
     traces = []
     curves = rows[rows.metric != "area_in_boxes"]
@@ -389,18 +562,19 @@ def _heat_traces(rows: pd.DataFrame, *, colours: dict[str, str]) -> list[go.Scat
             curve.reset_index(drop=True),
             name=name,
             control=control,
-            colour=colours[model],
-            symbol=SYMBOLS[0],
+            colour=looks[model].colour,
+            symbol=looks[model].symbol,
             metric=metric,
-            dash="dot" if is_absent else None,
+            dash="dot" if is_absent else CONTROL_DASHES.get(control, "solid"),
         )
         line = of_curve[-1]
         if is_absent:
             line.update(
                 showlegend=False,
                 opacity=0.8,
-                line={"width": 1.5},
-                mode="lines",
+                line={"width": 1.2},
+                marker={"size": 4},
+                mode="lines+markers",
                 legendgroup=ABSENT_WORDS,
             )
             of_curve = [line]
@@ -453,7 +627,7 @@ def loss_curves(
     epoch_axis = np.arange(1, epochs + 1)
     means = losses.groupby(["model", "layer", "split", "epoch"]).loss.mean()
 
-    figure = make_subplots(
+    figure = panels(
         1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
     )
     ys_by_layer: dict[str, list[list[float | None]]] = {layer: [] for layer in layers}
@@ -496,8 +670,14 @@ def loss_curves(
         "currentvalue": {"prefix": "decoder layer "},
         "pad": {"t": 44},
     }
-    title = f"Loss of the {probe} probe — {task_words(task)}{pooling_note(all_poolings, pooling)}"
-    apply_style(figure, title=title, height=490, width=FULL_PAGE, panel_titles=True)
+    apply_style(
+        figure,
+        title=f"Loss of the {probe} probe",
+        subtitle=task_words(task) + pooling_note(all_poolings, pooling),
+        height=490,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     figure.update_layout(margin={"b": 110}, sliders=[slider])
     figure.update_xaxes(title="epoch", dtick=1 if epochs <= 20 else None)
     drawn = means[means.index.get_level_values("layer").isin(layers)]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Container
 import numpy as np
 import pandas as pd
 
+from probekit.report.marked_words import likeness
+
 
 def surprise(p_lnc: np.ndarray, y_nc: np.ndarray, mask_nc: np.ndarray) -> np.ndarray:
     """Measure how sure the last layer's probe is of a wrong answer.
@@ -83,6 +85,65 @@ def known_not_said(
     """
     more_nc = p_lnc[-1].astype(np.float32) - said_nc.astype(np.float32)
     return (np.where(y_nc > 0, more_nc, -more_nc) * mask_nc).sum(1) / mask_nc.sum(1).clip(1)
+
+
+def clear_example(
+    p_lnc: np.ndarray, in_boxes_nc: np.ndarray, *, y_nc: np.ndarray, mask_nc: np.ndarray
+) -> tuple[int, int] | None:
+    """Find the example that shows best what a probe reads, and the class that it shows it of.
+
+    Of the examples whose counted answers are all right at the last layer, it is the one with the
+    largest product of two numbers, each of one class that is truly there: the rise of its
+    probability from the first layer to the last, and the share of its heat that lies in its boxes.
+    Of equal ones it is the first.
+
+    Parameters
+    ----------
+    p_lnc, y_nc, mask_nc
+        See :func:`surprise`.
+    in_boxes_nc : ndarray, (n, c)
+        Share of the last layer's heat that lies in the class's boxes; 0 where there is none.
+
+    Returns
+    -------
+    tuple of int, or None
+        Row number of the example and number of the class; None where no class that is truly there
+        has heat in its boxes and a probability that rises.
+    """
+    is_right_nc = ((p_lnc[-1] >= 0.5) == (y_nc > 0)) | (mask_nc == 0)
+    rise_nc = p_lnc[-1].astype(np.float32) - p_lnc[0].astype(np.float32)
+    clearness_nc = rise_nc * in_boxes_nc * (y_nc > 0) * (mask_nc > 0)
+    clearness_nc[~is_right_nc.all(axis=1)] = 0
+    if not clearness_nc.max(initial=0) > 0:
+        return None
+    place, c = np.unravel_index(clearness_nc.argmax(), clearness_nc.shape)
+    return int(place), int(c)
+
+
+def find_counterpart(rows: pd.DataFrame, place: int) -> pd.Series | None:
+    """Find what else is asked about an image, with the other answer: the caption that is wrong.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        A task's n test examples.
+    place : int
+        Row number of an example.
+
+    Returns
+    -------
+    Series or None
+        Of the examples of the same image whose right answer is the other one, that with the most
+        alike prompt; None without one, and for tasks that are not binary.
+    """
+    row = rows.iloc[place]
+    if row.kind != "binary":
+        return None
+    same_image = rows[rows.image_id == row.image_id]
+    others = [other for _, other in same_image.iterrows() if other.labels[0] != row.labels[0]]
+    if not others:
+        return None
+    return max(others, key=lambda other: likeness(row.prompt, other.prompt))
 
 
 UNSORTED = "as drawn"

@@ -22,7 +22,15 @@ from probekit.paths import Home
 from probekit.probes.localisation import NOT_POOLED, POOLINGS, HeatMap, box_shares
 from probekit.probes.results import ProbeKey, StateKey
 from probekit.report import pictures
-from probekit.report.example_search import KNOWN_NOT_SAID, ORDERS, find_examples
+from probekit.report.example_search import (
+    KNOWN_NOT_SAID,
+    ORDERS,
+    clear_example,
+    find_counterpart,
+    find_examples,
+)
+from probekit.report.explorer_keys import ExplorerKeys
+from probekit.report.marked_words import Ends, common_ends, mark_words, shorten
 from probekit.report.saved_run import SavedRun, list_runs
 from probekit.report.style import PALETTE
 from probekit.report.templates import render
@@ -34,7 +42,16 @@ HEAT_PROBE = "logreg"
 LENSES = (LENS, TUNED_LENS)
 # Who reads the image tokens for the heat.
 PROBE_HEAT, LENS_HEAT = "this probe", "lens"
-LONGEST_NEIGHBOUR_PROMPT = 90  # characters
+LONGEST_NEIGHBOUR_TEXT = 90  # characters
+MOST_ANSWERS = 2  # of an image that are shown where the example itself has none
+KEYS = (
+    ("← →", "example"),
+    ("↑ ↓", "layer"),
+    ("h", "heat"),
+    ("b", "boxes"),
+    ("t", "borders of tokens"),
+    ("Esc", "back to the notebook"),
+)
 
 
 class NoMatch(ValueError):
@@ -55,8 +72,8 @@ class ModelChoice(NamedTuple):
     pooling: str
 
 
-class _AnswerRow(NamedTuple):
-    """A row of the table of answers."""
+class _ProbedClass(NamedTuple):
+    """A row of the table of what the probes of a layer say."""
 
     colour: str
     name: str
@@ -68,9 +85,17 @@ class _AnswerRow(NamedTuple):
         return (self.p >= 0.5) == self.is_yes
 
 
+class _Answer(NamedTuple):
+    """What the model says, and what it was asked: empty where that is the prompt on the screen."""
+
+    said: Said
+    asked: str
+
+
 class _Neighbour(NamedTuple):
     """A few words about a similar example."""
 
+    url: str
     label: str
     words: str
     is_same_image: bool
@@ -78,6 +103,15 @@ class _Neighbour(NamedTuple):
 
 class Explorer:
     """A widget to look at single examples: image, prompt, answers by layer, heat, neighbours.
+
+    It opens on a clear example, not on a typical one: of the first model and its first local task
+    with stored heat, at the last layer, the example that
+    :func:`probekit.report.example_search.clear_example` chooses. There the last layer's probes are
+    right, an object that is truly there lies in a box, and the product of two numbers is largest:
+    how far the probability of this object rises from the first layer to the last, and how much of
+    its heat is in its boxes. Where no example is like that, it opens on the first one.
+
+    While it has the focus, keys work as its last line says.
 
     Parameters
     ----------
@@ -97,114 +131,113 @@ class Explorer:
     def __init__(self, run: str, *, home: str | Path | Home | None = None) -> None:
         self.saved = SavedRun.open(run, home)
         self.rows = pd.DataFrame()  # test examples of the task
+        self.template = Ends("", "")  # what all their prompts begin and end with
         self.places = np.zeros(0, int)  # row numbers of the examples that match
         self.heat_map: HeatMap | None = None  # of the example that is shown
         self.no_heat_reason = ""  # as HTML
+        # What the model says to the example that is shown, or on its image; None: not looked up.
+        self.answers: list[_Answer] | None = None
+        self._asked_elsewhere: dict[str, tuple[pd.DataFrame, Ends]] = {}  # by task
+        self._known_boxes: dict[tuple[int, str], np.ndarray] = {}
         self._is_updating = False
         self._make_widgets()
         self._connect_widgets()
         self._offer_choices()
-        self.layer_slider.value = self.layer_slider.max
-        self._show_layer()
 
     # -------------------------------------------------------------------------------- widgets
 
     def _make_widgets(self) -> None:
-        full_width = widgets.Layout(width="98%")
-        column_width = widgets.Layout(width="250px")
-        content_width = widgets.Layout(width="auto")
         runs = dict.fromkeys([self.saved.name, *list_runs(self.saved.home)])
 
-        def dropdown(name: str, options: list[str] | None = None) -> widgets.Dropdown:
-            return widgets.Dropdown(description=name, options=options or [], layout=column_width)
+        def dropdown(name: str, options: Sequence[str] = ()) -> widgets.Dropdown:
+            return widgets.Dropdown(description=name, options=list(options))
 
         def checkbox(name: str, value: bool) -> widgets.Checkbox:
-            return widgets.Checkbox(
-                description=name, value=value, indent=False, layout=content_width
-            )
+            return widgets.Checkbox(description=name, value=value, indent=False)
 
         self.run_dropdown = dropdown("run", list(runs))
         self.model_dropdown = dropdown("model")
         self.task_dropdown = dropdown("task")
         self.probe_dropdown = dropdown("probe")
-        self.order_dropdown = dropdown("order", list(ORDERS))
+        self.order_dropdown = dropdown("order", ORDERS)
         self.image_category_dropdown = dropdown("shows", [ANY_CATEGORY])
         self.search_box = widgets.Text(
-            description="search",
-            placeholder="words in the prompt",
-            continuous_update=False,
-            layout=column_width,
+            description="search", placeholder="words in the prompt", continuous_update=False
         )
         self.match_count = widgets.Label()
-        self.example_slider = widgets.IntSlider(
-            description="example", min=0, max=0, layout=full_width
-        )
-        self.layer_slider = widgets.IntSlider(description="layer", min=0, max=0, layout=full_width)
-        self.photo = widgets.Image(format="jpeg", layout=widgets.Layout(width="100%"))
-        self.heat_category_dropdown = widgets.Dropdown(
-            description="category", options=[], layout=widgets.Layout(width="210px")
-        )
+        self.example_slider = widgets.IntSlider(description="example", min=0, max=0)
+        self.layer_slider = widgets.IntSlider(description="layer", min=0, max=0)
+        self.photo = widgets.Image(format="jpeg")
+        self.heat_category_dropdown = dropdown("of")
         self.heat_checkbox = checkbox("heat", True)
-        self.heat_reader_dropdown = widgets.Dropdown(
-            description="heat of",
-            options=[PROBE_HEAT, LENS_HEAT],
-            layout=widgets.Layout(width="210px"),
-        )
+        self.heat_reader_dropdown = dropdown("by", [PROBE_HEAT, LENS_HEAT])
         self.boxes_checkbox = checkbox("boxes", True)
+        self.borders_checkbox = checkbox("tokens", False)
         self.run_model_checkbox = checkbox("run the model where none is stored", False)
+        self.heat_legend = widgets.HTML()
         self.heat_share = widgets.HTML()
-        self.erase_dropdown = widgets.Dropdown(
-            description="erase here",
-            options=[("nothing", "")],
-            layout=widgets.Layout(width="250px"),
-        )
+        self.erase_dropdown = dropdown("erase here")
+        self.erase_dropdown.options = [("nothing", "")]
         self.erased_answer = widgets.HTML()
-        self.erase_controls = widgets.HBox([self.erase_dropdown, self.erased_answer])
         self.curve = widgets.HTML()
         self.details = widgets.HTML()
         self.message = widgets.HTML()
-        self.neighbour_photos = widgets.Image(format="jpeg")
-        self.neighbour_words = widgets.HTML()
+        self.neighbours = widgets.HTML()
+        self.keys = ExplorerKeys()
+        key_line = widgets.HTML(render("explorer_keys.html.jinja", keys=KEYS))
 
-        wrapping = widgets.Layout(flex_flow="row wrap")
-        first_row = widgets.HBox(
-            [self.run_dropdown, self.model_dropdown, self.task_dropdown, self.probe_dropdown],
-            layout=wrapping,
+        filters = _box(
+            widgets.HBox,
+            "filters",
+            self.run_dropdown,
+            self.model_dropdown,
+            self.task_dropdown,
+            self.probe_dropdown,
+            self.order_dropdown,
+            self.image_category_dropdown,
+            self.search_box,
         )
-        second_row = widgets.HBox(
-            [self.order_dropdown, self.image_category_dropdown, self.search_box, self.match_count],
-            layout=wrapping,
+        sliders = _box(
+            widgets.HBox, "sliders", self.example_slider, self.match_count, self.layer_slider
         )
-        drawing_choices = widgets.HBox(
-            [self.heat_category_dropdown, self.heat_checkbox, self.boxes_checkbox]
+        self.heat_controls = [
+            self.heat_checkbox,
+            self.heat_category_dropdown,
+            self.heat_reader_dropdown,
+            self.borders_checkbox,
+        ]
+        drawing = _box(
+            widgets.HBox,
+            "drawing",
+            self.heat_checkbox,
+            self.heat_category_dropdown,
+            self.heat_reader_dropdown,
+            self.boxes_checkbox,
+            self.borders_checkbox,
         )
-        self.heat_controls = widgets.VBox(
-            [drawing_choices, self.heat_reader_dropdown, self.run_model_checkbox]
+        self.photo.add_class("probekit-photo")
+        left = _box(
+            widgets.VBox,
+            "left",
+            self.photo,
+            drawing,
+            self.heat_legend,
+            self.heat_share,
+            self.run_model_checkbox,
         )
-        left = widgets.VBox(
-            [self.photo, self.heat_controls, self.heat_share],
-            layout=widgets.Layout(flex="0 0 400px"),
-        )
-        right = widgets.VBox(
-            [
-                self.example_slider,
-                self.layer_slider,
-                self.curve,
-                self.erase_controls,
-                self.details,
-            ],
-            layout=widgets.Layout(flex="1 1 380px"),
-        )
-        self.view = widgets.VBox(
-            [
-                first_row,
-                second_row,
-                self.message,
-                widgets.HBox([left, right]),
-                widgets.HTML("<b>Nearest in this layer</b>"),
-                self.neighbour_photos,
-                self.neighbour_words,
-            ]
+        self.erase_controls = _box(widgets.HBox, "erase", self.erase_dropdown, self.erased_answer)
+        self.details.add_class("probekit-details")
+        right = _box(widgets.VBox, "right", self.curve, self.details, self.erase_controls)
+        self.view = _box(
+            widgets.VBox,
+            "explorer",
+            filters,
+            sliders,
+            self.message,
+            _box(widgets.HBox, "main", left, right),
+            self.neighbours,
+            key_line,
+            self.keys,
         )
 
     def _connect_widgets(self) -> None:
@@ -227,10 +260,27 @@ class Explorer:
                 self.heat_category_dropdown,
                 self.heat_checkbox,
                 self.boxes_checkbox,
+                self.borders_checkbox,
             ],
         )
-
         self._react(self._show_erased_answer, [self.erase_dropdown])
+        self.keys.observe(self._press_keys, "presses")
+
+    def _press_keys(self, change: dict[str, dict[str, int]]) -> None:
+        """Do what keys stand for that were pressed since the last time, some of them repeatedly."""
+        before = change["old"]
+        counts = {key: count - before.get(key, 0) for key, count in change["new"].items()}
+
+        def move(slider: widgets.IntSlider, forward: str, backward: str) -> None:
+            steps = counts.get(forward, 0) - counts.get(backward, 0)
+            slider.value = min(max(slider.value + steps, slider.min), slider.max)
+
+        move(self.example_slider, "ArrowRight", "ArrowLeft")
+        move(self.layer_slider, "ArrowUp", "ArrowDown")
+        toggles = {"h": self.heat_checkbox, "b": self.boxes_checkbox, "t": self.borders_checkbox}
+        for key, checkbox in toggles.items():
+            if counts.get(key, 0) % 2:
+                checkbox.value = not checkbox.value
 
     def _react(
         self, reaction: Callable[[], None], changed_widgets: Sequence[widgets.Widget]
@@ -251,9 +301,10 @@ class Explorer:
                 self.message.value = _fill("<i>{}</i>", str(error))
             except Exception:
                 self.message.value = _fill(
-                    "<pre style='color:#b00020'>{}</pre>", traceback.format_exc()
+                    "<pre class='probekit-error'>{}</pre>", traceback.format_exc()
                 )
             finally:
+                _show(self.message, bool(self.message.value))
                 self._is_updating = False
 
         for widget in changed_widgets:
@@ -335,11 +386,51 @@ class Explorer:
         with_pooling = len({choice.pooling for choice in models}) > 1
         model_options = [(_model_words(choice, with_pooling), choice) for choice in models]
         categories = sorted(self.saved.instances.category.unique())
+        self._known_boxes = {}
+        self._asked_elsewhere = {}
         self._is_updating = True
         _set_options(self.model_dropdown, model_options)
         _set_options(self.image_category_dropdown, [ANY_CATEGORY, *categories])
+        tasks = [key.task for key in keys if ModelChoice(*key[:3]) == model_options[0][1]]
+        _set_options(self.task_dropdown, [self._first_task(tasks)])
         self._choose_probe()
+        self.layer_slider.value = self.layer_slider.max
+        self._choose_clear_example()
+        self._show_example()
         self._is_updating = False
+
+    def _first_task(self, tasks: Sequence[str]) -> str:
+        """Return the first local task whose heat is stored, else the first task."""
+        model: ModelChoice = self.model_dropdown.value
+        with_heat = [
+            task
+            for task in tasks
+            if ProbeKey(*StateKey(*model, task), HEAT_PROBE) in self.saved.stored_heat.files
+        ]
+        return [*with_heat, *tasks][0]
+
+    def _choose_clear_example(self) -> None:
+        """Choose the example to begin with, see the class; without one, the first stays chosen."""
+        if self.task.kind != "multilabel":
+            return
+        in_boxes_nc = np.zeros(self.p_lnc.shape[1:])
+        for place in range(len(self.rows)):
+            row = self.rows.iloc[place]
+            heat_map = self.saved.stored_heat.get(self.heat_key, row.image_id)
+            if heat_map is None:
+                continue
+            for c in np.flatnonzero(np.array(row.labels) * row["mask"]):
+                boxes_b4 = self.saved.boxes(row.image_id, self.task.classes[c])
+                shares = box_shares(heat_map, boxes_b4)
+                if shares is not None:
+                    in_boxes_nc[place, c] = shares.heat_lc[-1, c]
+        y_nc = np.array(self.rows.labels.tolist())
+        mask_nc = np.array(self.rows["mask"].tolist())
+        clear = clear_example(self.p_lnc, in_boxes_nc, y_nc=y_nc, mask_nc=mask_nc)
+        if clear is not None:
+            place, category_number = clear
+            self.example_slider.value = place
+            self.heat_category_dropdown.value = self.task.classes[category_number]
 
     def _choose_probe(self) -> None:
         chosen = self.model_dropdown.value
@@ -353,17 +444,19 @@ class Explorer:
         orders = [*ORDERS] if self.said_nc is None else [*ORDERS, KNOWN_NOT_SAID]
         _keep_option(self.order_dropdown, orders)
         erasures = self._erasures
-        self.erase_controls.layout.display = None if erasures else "none"
+        _show(self.erase_controls, bool(erasures))
         sites = next(iter(erasures.values()), [])
         _keep_option(
             self.erase_dropdown,
             [("nothing", ""), *((f"from {SITE_WORDS[site]}", site) for site in sites)],
         )
         is_local = self.task.kind == "multilabel"
-        self.heat_controls.layout.display = None if is_local else "none"
+        for control in self.heat_controls:
+            _show(control, is_local)
         if is_local and self.heat_category_dropdown.options != tuple(self.task.classes):
             _set_options(self.heat_category_dropdown, list(self.task.classes))
         self.rows = self.saved.test_examples(self.task_dropdown.value)
+        self.template = common_ends(self.rows.prompt.tolist())
         self.layer_slider.max = len(self.p_lnc) - 1
         self._find_examples()
 
@@ -393,6 +486,7 @@ class Explorer:
         if self.task.kind == "multilabel":
             self._choose_heat_category(row)
         self._find_heat(row)
+        self.answers = None
         self._show_layer()
 
     def _choose_heat_category(self, row: pd.Series) -> None:
@@ -409,6 +503,7 @@ class Explorer:
     def _find_heat(self, row: pd.Series) -> None:
         """Set the heat map of an example, or the reason why there is none."""
         self.heat_map = None
+        is_stored = True
         if self.task.kind != "multilabel":
             self.no_heat_reason = (
                 "Image tokens stand before the text: only category tasks have heat."
@@ -423,12 +518,35 @@ class Explorer:
             self.no_heat_reason = (
                 "No heat is stored for this example: tick “run the model where none is stored”."
             )
+            is_stored = self.saved.stored_heat.get(self.heat_key, row.image_id) is not None
             try:
                 self.heat_map = self.saved.heat_map(
                     self.heat_key, row, run_model=self.run_model_checkbox.value
                 )
             except (NoTokenGrid, NoAnswers) as error:
                 self.no_heat_reason = _fill("{}", str(error))
+        _show(self.run_model_checkbox, not is_stored)
+
+    def _find_answers(self, row: pd.Series) -> list[_Answer]:
+        """Look up what the model says to an example, else what it says of its image elsewhere."""
+        said_nc = self.said_nc
+        if said_nc is not None:
+            return [_Answer(Said.of(said_nc[self.place], row, self.task), "")]
+        for task, info in self.saved.results.tasks.items():
+            said_nc = said_probabilities(self.saved.results, self.state._replace(task=task))
+            if said_nc is None or info.kind != "binary":
+                continue
+            if task not in self._asked_elsewhere:
+                rows = self.saved.test_examples(task)
+                self._asked_elsewhere[task] = rows, common_ends(rows.prompt.tolist())
+            rows, template = self._asked_elsewhere[task]
+            answers = []
+            for place in np.flatnonzero(rows.image_id == row.image_id)[:MOST_ANSWERS]:
+                example = rows.iloc[place]
+                asked = template.strip_from(example.prompt)
+                answers.append(_Answer(Said.of(said_nc[place], example, info), asked))
+            return answers
+        return []
 
     def _show_layer(self) -> None:
         place = self.place
@@ -436,29 +554,59 @@ class Explorer:
         layer = self.layer_slider.value
         self._show_photo(row, layer)  # first what takes the browser longest
         self._show_answers(row, place, layer)
+        self._explain_heat(row, layer)
         self._show_erased_answer()
         self._show_neighbours(row, place, layer)
 
     def _show_photo(self, row: pd.Series, layer: int) -> None:
-        photo = pictures.load_photo(self.saved.home.resolve(row.file))
-        category = self.heat_category_dropdown.value
-        boxes_b4 = np.zeros((0, 4))
+        photo = pictures.load_photo(self.saved.home.resolve(row.file), enlarge=True)
+        if self.heat_map is not None and self.heat_checkbox.value:
+            c = self.task.classes.index(self.heat_category_dropdown.value)
+            heat_t = self.heat_map.heat_ltc[layer, :, c]
+            heat_t = heat_t / max(heat_t.max(), 1e-9)
+            photo = pictures.draw_heat(photo, heat_t, self.heat_map.cells_t4)
+        if self.heat_map is not None and self.borders_checkbox.value:
+            photo = pictures.draw_borders(photo, self.heat_map.cells_t4)
+        if self.boxes_checkbox.value:
+            for category in self._boxed_categories(row):
+                boxes_b4 = self._boxes(row, category)
+                photo = pictures.draw_boxes(photo, boxes_b4, name=category)
+        self.photo.value = pictures.encode_jpeg(photo)
+
+    def _boxes(self, row: pd.Series, category: str) -> np.ndarray:
+        """Return the boxes (b, 4) of a category in an example's image; they are looked up once."""
+        key = (row.image_id, category)
+        if key not in self._known_boxes:
+            self._known_boxes[key] = self.saved.boxes(*key)
+        return self._known_boxes[key]
+
+    def _boxed_categories(self, row: pd.Series) -> list[str]:
+        """Return whose boxes are drawn: the chosen category, or what the prompt names."""
         if self.task.kind == "multilabel":
-            boxes_b4 = self.saved.boxes(row.image_id, category)
+            return [self.heat_category_dropdown.value]
+        prompt = row.prompt.lower()
+        shown = self.saved.categories_of(row.image_id)
+        return [name for name in shown if name in row.asked or name.lower() in prompt]
+
+    def _explain_heat(self, row: pd.Series, layer: int) -> None:
+        """Say what the colours of the heat mean, and how much of it is in boxes."""
+        self.heat_legend.value = ""
         if self.heat_map is None:
             self.heat_share.value = self.no_heat_reason
-        else:
-            c = self.task.classes.index(category)
-            self.heat_share.value = _share_words(
-                self.heat_map, boxes_b4, category=category, c=c, layer=layer
+            return
+        category = self.heat_category_dropdown.value
+        c = self.task.classes.index(category)
+        boxes_b4 = self._boxes(row, category)
+        self.heat_share.value = _share_words(
+            self.heat_map, boxes_b4, category=category, c=c, layer=layer
+        )
+        if self.heat_checkbox.value:
+            self.heat_legend.value = render(
+                "explorer_legend.html.jinja",
+                colours=pictures.css_heat_scale(),
+                largest=self.heat_map.heat_ltc[layer, :, c].max(),
+                unit="log-probability" if self.heat_key.probe == LENS else "log-odds",
             )
-            if self.heat_checkbox.value:
-                heat_t = self.heat_map.heat_ltc[layer, :, c]
-                heat_t = heat_t / max(heat_t.max(), 1e-9)
-                photo = pictures.draw_heat(photo, heat_t, self.heat_map.cells_t4)
-        if self.boxes_checkbox.value:
-            photo = pictures.draw_boxes(photo, boxes_b4)
-        self.photo.value = pictures.encode_jpeg(photo)
 
     def _show_answers(self, row: pd.Series, place: int, layer: int) -> None:
         counted = np.flatnonzero(row["mask"])
@@ -467,22 +615,27 @@ class Explorer:
         p_lc = self.p_lnc[:, place, counted].astype(float)
         lens_lnc = lens_probabilities(self.saved.results, self.state)
         lens_lc = None if lens_lnc is None else lens_lnc[:, place, counted].astype(float)
-        said_nc = self.said_nc
-        said = None if said_nc is None else Said.of(said_nc[place], row, self.task)
         self.curve.value = pictures.curve_svg(
             p_lc, names, labels=labels, layer=layer, lens_lc=lens_lc
         )
-        answers = []
+        if self.answers is None:
+            self.answers = self._find_answers(row)
+        probed = []
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
-            answers.append(_AnswerRow(colour, name, bool(label), p_lc[layer, number]))
+            probed.append(_ProbedClass(colour, name, bool(label), p_lc[layer, number]))
+        counterpart = find_counterpart(self.rows, place)
+        other_prompt = row.prompt if counterpart is None else counterpart.prompt
         self.details.value = render(
             "explorer_details.html.jinja",
-            prompt=row.prompt,
+            prompt=mark_words(row.prompt, other_prompt),
+            other=None if counterpart is None else shorten(mark_words(other_prompt, row.prompt)),
+            is_right=bool(row.labels[0]),
             categories=self.saved.categories_of(row.image_id),
             layer_name=f"lm.{layer:02d}",
-            answers=answers,
-            said=said,
+            probed=probed,
+            answers=self.answers,
+            has_lens=lens_lc is not None,
         )
 
     def _show_erased_answer(self) -> None:
@@ -523,13 +676,9 @@ class Explorer:
             neighbours = self.rows.iloc[:0]
         else:
             neighbours = self.rows.iloc[neighbours_lnk[layer, place]]
-        strip = pictures.thumbnail_strip(
-            [self.saved.home.resolve(file) for file in neighbours.file]
-        )
-        self.neighbour_photos.value = pictures.encode_jpeg(strip)
-        self.neighbour_photos.layout.width = f"{strip.width}px" if len(neighbours) else "0"
-        self.neighbour_words.value = render(
+        self.neighbours.value = render(
             "explorer_neighbours.html.jinja",
+            layer_name=f"lm.{layer:02d}",
             neighbours=[
                 self._describe_neighbour(
                     neighbour, is_same_image=neighbour.image_id == row.image_id
@@ -539,12 +688,26 @@ class Explorer:
         )
 
     def _describe_neighbour(self, row: pd.Series, *, is_same_image: bool) -> _Neighbour:
-        """Take a binary task's label and prompt, or the classes that are truly there."""
+        """Take a binary task's label and what its prompt asks, or the classes that are there."""
+        url = pictures.thumbnail_url(self.saved.home.resolve(row.file))
         if self.task.kind == "binary":
             label = "yes" if row.labels[0] else "no"
-            return _Neighbour(label, row.prompt[:LONGEST_NEIGHBOUR_PROMPT], is_same_image)
+            prompt = self.template.strip_from(row.prompt)
+            return _Neighbour(url, label, prompt[:LONGEST_NEIGHBOUR_TEXT], is_same_image)
         names = [name for name, label in zip(self.task.classes, row.labels, strict=True) if label]
-        return _Neighbour("", ", ".join(names), is_same_image)
+        return _Neighbour(url, "", ", ".join(names), is_same_image)
+
+
+def _show(widget: widgets.Widget, is_shown: bool) -> None:
+    """Show a widget, or take it out of the explorer with the space that it needs."""
+    widget.layout.display = None if is_shown else "none"
+
+
+def _box(kind: type[widgets.Box], name: str, *children: widgets.Widget) -> widgets.Box:
+    """Return a box whose look `explorer.css` describes under ``.probekit-<name>``."""
+    box = kind(list(children))
+    box.add_class(f"probekit-{name}")
+    return box
 
 
 def _set_options(dropdown: widgets.Dropdown, options: list) -> None:

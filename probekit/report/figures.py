@@ -18,9 +18,9 @@ from probekit.report.wordings import wordings_figure
 from probekit.tasks.variants import has_plain_wording, wording_families
 
 BAND_NOTE = (
-    "Bands are 95 % bootstrap intervals over test images. Highlighted layers cannot be told apart "
-    "from the best one (99 % confidence). Dashed lines are controls, which should lie at chance or "
-    "bound what a score means."
+    "Bands: 95 % intervals over test images. Highlighted: layers that cannot be told apart from "
+    "the best. Grey: the controls; hover to list them, or press “controls”. One that is clearly "
+    "above chance has a line of its own. Only what lies above them is about the layer."
 )
 
 # Groups of figures on the page, beside the tasks.
@@ -105,14 +105,11 @@ def run_figures(
     for task in dict.fromkeys(table.task[table.metric == "heat_in_boxes"]):
         figures[f"{task}_localisation"] = Figure(
             curves.localisation_curves(table, task, relative=relative),
-            "The local logreg probe, applied to every image token, and the lens: which category's "
-            "word each image token would say through the model's own final norm and output "
-            "embedding. Heat is how far a token's score for a category lies above the "
-            "image's mean; drawn is the share of it that lies in the boxes of that category's "
-            "instances, over all pairs of test image and category (bands: 95 % over images). The "
-            "grey line is the share of tokens in the boxes. Dotted: categories that the image does "
-            "not show, in the same boxes: any object stands out from its background, and only what "
-            "lies above that line is about the category. Dashed: random weights.",
+            "Where the local logreg probe, applied to every image token, sees a category, and "
+            "where the lens would say its word. Drawn is the share of that heat in the boxes of "
+            "the category (bands: 95 % intervals over images). Grey line: the share of tokens in "
+            "the boxes. Dotted: heat of categories that the image does not show, in the same "
+            "boxes. Dashed: random weights. Only what lies above these is about the category.",
             "Where in the image",
         )
     return {
@@ -156,15 +153,11 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             continue
         figures[f"{task}_known_and_said"] = Figure(
             known_and_said_figure(table, task, info, probe=probe),
-            f"{info.question} Blue: what a probe reads off each layer's last token. Orange: what "
-            "the model itself answers to the same test images, and dashed what it would score if "
-            "it said yes from another probability on (chosen on validation): a model that says "
-            "yes to everything may still know better. Dotted, with its 95 % interval: how far the "
-            "best probe (chosen on validation) is above the answer. Green: what each layer would "
-            "answer through the model's own final norm and output embedding (the logit lens); it "
-            "underestimates early layers, so the probe is mostly the upper curve. Green, dashed: "
-            "the tuned lens, which first maps a layer's states to the last one's by what training "
-            "examples show. Grey: the controls of the probe, and a guess.",
+            f"{info.question} Blue: what a probe reads off each layer’s last token. Orange: the "
+            "model’s own answer to the same test images; dashed, with a threshold chosen on "
+            "validation images. In the titles: how far the best probe lies above the answer. "
+            "Green: what each layer would answer (the lens; dashed, the tuned lens). The lens "
+            "underestimates early layers. Grey: the probe’s controls, and a guess.",
             section,
         )
         is_decided = (table.metric == "decided") & (table.probe == LENS)
@@ -172,7 +165,7 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             figures[f"{task}_decided"] = Figure(
                 curves.layer_curves(table, task, "decided", probe=LENS, relative=relative),
                 "The share of test examples whose final answer is on top, through the lens, from "
-                "this layer on. It says when an answer is settled, right or wrong.",
+                "this layer on: when an answer is settled, right or wrong. Grey: the controls.",
                 section,
             )
     return figures
@@ -187,58 +180,52 @@ def _used_figures(table: pd.DataFrame) -> dict[str, Figure]:
         if used.erasures_of(rows):
             figures[f"{task}_used"] = Figure(
                 used.used_figure(table, task),
-                "Blue: what a probe reads off each layer's last token. Orange: what the model says "
-                "when it is left alone. The other lines: what it says once the concept is erased "
-                "from a layer's tokens, from image tokens all categories (they come before the "
-                "question), from text tokens and the last one the right answer. Grey: one random "
-                "subspace for each, moved by as much. Where a line falls below the grey band, what "
-                "was erased there is used. Where it does not fall, the model may use it elsewhere, "
-                "or read it off another direction.",
+                "Blue: what a probe reads off each layer’s last token. Orange: the model’s "
+                "answer. The other lines: its answer once the concept is erased from these tokens "
+                "of a layer. Grey: one random subspace for each, moved by as much. What falls "
+                "below the grey band is used. What does not fall may be used elsewhere, or along "
+                "another direction.",
                 section,
             )
             figures[f"{task}_effects"] = Figure(
                 used.effect_heatmap(table, task),
                 "Accuracy of the answer less that of the model left alone. A star: it takes more "
-                "than the random subspace on the same test images (5 %, corrected for the number "
-                "of layers, Holm). Empty cells are what could not be done; the table says why.",
+                "than the random subspace (5 %, corrected for the number of layers). Empty: could "
+                "not be done; the table says why.",
                 section,
             )
         is_read = (rows.metric == "probe_accuracy") & rows.intervention.isin(used.ERASURE_WORDS)
         if is_read.any():
             figures[f"{task}_rebuilt"] = Figure(
                 used.rebuilt_figure(table, task),
-                "Row: the layer where the concept was erased; column: the layer whose logreg probe "
-                "then reads the last token. A row that darkens to the right was rebuilt from "
-                "tokens that still have it.",
+                "Row: the layer where the concept was erased. Column: the layer whose logreg "
+                "probe then reads the last token. A row that darkens to the right was rebuilt.",
                 section,
             )
         if (rows.intervention == used.CUT).any():
             figures[f"{task}_routes"] = Figure(
                 used.routes_figure(table, task),
                 "The answer while some tokens no longer see others, in a window of blocks that "
-                "begins where the point is. Where a line dips, that is the way by which the answer "
-                "comes. The object’s tokens lie in the boxes of what is asked about; read them "
-                "against as many other image tokens, both on the images that have such boxes.",
+                "begins at the point. Where a line dips, the answer comes that way. Read the "
+                "object’s tokens against as many other image tokens.",
                 section,
             )
         if ((rows.intervention == used.STEER) & (rows.metric == "says_yes")).any():
             figures[f"{task}_doses"] = Figure(
                 used.doses_figure(table, task),
-                "How often the model says yes after multiples of the direction from the mean state "
-                "of no to that of yes were added, in standard deviations of the training states; a "
-                "line per layer. A direction that steers the answer need not be the one by which "
-                "the model finds it.",
+                "How often the model says yes after multiples of the direction from no to yes "
+                "were added, in standard deviations of the training states; a line per layer. A "
+                "direction that steers the answer need not be the one by which the model finds "
+                "it.",
                 section,
             )
     for task in used.tasks_on_inputs(table):
         figures[f"{task}_surroundings"] = Figure(
             used.surroundings_figure(table, task),
-            "Probes that were trained on whole images, and the model’s answer where it has one, on "
-            "the same test images: whole; with the asked object greyed, or its box; with all else "
-            "greyed; with the object’s area greyed elsewhere. A curve that stands with the box "
-            "greyed reads the surroundings. A curve that falls with the box and stands with the "
-            "object greyed reads the shape of the grey. How far grey disturbs by itself is what "
-            "the area elsewhere takes; boxes are larger.",
+            "Probes trained on whole images, and the model’s answer where it has one, on changed "
+            "test images. A curve that stands with the box greyed reads the surroundings. One "
+            "that falls with the box and stands with the object greyed reads the shape of the "
+            "grey. How far grey disturbs by itself is what the area elsewhere takes.",
             section,
         )
     return figures
@@ -254,14 +241,11 @@ def _wording_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]:
             continue
         figures[f"{task}_wordings"] = Figure(
             wordings_figure(results.metrics, results.transfer, results.tasks, task, probe=probe),
-            "The same things asked about the same test images in other words. Left: the logreg "
-            "probe of the plain wording, on the states of each wording (standardised by their own "
-            "mean and spread), scored by what it was trained for. Middle: what the model answers, "
-            "and what a probe of that very wording scores, at its best layer. Right: the share of "
-            "examples that are judged in another way than in the plain wording: the opposite "
-            "answer to a negated question judges in the same way. Where orange lies far to the "
-            "right of blue, the answer hangs on the wording, and what is known does not. Bands and "
-            "bars are 95 % intervals.",
+            "The same questions in other words. Left: the logreg probe of the plain wording, on "
+            "the states of each wording. Middle: what the model answers, and each wording’s probe "
+            "at its best layer. Right: the share of examples judged in another way than in the "
+            "plain wording. Where orange lies far to the right of blue, the answer hangs on the "
+            "wording, and what is known does not. Bands and bars: 95 % intervals.",
             "In other words",
         )
     return figures
@@ -271,16 +255,11 @@ def _slices_figure(results: ProbeResults, slices: pd.DataFrame, task: str, *, pr
     """Draw the scores of a task in slices of its test examples."""
     return Figure(
         slices_figure(slices, task, probe=probe),
-        "The test examples in slices: by the area of what is asked about (COCO's bounds, 32² and "
-        "96² pixels), by the number of instances in the image, by the length of the caption (or "
-        "prompt), and by whether some training image shows the same categories, or the same "
-        "category in its colour, together. Drawn is what varies. Circles: the probe at its best "
-        "layer, which all validation images chose. Diamonds: the model's answer. Recall is the "
-        "share of right answers where all answers of a slice are yes, or all no (not shown): read "
-        "these beside each other: a model that always says no is right about all that is not "
-        "there. "
-        "Bars are 95 % intervals over the slice's images. Slices differ in more than their names "
-        "say: small things also stand in crowded images.",
+        "The test examples in slices. Filled: the probe at its best layer, chosen on all "
+        "validation images. Open: the model’s answer. Bars: 95 % intervals over the slice’s "
+        "images. Recall is the share of right answers where all answers of a slice are yes, or "
+        "all no: a model that always says no is right about all that is not there. Slices differ "
+        "in more than their names say: small things also stand in crowded images.",
         SLICES,
     )
 
@@ -293,16 +272,15 @@ def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:
     return {
         "similarity": Figure(
             heatmaps.similarity_heatmap(results.similarity),
-            "Debiased linear CKA (Kornblith et al., 2019) of the same test images: 1 where the "
+            "Debiased linear CKA (Kornblith et al., 2019) on the same test images: 1 where the "
             "states of two layers are alike up to rotation and scale, 0 where they have nothing "
-            "to do with each other. Blocks are stretches of layers that change little.",
+            "to do with each other.",
             section,
         ),
         "effective_rank": Figure(
             curves.rank_curves(results.ranks),
-            "The participation ratio of the covariance's eigenvalues: how many equally large "
-            "directions would vary as much. Low where a few directions hold most of the variance. "
-            "Bands are 95 % bootstrap intervals over test images.",
+            "The participation ratio of the covariance’s eigenvalues: how many equally large "
+            "directions would vary as much. Bands: 95 % intervals over test images.",
             section,
         ),
     }
@@ -316,10 +294,9 @@ def _overview_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]
     if {"binary", "multilabel"} <= kinds:
         figures["global_and_local"] = Figure(
             comparisons.global_and_local(results.metrics, results.tasks, probe=probe),
-            "Left: both kinds of semantics by layer, both by accuracy, with chance at one half "
-            "where labels are balanced; stars are where each peaks. Right: each point is a layer, "
-            "at its scores in both. A path that leads up and to the right gains both; where it "
-            "turns left or down, one is traded for the other.",
+            "Left: both kinds of semantics by layer; stars mark the peaks. Right: each point is a "
+            "layer, at its scores in both. A path that leads up and to the right gains both; "
+            "where it turns left or down, one is traded for the other.",
             section,
         )
     caption_tasks = [
@@ -330,11 +307,10 @@ def _overview_figures(results: ProbeResults, *, probe: str) -> dict[str, Figure]
     if len(caption_tasks) > 1:
         figures["negatives"] = Figure(
             comparisons.task_curves(results.metrics, caption_tasks, probe=probe),
-            "The same question with wrong captions of several kinds, from easy to hard: of any "
-            "other image (caption), the most similar one of another image, one of an image with "
-            "the same categories, and the right one with two words swapped. Dotted: what the "
-            "captions alone give away, by their words and word order; only what lies above it "
-            "needs the image.",
+            "Wrong captions of several kinds, from easy to hard: of any other image, the most "
+            "similar one, one of an image with the same categories, the right one with two words "
+            "swapped. Dotted: what the captions alone give away. Only what lies above it needs "
+            "the image.",
             section,
         )
     return figures
@@ -380,31 +356,28 @@ def _score_figures(
         figures[f"{task}_selectivity"] = Figure(
             draw_metric("selectivity"),
             "Accuracy minus that of the same probe on a control task, whose labels are arbitrary "
-            "and can only be learnt by heart: what a layer gives beyond what the probe could "
-            "memorise.",
+            "and can only be learnt by heart.",
             section,
         )
     if has_codelength:
         figures[f"{task}_codelength"] = Figure(
             draw_metric("codelength"),
             "How many bits a label takes, given the states: each block of training labels is sent "
-            "with a probe that has seen the blocks before it. The uniform code takes 1; lower is "
+            "with a probe that has seen the blocks before it. The uniform code takes 1; less is "
             "easier to extract.",
             section,
         )
     if rows.pooling[rows.probe == probe].nunique() > 1:
         figures[f"{task}_poolings"] = Figure(
             comparisons.pooling_curves(table, task, metric, probe=probe),
-            "How tokens become one vector: the same probe on each pooling. Bands are 95 % "
-            "intervals.",
+            "How tokens become one vector: the same probe on each pooling. Bands: 95 % intervals.",
             section,
         )
     if rows.stage.nunique() > 1:
         figures[f"{task}_stages"] = Figure(
             comparisons.stage_curves(table, task, metric, probe=probe),
-            "From the image's patches to the last decoder layer: image encoder and projector see "
-            "the image alone, so they can know which categories are there, but nothing of a "
-            "caption.",
+            "From the image’s patches to the last layer. Image encoder and projector see the "
+            "image alone: they can know which categories are there, but nothing of a caption.",
             section,
         )
     return figures
@@ -422,7 +395,7 @@ def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str
     metrics = [f"precision_{average}", f"recall_{average}", f"f1_{average}"]
     figures[f"{task}_scores"] = Figure(
         heatmaps.score_heatmap(table, task, metrics, probe=probe),
-        "Each cell is one layer's probe on the test images; darker is better.",
+        "Each cell is one layer’s probe on the test images; darker is better.",
         section,
     )
     if not is_binary:
@@ -435,17 +408,16 @@ def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str
         )
     figures[f"{task}_confusion"] = Figure(
         heatmaps.confusion_counts(table, task, probe=probe),
-        "How many answers are right and wrong, and which way. Oranges that differ in height are a "
+        "How many answers are right and wrong, and which way. Oranges that differ in height: a "
         "probe that prefers yes, or no.",
         section,
     )
     if len(results.transfer) and (results.transfer.probe_task == task).any():
         figures[f"{task}_transfer"] = Figure(
             heatmaps.transfer_heatmap(results.transfer, task),
-            "Logreg probes. Row: the layer that a probe was trained on; column: the layer whose "
-            "states it reads, standardised by their own mean and spread. Blocks of one colour are "
-            "layers that share one code; where only the diagonal is dark, each layer writes it "
-            "anew.",
+            "Logreg probes. Row: the layer that a probe was trained on. Column: the layer whose "
+            "states it reads. Blocks of one colour share one code; where only the diagonal is "
+            "dark, each layer writes it anew.",
             section,
         )
     for loss_probe in _probes_with_losses(results, task):
@@ -454,10 +426,9 @@ def _detail_figures(results: ProbeResults, task: str, *, probe: str) -> dict[str
             curves.loss_curves(
                 results.losses, table, task, metric=HEADLINE[info.kind], probe=loss_probe
             ),
-            "Move the slider through the layers. Training loss is measured with dropout, while "
-            "the weights change; validation loss after each epoch. A curve that still falls at "
-            "the last epoch is a probe that has not converged. The slider begins at the best layer "
-            "of the first model, on validation.",
+            "Move the slider through the layers. Training loss is measured with dropout, "
+            "validation loss after each epoch. A curve that still falls at the last epoch is a "
+            "probe that has not converged.",
             section,
         )
     return figures

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from probekit.probes.results import default_stage, select_curve
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     LAYER_AXIS,
+    PANEL_LAYER_AXIS,
     SCORE_COLOURS,
     apply_style,
     first_pooling,
@@ -23,19 +23,27 @@ from probekit.report.style import (
     tick_step,
 )
 
-# Words and colour of each kind of answer.
+HATCHED = {
+    "shape": "/",
+    "fillmode": "overlay",
+    "fgcolor": "white",
+    "fgopacity": 0.7,
+    "solidity": 0.15,
+    "size": 7,
+}
+# Words, colour and pattern of each kind of answer; in grey, wrong ones differ by their pattern.
 ANSWERS = {
-    "tp": ("yes, rightly", "#0072B2"),
-    "tn": ("no, rightly", "#56B4E9"),
-    "fp": ("yes, wrongly", "#D55E00"),
-    "fn": ("no, wrongly", "#E69F00"),
+    "tp": ("yes, rightly", "#0072B2", {}),
+    "tn": ("no, rightly", "#56B4E9", {}),
+    "fp": ("yes, wrongly", "#D55E00", HATCHED),
+    "fn": ("no, wrongly", "#E69F00", HATCHED),
 }
 MOST_LARGE_ROWS = 24  # of a heat map whose rows have room for a text of full size
 
 
 def score_heatmap(
     table: pd.DataFrame, task: str, metrics: Sequence[str], *, probe: str = "logreg"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw several metrics (rows) by layer (columns), a panel per model, without controls.
 
     Parameters
@@ -59,9 +67,7 @@ def score_heatmap(
     rows = pd.concat(curves)
     models = list(dict.fromkeys(rows.model))
     pooling = rows.pooling.iloc[0]
-    figure = make_subplots(
-        len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models)
-    )
+    figure = panels(len(models), 1, subplot_titles=models, vertical_spacing=0.34 / len(models))
     from_bottom = list(metrics)[::-1]
     for panel, model in enumerate(models, 1):
         part = rows[(rows.model == model) & (rows.pooling == pooling)]
@@ -80,15 +86,21 @@ def score_heatmap(
             row=panel,
             col=1,
         )
-    title = f"Precision, recall and F1 by layer — {task_words(task)}{pooling_note(rows, pooling)}"
-    apply_style(figure, title=title, height=150 + 170 * len(models), width=FULL_PAGE)
+    apply_style(
+        figure,
+        title="Precision, recall and F1 by layer",
+        subtitle=task_words(task) + pooling_note(rows, pooling),
+        height=150 + 170 * len(models),
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     figure.update_xaxes(dtick=tick_step(rows.layer.nunique()), showgrid=False)
     figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
     _share_colours(figure, low=min(0.5, rows.value.min()), high=1, title="score")
-    return figure.update_layout(margin={"l": 150})
+    return figure.update_yaxes(title=None)
 
 
-def similarity_heatmap(similarity: pd.DataFrame) -> go.Figure:
+def similarity_heatmap(similarity: pd.DataFrame) -> LayerFigure:
     """Draw how layers resemble each other: a panel per model, and per pair of models.
 
     Parameters
@@ -104,11 +116,11 @@ def similarity_heatmap(similarity: pd.DataFrame) -> go.Figure:
     pairs = list(similarity.groupby(["model", "other_model"], sort=False))
     columns = min(3, len(pairs))
     panel_rows = -(-len(pairs) // columns)
-    figure = make_subplots(
+    figure = panels(
         panel_rows,
         columns,
         subplot_titles=[
-            model if model == other else f"{model} and {other}" for (model, other), _ in pairs
+            model if model == other else f"{model}<br>and {other}" for (model, other), _ in pairs
         ],
         horizontal_spacing=0.1,
         vertical_spacing=0.2 / panel_rows,
@@ -134,19 +146,32 @@ def similarity_heatmap(similarity: pd.DataFrame) -> go.Figure:
             hovertemplate=hover,
             **panel,
         )
-        step = tick_step(len(grids["cka"]))
+        step = max(2, tick_step(len(grids["cka"])))
+        is_same = model == other
         figure.update_xaxes(
-            title=f"layer of {other}", dtick=step, showgrid=False, constrain="domain", **panel
+            title="layer" if is_same else other,
+            dtick=step,
+            showgrid=False,
+            constrain="domain",
+            **panel,
         )
-        figure.update_yaxes(title=f"layer of {model}", dtick=step, showgrid=False, **panel)
-    title = "Which layers resemble each other? — debiased linear CKA"
-    apply_style(figure, title=title, height=110 + 330 * panel_rows, width=FULL_PAGE)
+        figure.update_yaxes(
+            title="layer" if is_same else model, dtick=step, showgrid=False, **panel
+        )
+    apply_style(
+        figure,
+        title="Which layers resemble each other?",
+        subtitle="debiased linear CKA",
+        height=140 + 330 * panel_rows,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     return _share_colours(figure, low=0, high=1, title="CKA")
 
 
-def _share_colours(figure: go.Figure, *, low: float, high: float, title: str) -> go.Figure:
+def _share_colours(figure: LayerFigure, *, low: float, high: float, title: str) -> LayerFigure:
     """Give all panels one scale of colours."""
-    colour_bar = {"thickness": 12, "title": {"text": title, "side": "right"}}
+    colour_bar = {"title": {"text": title}}
     axis = {"colorscale": SCORE_COLOURS, "cmin": low, "cmax": high, "colorbar": colour_bar}
     return figure.update_layout(coloraxis=axis)
 
@@ -168,7 +193,7 @@ def _first_pooling_and_seed(rows: pd.DataFrame) -> pd.DataFrame:
 
 def class_heatmap(
     table: pd.DataFrame, task: str, *, probe: str = "logreg", class_word: str = "category"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw F1 of each class (rows, the best on top) by layer (columns), a panel per model.
 
     Parameters
@@ -189,8 +214,7 @@ def class_heatmap(
     """
     rows = _test_rows(table, task, probe=probe)
     rows = rows[rows["class"] != ""]
-    title = f"F1 of each {class_word} by layer — {task_words(task)}"
-    title += pooling_note(rows, rows.pooling.iloc[0])
+    subtitle = task_words(task) + pooling_note(rows, rows.pooling.iloc[0])
     rows = _first_pooling_and_seed(rows)
     scores = rows.pivot_table(
         index=["model", "class", "layer"], columns="metric", values="value"
@@ -201,7 +225,7 @@ def class_heatmap(
     classes = list(best.index)
     models = list(dict.fromkeys(rows.model))
 
-    figure = make_subplots(
+    figure = panels(
         1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03
     )
     for panel, model in enumerate(models, 1):
@@ -232,14 +256,22 @@ def class_heatmap(
         )
     rows_are_large = len(classes) <= MOST_LARGE_ROWS
     row_height = 24 if rows_are_large else 15
-    apply_style(figure, title=title, height=150 + row_height * len(classes), width=FULL_PAGE)
+    apply_style(
+        figure,
+        title=f"F1 of each {class_word} by layer",
+        subtitle=subtitle,
+        height=150 + row_height * len(classes),
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     text_size = 12 if rows_are_large else 10
     figure.update_yaxes(dtick=1, showgrid=False, tickfont={"size": text_size})
-    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(rows.layer.nunique()), showgrid=False)
+    step = tick_step(rows.layer.nunique())
+    figure.update_xaxes(title=PANEL_LAYER_AXIS, dtick=step, showgrid=False)
     return _share_colours(figure, low=0, high=1, title="F1")
 
 
-def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> go.Figure:
+def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> LayerFigure:
     """Draw right and wrong answers by layer, stacked, a panel per model.
 
     The answers of a task with several classes are counted over all that it asks about.
@@ -259,17 +291,16 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
     rows = _test_rows(table, task, probe=probe)
     # A binary task has the classes "yes" and "no", which have the same answers.
     rows = rows[rows.metric.isin(list(ANSWERS)) & (rows["class"] != "no")]
-    title = f"Right and wrong answers by layer — {task_words(task)}"
-    title += pooling_note(rows, rows.pooling.iloc[0])
+    subtitle = task_words(task) + pooling_note(rows, rows.pooling.iloc[0])
     rows = _first_pooling_and_seed(rows)
     counts = rows.groupby(["model", "layer", "metric"], sort=False).value.sum().unstack()
     models = list(dict.fromkeys(rows.model))
-    figure = make_subplots(
+    figure = panels(
         1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
     )
     for panel, model in enumerate(models, 1):
         of_model = counts.loc[model]
-        for metric, (words, colour) in ANSWERS.items():
+        for metric, (words, colour, pattern) in ANSWERS.items():
             hover = (
                 f"<b>{model}</b>, layer %{{x}}"
                 f"<br>{words}: %{{y:,.0f}} (%{{customdata:.1%}})<extra></extra>"
@@ -278,7 +309,10 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
                 x=layer_number(of_model.index.to_series()),
                 y=of_model[metric],
                 name=words,
-                marker={"color": colour},
+                marker={
+                    "color": colour,
+                    "pattern": pattern,
+                },
                 legendgroup=metric,
                 showlegend=panel == 1,
                 customdata=of_model[metric] / of_model.sum(axis=1),
@@ -286,13 +320,20 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
                 row=1,
                 col=panel,
             )
-    apply_style(figure, title=title, height=450, width=FULL_PAGE, panel_titles=True)
+    apply_style(
+        figure,
+        title="Right and wrong answers by layer",
+        subtitle=subtitle,
+        height=450,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     figure.update_layout(barmode="stack", bargap=0.15)
-    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
-    return figure.update_yaxes(title="test labels", col=1)
+    figure.update_xaxes(title=PANEL_LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
+    return figure.update_yaxes(title="labels (test)", col=1)
 
 
-def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
+def transfer_heatmap(transfer: pd.DataFrame, task: str) -> LayerFigure:
     """Draw the score of each layer's probe (rows) on each layer's states (columns), per model.
 
     Parameters
@@ -312,7 +353,7 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
     rows, pooling_words = first_pooling(trained)
     models = list(dict.fromkeys(rows.model))
     metric = rows.metric.iloc[0]
-    figure = make_subplots(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
+    figure = panels(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
     for panel, model in enumerate(models, 1):
         of_model = rows[rows.model == model]
         grid = of_model.pivot_table(index="probe_layer", columns="layer", values="value")
@@ -332,12 +373,17 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> go.Figure:
             row=1,
             col=panel,
         )
-    title = f"Does a layer’s probe work on another layer? — {task_words(task)}{pooling_words}"
-    apply_style(figure, title=title, height=500, width=FULL_PAGE)
+    apply_style(
+        figure,
+        title="Does a layer’s probe work on another layer?",
+        subtitle=f"{task_words(task)}{pooling_words}",
+        height=500,
+        width=FULL_PAGE,
+        panel_titles=True,
+    )
     step = tick_step(rows.layer.nunique())
     figure.update_xaxes(title="states of layer", dtick=step, showgrid=False, constrain="domain")
     figure.update_yaxes(dtick=step, showgrid=False)
     figure.update_yaxes(title="probe of layer", col=1)
-    low = rows.value.min()
-    high = rows.value.max()
-    return _share_colours(figure, low=low, high=high, title=metric_words(metric))
+    low = min(0.5, rows.value.min())
+    return _share_colours(figure, low=low, high=1, title=metric_words(metric))

@@ -7,14 +7,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
-from probekit.probes.controls import CONTROL_WORDS
 from probekit.probes.results import find_curve
-from probekit.report.curves import curve_traces
+from probekit.report.curves import (
+    BAND_OPACITY,
+    control_band,
+    control_band_name,
+    curve_traces,
+)
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
@@ -22,6 +26,7 @@ from probekit.report.style import (
     HALF_PAGE,
     LAYER_AXIS,
     PALETTE,
+    PANEL_LAYER_AXIS,
     PLATEAU_OPACITY,
     PLATEAU_WIDTH,
     SYMBOLS,
@@ -29,8 +34,8 @@ from probekit.report.style import (
     band,
     layer_number,
     legend_entry,
-    make_room_for_legend,
     metric_words,
+    set_score_axis,
     task_words,
     tick_step,
     with_alpha,
@@ -215,7 +220,7 @@ def with_interval(name: str, score: pd.Series) -> dict[str, float]:
 
 def known_and_said_figure(
     table: pd.DataFrame, task: str, info: TaskInfo, *, probe: str = "logreg"
-) -> go.Figure:
+) -> LayerFigure:
     """Draw what each layer knows, what it would say, and what the model says; a panel per model.
 
     Parameters
@@ -246,13 +251,13 @@ def known_and_said_figure(
         )
     columns = min(PANELS_PER_ROW, len(models))
     panel_rows = -(-len(models) // columns)
-    figure = make_subplots(
+    figure = panels(
         panel_rows,
         columns,
         subplot_titles=models,
         shared_yaxes=True,
         horizontal_spacing=0.04,
-        vertical_spacing=0.2 / panel_rows,
+        vertical_spacing=0.27 / panel_rows,
     )
     rows = table[(table.task == task) & (table.pooling == ANSWER_POOLING)]
     for place, model in enumerate(models):
@@ -263,19 +268,21 @@ def known_and_said_figure(
             figure.add_trace(trace, **panel)
         if both is not None:
             _mark_gap(figure, both, panel)
+            figure.layout.annotations[place].text += _gap_words(both)
         layers = of_model[of_model.stage == "lm"].layer.nunique()
-        figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(layers), **panel)
+        axis = LAYER_AXIS if columns == 1 else PANEL_LAYER_AXIS
+        figure.update_xaxes(title=axis, dtick=tick_step(layers), **panel)
     figure.add_traces(_legend(rows, metric=said_metric(info), probe=probe))
     apply_style(
         figure,
-        title=f"Known and said — {task_words(task)}",
+        title="Known and said",
+        subtitle=task_words(task),
         height=150 + 330 * panel_rows,
         width=FULL_PAGE if columns > 1 else HALF_PAGE,
         panel_titles=True,
     )
-    if columns == 1:
-        make_room_for_legend(figure)
     figure.update_yaxes(title=f"{metric_words(said_metric(info))} (test)", col=1)
+    set_score_axis(figure, said_metric(info))
     return figure
 
 
@@ -289,7 +296,8 @@ def _panel_traces(
     is_said = (trained.probe == ANSWER) & (trained.split == "test") & (trained["class"] == "")
     of_answer = trained[is_said].set_index("metric")
     chance = float(of_answer.value["guess"])
-    traces = _control_traces(rows, metric=metric, probe=probe, chance=chance)
+    controls = _controls(rows, metric=metric, probe=probe)
+    traces = control_band(controls, metric=metric, chance=chance, in_legend=False)
     line = go.Scatter(
         x=ends,
         y=[chance] * 2,
@@ -321,38 +329,13 @@ def _panel_traces(
     return traces
 
 
-def _control_traces(
-    rows: pd.DataFrame, *, metric: str, probe: str, chance: float
-) -> list[go.Scatter]:
-    """Return one band around the curves of all controls and chance, and lines to hover over."""
-    curves = {
-        control: find_curve(rows, probe=probe, metric=metric, control=control, stage="lm")
+def _controls(rows: pd.DataFrame, *, metric: str, probe: str) -> pd.DataFrame:
+    """Return the scores of all controls of the decoder's layers."""
+    curves = [
+        find_curve(rows, probe=probe, metric=metric, control=control, stage="lm")
         for control in CONTROL_DASHES
-    }
-    curves = {control: curve for control, curve in curves.items() if not curve.empty}
-    if not curves:
-        return []
-    by_layer = pd.DataFrame(
-        {name: curve.set_index("layer").value for name, curve in curves.items()}
-    )
-    x = layer_number(by_layer.index.to_series()).to_numpy()
-    highest = by_layer.max(axis=1).clip(lower=chance)
-    lowest = by_layer.min(axis=1).clip(upper=chance)
-    line = {"width": 1, "color": with_alpha(GREY, 0.5)}
-    traces = [band(x, lowest, highest, colour=GREY, opacity=0.25, line=line)]
-    for control, values in by_layer.items():
-        words = CONTROL_WORDS[str(control)]
-        traces.append(
-            go.Scatter(
-                x=x,
-                y=values,
-                mode="lines",
-                line={"width": 8, "color": "rgba(0,0,0,0)"},
-                showlegend=False,
-                hovertemplate=f"probe, {words}<br>{metric_words(metric)} %{{y:.3f}}<extra></extra>",
-            )
-        )
-    return traces
+    ]
+    return pd.concat([curve for curve in curves if len(curve)] or curves[:1])
 
 
 def _answer_traces(of_answer: pd.DataFrame, *, metric: str, ends: list[int]) -> list[go.Scatter]:
@@ -387,7 +370,7 @@ def _level(score: pd.Series, ends: list[int], *, name: str, dash: str, metric: s
 
 
 def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> None:
-    """Draw a line from the answer up to the probe at its best layer, with the gap beside it."""
+    """Draw a line from the answer up to the probe at its best layer."""
     place = int(both.layer.partition(".")[2])
     gap = both.over_answer
     figure.add_scatter(
@@ -403,16 +386,13 @@ def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> N
         ),
         **panel,
     )
-    figure.add_annotation(
-        x=place,
-        y=max(both.known.hi, both.said.hi),
-        text=f"probe less answer {gap.value:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]",
-        showarrow=False,
-        yanchor="bottom",
-        xanchor="right" if place > 2 else "left",
-        font={"color": SAID_COLOUR, "size": 12},
-        **panel,
-    )
+
+
+def _gap_words(both: KnownAndSaid) -> str:
+    """Return a second line of a panel's title: how far the probe is above the answer."""
+    gap = both.over_answer
+    numbers = f"{gap.value:+.2f} [{gap.lo:+.2f}, {gap.hi:+.2f}]"
+    return f'<br><span style="color:{SAID_COLOUR}">{numbers}</span>'
 
 
 def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
@@ -427,11 +407,11 @@ def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
         legend_entry(
             "answer, tuned threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
         ),
+        legend_entry("probe less answer", line={"color": SAID_COLOUR, "width": 2, "dash": "dot"}),
     ]
-    of_probe = rows[(rows.probe == probe) & (rows.metric == metric) & (rows.stage == "lm")]
-    controls = [control for control in CONTROL_DASHES if control in set(of_probe.control)]
-    if controls:
-        line = {"color": with_alpha(GREY, 0.4), "width": PLATEAU_WIDTH}
-        name = "all controls" if len(controls) > 1 else CONTROL_WORDS[controls[0]]
-        entries.append(legend_entry(f"{name} and chance", line=line))
+    controls = _controls(rows, metric=metric, probe=probe)
+    if len(controls):
+        line = {"color": with_alpha(GREY, 2 * BAND_OPACITY), "width": PLATEAU_WIDTH}
+        name = control_band_name(controls, metric=metric, with_chance=True)
+        entries.append(legend_entry(name, line=line))
     return entries

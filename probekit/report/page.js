@@ -110,8 +110,8 @@ async function draw(figure, state) {
   const shown = structuredClone(layout);
   for (const part of ["title", "updatemenus", "sliders", "width"]) delete shown[part];
   shown.template = THEMES[themeName()];
-  shown.autosize = true;
-  const config = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["toImage"]};
+  shown.width = plot.clientWidth; // Plotly's own fitting to the page would forget the height
+  const config = {displaylogo: false, modeBarButtonsToRemove: ["toImage"]};
   await Plotly.newPlot(plot, structuredClone(data), shown, config);
   await arrange(figure, state);
   plot.classList.add("drawn");
@@ -140,12 +140,13 @@ function panelsOf(data, layout) {
   return sorted;
 }
 
-// Set margins, and the places of panels: as they were made, or one under the other where it is narrow.
-async function arrange(figure, state) {
+// Set width, margins and the places of panels: as they were made, or, where it is narrow, one under
+// the other.
+async function arrange(figure, state, width = plotOf(figure).clientWidth) {
   const plot = plotOf(figure);
   const {layout} = state;
   const panels = panelsOf(plot.data, layout);
-  const isNarrow = plot.clientWidth < NARROW;
+  const isNarrow = width < NARROW;
   const margin = layout.margin ?? {};
   const hasPanelTitles = panels.some((panel) => panel.title >= 0);
   const top = Math.min(margin.t ?? 80, hasPanelTitles ? 58 : 34);
@@ -181,8 +182,7 @@ async function arrange(figure, state) {
     changes[`${name}.colorbar.thickness`] = isNarrow ? 9 : bar.thickness ?? 30;
     changes[`${name}.colorbar.title.side`] = isNarrow ? "right" : bar.title?.side ?? "top";
   }
-  changes.height = height;
-  state.isNarrow = isNarrow;
+  Object.assign(changes, {width, height});
   await Plotly.relayout(plot, changes);
   const legend = plot._fullLayout.legend?._height ?? 0;
   const room = hasPanelTitles ? top - 30 : top;
@@ -451,14 +451,8 @@ async function drawOpenTab() {
     const plot = plotOf(figure);
     const state = states.get(figure.dataset.name);
     if (!isShown(figure) || !plot.classList.contains("drawn")) continue;
-    if (plot.clientWidth !== plot._fullLayout.width) await fit(figure, state);
+    if (plot.clientWidth !== plot.layout.width) await arrange(figure, state);
   }
-}
-
-async function fit(figure, state) {
-  const plot = plotOf(figure);
-  if ((plot.clientWidth < NARROW) !== state.isNarrow) await arrange(figure, state);
-  await Plotly.Plots.resize(plot);
 }
 
 // ------------------------------------------------------------------- the numbers behind a figure
@@ -636,7 +630,6 @@ async function savePicture(figure, format) {
   const where = slider ? `, ${slider.words} ${slider.steps[slider.active].label}` : "";
   Object.assign(drawn, {
     annotations: layout.annotations,
-    autosize: false,
     height: layout.height,
     legend: layout.legend,
     margin: slider ? {...layout.margin, b: 60} : layout.margin,
@@ -722,13 +715,17 @@ async function beginFigures() {
   setTimeout(drawOpenTab, 50);
 }
 
+// A sheet of paper is light, and as wide as this.
+const PAPER_WIDTH = 690;
+
 function onPrint(isPrinting) {
-  for (const plot of document.querySelectorAll(".plot.drawn")) {
-    if (plot.offsetParent === null) continue;
-    const template = isPrinting ? THEMES.light : THEMES[themeName()];
-    Plotly.relayout(plot, isPrinting ? {width: 690, template} : {width: null, autosize: true, template});
+  for (const figure of document.querySelectorAll("figure")) {
+    const plot = plotOf(figure);
+    if (!plot.classList.contains("drawn")) continue;
+    Plotly.relayout(plot, {template: THEMES[isPrinting ? "light" : themeName()]});
+    if (!isPrinting && !isShown(figure)) continue; // it is fitted when its tab is opened
+    arrange(figure, states.get(figure.dataset.name), isPrinting ? PAPER_WIDTH : plot.clientWidth);
   }
-  root.classList.toggle("printing", isPrinting);
 }
 
 document.addEventListener("readystatechange", () => {

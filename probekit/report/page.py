@@ -275,12 +275,12 @@ def write_images(
     pictures = {folder / f"{name}.{suffix}": stills[name] for suffix in formats for name in figures}
     for file in pictures:
         file.unlink(missing_ok=True)
-    reason = _draw(pictures, scale)
+    reason = draw_pictures(pictures, scale)
     lost = _lost(pictures)
     if 1 < len(lost) < len(pictures):
         # Pictures are drawn in their order: what Chrome ended or froze at is the first that lacks.
         first, *others = lost
-        reason = _draw({file: pictures[file] for file in others}, scale) or reason
+        reason = draw_pictures({file: pictures[file] for file in others}, scale) or reason
         lost = [first, *_lost(others)]
     if len(lost) == len(pictures):
         return f"no pictures ({reason or 'Chrome drew none'}): {PICTURES_NEED}"
@@ -294,7 +294,7 @@ def write_images(
     )
 
 
-def _draw(pictures: Mapping[Path, go.Figure], scale: float) -> str:
+def draw_pictures(pictures: Mapping[Path, go.Figure], scale: float) -> str:
     """Write pictures as far as Chrome comes, and return why it stopped: "" where it did not.
 
     Chrome may freeze, and kaleido then waits for good: a thread waits for it instead, and Chrome is

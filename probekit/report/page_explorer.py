@@ -140,6 +140,7 @@ def _empty_figure(curve_count: int) -> go.Figure:
         zmin=0,
         zmax=1,
         showscale=False,
+        zsmooth="best",
         hoverinfo="skip",
         row=1,
         col=1,
@@ -331,7 +332,7 @@ def _rasterise_layers(heat_map: HeatMap, c: int, *, width: float) -> list[np.nda
     height = max(2, round(HEAT_COLUMNS / width))
     rasters = []
     for heat_tc in heat_map.heat_ltc:
-        raster = pictures.rasterise(
+        raster = pictures.interpolate(
             heat_tc[:, c], heat_map.cells_t4, width=HEAT_COLUMNS, height=height
         )[::-1]
         percent = (100 * raster / max(raster.max(), 1e-9)).round().astype(int)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from probekit.probes.results import ProbeResults, best_layers, select_curve
 from probekit.report.curves import layer_curves, scored_split
@@ -17,6 +16,7 @@ from probekit.report.known_and_said import (
     models_with_answers,
 )
 from probekit.report.overview import overview_table
+from probekit.report.paper import LayerFigure
 from probekit.report.sentences import Summary, compare_pairs, summarise
 from probekit.report.slices import NO_SLICES, slice_table, slices_figure
 from probekit.report.used import (
@@ -170,7 +170,7 @@ class Results(ProbeResults):
         pooling: str | None = None,
         published: bool = False,
         relative: bool = False,
-    ) -> go.Figure:
+    ) -> LayerFigure:
         """Draw a metric of a task by layer, with intervals, plateaus and controls.
 
         Parameters
@@ -194,8 +194,9 @@ class Results(ProbeResults):
 
         Returns
         -------
-        Figure
-            A plotly figure.
+        LayerFigure
+            A plotly figure; ``.for_paper()`` makes it ready for print, see
+            :class:`probekit.report.paper.LayerFigure`.
 
         Raises
         ------
@@ -238,7 +239,7 @@ class Results(ProbeResults):
             relative=relative,
         )
 
-    def _plot_known_and_said(self, task: str | None, *, probe: str) -> go.Figure:
+    def _plot_known_and_said(self, task: str | None, *, probe: str) -> LayerFigure:
         answered = [name for name in self.tasks if models_with_answers(self.metrics, name)]
         if task is None and answered:
             task = answered[0]
@@ -249,7 +250,7 @@ class Results(ProbeResults):
             )
         return known_and_said_figure(self.metrics, task, self.tasks[task], probe=probe)
 
-    def _plot_wordings(self, task: str | None, *, probe: str) -> go.Figure:
+    def _plot_wordings(self, task: str | None, *, probe: str) -> LayerFigure:
         families = wording_families(self.tasks)
         refusal = (
             f"{task or 'each task'} is in these results without another wording, or without the "
@@ -258,18 +259,18 @@ class Results(ProbeResults):
         task = _choose_task(task, list(families), refusal, remedy="add both to tasks")
         return wordings_figure(self.metrics, self.transfer, self.tasks, task, probe=probe)
 
-    def _plot_used(self, task: str | None) -> go.Figure:
+    def _plot_used(self, task: str | None) -> LayerFigure:
         refusal = f"no interventions on answers to {task or 'any task'} in these results"
         task = _choose_task(task, tasks_of(self.interventions), refusal, remedy="run 04_intervene")
         return used_figure(self.interventions, task)
 
-    def _plot_surroundings(self, task: str | None, *, pooling: str | None) -> go.Figure:
+    def _plot_surroundings(self, task: str | None, *, pooling: str | None) -> LayerFigure:
         refusal = f"no scores of {task or 'any task'} on changed images in these results"
         tasks = tasks_on_inputs(self.interventions)
         task = _choose_task(task, tasks, refusal, remedy="run 04_intervene")
         return surroundings_figure(self.interventions, task, pooling=pooling)
 
-    def _plot_slices(self, task: str | None, *, probe: str) -> go.Figure:
+    def _plot_slices(self, task: str | None, *, probe: str) -> LayerFigure:
         table = self.slices(task=task, probe=probe)
         if table.empty:
             raise ValueError(f"no slices of {task or 'any task'} in these results: {NO_SLICES}")

@@ -203,7 +203,7 @@ def run_curves(comparison: RunComparison, task: str) -> go.Figure:
     return _finish(
         figure,
         panels,
-        title=title_by_layer(metric, task),
+        title=title_by_layer(metric),
         axis=f"{metric_words(metric)} (test)",
         relative=relative,
         layers=rows.layer.nunique(),

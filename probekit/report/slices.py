@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from probekit.answers.scores import ANSWER, said_probabilities
@@ -16,17 +15,18 @@ from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.labels import LabelledTask
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey, best_layers
 from probekit.probes.slices import COLUMNS, find_covariates, metrics_of, score_slices
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
     HALF_PAGE,
     SYMBOLS,
+    ModelLook,
     apply_style,
     capitalise,
     legend_entry,
-    make_room_for_legend,
     metric_words,
-    model_colours,
+    model_looks,
     pooling_note,
     task_words,
     with_alpha,
@@ -40,7 +40,7 @@ COVARIATE_WORDS = {
     "combination": "shown together: seen in training?",
 }
 NO_SLICES = "its test examples do not differ in what slices are made by, or it has no such probes"
-PROBE_SYMBOL, ANSWER_SYMBOL = SYMBOLS[0], SYMBOLS[2]
+OPEN = "-open"  # the symbol of a model's answer; its probes have the filled one
 PANELS_PER_ROW = 2
 PANEL_HEIGHT = 300
 # All points of a slice lie within this share of the distance to the next slice.
@@ -143,7 +143,7 @@ def _answer_layer(results: ProbeResults, state: StateKey) -> str:
 # -------------------------------------------------------------------------------------- the figure
 
 
-def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> go.Figure:
+def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> LayerFigure:
     """Draw the scores of a task in slices of its test examples, a panel per covariate.
 
     Parameters
@@ -174,30 +174,29 @@ def slices_figure(table: pd.DataFrame, task: str, *, probe: str = "logreg") -> g
     covariates = list(dict.fromkeys(rows.covariate))
     columns = min(PANELS_PER_ROW, len(covariates))
     panel_rows = -(-len(covariates) // columns)
-    figure = make_subplots(
+    figure = panels(
         panel_rows,
         columns,
         subplot_titles=[capitalise(COVARIATE_WORDS[name]) for name in covariates],
         horizontal_spacing=0.1,
         vertical_spacing=0.3 / panel_rows,
     )
-    colours = model_colours(table)
+    looks = model_looks(table)
     sources = list(dict.fromkeys(zip(rows.model, rows.probe, strict=True)))
-    sources.sort(key=lambda source: list(colours).index(source[0]))
+    sources.sort(key=lambda source: list(looks).index(source[0]))
     for place, name in enumerate(covariates):
         panel = {"row": place // columns + 1, "col": place % columns + 1}
         of_covariate = rows[rows.covariate == name]
-        _add_panel(figure, of_covariate, sources, colours=colours, panel=panel)
-    figure.add_traces(_legend(sources, colours))
+        _add_panel(figure, of_covariate, sources, looks=looks, panel=panel)
+    figure.add_traces(_legend(sources, looks))
     apply_style(
         figure,
-        title=f"In slices of the test examples — {task_words(task)}{note}",
+        title="In slices of the test examples",
+        subtitle=f"{task_words(task)}{note}",
         height=174 + PANEL_HEIGHT * panel_rows,
         width=FULL_PAGE if columns > 1 else HALF_PAGE,
         panel_titles=True,
     )
-    if columns == 1:
-        make_room_for_legend(figure)
     return figure
 
 
@@ -208,11 +207,11 @@ def _one_pooling(rows: pd.DataFrame) -> str:
 
 
 def _add_panel(
-    figure: go.Figure,
+    figure: LayerFigure,
     rows: pd.DataFrame,
     sources: Sequence[tuple[str, str]],
     *,
-    colours: dict[str, str],
+    looks: dict[str, ModelLook],
     panel: dict[str, int],
 ) -> None:
     slices = rows.drop_duplicates("slice").reset_index(drop=True)
@@ -222,7 +221,7 @@ def _add_panel(
     for (model, probe), offset in zip(sources, offsets, strict=True):
         points = rows[(rows.model == model) & (rows.probe == probe) & rows.value.notna()]
         name = "the model’s answer" if probe == ANSWER else f"{probe} probe"
-        colour = colours[model]
+        colour, symbol, _ = looks[model]
         figure.add_scatter(
             x=points.slice.map(places).astype(float) + offset,
             y=points.value,
@@ -232,7 +231,7 @@ def _add_panel(
             marker={
                 "color": colour,
                 "size": 9,
-                "symbol": ANSWER_SYMBOL if probe == ANSWER else PROBE_SYMBOL,
+                "symbol": symbol + OPEN if probe == ANSWER else symbol,
             },
             error_y={
                 "type": "data",
@@ -261,7 +260,7 @@ def _add_panel(
     )
     figure.update_yaxes(title=f"{metric_words(metric)} (test)", **panel)
     if metric != "log_loss":
-        figure.update_yaxes(range=[-0.04, 1.04], dtick=0.25, **panel)
+        figure.update_yaxes(range=[-0.03, 1.03], tick0=0, dtick=0.25, **panel)
 
 
 def _tick(row: Any) -> str:
@@ -269,16 +268,15 @@ def _tick(row: Any) -> str:
     return f"{row.slice}<br>n = {row.n:,}{reason}"
 
 
-def _legend(sources: Sequence[tuple[str, str]], colours: dict[str, str]) -> list[go.Scatter]:
-    """Return an entry for each model's colour and for each symbol; no point has one of its own."""
+def _legend(sources: Sequence[tuple[str, str]], looks: dict[str, ModelLook]) -> list[go.Scatter]:
+    """Return an entry for each model and for filled and open symbols; no point has one itself."""
     entries = []
     for model in dict.fromkeys(model for model, _ in sources):
-        line = {"color": colours[model], "width": 4}
-        entries.append(legend_entry(model, line=line))
-    has_answers = any(probe == ANSWER for _, probe in sources)
-    symbols = {"probe at its best layer": PROBE_SYMBOL}
-    if has_answers:
-        symbols["the model’s answer"] = ANSWER_SYMBOL
+        marker = {"color": looks[model].colour, "symbol": looks[model].symbol, "size": 9}
+        entries.append(legend_entry(model, mode="markers", marker=marker))
+    symbols = {"probe at its best layer": SYMBOLS[0]}
+    if any(probe == ANSWER for _, probe in sources):
+        symbols["the model’s answer"] = SYMBOLS[0] + OPEN
     for name, symbol in symbols.items():
         marker = {"color": GREY, "size": 9, "symbol": symbol}
         entries.append(legend_entry(name, mode="markers", marker=marker))

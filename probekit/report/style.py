@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8d99ae"  # readable on a white and on a dark background
 SCORE_COLOURS = [[0.0, "#f7fbff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+# Models differ by these, too, so that a figure can be read in grey.
+MODEL_DASHES = ("solid", "10px 4px", "4px 3px", "12px 3px 3px 3px", "2px 3px", "16px 3px 6px 3px")
 CONTROL_DASHES = {
     "untrained": "dash",
     "shuffled": "dot",
@@ -24,12 +28,44 @@ CONTROL_DASHES = {
     "wrong_image": "2px 6px",
 }
 PLATEAU_OPACITY = 0.3
-PLATEAU_WIDTH = 14  # pixels
+PLATEAU_WIDTH = 11  # pixels
 FONT = "Inter, Helvetica, Arial, sans-serif"
 
 # Width of a saved picture in pixels: half of a paper's page, and all of it.
 HALF_PAGE = 640
 FULL_PAGE = 1000
+
+# Heights in pixels of what stands around a plot.
+TITLE_ROW = 38
+SUBTITLE_ROW = 17
+PANEL_TITLE_ROW = 26
+AXIS_ROWS = 56  # ticks and title of the axis below
+LEGEND_ROW = 21
+# Characters of a line below the title: it fits a picture of 380 pixels.
+SUBTITLE_LENGTH = 56
+CHARACTER = 0.53  # mean width of a character in font sizes
+LEGEND_KEY = 46  # pixels of a legend's entry besides its words
+FONT_SIZE = 13
+LEGEND_FONT_SIZE = 12
+
+# How far the axis of a score reaches: room for a marker at 0 and at 1, and no zoom into noise.
+ROOM = 0.02
+HIGHEST_START = 0.45  # of an axis of accuracies
+SMALLEST_SPAN = 0.3
+ACCURACIES = ("accuracy", "f1", "precision", "recall", "average_precision", "guess")
+SHARES = ("decided", "says_yes")
+DIFFERENCES = ("selectivity", "over_", "localisation")
+# Scores from 0 on, and what their axes show at least.
+FROM_ZERO = {
+    "codelength": 1.05,
+    "log_loss": 0.75,
+    "calibration_error": SMALLEST_SPAN,
+    "heat_in_boxes": SMALLEST_SPAN,
+    "others_in_boxes": SMALLEST_SPAN,
+    "area_in_boxes": SMALLEST_SPAN,
+    "known_not_said": SMALLEST_SPAN,
+    "flips": SMALLEST_SPAN,
+}
 
 METRIC_WORDS = {
     "f1_macro": "macro-F1",
@@ -69,7 +105,9 @@ TASK_WORDS = {
     "attribute": "which colour?",
 }
 LAYER_AXIS = "decoder layer (0 = input embeddings)"
-DEPTH_AXIS = "relative depth (0 = input embeddings, 1 = last layer)"
+PANEL_LAYER_AXIS = "decoder layer"  # where panels side by side have no room for more
+DEPTH_AXIS = "relative depth (0 = input embeddings)"
+PANEL_DEPTH_AXIS = "relative depth"
 
 
 def _theme(*, ink: str, paper: str, grid: str, raised: str) -> go.layout.Template:
@@ -79,20 +117,27 @@ def _theme(*, ink: str, paper: str, grid: str, raised: str) -> go.layout.Templat
         "linecolor": GREY,
         "tickcolor": GREY,
         "automargin": True,
+        "tickfont": {"size": 12},
+        "title": {"font": {"size": FONT_SIZE}, "standoff": 8},
     }
     title = {
         "x": 0.01,
         "xanchor": "left",
-        "y": 0.98,
+        "y": 1,
         "yanchor": "top",
+        "pad": {"t": 11},
         "font": {"size": 16},
+        "subtitle": {"font": {"size": FONT_SIZE, "color": ink}},
     }
+    # At the foot of the figure, where it grows without covering anything, however wide that is.
     legend = {
         "orientation": "h",
-        "y": 1.02,
+        "yref": "container",
+        "y": 0,
         "yanchor": "bottom",
         "x": 0,
         "bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": LEGEND_FONT_SIZE},
     }
     slider = {
         "bgcolor": grid,
@@ -102,7 +147,7 @@ def _theme(*, ink: str, paper: str, grid: str, raised: str) -> go.layout.Templat
         "font": {"size": 12, "color": ink},
     }
     layout = {
-        "font": {"family": FONT, "size": 14, "color": ink},
+        "font": {"family": FONT, "size": FONT_SIZE, "color": ink},
         "paper_bgcolor": paper,
         "plot_bgcolor": paper,
         "colorway": PALETTE,
@@ -118,7 +163,14 @@ def _theme(*, ink: str, paper: str, grid: str, raised: str) -> go.layout.Templat
             "font": {"size": 12, "color": ink},
         },
         "sliderdefaults": slider,
-        "coloraxis": {"colorbar": {"outlinewidth": 0}},
+        "coloraxis": {
+            "colorbar": {
+                "outlinewidth": 0,
+                "thickness": 12,
+                "title": {"font": {"size": 12}, "side": "right"},
+                "tickfont": {"size": 11},
+            }
+        },
     }
     return go.layout.Template(layout=layout)
 
@@ -134,6 +186,7 @@ def apply_style(
     figure: go.Figure,
     *,
     title: str,
+    subtitle: str = "",
     height: int = 430,
     width: int = HALF_PAGE,
     panel_titles: bool = False,
@@ -143,56 +196,188 @@ def apply_style(
     Parameters
     ----------
     figure : Figure
-        Changed in place.
+        Changed in place; it has all entries of its legend.
     title : str
         Title of the figure.
+    subtitle : str
+        What stands below it in smaller letters, such as the task.
     height : int
-        Height in pixels.
+        Height in pixels without the legend, for which room is made.
     width : int
         Width in pixels of a picture that is saved; on the page a figure is as wide as its column.
     panel_titles : bool
-        Whether the figure's panels have titles; the legend then goes above them.
+        Whether the figure's panels have titles.
 
     Returns
     -------
     Figure
         The same figure.
     """
-    top = 118 if panel_titles else 92
+    lines = textwrap.wrap(subtitle, SUBTITLE_LENGTH)
+    top = TITLE_ROW + SUBTITLE_ROW * len(lines) + 12
+    if panel_titles:
+        titles = [text.text.count("<br>") for text in figure.layout.annotations]
+        top += PANEL_TITLE_ROW - 12 + SUBTITLE_ROW * max(titles, default=0)
     figure.update_layout(
         template=LIGHT,
         height=height,
         title={"text": title},
         meta={"width": width},
-        margin={"l": 64, "r": 24, "t": top, "b": 56},
+        margin={"l": 64, "r": 24, "t": top, "b": AXIS_ROWS},
     )
+    if lines:
+        figure.update_layout(title={"subtitle": {"text": "<br>".join(lines)}})
     if panel_titles:
-        figure.update_layout(legend={"y": 1 + 30 / (height - 174)})
-        figure.update_annotations(font={"size": 14})
+        figure.update_annotations(font={"size": FONT_SIZE})
+    make_room_for_legend(figure)
     return figure
 
 
 def make_room_for_legend(figure: go.Figure) -> None:
-    """Raise a figure's top margin by the rows that its legend takes in a picture of half a page.
+    """Make a figure higher by the legend that its picture has, so that its plot does not shrink.
 
     Parameters
     ----------
     figure : Figure
-        A figure that :func:`apply_style` has styled; changed in place.
+        A figure that :func:`apply_style` styles; changed in place.
     """
-    entries = [trace.name for trace in figure.data if trace.name and trace.showlegend is not False]
-    row_width = HALF_PAGE - 100
-    rows = 1
-    used = 0.0
-    for entry in entries:
-        entry_width = 58 + 7.6 * len(entry)
-        used += entry_width
-        if used > row_width:
-            rows += 1
-            used = entry_width
-    top = figure.layout.margin.t
-    extra = max(0, 46 + 30 * rows - top)
-    figure.update_layout(height=figure.layout.height + extra, margin={"t": top + extra})
+    height = legend_height(figure, width=figure.layout.meta["width"], font_size=LEGEND_FONT_SIZE)
+    figure.update_layout(height=figure.layout.height + round(height))
+
+
+def legend_height(figure: go.Figure, *, width: float, font_size: float) -> float:
+    """Return the height in pixels of a horizontal legend, 0 without one.
+
+    Parameters
+    ----------
+    figure : Figure
+        Its traces have the entries.
+    width : float
+        Width of the figure in pixels.
+    font_size : float
+        Of the entries, in pixels.
+    """
+    entries = [
+        trace.name
+        for trace in figure.data
+        if trace.name and trace.showlegend is not False and trace.visible is not False
+    ]
+    if len(entries) < 2 and not any(trace.showlegend for trace in figure.data):
+        return 0
+    lines = [entry.split("<br>") for entry in entries]
+    widths = [
+        LEGEND_KEY + CHARACTER * font_size * max(len(line) for line in of_entry)
+        for of_entry in lines
+    ]
+    room = width - 88
+    # Plotly makes all entries as wide as the widest one, once they need more than one row.
+    columns = len(entries) if sum(widths) <= room else max(1, math.floor(room / max(widths)))
+    row_height = LEGEND_ROW * font_size / LEGEND_FONT_SIZE
+    height = 0.0
+    for start in range(0, len(entries), columns):
+        most_lines = max(len(of_entry) for of_entry in lines[start : start + columns])
+        height += row_height + (most_lines - 1) * 1.3 * font_size
+    return height + 6
+
+
+class ModelLook(NamedTuple):
+    """How the curves of a model look: colour, symbol of their markers, dash of their lines."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+def model_looks(table: pd.DataFrame) -> dict[str, ModelLook]:
+    """Return how each model looks, the same in every figure of a run.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table, with the column `model`.
+
+    Returns
+    -------
+    dict of str to ModelLook
+        By model. The first six differ in colour, symbol and dash; the next six have these colours
+        with other symbols.
+    """
+    looks = {}
+    for place, (model, colour) in enumerate(model_colours(table).items()):
+        number = place + place // len(PALETTE)
+        looks[model] = ModelLook(
+            colour, SYMBOLS[number % len(SYMBOLS)], MODEL_DASHES[number % len(MODEL_DASHES)]
+        )
+    return looks
+
+
+def score_axis(metric: str, low: float, high: float) -> dict[str, Any]:
+    """Return the range and ticks of an axis of scores.
+
+    Accuracies and the like reach from 0.45 at most, so that chance can be seen, to 1 with room for
+    a marker. Shares reach from 0 to 1. Differences show 0. No axis spans less than 0.3, so noise
+    looks like noise.
+
+    Parameters
+    ----------
+    metric : str
+        What the axis shows.
+    low, high : float
+        The lowest and the highest value that is drawn, intervals included.
+
+    Returns
+    -------
+    dict
+        Properties of a plotly axis; empty for a metric without a scale of its own.
+    """
+    kind = metric.removeprefix("probe_").removeprefix("top1_")
+    if kind in FROM_ZERO:
+        top = max(FROM_ZERO[kind], 1.05 * high)
+        is_share = kind not in ("codelength", "log_loss")
+        return {"range": [0, min(top, 1 + ROOM) if is_share else top]}
+    if kind.startswith(DIFFERENCES):
+        bottom = max(min(low - ROOM, -0.05), -1 - ROOM)
+        top = min(max(high + ROOM, bottom + SMALLEST_SPAN), 1 + ROOM)
+        return {"range": [bottom, top]}
+    if kind in SHARES:
+        return {"range": [-ROOM, 1 + ROOM], "tick0": 0, "dtick": 0.2}
+    if kind.startswith(ACCURACIES):
+        # From the twentieth below, with as much room as above 1.
+        below = math.floor(round(20 * (low - ROOM), 6)) / 20
+        start = max(min(HIGHEST_START, below), -ROOM)
+        return {"range": [start, 1 + ROOM], "tick0": 0, "dtick": 0.1 if start > 0.2 else 0.2}
+    return {}
+
+
+def set_score_axis(figure: go.Figure, metric: str, *levels: float) -> None:
+    """Set the y axes of a figure to what its curves need.
+
+    Parameters
+    ----------
+    figure : Figure
+        All its y axes show the same metric; changed in place.
+    metric : str
+        What they show.
+    *levels : float
+        Further values that can be seen, such as chance.
+    """
+    low, high = _drawn_range(figure.data, levels)
+    figure.update_yaxes(**score_axis(metric, low, high))
+
+
+def _drawn_range(traces: Iterable[Any], levels: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest y of visible traces, with their error bars."""
+    drawn = [np.array(levels, float)]
+    for trace in traces:
+        if trace.visible is False or trace.y is None:
+            continue
+        y = np.array(trace.y, float)
+        drawn.append(y)
+        if trace.error_y and trace.error_y.array is not None:
+            drawn += [y + np.array(trace.error_y.array), y - np.array(trace.error_y.arrayminus)]
+    values = np.concatenate(drawn)
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
 
 
 def model_colours(table: pd.DataFrame) -> dict[str, str]:
@@ -250,9 +435,15 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def title_by_layer(metric: str, task: str) -> str:
-    """Return the title of a figure that shows a metric of a task by layer."""
-    return f"{capitalise(metric_words(metric))} by layer — {task_words(task)}"
+def title_by_layer(metric: str) -> str:
+    """Return the title of a figure that shows a metric by layer; its unit stands on the axis."""
+    return f"{capitalise(metric_words(metric).partition(' (')[0])} by layer"
+
+
+def layer_ticks(layers: Sequence[str] | pd.Series) -> list[int]:
+    """Return the numbers of layers, thinned where there are many, as places of ticks."""
+    numbers = sorted(set(layer_number(pd.Series(layers))))
+    return numbers[:: tick_step(len(numbers))]
 
 
 def pooling_note(rows: pd.DataFrame, pooling: str) -> str:
@@ -313,7 +504,9 @@ def legend_entry(name: str, **options: Any) -> go.Scatter:
     return go.Scatter(x=[None], y=[None], name=name, **properties)
 
 
-def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
+def add_depth_menu(
+    figure: go.Figure, *, relative: bool = False, hidden: Sequence[int] = ()
+) -> go.Figure:
     """Add buttons that change the axis between layers and relative depth, to compare models.
 
     Parameters
@@ -323,6 +516,8 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
         None.
     relative : bool
         Begin with relative depth.
+    hidden : sequence of int
+        Numbers of the traces that a further button shows and hides: the controls one by one.
 
     Returns
     -------
@@ -341,6 +536,10 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
 
     axes = [name for name in figure.layout if name.startswith("xaxis")] or ["xaxis"]
 
+    has_panels = len(axes) > 1
+    layer_title = PANEL_LAYER_AXIS if has_panels else LAYER_AXIS
+    depth_title = PANEL_DEPTH_AXIS if has_panels else DEPTH_AXIS
+
     def button(label: str, xs: list, title: str, dtick: float) -> dict[str, Any]:
         changes: dict[str, Any] = {}
         for axis in axes:
@@ -348,18 +547,28 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
         return {"label": label, "method": "update", "args": [{"x": xs}, changes]}
 
     buttons = [
-        button("layer", layer_xs, LAYER_AXIS, step),
-        button("relative depth", depth_xs, DEPTH_AXIS, 0.1),
+        button("layer", layer_xs, layer_title, step),
+        button("depth", depth_xs, depth_title, 0.2),
     ]
     for trace, x in zip(figure.data, depth_xs if relative else layer_xs, strict=True):
         trace.x = x
     if relative:
-        figure.update_xaxes(title=DEPTH_AXIS, dtick=0.1)
+        figure.update_xaxes(title=depth_title, dtick=0.2)
     else:
-        figure.update_xaxes(title=LAYER_AXIS, dtick=step)
+        figure.update_xaxes(title=layer_title, dtick=step)
+
+    if hidden:
+        toggle = {
+            "label": "controls",
+            "method": "restyle",
+            "args": [{"visible": True}, list(hidden)],
+            "args2": [{"visible": False}, list(hidden)],
+        }
+        buttons.append(toggle)
 
     top = figure.layout.margin.t
-    plot_height = figure.layout.height - top - figure.layout.margin.b
+    legend = legend_height(figure, width=figure.layout.meta["width"], font_size=LEGEND_FONT_SIZE)
+    plot_height = figure.layout.height - top - figure.layout.margin.b - legend
     menu = {
         "type": "buttons",
         "direction": "right",
@@ -367,9 +576,9 @@ def add_depth_menu(figure: go.Figure, *, relative: bool = False) -> go.Figure:
         "showactive": False,
         "x": 1,
         "xanchor": "right",
-        "y": 1 + (top - 6) / plot_height,  # beside the title
+        "y": 1 + (top - 1) / plot_height,  # beside the title
         "yanchor": "top",
         "pad": {"t": 0, "r": 0},
-        "font": {"size": 11},
+        "font": {"size": 10},
     }
     return figure.update_layout(updatemenus=[menu])

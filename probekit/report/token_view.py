@@ -22,12 +22,12 @@ class TokenRun(NamedTuple):
     ----------
     text : str
         Of the token; of a run of the image's, of one of them.
-    count : int
+    length : int
     is_image : bool
     """
 
     text: str
-    count: int
+    length: int
     is_image: bool
 
 

@@ -8,20 +8,23 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
 
 from probekit.interventions.inputs import PIXELS, WHOLE_IMAGE
 from probekit.interventions.settings import CUT, OBJECT_ROUTE, OTHER_TASK, RANDOM, STEER
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
     LAYER_AXIS,
     PALETTE,
+    PANEL_LAYER_AXIS,
     SYMBOLS,
     apply_style,
     band,
     layer_number,
+    layer_ticks,
     legend_entry,
+    set_score_axis,
     task_words,
     tick_step,
     with_alpha,
@@ -91,7 +94,7 @@ def erasures_of(table: pd.DataFrame) -> list[str]:
 # ------------------------------------------------------------------------- known, said and used
 
 
-def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> go.Figure:
+def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> LayerFigure:
     """Draw what is known, what is said, and what is said without it; a panel per model.
 
     Parameters
@@ -137,8 +140,9 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
     line = {"color": with_alpha(GREY, 0.4), "width": 10}
     figure.add_trace(legend_entry("random subspaces", line=line))
     words = ERASURE_WORDS[erasure]
-    _style(figure, f"Known, said and used ({words}) — {task_words(task)}", rows)
+    _style(figure, f"Known, said and used ({words})", task, rows)
     figure.update_yaxes(title="accuracy (test)", col=1)
+    set_score_axis(figure, "accuracy")
     return figure
 
 
@@ -233,7 +237,7 @@ def _curve(
 # ---------------------------------------------------------------------------------- the heat map
 
 
-def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
+def effect_heatmap(table: pd.DataFrame, task: str) -> LayerFigure:
     """Draw how much accuracy each erasure takes, by layer and tokens; a panel per model.
 
     A star marks what takes more than the random subspace, corrected for the number of layers.
@@ -249,7 +253,7 @@ def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
     beyond = rows[(rows.metric == "over_random") & (rows.p_holm < SIGNIFICANT) & (rows.value < 0)]
     stars = set(zip(beyond.model, beyond.layer, beyond.intervention, beyond.site, strict=True))
     models = list(dict.fromkeys(effects.model))
-    figure = make_subplots(
+    figure = panels(
         len(models), 1, subplot_titles=models, vertical_spacing=0.3 / max(1, len(models))
     )
     height = 130
@@ -290,21 +294,22 @@ def effect_heatmap(table: pd.DataFrame, task: str) -> go.Figure:
         height += 60 + 24 * len(grid)
     apply_style(
         figure,
-        title=f"What erasing takes from the answer — {task_words(task)}",
+        title="What erasing takes from the answer",
+        subtitle=task_words(task),
         height=height,
         width=FULL_PAGE,
+        panel_titles=True,
     )
-    figure.update_annotations(font={"size": 14})
     largest = float(np.abs(effects.value).max()) if len(effects) else 1.0
     figure.update_layout(
         coloraxis={
             "colorscale": EFFECT_COLOURS,
             "cmin": -largest,
             "cmax": largest,
-            "colorbar": {"title": "accuracy,<br>difference", "outlinewidth": 0},
+            "colorbar": {"title": {"text": "accuracy, difference"}},
         }
     )
-    figure.update_xaxes(dtick=tick_step(effects.layer.nunique()), showgrid=False)
+    figure.update_xaxes(tickvals=layer_ticks(effects.layer), showgrid=False)
     figure.update_xaxes(title=LAYER_AXIS, row=len(models), col=1)
     return figure.update_yaxes(showgrid=False)
 
@@ -320,7 +325,7 @@ def _row_words(kind: str, name: str, site: str) -> str:
 # ------------------------------------------------------------------------------------ the others
 
 
-def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> go.Figure:
+def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -> LayerFigure:
     """Draw what the probes of later layers read after an erasure: a panel per model and tokens.
 
     Parameters
@@ -341,8 +346,8 @@ def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None
     rows = rows[(rows.intervention == erasure) & (rows.metric == "probe_accuracy")]
     models = list(dict.fromkeys(rows.model))
     sites = [site for site in SITE_LOOKS if site in set(rows.site)]
-    titles = [f"{model}, {SITE_WORDS[site]}" for model in models for site in sites]
-    figure = make_subplots(
+    titles = [f"{model},<br>{SITE_WORDS[site]}" for model in models for site in sites]
+    figure = panels(
         len(models),
         len(sites),
         subplot_titles=titles,
@@ -370,27 +375,27 @@ def rebuilt_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None
             )
     apply_style(
         figure,
-        title=f"Is it rebuilt? ({ERASURE_WORDS[erasure]}) — {task_words(task)}",
-        height=120 + 260 * len(models),
+        title=f"Is it rebuilt? ({ERASURE_WORDS[erasure]})",
+        subtitle=task_words(task),
+        height=130 + 260 * len(models),
         width=FULL_PAGE,
+        panel_titles=True,
     )
-    figure.update_annotations(font={"size": 14})
     figure.update_layout(
         coloraxis={
             "colorscale": "Blues",
             "cmin": 0.5 if rows.value.min() >= 0.4 else float(rows.value.min()),
             "cmax": float(rows.value.max()),
-            "colorbar": {"title": "accuracy<br>of the probe", "outlinewidth": 0},
+            "colorbar": {"title": {"text": "accuracy of the probe"}},
         }
     )
-    step = tick_step(rows.read_layer.nunique())
-    figure.update_xaxes(dtick=step, showgrid=False)
+    figure.update_xaxes(tickvals=layer_ticks(rows.read_layer), showgrid=False)
     figure.update_xaxes(title="probe of layer", row=len(models))
-    figure.update_yaxes(dtick=step, showgrid=False)
+    figure.update_yaxes(tickvals=layer_ticks(rows.layer), showgrid=False)
     return figure.update_yaxes(title="erased at layer", col=1)
 
 
-def routes_figure(table: pd.DataFrame, task: str) -> go.Figure:
+def routes_figure(table: pd.DataFrame, task: str) -> LayerFigure:
     """Draw the answers while attention is cut in a window of blocks; a panel per model.
 
     Parameters
@@ -428,13 +433,14 @@ def routes_figure(table: pd.DataFrame, task: str) -> go.Figure:
         )
     window = int(cut.dose.iloc[0])
     blocks = "1 block" if window == 1 else f"{window} blocks"
-    _style(figure, f"Without attention, in windows of {blocks} — {task_words(task)}", cut)
-    figure.update_xaxes(title="first block of the window")
+    _style(figure, f"Without attention, in windows of {blocks}", task, cut)
+    figure.update_xaxes(title="first block cut" if window > 1 else "block cut")
     figure.update_yaxes(title="accuracy (test)", col=1)
+    set_score_axis(figure, "accuracy")
     return figure
 
 
-def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
+def doses_figure(table: pd.DataFrame, task: str) -> LayerFigure:
     """Draw how often a model says yes after so much of a direction was added; a panel per model.
 
     Parameters
@@ -458,7 +464,7 @@ def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
                 y=curve.value,
                 mode="lines+markers",
                 line={"color": _depth_colour(number, len(layers)), "width": 2},
-                marker={"size": 6},
+                marker={"size": 6, "symbol": SYMBOLS[number % len(SYMBOLS)]},
                 name=layer,
                 legendgroup=layer,
                 showlegend=place == 1,
@@ -471,16 +477,18 @@ def doses_figure(table: pd.DataFrame, task: str) -> go.Figure:
                 col=place,
             )
     site = steered.site.iloc[0]
-    _style(figure, f"Dose and response, {SITE_WORDS[site]} — {task_words(task)}", steered)
-    figure.update_xaxes(title="standard deviations added", dtick=None)
-    figure.update_yaxes(title="share of yes (test)", range=[-0.03, 1.03])
-    return figure.update_yaxes(title="", col=2)
+    _style(figure, f"Dose and response, {SITE_WORDS[site]}", task, steered)
+    figure.update_xaxes(title="std. deviations added", dtick=None)
+    set_score_axis(figure, "says_yes")
+    return figure.update_yaxes(title="share of yes (test)", col=1)
 
 
 # ------------------------------------------------------------------------------ changed images
 
 
-def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None = None) -> go.Figure:
+def surroundings_figure(
+    table: pd.DataFrame, task: str, *, pooling: str | None = None
+) -> LayerFigure:
     """Draw probes and answers on images without the object, and with it alone; a panel per model.
 
     Parameters
@@ -534,13 +542,14 @@ def surroundings_figure(table: pd.DataFrame, task: str, *, pooling: str | None =
     if len(said):
         marker = {"symbol": "diamond-open", "size": 11, "color": GREY, "line": {"width": 2}}
         figure.add_trace(legend_entry("the model’s answer", mode="markers", marker=marker))
-    _style(figure, f"The object or its surroundings? — {task_words(task)}", read)
+    _style(figure, "The object or its surroundings?", task, read)
     if len(read):
         dtick = tick_step(read.read_layer.nunique())
         figure.update_xaxes(dtick=dtick, range=[-0.4, last_layer + (0.95 if len(said) else 0.4)])
     figure.update_yaxes(
-        title=f"accuracy (test, {pooling} pooling)" if pooling else "accuracy", col=1
+        title=f"accuracy (test, {pooling} pooling)" if pooling else "accuracy (test)", col=1
     )
+    set_score_axis(figure, "accuracy")
     return figure
 
 
@@ -569,13 +578,18 @@ def _depth_colour(number: int, count: int) -> str:
     return sample_colorscale(DOSE_COLOURS, [0.9 * number / max(1, count - 1)])[0]
 
 
-def _panels(models: Sequence[str]) -> go.Figure:
-    return make_subplots(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.04
+def _panels(models: Sequence[str]) -> LayerFigure:
+    return panels(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.04)
+
+
+def _style(figure: LayerFigure, title: str, task: str, rows: pd.DataFrame) -> None:
+    apply_style(
+        figure,
+        title=title,
+        subtitle=task_words(task),
+        height=480,
+        width=FULL_PAGE,
+        panel_titles=True,
     )
-
-
-def _style(figure: go.Figure, title: str, rows: pd.DataFrame) -> None:
-    apply_style(figure, title=title, height=500, width=FULL_PAGE, panel_titles=True)
     layers = rows.layer[rows.layer != ""].nunique()
-    figure.update_xaxes(title=LAYER_AXIS, dtick=tick_step(layers))
+    figure.update_xaxes(title=PANEL_LAYER_AXIS, dtick=tick_step(layers))

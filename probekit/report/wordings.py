@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from probekit.answers.flips import FLIPS
 from probekit.answers.scores import ANSWER
@@ -20,16 +19,18 @@ from probekit.report.known_and_said import (
     said_metric,
     with_interval,
 )
+from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
-    LAYER_AXIS,
     PALETTE,
+    PANEL_LAYER_AXIS,
     SYMBOLS,
     apply_style,
     layer_number,
     legend_entry,
     metric_words,
+    score_axis,
     task_words,
     tick_step,
     with_alpha,
@@ -47,9 +48,6 @@ VARIANT_WORDS = {
 # Neither those of probe and answer, and readable on white and on dark.
 PLAIN_COLOUR = "#6b7285"
 VARIANT_COLOURS = PALETTE[2:]
-# Wordings that the legend has room for in one line, and the height of another one in pixels.
-MOST_IN_A_LINE = 6
-LEGEND_LINE = 30
 
 
 def wording_words(task: str, base: str) -> str:
@@ -192,7 +190,7 @@ def wordings_figure(
     base: str,
     *,
     probe: str = "logreg",
-) -> go.Figure:
+) -> LayerFigure:
     """Draw a question in all its wordings: a row of three panels per model.
 
     Parameters
@@ -234,7 +232,7 @@ def wordings_figure(
     for model in models[1:]:
         titles += [model, "", ""]
     panel_height = 90 + 24 * max(6, len(names))
-    figure = make_subplots(
+    figure = panels(
         len(models),
         3,
         subplot_titles=titles,
@@ -242,8 +240,10 @@ def wordings_figure(
         horizontal_spacing=0.1,
         vertical_spacing=45 / (panel_height * len(models)),
     )
+    all_curves: list[pd.DataFrame] = []
     for place, model in enumerate(models, 1):
         curves = _wording_curves(table, transfer, base, model=model, metric=metric)
+        all_curves += curves.values()
         for name, curve in curves.items():
             look = _look(names.index(name))
             traces = curve_traces(
@@ -264,19 +264,19 @@ def wordings_figure(
     figure.add_traces(_legend(names, base))
     apply_style(
         figure,
-        title=f"The same question in other words — {task_words(base)}",
+        title="The same question in other words",
+        subtitle=task_words(base),
         height=174 + panel_height * len(models),
         width=FULL_PAGE,
         panel_titles=True,
     )
-    if len(names) > MOST_IN_A_LINE:
-        top = figure.layout.margin.t + LEGEND_LINE
-        figure.update_layout(height=figure.layout.height + LEGEND_LINE, margin={"t": top})
-    figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1)
-    figure.update_xaxes(range=[0, 1.04], dtick=0.25, col=2)
-    figure.update_xaxes(range=[-0.04, 1.04], dtick=0.25, tickformat=".0%", col=3)
+    drawn = pd.concat(all_curves)
+    axis = score_axis(metric, float(drawn.lo.min()), float(drawn.hi.max()))
+    figure.update_yaxes(title=f"{metric_words(metric)} (test)", **axis, col=1)
+    figure.update_xaxes(range=[-0.02, 1.02], dtick=0.25, col=2)
+    figure.update_xaxes(range=[-0.02, 1.02], dtick=0.25, tickformat=".0%", col=3)
     middle = said_metric(tasks[base]) if rows.answer.notna().any() else metric
-    titles_below = (LAYER_AXIS, f"{metric_words(middle)} (test)", "share of test examples")
+    titles_below = (PANEL_LAYER_AXIS, f"{metric_words(middle)} (test)", "share of test examples")
     for column, title in enumerate(titles_below, 1):
         figure.update_xaxes(title=title, row=len(models), col=column)
     return figure

@@ -121,7 +121,9 @@ def test_the_table_and_the_figure_have_a_row_and_a_panel_for_each_model(tmp_path
     assert rows["over answer"].iloc[0] == pytest.approx(rows.probe[0] - rows.answer[0])
     figure = known_and_said_figure(joined.metrics, "caption", joined.tasks["caption"])
     titles = [note.text for note in figure.layout.annotations]
-    assert titles[:2] == ["planted", "yes-sayer"]
+    assert [title.partition("<br>")[0] for title in titles[:2]] == ["planted", "yes-sayer"]
+    gap = f"{rows['over answer'].iloc[0]:+.2f} [{rows['over answer lo'].iloc[0]:+.2f}, "
+    assert gap in titles[0]
     lens = [trace for trace in figure.data if trace.name == "lens"]
     assert len(lens) == 2
     np.testing.assert_allclose(lens[0].y, values(first.metrics, LENS, "accuracy"))

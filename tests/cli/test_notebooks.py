@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
+from probekit.cli.main import make_parser
 from probekit.cli.notebooks import _KernelOfThisPython
 from tests.conftest import (
     DEMO_MODELS,
@@ -57,7 +62,11 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for _, rows in table[table.stage == "lm"].groupby(["model", "control"]):
         assert rows.layer.nunique() == 9
     page = (demo / "figures" / "small" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure") == 47  # 45 of the tables, and an explorer for each model
+    assert page.count("<figure ") == 47  # 45 of the tables, and an explorer for each model
+    assert all((demo / "figures" / "small" / f"{name}.js").exists() for name in _figures(page))
+    assert page.index("caption_known_and_said") < page.index('role="tablist"')  # the first picture
+    overview = pd.read_csv(demo / "figures" / "small" / "overview.csv")
+    assert len(overview) == 4 + 2 + 2  # two models; captions in two poolings
     used = pd.read_csv(demo / "figures" / "small" / "interventions.csv")
     assert set(used.model) == set(DEMO_MODELS)
     greyed = {"whole_image", "no_box", "same_area"}
@@ -67,6 +76,30 @@ def test_all_notebooks_run_and_leave_their_artefacts(demo):
     for path in executed:
         assert path.stat().st_size < 3e6
         assert nbformat.read(path, 4).metadata.papermill["exception"] is None
+
+
+def _figures(page):
+    """Names of the figures of a page, each of them once."""
+    names = re.findall('data-name="([^"]+)"', page)
+    assert len(set(names)) == len(names) == 47
+    return names
+
+
+def test_a_run_says_how_far_it_is_and_what_it_wrote(demo):
+    progress = (demo / "stderr.txt").read_text(encoding="utf-8")
+    assert "\r" not in progress
+    assert len(progress.splitlines()) < 400
+    for number, name in enumerate(["01_build_data", "02_extract", "03_probe"], start=1):
+        assert f"[{number}/6] {name}\n" in progress
+    assert "tiny-fast-vlm (fast_vlm) has no stage vision" in progress  # a note of the library
+    assert "<|im_start|>" not in progress  # what a quick cell prints is for the notebook's readers
+    result = (demo / "stdout.txt").read_text(encoding="utf-8")
+    for notebook in sorted((demo / "data" / "runs").glob("*/0*.ipynb")):
+        assert re.search(rf"^{notebook.stem} +\d+  \S", result, re.MULTILINE)
+    examples = pd.read_parquet(demo / "data" / "tasks" / "small" / "examples.parquet")
+    assert f"data/tasks/small/examples.parquet ({len(examples):,} rows, " in result
+    page = result.splitlines()[-1].removeprefix("open ")
+    assert page.endswith("figures/small/index.html")
 
 
 def test_a_second_run_uses_what_is_there_from_any_folder(demo, tmp_path):
@@ -95,14 +128,28 @@ def test_from_starts_in_the_middle_from_any_folder(demo, tmp_path):
     assert "A light probe (linear)" in page
 
 
-def test_a_failing_cell_is_shown_with_the_notebook_as_far_as_it_came(tmp_path):
-    result = run_notebooks(tmp_path, run="broken", dataset="data/coco/nowhere")
+def test_a_failing_cell_is_shown_with_the_notebook_and_how_to_go_on(tmp_path):
+    result = run_notebooks(tmp_path, "--to", "02", run="broken", dataset="data/coco/nowhere")
     assert result.returncode == 1
     assert "pk.build_examples" in result.stderr
     assert "does not exist" in result.stderr
-    path = result.stderr.strip().rpartition(": ")[2]
-    assert path.endswith("01_build_data.ipynb")
+    path = re.search(r"as far as it came: (.+01_build_data.ipynb)$", result.stderr, re.MULTILINE)[1]
     assert nbformat.read(path, 4).cells
+    states = [line.split(maxsplit=1)[1] for line in result.stdout.strip().splitlines()]
+    assert re.fullmatch(r"\d+ +failed", states[1])
+    assert states[2] == "not run"
+    assert last_command(result.stderr).endswith(
+        "-p run=broken -p dataset=data/coco/nowhere --from 01 --to 02"
+    )
+
+
+def last_command(errors):
+    """The last line, which must be a command that can be run."""
+    command = errors.rstrip().splitlines()[-1].strip()
+    program, *arguments = shlex.split(command.removeprefix("python -m "))
+    assert program == "probekit"
+    make_parser().parse_args(arguments)
+    return command
 
 
 @needs_real_coco
@@ -151,8 +198,15 @@ def test_a_kernelspec_of_another_environment_is_passed_over(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
-@pytest.mark.parametrize("sign", ["data/runs/*", SHARDS])  # a kernel starts; two workers read
-def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path, sign):
+@pytest.mark.parametrize(
+    ("stop", "sign", "number"),
+    [
+        (signal.SIGTERM, "data/runs/*", "01"),
+        (signal.SIGINT, SHARDS, "02"),
+    ],
+    ids=["as a kernel starts", "as two workers read"],
+)
+def test_ctrl_c_and_sigterm_leave_no_process_and_say_how_to_go_on(tmp_path, stop, sign, number):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_parameters()), encoding="utf-8")
     command = [sys.executable, "-m", "probekit", "run", "--params", str(tmp_path / "small.yaml")]
     command += ["-p", "run=cut", "-p", "workers=2"]
@@ -160,6 +214,7 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path, sign):
     with subprocess.Popen(
         command,
         env=environment,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -167,12 +222,28 @@ def test_ctrl_c_ends_in_a_line_and_leaves_no_process(tmp_path, sign):
     ) as process:
         while process.poll() is None and not list(tmp_path.glob(sign)):
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.rstrip().splitlines()[-1].startswith("probekit: stopped. Run the same command")
+        os.killpg(process.pid, stop)
+        table, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + stop
+    assert "probekit: stopped. Go on with" in errors
+    assert last_command(errors).endswith(f"-p run=cut -p workers=2 --from {number}")
+    assert re.search(rf"^{number}_\w+ +\d+  stopped$", table, re.MULTILINE)
     assert "Traceback" not in errors
     assert _processes_of(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sessions")
+def test_a_kernel_is_ended_with_what_has_a_session_of_its_own():
+    # as kaleido starts Chrome
+    code = "import subprocess; subprocess.run(['sleep', '99'], start_new_session=True)"
+    kernel = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (children := psutil.Process(kernel.pid).children()):
+        time.sleep(0.01)
+    manager = _KernelOfThisPython()
+    manager.provisioner = SimpleNamespace(process=kernel)
+    manager.kill_with_children()
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert kernel.wait(timeout=5) == -signal.SIGKILL
 
 
 def _listen_to_ctrl_c():

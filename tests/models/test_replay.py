@@ -12,7 +12,8 @@ from probekit.images import load_rgb
 from probekit.models import replay_check
 from probekit.models.attention import AttentionCut, NoCut
 from probekit.models.batches import batch_images, batch_tokens
-from probekit.models.forward import forward_options, run_pooled
+from probekit.models.forward import run_pooled
+from probekit.models.native import forward_options
 from probekit.models.replay import TOKEN_SETS, KeptPass, NoReplay
 from probekit.models.replay_check import check_replay
 
@@ -51,7 +52,9 @@ def run_with_hook(vlm, prepared, layer, mask_nt, change):
     images = batch_images(vlm, prepared, counts=[len(image.tokens) for image in prepared])
     with torch.inference_mode():
         output = vlm.model(
-            **batch_tokens(vlm, rows), **images, **forward_options(vlm, len(rows))
+            **batch_tokens(vlm, rows),
+            **images,
+            **forward_options(vlm.config, len(rows), device=vlm.device),
         ).last_hidden_state
     handle.remove()
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
+from probekit.cli.notebooks import declared_parameters, list_notebooks
 from probekit.probes.results import COLUMNS, ProbeResults
 from probekit.report.saved_run import SavedRun
 from probekit.tasks.base import TaskInfo
+from tests.conftest import small_parameters
+from tests.support import lab
 
 TASKS = {
     "caption": TaskInfo("binary", ("match",), "Right?"),
@@ -103,3 +109,17 @@ def probe_results(table, losses, tasks) -> ProbeResults:
 def saved_run(small_home) -> SavedRun:
     """The run "small", opened once for tests that only read it; its home is named, not found."""
     return SavedRun.open("small", small_home)
+
+
+@pytest.fixture(scope="session")
+def jupyter(demo: Path) -> Iterator[str]:
+    """The address of a JupyterLab with the notebooks of the run "small"."""
+    parameters = small_parameters() | {"run": "small"}
+    declared = {file.stem: declared_parameters(file) for file in list_notebooks()}
+    of_notebooks = {
+        notebook: {name: value for name, value in parameters.items() if name in names}
+        for notebook, names in declared.items()
+    }
+    lab.prepare_notebooks(demo / "lab", of_notebooks)
+    with lab.serve_notebooks(demo / "lab", demo) as url:
+        yield url

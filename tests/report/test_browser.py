@@ -1,16 +1,13 @@
 """JupyterLab and the saved page in a real browser, with real key presses."""
 
 import re
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from probekit.cli.notebooks import declared_parameters, list_notebooks
-from probekit.report.explorer import LENS_HEAT
-from tests.conftest import small_parameters
 from tests.support import lab
 
 pytest.importorskip("playwright")
@@ -18,25 +15,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not lab.CHROME, reason="no Chrome or Chromium on this machine"),
 ]
-
-
-@pytest.fixture(scope="module")
-def jupyter(demo: Path):
-    parameters = small_parameters() | {"run": "small"}
-    declared = {file.stem: declared_parameters(file) for file in list_notebooks()}
-    of_notebooks = {
-        notebook: {name: value for name, value in parameters.items() if name in names}
-        for notebook, names in declared.items()
-    }
-    lab.prepare_notebooks(demo / "lab", of_notebooks)
-    with lab.serve_notebooks(demo / "lab", demo) as url:
-        yield url
-
-
-def pixels(element) -> np.ndarray:
-    """What an element looks like on the screen."""
-    screenshot = Image.open(BytesIO(element.screenshot())).convert("RGB")
-    return np.asarray(screenshot).astype(int)
 
 
 def wait_until_drawn(page) -> None:
@@ -62,97 +40,257 @@ def test_every_notebook_runs_in_jupyterlab(jupyter, demo):
             assert lab.run_notebook(page, jupyter, notebook.name) == [], notebook.name
 
 
-def test_keys_move_the_sliders_and_what_they_show(jupyter):
-    with lab.open_browser() as page:
-        problems = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        assert lab.run_notebook(page, jupyter, "06_inspect_examples.ipynb") == []
-        photo = lab.scroll_to(page, "img.widget-image")
-        lab.choose_option(page, "task", "category")
-        wait_until_drawn(page)
-        layer = lab.slider_handle(page, "layer")
-        example = lab.slider_handle(page, "example")
-        curve = page.locator("svg[viewBox='0 0 560 300']").first
-        answers = page.locator(".probekit").first
+# ------------------------------------------------------------------------------ the page of a run
 
-        photo_before = pixels(photo)
-        curve_before = curve.inner_html()
-        answers_before = answers.inner_text()
-        layer.focus()
-        for _ in range(4):
-            layer.press("ArrowLeft")
-        wait_until_drawn(page)
-        assert curve.inner_html() != curve_before
-        assert answers.inner_text() != answers_before
-        assert np.abs(pixels(photo) - photo_before).mean() > 1  # the heat of another layer
-
-        photo_before = pixels(photo)
-        lab.choose_option(page, "heat of", LENS_HEAT)
-        wait_until_drawn(page)
-        assert np.abs(pixels(photo) - photo_before).mean() > 0.5
-
-        photo_before = pixels(photo)
-        curve_before = curve.inner_html()
-        example.focus()
-        example.press("ArrowRight")
-        wait_until_drawn(page)
-        assert np.abs(pixels(photo) - photo_before).mean() > 5
-        assert curve.inner_html() != curve_before
-
-        moves = lab.measure_key_presses(page, layer, "ArrowRight", times=3)
-        assert all({"photo", "curve"} <= set(move) for move in moves), moves
-
-        lab.choose_option(page, "task", "caption")
-        lab.choose_option(page, "erase here", "from last token")
-        page.get_by_text("then it says").first.wait_for(timeout=30_000)
-
-        search = lab.find_widget(page, "text", "search").locator("input")
-        search.fill("nothing is like this")
-        search.press("Enter")
-        page.get_by_text("no example matches").first.wait_for(timeout=5000)
-        assert problems == []
+SHOWN_FIGURES = "[...document.querySelectorAll('figure')].filter(figure => figure.offsetParent)"
+ALL_SHOWN_ARE_DRAWN = f"() => {SHOWN_FIGURES}.every(figure => figure.querySelector('.drawn'))"
 
 
-def test_the_saved_page_works_from_disk_without_a_network(demo):
-    folder = demo / "figures" / "small"
+@pytest.fixture
+def run_page(demo):
+    """The page of the run, from disk without a network; errors and requests fail the test."""
     with lab.open_browser(offline=True, color_scheme="light") as page:
         problems = collect_problems(page)
-        page.goto((folder / "index.html").as_uri())
-        figure_count = page.locator("figure").count()
-        assert figure_count > 20
-        plots = "document.querySelectorAll('.main-svg .cartesianlayer')"
-        page.wait_for_function(f"() => {plots}.length >= {figure_count}")
-
-        explorer = page.locator("figure[id^=explorer]").first
-        explorer.scroll_into_view_if_needed()
-        title = explorer.locator(".gtitle")
-        title_before = title.text_content()
-        heat = explorer.locator(".hm image").first
-        heat_before = image_source(heat)
-        explorer.locator(".slider-rail-touch-rect").click(position={"x": 30, "y": 5})
-        wait_until_drawn(page)
-        assert image_source(heat) != heat_before
-        explorer.locator(".updatemenu-header").click()
-        explorer.locator(".updatemenu-dropdown-button").nth(1).click()
-        wait_until_drawn(page)
-        assert title.text_content() != title_before
-        legend = explorer.locator(".legendtext").all_text_contents()
-        assert not any("trace" in name for name in legend)
-
-        light = background_colour(page)
-        page.locator("#theme").click()
-        wait_until_drawn(page)
-        dark = background_colour(page)
-        assert light != dark
-        assert re.findall(r"\d+", dark)[:3] == ["21", "23", "28"]
-        page.locator("#theme").click()
-        wait_until_drawn(page)
-        assert background_colour(page) == light
-
-        links = page.locator("table a")
-        for name in links.evaluate_all("links => links.map(link => link.getAttribute('href'))"):
-            assert (folder / name).exists()
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        open_page(page, demo)
+        yield page
         assert problems == []
+        assert not [url for url in requests if not url.startswith(("file:", "data:", "blob:"))]
+
+
+def open_page(page, demo: Path, address: str = "") -> None:
+    page.goto("about:blank")
+    page.goto((demo / "figures" / "small" / "index.html").as_uri() + address)
+    page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
+
+
+def tabs_of(page, label: str):
+    """The tabs of the list that has this label and is to be seen."""
+    return page.locator(f"[role=tablist][aria-label^='{label}']:visible [role=tab]")
+
+
+def every_tab(page):
+    """Choose each task, and in it each kind of figure; their names, once all is drawn."""
+    tasks = tabs_of(page, "What figures")
+    for place in range(tasks.count()):
+        tasks.nth(place).click()
+        kinds = tabs_of(page, "Kinds of figures")
+        for kind in range(max(1, kinds.count())):
+            if kinds.count():
+                kinds.nth(kind).click()
+            page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
+            yield tasks.nth(place).inner_text(), kind
+
+
+def visible_figures(page) -> list[str]:
+    return page.evaluate(f"() => {SHOWN_FIGURES}.map(figure => figure.dataset.name)")
+
+
+def test_each_figure_is_loaded_by_its_tab_and_fits_on_a_phone(run_page):
+    run_page.set_viewport_size({"width": 420, "height": 900})
+    loaded = "[...document.querySelectorAll('script')].filter(s => s.src.includes('explorer_'))"
+    assert run_page.evaluate(f"() => {loaded}.length") == 0
+    first = visible_figures(run_page)[0]
+    assert first == "caption_known_and_said"
+    seen = {first}
+    for tab in every_tab(run_page):
+        names = visible_figures(run_page)
+        assert names[0] == first
+        assert not seen & set(names[1:])  # each figure stands behind one tab
+        seen |= set(names)
+        assert run_page.evaluate("document.documentElement.scrollWidth") <= 420, tab
+        widths = f"{SHOWN_FIGURES}.map(figure => figure.querySelector('.main-svg').clientWidth)"
+        assert max(run_page.evaluate(f"() => {widths}")) <= 420, tab
+    assert len(seen) == run_page.locator("figure").count() > 20
+    assert run_page.evaluate(f"() => {loaded}.length") == 2
+    titles = run_page.locator("#figure-caption_known_and_said .xtitle")
+    lefts = {round(box["x"]) for box in (title.bounding_box() for title in titles.all()) if box}
+    assert len(lefts) == 1 < titles.count()  # panels stand one under the other
+
+
+def test_arrow_keys_move_between_tabs(run_page):
+    tasks = tabs_of(run_page, "What figures")
+    tasks.first.focus()
+    run_page.keyboard.press("ArrowRight")
+    assert tasks.nth(1).get_attribute("aria-selected") == "true"
+    assert tasks.nth(1).evaluate("tab => tab === document.activeElement")
+    assert tasks.first.get_attribute("tabindex") == "-1"
+    panel = run_page.locator(f"#{tasks.nth(1).get_attribute('aria-controls')}")
+    assert panel.is_visible()
+    run_page.keyboard.press("Home")
+    assert not panel.is_visible()
+    run_page.keyboard.press("ArrowLeft")
+    assert tasks.last.get_attribute("aria-selected") == "true"
+    run_page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
+
+
+def wait_for_layer(page, layer: str) -> None:
+    """Wait until the slider of a model's examples stands at a layer."""
+    output = "document.querySelector('#figure-explorer_tiny-fast-vlm output')"
+    page.wait_for_function(f"() => {output}?.textContent === '{layer}'")
+
+
+def test_links_open_a_figure_and_the_state_of_an_example(run_page, demo):
+    open_page(run_page, demo, "#figure=category_scores")
+    assert "category_scores" in visible_figures(run_page)
+    assert run_page.locator("#figure-category_scores .title").evaluate(
+        "title => title === document.activeElement"
+    )
+    open_page(run_page, demo, "#task=caption&model=tiny-fast-vlm&layer=3")
+    explorer = run_page.locator("#figure-explorer_tiny-fast-vlm")
+    wait_for_layer(run_page, "3")
+    chosen = "select => select.selectedOptions[0].textContent"
+    assert explorer.locator("select").evaluate(chosen).startswith("caption: ")
+
+    explorer.locator("select").select_option(index=1)
+    slider = explorer.locator("input[type=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    run_page.wait_for_function("() => location.hash.endsWith('layer=4')")
+    address = run_page.evaluate("location.hash")
+    title = explorer.locator(".title").inner_text()
+    heat = image_source(explorer.locator(".hm image").first)
+    slider.press("ArrowRight")
+    run_page.wait_for_function("() => location.hash.endsWith('layer=5')")
+    assert image_source(explorer.locator(".hm image").first) != heat
+
+    open_page(run_page, demo, address)
+    wait_for_layer(run_page, "4")
+    explorer = run_page.locator("#figure-explorer_tiny-fast-vlm")
+    assert explorer.locator(".title").inner_text() == title
+    assert image_source(explorer.locator(".hm image").first) == heat
+    legend = explorer.locator(".legendtext").all_text_contents()
+    assert not any("trace" in name for name in legend)
+
+    open_page(run_page, demo, "#figure=nothing")
+    assert "no such figure" in run_page.locator("#status").inner_text()
+
+
+def test_a_table_and_a_file_have_the_numbers_of_a_figure(run_page, demo):
+    metrics = pd.read_csv(demo / "figures" / "small" / "metrics.csv", keep_default_na=False)
+    is_curve = (
+        (metrics.task == "caption") & (metrics.metric == "accuracy") & (metrics.stage == "lm")
+    )
+    is_curve &= (metrics.split == "test") & (metrics["class"] == "") & (metrics.probe == "logreg")
+    is_curve &= (metrics.control == "none") & (metrics.pooling == "mean")
+    curve = metrics[is_curve & (metrics.model == "tiny-qwen2-vl")]
+
+    open_page(run_page, demo, "#figure=caption_accuracy")
+    figure = run_page.locator("#figure-caption_accuracy")
+    rows = save(run_page, figure.get_by_text("CSV", exact=True))
+    layer = "decoder layer (0 = input embeddings)"
+    assert {"series", layer, "accuracy (test)", "lo", "hi", "n"} <= set(rows)
+    of_model = rows[rows.series == "tiny-qwen2-vl"]
+    assert list(of_model[layer]) == list(range(9))
+    for shown, column in (("accuracy (test)", "value"), ("lo", "lo"), ("hi", "hi"), ("n", "n")):
+        np.testing.assert_allclose(of_model[shown], curve[column].astype(float), atol=2e-5)
+
+    figure.locator("summary").click()
+    table = figure.locator(".numbers table")
+    assert table.locator("thead th").all_inner_texts() == list(rows)
+    assert table.locator("tbody tr").count() == len(rows)
+    first_cells = table.locator("tbody tr").first.locator("td").all_inner_texts()
+    assert [cell for cell in first_cells if cell] == [
+        str(value) if isinstance(value, str) else f"{value:.6g}"
+        for value in rows.iloc[0]
+        if not pd.isna(value)
+    ]
+
+    open_page(run_page, demo, "#figure=caption_transfer")
+    cells = save(run_page, run_page.locator("#figure-caption_transfer [data-action=csv]"))
+    transfer = pd.read_csv(demo / "figures" / "small" / "transfer.csv")
+    assert len(cells) == 2 * 9 * 9  # a row for each cell of both models
+    assert cells.iloc[:, -1].between(0, 1).all()
+    assert cells.iloc[:, -1].max() == pytest.approx(
+        transfer.value[(transfer.probe_task == "caption") & (transfer.task == "caption")].max(),
+        abs=1e-4,
+    )
+
+
+def save(page, button) -> pd.DataFrame:
+    """Press a button that saves a CSV file, and read the file."""
+    with page.expect_download() as download:
+        button.click()
+    return pd.read_csv(download.value.path())
+
+
+def test_a_figure_can_be_saved_as_a_picture_for_a_paper(run_page):
+    figure = run_page.locator("#figure-caption_known_and_said")
+    with run_page.expect_download() as download:
+        figure.get_by_text("PNG", exact=True).click()
+    assert download.value.suggested_filename == "caption_known_and_said.png"
+    assert Image.open(download.value.path()).width == 2000
+    with run_page.expect_download() as download:
+        figure.get_by_text("SVG", exact=True).click()
+    svg = Path(download.value.path()).read_text(encoding="utf-8")
+    assert "Known and said" in svg  # the title, which the page shows as text
+
+
+def test_column_heads_sort_the_overview(run_page):
+    def column() -> list[float]:
+        cells = run_page.locator(".overview tbody tr td:nth-child(6)").all_inner_texts()
+        return [float(cell.split()[0]) for cell in cells]
+
+    head = run_page.locator(".overview th", has_text="score")
+    before = column()
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert column() == sorted(before)
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert column() == sorted(before, reverse=True)
+    says = run_page.locator(".overview th", has_text="the model says").locator("button")
+    for _ in range(2):  # what was not measured comes last in both directions
+        says.click()
+        cells = run_page.locator(".overview tbody tr td:nth-child(9)").all_inner_texts()
+        assert cells.index("–") == sum(cell != "–" for cell in cells)
+
+
+def test_the_page_can_be_dark_and_its_links_lead_to_files(run_page, demo):
+    light = background_colour(run_page)
+    run_page.locator("#theme").click()
+    wait_until_drawn(run_page)
+    dark = background_colour(run_page)
+    assert light != dark
+    assert re.findall(r"\d+", dark)[:3] == ["21", "23", "28"]
+    run_page.locator("#theme").click()
+    wait_until_drawn(run_page)
+    assert background_colour(run_page) == light
+    links = run_page.locator("a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
+    for name in links:
+        assert name.startswith("#") or (demo / "figures" / "small" / name).exists()
+    run_page.goto((demo / "figures" / "small" / "caption_accuracy.html").as_uri())
+    run_page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(run_page, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    run_page.emulate_media(color_scheme=scheme)
+    run_page.locator("#in-words > summary").click()
+    run_page.locator("figure .numbers summary").first.click()
+    for tab in ("caption-known-and-said", "category-scores", "single-examples"):
+        run_page.evaluate(f"location.hash = 'tab={tab}'")
+        run_page.locator(f"#panel-{tab}").wait_for()
+        run_page.wait_for_function(ALL_SHOWN_ARE_DRAWN)
+        found = axe.run(run_page, options={"preload": False}).response["violations"]
+        serious = [rule["id"] for rule in found if rule["impact"] in ("serious", "critical")]
+        assert serious == [], tab
+        if scheme == "dark":
+            break
+
+
+def test_printing_leaves_the_page_as_it_was(run_page):
+    picture = run_page.locator("#figure-caption_known_and_said .main-svg").first
+    before = picture.bounding_box()
+    run_page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    wait_until_drawn(run_page)
+    assert picture.bounding_box()["width"] < 720  # pixels of a sheet of paper
+    run_page.evaluate("dispatchEvent(new Event('afterprint'))")
+    wait_until_drawn(run_page)
+    after = picture.bounding_box()
+    assert (after["width"], after["height"]) == (before["width"], before["height"])
 
 
 def image_source(image) -> str | None:

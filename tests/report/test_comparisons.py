@@ -9,13 +9,16 @@ from probekit.report.comparisons import (
 from tests.support.figures import curves_by_name
 
 
-def test_global_and_local_names_the_peaks(table, tasks):
+def test_global_and_local_marks_the_peaks(table, tasks):
     table = table.copy()
     is_late = (table.task == "category") & (table.layer == "lm.01") & (table.control == "none")
     table.loc[is_late, "value"] = 0.95
     figure = global_and_local(table, tasks)
-    titles = [annotation.text for annotation in figure.layout.annotations]
-    assert titles[0] == "<b>small</b>: caption peaks at lm.03, category at lm.01"
+    stars = [
+        trace for trace in figure.data if trace.marker.symbol == "star" and trace.hovertemplate
+    ]
+    assert [list(star.x) for star in stars[:2]] == [[3], [1]]
+    assert "caption</b> peaks at lm.03" in stars[0].hovertemplate
 
 
 def test_layers_that_no_other_beats_at_both_are_filled(table, tasks):
@@ -26,7 +29,7 @@ def test_layers_that_no_other_beats_at_both_are_filled(table, tasks):
     points = [trace for trace in figure.data if trace.mode == "markers+text"]
     assert len(points) == 2
     assert list(points[0].x) == [0.5, 0.95, 0.7, 0.8]
-    assert list(points[0].text) == ["0", "1", "2", "3"]
+    assert list(points[0].text) == ["0", "1", "", "3"]
     is_filled = [colour != "rgba(0,0,0,0)" for colour in points[0].marker.color]
     assert is_filled == [False, True, False, True]
 

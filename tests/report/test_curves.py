@@ -16,9 +16,14 @@ def test_curves_show_every_layer_of_every_model(table):
     np.testing.assert_allclose(curves["small"].y, [0.5, 0.6, 0.7, 0.8])
     assert curves["small untrained"].line.dash == "dash"
     assert curves["small"].line.color == curves["small untrained"].line.color
-    assert curves["small"].line.color != curves["large"].line.color
-    bands = [trace for trace in figure.data if trace.fill == "toself"]
-    assert len(bands) == 3
+    for property_of in (
+        lambda curve: curve.line.color,
+        lambda curve: curve.line.dash,
+        lambda curve: curve.marker.symbol,
+    ):
+        assert property_of(curves["small"]) != property_of(curves["large"])
+    bands = [trace for trace in figure.data if trace.fill == "toself" and not trace.name]
+    assert len(bands) == 2
     assert max(bands[0].y) == pytest.approx(0.85)
     assert min(bands[0].y) == pytest.approx(0.45)
 
@@ -27,8 +32,17 @@ def test_the_plateau_is_highlighted_and_explained(table):
     figure = layer_curves(table, "caption", "accuracy")
     plateau = next(trace for trace in figure.data if trace.name == "large, plateau")
     assert list(np.isfinite(np.array(plateau.y, float))) == [False] * 3 + [True] * 4
-    in_legend = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert in_legend == ["small", "large", "untrained model", "cannot be told apart from the best"]
+    in_legend = {
+        trace.name
+        for trace in figure.data
+        if trace.showlegend is not False and trace.visible is not False
+    }
+    assert in_legend == {
+        "small",
+        "large",
+        "untrained model, small",
+        "cannot be told apart from the best",
+    }
     details = curves_by_name(figure)["small"].customdata
     assert details[0][5] == "lm.03"  # the best layer
     assert details[0][6] == ""
@@ -48,7 +62,7 @@ def test_models_of_any_depth_share_a_relative_axis(table):
 
 def test_buttons_change_between_layers_and_relative_depth(table):
     figure = layer_curves(table, "caption", "accuracy", published=True, relative=True)
-    layer_button, depth_button = figure.layout.updatemenus[0].buttons
+    layer_button, depth_button, _ = figure.layout.updatemenus[0].buttons
     layer_xs = layer_button.args[0]["x"]
     depth_xs = depth_button.args[0]["x"]
     for trace, layer_x, depth_x in zip(figure.data, layer_xs, depth_xs, strict=True):
@@ -74,10 +88,10 @@ def test_what_the_study_calls_macro_f1_is_drawn_as_micro_f1(table):
 def test_the_pooling_is_chosen_and_named(table):
     table = pd.concat([table, table.assign(pooling="last", value=0.9)])
     first = layer_curves(table, "caption", "accuracy")
-    assert "mean pooling" in first.layout.title.text
+    assert "mean pooling" in first.layout.title.subtitle.text
     assert set(curves_by_name(first)["small"].y) == {0.5, 0.6, 0.7, 0.8}
     last = layer_curves(table, "caption", "accuracy", pooling="last")
-    assert "last pooling" in last.layout.title.text
+    assert "last pooling" in last.layout.title.subtitle.text
     assert set(curves_by_name(last)["small"].y) == {0.9}
 
 
@@ -96,6 +110,79 @@ def test_guesses_without_the_states_are_lines_unless_they_lie_on_chance(table):
     assert levels == {0.5, 0.7}
     assert names == {"chance", "majority label"}
     assert set(curves_by_name(figure)) == {"small", "large", "small untrained"}
+
+
+def with_controls(table, **values):
+    """Give both models these controls, which score the same at all layers, ± 0.02."""
+    rows = table[table.control == "none"]
+    controls = [
+        rows.assign(control=name, value=value, lo=value - 0.02, hi=value + 0.02, plateau=pd.NA)
+        for name, value in values.items()
+    ]
+    return pd.concat([table, *controls], ignore_index=True)
+
+
+def shown(figure):
+    return {name for name, trace in curves_by_name(figure).items() if trace.visible is not False}
+
+
+def test_controls_are_one_band_that_lists_them_on_hover(table):
+    table = with_controls(table, no_image=0.48, shuffled=0.51)
+    figure = layer_curves(table, "caption", "accuracy")
+    assert shown(figure) == {"small", "large"}
+    (area,) = [trace for trace in figure.data if trace.name and trace.fill == "toself"]
+    assert (min(area.y), max(area.y)) == (0.48, 0.51)
+    assert area.name.startswith("all controls<br>(highest: shuffled labels, ")
+    (points,) = [trace for trace in figure.data if trace.hovertext]
+    assert sorted(set(points.y)) == pytest.approx([0.48, 0.495, 0.51])
+    at_layer_2 = points.hovertext[list(points.x).index(2)]
+    assert "lm.02" in at_layer_2
+    for line in (
+        "no image: 0.480 (small), 0.480 (large)",
+        "shuffled labels: 0.510 (small), 0.510 (large)",
+        "untrained model: 0.500 (small)",
+    ):
+        assert line in at_layer_2.split("<br>")
+
+
+def test_a_button_shows_each_control_with_its_entry(table):
+    figure = layer_curves(with_controls(table, shuffled=0.51), "caption", "accuracy")
+    button = figure.layout.updatemenus[0].buttons[2]
+    changes, numbers = button.args
+    assert changes == {"visible": True}
+    names = {figure.data[number].name for number in numbers}
+    assert {"small untrained", "small shuffled labels", "large shuffled labels"} <= names
+    assert {"untrained model", "shuffled labels"} <= names
+    assert button.args2[0] == {"visible": False}
+
+
+def test_a_control_above_chance_is_never_hidden_in_the_band(table):
+    table = with_controls(table, no_image=0.6, wrong_image=0.515, shuffled=0.49)
+    figure = layer_curves(table, "caption", "f1_macro")
+    assert shown(figure) == {"small", "large", "small no image", "large no image"}
+    (area,) = [trace for trace in figure.data if trace.name and trace.fill == "toself"]
+    assert max(area.y) == 0.515
+    assert area.name.startswith("other controls<br>(highest: wrong image, ")
+    entries = [trace.name for trace in figure.data if trace.visible is True and trace.name]
+    assert "no image" in entries
+    (points,) = [trace for trace in figure.data if trace.hovertext]
+    assert all("no image: 0.600 (small)" in text for text in points.hovertext[:4])
+
+
+def test_a_guess_that_scores_as_much_leaves_the_control_in_the_band(table):
+    table = with_controls(table, no_image=0.6, majority=0.6)
+    figure = layer_curves(table, "caption", "accuracy")
+    assert shown(figure) == {"small", "large"}
+    assert 0.6 in {shape.y0 for shape in figure.layout.shapes}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+@pytest.mark.parametrize("value", [0.5, 0.999])
+def test_axes_end_at_1_and_chance_looks_like_chance(table, metric, value):
+    rows = table.assign(value=value, lo=value - 0.01, hi=min(1, value + 0.01))
+    low, high = layer_curves(rows, "caption", metric).layout.yaxis.range
+    assert 0 < low <= 0.45
+    assert 1 < high <= 1.02
 
 
 def test_heat_in_boxes_is_drawn_beside_that_of_absent_categories(saved_run):

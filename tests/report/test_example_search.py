@@ -3,8 +3,10 @@ import pandas as pd
 import pytest
 
 from probekit.report.example_search import (
+    clear_example,
     count_flips,
     decision_layer,
+    find_counterpart,
     find_examples,
     known_not_said,
     surprise,
@@ -80,3 +82,37 @@ def test_what_is_known_but_answered_wrongly_comes_first():
     np.testing.assert_allclose(known, [0, 0.8, 0], atol=1e-6)
     with pytest.raises(ValueError, match="unknown order 'known"):
         find_examples(ROWS, p_lnc, order=order)
+
+
+def test_a_clear_example_is_right_rises_and_has_heat_in_its_boxes():
+    p_lnc = np.array([[[0.1, 0.5], [0.2, 0.1], [0.4, 0.6]], [[0.9, 0.1], [0.9, 0.9], [0.7, 0.9]]])
+    y_nc = np.array([[1, 0], [1, 1], [1, 1]])
+    everywhere = np.full((3, 2), 0.5)
+    counts = np.ones((3, 2))
+
+    def clear(in_boxes_nc, labels=y_nc, mask_nc=counts):
+        return clear_example(p_lnc, in_boxes_nc, y_nc=labels, mask_nc=mask_nc)
+
+    assert clear(everywhere) == (0, 0)  # rises by 0.8, as one class of the second example
+    assert clear(everywhere * [[0.1], [1], [1]]) == (1, 1)
+    assert clear(everywhere, mask_nc=np.array([[0, 1], [1, 0], [1, 1]])) == (1, 0)
+    wrong = np.array([[1, 1], [1, 0], [1, 1]])  # the last layer of the first two
+    assert clear(everywhere, labels=wrong) == (2, 0)
+    assert clear(np.zeros((3, 2))) is None
+    falling = clear_example(p_lnc[::-1], everywhere, y_nc=y_nc, mask_nc=counts)
+    assert falling is None
+
+
+def test_a_counterpart_is_the_most_alike_prompt_with_the_other_answer():
+    rows = pd.DataFrame(
+        {
+            "image_id": [5, 5, 5, 5, 6],
+            "kind": ["binary"] * 5,
+            "labels": [[1], [0], [0], [1], [0]],
+            "prompt": ["A red cup?", "Two cars?", "A blue cup?", "A red car?", "A red cup!"],
+        }
+    )
+    assert find_counterpart(rows, 0).prompt == "A blue cup?"
+    assert find_counterpart(rows, 1).prompt in {"A red cup?", "A red car?"}
+    assert find_counterpart(rows, 4) is None
+    assert find_counterpart(rows.assign(kind="multilabel"), 0) is None

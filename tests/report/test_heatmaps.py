@@ -31,7 +31,7 @@ def test_score_heatmaps_have_a_row_per_metric(metrics):
 def test_the_pooling_that_is_drawn_is_named(table):
     table = pd.concat([table, table.assign(pooling="last", value=0.9)])
     figure = score_heatmap(table, "caption", ["f1_macro"])
-    assert "mean pooling" in figure.layout.title.text
+    assert "mean pooling" in figure.layout.title.subtitle.text
 
 
 def test_classes_are_sorted_with_the_best_on_top(metrics):

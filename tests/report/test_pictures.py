@@ -1,4 +1,5 @@
 import xml.etree.ElementTree as ElementTree
+from base64 import b64decode
 from io import BytesIO
 
 import numpy as np
@@ -36,17 +37,42 @@ def test_the_curve_has_a_line_per_class_dashed_where_the_truth_is_no():
     assert radii == ["3", "3", "6"] * 2
 
 
-def test_a_raster_is_the_mean_of_the_cells_that_cover_a_point():
-    cells_t4 = np.array([*LEFT_AND_RIGHT, [0, 0, 1, 0.5]])
-    raster = pictures.rasterise(np.array([1.0, 3.0, 5.0]), cells_t4, width=4, height=2)
-    np.testing.assert_allclose(raster, [[3, 3, 4, 4], [1, 1, 3, 3]])
+def grid(columns, rows):
+    """Cells of a regular grid, row by row."""
+    lefts, tops = np.meshgrid(np.arange(columns) / columns, np.arange(rows) / rows)
+    left_t, top_t = lefts.ravel(), tops.ravel()
+    return np.stack([left_t, top_t, left_t + 1 / columns, top_t + 1 / rows], axis=1)
+
+
+def test_a_raster_has_each_tokens_value_at_its_centre_and_is_smooth_between():
+    values_t = np.array([0.0, 1.0, 0.3, 0.0, 0.8, 0.1])
+    raster = pictures.interpolate(values_t, grid(3, 2), width=63, height=42)
+    np.testing.assert_allclose(raster[10::21, 10::21].ravel(), values_t, atol=0.02)
+    assert raster.min() >= 0
+    assert raster.max() <= 1
+    assert np.abs(np.diff(raster, axis=1)).max() < 0.09  # cells would jump by 1
+    assert np.abs(np.diff(raster, axis=0)).max() < 0.09
+
+
+def test_equal_tokens_give_an_even_raster_wherever_they_lie():
+    overlapping = np.array([*LEFT_AND_RIGHT, [0, 0, 1, 0.5], [0.3, 0.1, 0.9, 1.2]])
+    raster = pictures.interpolate(np.full(4, 2.0), overlapping, width=17, height=11)
+    np.testing.assert_allclose(raster, 2, rtol=1e-5)
+
+
+def test_a_raster_is_zero_where_there_is_no_token():
+    left_half = np.array([[0, 0, 0.5, 1], [1.0, 0, 1.5, 1]])  # the other one is outside
+    raster = pictures.interpolate(np.array([1.0, 9.0]), left_half, width=10, height=2)
+    np.testing.assert_allclose(raster[:, :5], 1)
+    np.testing.assert_allclose(raster[:, 6:], 0)
 
 
 def test_heat_is_bright_where_it_is():
     grey = Image.new("RGB", (80, 40), (128, 128, 128))
     hot = pictures.draw_heat(grey, np.array([0.0, 1.0]), LEFT_AND_RIGHT)
     brightness_hw = np.asarray(hot).sum(axis=2)
-    assert brightness_hw[:, :40].max() < brightness_hw[:, 40:].min()
+    assert (np.diff(brightness_hw[20, 8:72]) >= 0).all()
+    assert brightness_hw[:, :20].max() + 100 < brightness_hw[:, 60:].min()
     assert np.asarray(grey).max() == 128  # the photo itself stays as it is
 
 
@@ -72,11 +98,37 @@ def test_thumbnails_are_the_middles_of_their_images(tmp_path):
         image.paste((200, 0, 0), (x - 20, y - 20, x + 20, y + 20))
         files.append(tmp_path / f"{name}.jpg")
         image.save(files[-1])
-    strip = pictures.thumbnail_strip(files)
     side = pictures.THUMBNAIL_SIDE
-    stride = side + pictures.THUMBNAIL_GAP
-    assert strip.size == (stride + side, side)
-    for x in (side // 2, stride + side // 2):
-        red, green, _ = strip.getpixel((x, side // 2))
+    for file in files:
+        url = pictures.thumbnail_url(file)
+        thumbnail = Image.open(BytesIO(b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+        assert thumbnail.size == (side, side)
+        red, green, _ = thumbnail.getpixel((side // 2, side // 2))
         assert red > 150
         assert green < 60
+
+
+def test_the_largest_box_has_the_name():
+    grey = Image.new("RGB", (200, 100), (128, 128, 128))
+    boxes_b4 = np.array([[0.05, 0.1, 0.3, 0.5], [0.4, 0.1, 0.95, 0.9]])
+    plain = np.asarray(pictures.draw_boxes(grey, boxes_b4)).astype(int)
+    named = np.asarray(pictures.draw_boxes(grey, boxes_b4, name="cup")).astype(int)
+    changed = np.abs(named - plain).max(axis=2) > 0
+    assert changed[:, 80:].any()
+    assert not changed[:, :79].any()
+
+
+def test_borders_lie_between_tokens():
+    grey = Image.new("RGB", (90, 60), (128, 128, 128))
+    lined = np.asarray(pictures.draw_borders(grey, grid(3, 2)))[..., 0]
+    assert (lined[:, 30] > 140).all()
+    assert (lined[30] > 140).all()
+    assert (lined[5:25, 5:25] == 128).all()
+    assert np.asarray(grey).max() == 128
+
+
+def test_a_photo_is_made_as_large_as_it_is_shown(tmp_path):
+    file = tmp_path / "small.png"
+    Image.new("RGB", (32, 24), "red").save(file)
+    assert pictures.load_photo(file).size == (32, 24)
+    assert pictures.load_photo(file, enlarge=True).size == (640, 480)

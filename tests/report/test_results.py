@@ -32,15 +32,15 @@ def test_results_hold_what_they_are_made_of(probe_results):
 
 def test_plot_takes_the_first_task_and_pooling_that_have_the_metric(drawn):
     figure = drawn.plot("accuracy")
-    assert "does the caption belong?" in figure.layout.title.text
+    assert "does the caption belong?" in figure.layout.title.subtitle.text
     np.testing.assert_allclose(curves_by_name(figure)["small"].y, [0.5, 0.6, 0.7, 0.8])
     only_local = drawn.plot("f1_macro", task="category")
-    assert "which categories?" in only_local.layout.title.text
+    assert "which categories?" in only_local.layout.title.subtitle.text
 
 
 def test_plot_passes_over_tasks_that_lack_the_metric(results):
     figure = results.plot("heat_in_boxes")
-    assert "which categories?" in figure.layout.title.text
+    assert "which categories?" in figure.layout.title.subtitle.text
 
 
 def test_plot_draws_the_pooling_and_the_probe_that_are_named(results):

@@ -37,14 +37,14 @@ ERRORS_OF_CELLS = """() => {
   return outputs.filter(output => output.output_type === 'error').map(output => output.evalue);
 }"""
 
-# Notes for each key press how many milliseconds later the photo and the curve have changed.
+# Notes for each key press how many milliseconds later the changed photo and curve are painted.
 WATCH_KEY_PRESSES = """() => {
   window.moves = [];
   let pressed = null;
   let move = {};
-  const note = (name) => {
+  const note = (name) => requestAnimationFrame(() => {
     if (pressed !== null && !(name in move)) move[name] = performance.now() - pressed;
-  };
+  });
   const startMove = () => {
     pressed = performance.now();
     move = {};
@@ -60,8 +60,8 @@ WATCH_KEY_PRESSES = """() => {
     new MutationObserver(onChange).observe(target, all);
   };
   addEventListener('keydown', startMove, true);
-  const curve = document.querySelector('.jp-OutputArea-output svg[viewBox]');
-  watch(document.querySelector('.jp-OutputArea-output img.widget-image'), 'photo');
+  const curve = document.querySelector('.probekit-curve');
+  watch(document.querySelector('img.probekit-photo'), 'photo');
   watch(curve.closest('.widget-html-content'), 'curve');
 }"""
 
@@ -161,9 +161,14 @@ def open_browser(**options) -> Iterator[Page]:
         chrome.close()
 
 
-def run_notebook(page: Page, url: str, name: str, seconds: float = 240) -> list[str]:
-    """Open a notebook, run all its cells, and return the errors that they show."""
-    page.goto(f"{url}/doc/tree/{name}")
+def run_notebook(
+    page: Page, url: str, name: str, seconds: float = 240, *, interface: str = "doc"
+) -> list[str]:
+    """Open a notebook, run all its cells, and return the errors that they show.
+
+    The interface is "doc", the notebook alone, or "lab", with files and tabs beside it.
+    """
+    page.goto(f"{url}/{interface}/tree/{name}")
     page.wait_for_function(HAS_KERNEL, timeout=60_000)
     page.evaluate(KERNEL_IS_READY)
     page.evaluate(RUN_ALL_CELLS)
@@ -191,9 +196,17 @@ def find_widget(page: Page, kind: str, label: str) -> Locator:
     return page.locator(f".widget-{kind}", has=labels)
 
 
-def slider_handle(page: Page, label: str) -> Locator:
-    """The handle of the slider with this label, which takes key presses."""
-    return find_widget(page, "slider", label).locator(".noUi-handle")
+def show_explorer(page: Page) -> Locator:
+    """Scroll until the explorer's top is at the top of the notebook, and return the explorer."""
+    explorer = scroll_to(page, ".probekit-explorer")
+    explorer.locator(".probekit-curve").wait_for()
+    explorer.evaluate("explorer => explorer.scrollIntoView({block: 'start'})")
+    return explorer
+
+
+def read_slider(page: Page, label: str) -> int:
+    """The value of the slider with this label."""
+    return int(find_widget(page, "slider", label).locator(".widget-readout").inner_text())
 
 
 def choose_option(page: Page, label: str, value: str) -> None:
@@ -202,13 +215,13 @@ def choose_option(page: Page, label: str, value: str) -> None:
 
 
 def measure_key_presses(
-    page: Page, handle: Locator, key: str, *, times: int
+    page: Page, explorer: Locator, key: str, *, times: int
 ) -> list[dict[str, float]]:
     """Milliseconds from each key press to the changed photo and curve, as the page sees them."""
-    handle.focus()
+    explorer.focus()
     page.evaluate("() => {if (window.moves) moves.length = 0}")
     page.evaluate(f"() => {{if (!window.moves) ({WATCH_KEY_PRESSES})()}}")
     for _ in range(times):
-        handle.press(key)
+        page.keyboard.press(key)
         page.wait_for_timeout(400)
     return page.evaluate("() => moves")
