@@ -142,13 +142,14 @@ def compare_peaks(a: Curve, b: Curve, *, level: float = LEVEL) -> PeakShift:
 
     The quantiles of the resamples' peaks are no such interval. Where a peak stands barely above a
     long plateau, the highest of many noisy scores lies on the plateau, and in the resamples as
-    well (Hall and Miller, 2009). In 200 simulated studies of 25 layers and 300 images, in which
+    well (Hall and Miller, 2009). In 300 simulated studies of 25 layers and 300 images, in which
     one curve had a clear peak and the other one stood at the same layer one hundredth above a
-    plateau, these quantiles said in 34 % that the peak had moved; the interval here in none.
+    plateau, these quantiles said in 36 % that the peak had moved; the interval here in none
+    (``benchmarks/compare.py``).
 
     The price is power. False alarms are rarer than stated, and the interval is wider than it would
-    have to be for a clear peak: about three layers there, instead of one or two. A movement of
-    three layers was found in 92 % of studies with 300 images, and in all with 1,000.
+    have to be for clear peaks: 3.5 layers on average there. A movement of three layers was found in
+    83 % of the studies.
 
     References
     ----------

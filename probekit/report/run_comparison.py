@@ -20,7 +20,7 @@ from probekit.probes.comparison import compare_layers, curve_difference, holm, p
 from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.peaks import Peak, PeakShift, compare_peaks, find_peak
 from probekit.probes.results import HEADLINE, ProbeKey, best_layers
-from probekit.report.saved_run import SavedRun, write_csv
+from probekit.report.saved_run import SavedRun, setting_words, write_csv
 from probekit.report.sentences import Summary
 from probekit.report.style import metric_words
 
@@ -150,7 +150,7 @@ class RunComparison:
                     "peak": f"{row.peak_a} → {row.peak_b}",
                     "moved by": f"{_steps(row.moved)} [{_steps(row.moved_lo)}, "
                     f"{_steps(row.moved_hi)}]",
-                    "p (moved)": _p_words(row.moved_p).removeprefix("p = ").removeprefix("p "),
+                    "p (moved)": "< 0.001" if row.moved_p < 0.001 else f"{row.moved_p:.3f}",
                 }
             )
         return pd.DataFrame(rows)
@@ -227,19 +227,24 @@ class RunComparison:
         write_csv(self.differences, folder / "differences.csv")
         base, *others = (run.name for run in self.runs)
         lead = (
-            f"What differs between {base} and {', '.join(others)}? Light probes ({self.probe}) on "
-            "each layer: do they score higher or lower, and did the peak move to another layer? "
+            f"What differs between {base} and {' or '.join(others)}? Light probes ({self.probe}) "
+            "on each layer: do they score higher or lower, and did the peak move to another layer? "
             f"{_sample_words(self.peaks)}"
         )
         settings = self.different_settings or {"settings": "the runs differ in none"}
         return write_page(
             comparison_figures(self),
             folder,
-            title=f"Side by side: {' and '.join((base, *others))}",
+            title=f"Side by side: {', '.join([base, *others[:-1]])} and {others[-1]}",
             lead=lead,
             summary=self.summary(),
             settings={f"differs: {name}": value for name, value in settings.items()},
             files=FILES,
+            first_figure="peaks",
+            questions={
+                task: self.runs[0].results.tasks[task].question
+                for task in dict.fromkeys(self.peaks.task)
+            },
         )
 
 
@@ -691,7 +696,7 @@ def _paragraph(row) -> str:
 
 def _p_words(p: float) -> str:
     """Write a p-value; a bootstrap knows of none that is smaller."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
 def _between(row) -> str:
@@ -859,9 +864,11 @@ def _settings_of(run: SavedRun) -> dict[str, str]:
             **meta["settings"],
             "device": meta["device"],
             "activations": store["record"]["folder"],
-            "stages": ", ".join(store["record"]["stages"]),
-            "poolings": ", ".join(store["record"]["poolings"]),
+            "stages": store["record"]["stages"],
+            "poolings": store["record"]["poolings"],
         }
-        settings |= {f"model{which}: {name}": str(value) for name, value in values.items()}
+        settings |= {
+            f"model{which}: {name}": setting_words(name, value) for name, value in values.items()
+        }
         settings |= {f"versions{which}: {name}": value for name, value in meta["versions"].items()}
     return settings

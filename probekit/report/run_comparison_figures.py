@@ -70,12 +70,13 @@ def comparison_figures(comparison: RunComparison) -> dict[str, Figure]:
     dict of str to Figure
         By name, in the order of the page.
     """
-    figures = {"peaks": Figure(peaks_figure(comparison), PEAKS_CAPTION, "Did the peak move?")}
+    figures = {"peaks": Figure(peaks_figure(comparison), PEAKS_CAPTION, "Peaks")}
     for task in dict.fromkeys(comparison.peaks.task):
-        section = f"{task}: {task_words(task)}" if task_words(task) != task else task
-        figures[f"{task}_curves"] = Figure(run_curves(comparison, task), CURVES_CAPTION, section)
+        figures[f"{task}_curves"] = Figure(
+            run_curves(comparison, task), CURVES_CAPTION, "Scores by layer", task
+        )
         figures[f"{task}_differences"] = Figure(
-            difference_curves(comparison, task), DIFFERENCES_CAPTION, section
+            difference_curves(comparison, task), DIFFERENCES_CAPTION, "Differences by layer", task
         )
     return figures
 

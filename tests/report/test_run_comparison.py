@@ -296,7 +296,7 @@ def test_the_command_says_by_its_exit_code_whether_a_peak_moved(monkeypatch, tmp
     runs = {"base": BASE, "tuned": MOVED}
     monkeypatch.setattr("probekit.workflow.open_run", runs.__getitem__)
     monkeypatch.setattr(BASE, "home", Home.find(tmp_path))
-    arguments = ["compare", "base", "tuned", "--resamples", "300"]
+    arguments = ["compare", "base", "tuned", "--resamples", "100"]
     assert main(arguments) == 0
     assert (tmp_path / "figures" / "base-vs-tuned" / "index.html").exists()
     assert main([*arguments, "--peak-may-move", "1"]) == 1
