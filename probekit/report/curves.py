@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from probekit.probes.controls import BASELINES, CONTROL_WORDS
-from probekit.probes.results import LENS, find_curve, select_curve
+from probekit.probes.results import LENS, default_stage, select_curve
 from probekit.report.paper import LayerFigure, panels
 from probekit.report.style import (
     CONTROL_DASHES,
@@ -157,19 +157,26 @@ def _controls_above_chance(
 
     That is where the interval of the accuracy lies above what guesses score, at half of the layers.
     """
-    rows = table[(table.task == task) & (table.probe == probe) & (table.pooling == pooling)]
+    rows = table[
+        (table.task == task)
+        & (table.probe == probe)
+        & (table.pooling == pooling)
+        & (table.split == "test")
+        & (table["class"] == "")
+        & table.metric.isin(["accuracy", "chance"])
+    ]
+    rows = rows[rows.stage == default_stage(table)]
     above = set()
-    for model in dict.fromkeys(rows.model):
-        of_model = rows[rows.model == model]
-        guesses = [
-            find_curve(of_model, probe=probe, metric="accuracy", control=name).value.max()
-            for name in BASELINES
-        ]
-        for control in CONTROL_DASHES:
-            curve = find_curve(of_model, probe=probe, metric="accuracy", control=control)
-            chance = find_curve(of_model, probe=probe, metric="chance", control=control).value.max()
-            level = np.nanmax([CHANCE_ACCURACY, *guesses, chance])
-            if len(curve) and (curve.lo > level).mean() >= 0.5:
+    for model, of_model in rows.groupby("model", sort=False):
+        accuracies = of_model[of_model.metric == "accuracy"]
+        guess = accuracies.value[accuracies.control.isin(BASELINES)].max()
+        for control, scores in accuracies.groupby("control", sort=False):
+            if control not in CONTROL_DASHES:
+                continue
+            is_chance = (of_model.metric == "chance") & (of_model.control == control)
+            level = np.nanmax([CHANCE_ACCURACY, guess, of_model.value[is_chance].max()])
+            lower = scores.groupby("layer").lo.mean()  # over seeds
+            if (lower > level).mean() >= 0.5:
                 above.add((model, control))
     return above
 
@@ -249,7 +256,8 @@ def control_band(
         legendgroup="all controls",
         line={"width": 1, "color": with_alpha(GREY, 0.5)},
     )
-    words = [_list_controls(scores[scores.layer == layer]) for layer in by_layer.index]
+    lists = _list_controls(scores)
+    words = [lists[layer] for layer in by_layer.index]
     points = go.Scatter(
         x=np.tile(x, 3),
         y=np.concatenate([low, (low + high) / 2, high]),
@@ -292,18 +300,23 @@ def control_band_name(
     return f"{name}<br>({extreme}: {words} {best.value:.2f})"
 
 
-def _list_controls(of_layer: pd.DataFrame) -> str:
-    """List the scores of controls at a layer, those of several models side by side."""
-    lines = [f"<b>controls</b>, {of_layer.layer.iloc[0]}"]
-    for control, rows in of_layer.groupby("control", sort=False):
-        rows = rows.sort_values("value", ascending=False)
-        if len(rows) > MOST_LISTED:
-            first, last = rows.iloc[0], rows.iloc[-1]
-            scores = f"{first.value:.3f} ({first.model}) to {last.value:.3f} ({last.model})"
-        else:
-            scores = ", ".join(f"{row.value:.3f} ({row.model})" for row in rows.itertuples())
-        lines.append(f"{CONTROL_WORDS[str(control)]}: {scores}")
-    return "<br>".join(lines)
+def _list_controls(scores: pd.DataFrame) -> dict[str, str]:
+    """List the scores of controls by layer, those of several models side by side."""
+    by_layer: dict[str, dict[str, list[tuple[float, str]]]] = {}
+    columns = (scores.layer, scores.control, scores.value, scores.model)
+    for layer, control, value, model in zip(*columns, strict=True):
+        by_layer.setdefault(layer, {}).setdefault(control, []).append((value, model))
+    lists = {}
+    for layer, of_layer in by_layer.items():
+        lines = [f"<b>controls</b>, {layer}"]
+        for control, of_control in of_layer.items():
+            ranked = sorted(of_control, key=lambda score: -score[0])
+            words = [f"{value:.3f} ({model})" for value, model in ranked]
+            if len(words) > MOST_LISTED:
+                words = [f"{words[0]} to {words[-1]}"]
+            lines.append(f"{CONTROL_WORDS[control]}: {', '.join(words)}")
+        lists[layer] = "<br>".join(lines)
+    return lists
 
 
 def curve_traces(

@@ -299,6 +299,13 @@ def draw_pictures(pictures: Mapping[Path, go.Figure], scale: float) -> str:
 
     Chrome may freeze, and kaleido then waits for good: a thread waits for it instead, and Chrome is
     ended once no further picture appears for :data:`LONGEST_PICTURE` seconds.
+
+    Parameters
+    ----------
+    pictures : mapping of Path to Figure
+        By file; the width in pixels is that of a figure's `meta`, the height its own.
+    scale : float
+        Pixels of a PNG per pixel of the figure.
     """
     errors: list[Exception] = []
 

@@ -111,7 +111,7 @@ class LayerFigure(go.Figure):
             height=height_px,
             meta={"width": width_px},
             autosize=False,
-            margin={"l": 4, "r": 6, "t": top, "b": below, "pad": 0},
+            margin={"l": 4, "r": 12, "t": top, "b": below, "pad": 0},
             font={"family": font, "size": small, "color": "black"},
             legend={"font": {"size": small}, "itemwidth": 30, "tracegroupgap": 0},
         )

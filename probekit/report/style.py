@@ -393,7 +393,7 @@ def model_colours(table: pd.DataFrame) -> dict[str, str]:
     dict of str to str
         Hexadecimal colour by model.
     """
-    models = dict.fromkeys(table.model)
+    models = table.model.unique()
     return {model: PALETTE[i % len(PALETTE)] for i, model in enumerate(models)}
 
 
