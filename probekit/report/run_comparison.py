@@ -805,6 +805,7 @@ def _judge_peak(row, limit: float) -> Verdict:
         row.moved, row.moved_lo, row.moved_hi, row.moved_p, row.moved_lo, row.moved_hi
     )
     between = _between(row)
+    most = "1 layer" if limit == 1 else f"{limit:g} layers"
     guessing = _guessing_runs(row)
     if guessing:
         return Verdict(
@@ -814,15 +815,15 @@ def _judge_peak(row, limit: float) -> Verdict:
         )
     if shift.is_beyond(limit):
         return Verdict(
-            True, f"FAILED {_curve_name(row)}: the peak moved more than {limit:g}, {between}"
+            True, f"FAILED {_curve_name(row)}: the peak moved more than {most}, {between}"
         )
     if -limit <= row.moved_lo and row.moved_hi <= limit:
         return Verdict(
-            False, f"fine   {_curve_name(row)}: the peak stayed within {limit:g}, {between}"
+            False, f"fine   {_curve_name(row)}: the peak stayed within {most}, {between}"
         )
     return Verdict(
         False,
-        f"open   {_curve_name(row)}: the peak is not shown to have moved more than {limit:g}, "
+        f"open   {_curve_name(row)}: the peak is not shown to have moved more than {most}, "
         f"{between}; more test images would say more",
     )
 
