@@ -84,8 +84,10 @@ class ModelSize:
     @classmethod
     def of(cls, vlm: Vlm) -> ModelSize:
         """Read them off a config and the shapes of the weights; of an adapter, off its width."""
-        text: Any = SimpleNamespace(num_attention_heads=1, hidden_size=vlm.width)
-        if vlm.config is not None:
+        text: Any
+        if vlm.config is None:
+            text = SimpleNamespace(num_attention_heads=1, hidden_size=vlm.width)
+        else:
             text = vlm.config.get_text_config(decoder=True)
         layers = len(vlm.blocks)
         heads = text.num_attention_heads

@@ -39,6 +39,7 @@ from probekit.interventions.settings import (
 )
 from probekit.models.load import Vlm
 from probekit.models.output_head import AnswerHead, NoAnswers
+from probekit.models.replay import why_no_replay
 from probekit.models.replay_check import ReplayVerdict, check_replay
 from probekit.models.sharing import take_few
 from probekit.probes.fitting import training_device
@@ -371,7 +372,7 @@ class ModelStudy:
         Raises
         ------
         NoInterventions
-            Changing nothing would change its states.
+            Its passes cannot run again, or changing nothing would change its states.
         """
         items = loading.prepare_images(
             vlm.prompt_processor,
@@ -380,6 +381,9 @@ class ModelStudy:
             home=self.home,
         )
         few = take_few((item.prepared for item in items), dtype=vlm.dtype)
+        refusal = why_no_replay(vlm)
+        if refusal:
+            raise NoInterventions(refusal)
         verdict = check_replay(vlm, few)
         if not verdict.way:
             raise NoInterventions(f"changing nothing would change it: {verdict.reason}")

@@ -71,7 +71,8 @@ def tap_experts(vlm: Vlm, take: Take, *, rows: int) -> Iterator[None]:
                 "token: leave the stage experts out"
             )
         # Some models have one more number, for a token that no expert of this device gets.
-        counts = nn.functional.one_hot(chosen, module.num_experts + 1).sum(-2)[..., :-1]
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        counts = nn.functional.one_hot(chosen, experts + 1).sum(-2)[..., :-1]
         take(layer, (counts.float() / chosen.shape[-1]).unflatten(0, (rows, -1)))
 
     handles = [
