@@ -83,7 +83,7 @@ class _KernelOfThisPython(AsyncKernelManager):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
         if sys.platform != "win32":
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has ended
                 os.killpg(process.pid, signal.SIGKILL)  # also what has lost its parent
 
 
@@ -559,7 +559,7 @@ def _call_in_thread(call: Callable[[], Value], *, meanwhile: Callable[[], None])
         while not ended.wait(POLL_SECONDS):
             meanwhile()
         meanwhile()
-    except KeyboardInterrupt:
+    except BaseException:  # a signal, or what shows the progress
         with deaf_to_signals():
             _end_kernels(ended)
         raise

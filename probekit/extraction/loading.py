@@ -27,7 +27,6 @@ from probekit.paths import Home
 PLAIN_SIZE = (224, 224)  # pixels of an image that every processor should take
 PREFETCHED_IMAGES = 4  # per worker
 IMAGES_PER_WORKER = 8  # fewer are not worth a process
-PROMPTS_PER_CALL = 16  # of those without an image: a processor's call costs more than a prompt
 WAITING_BUDGETS = 4  # batches' worth of tokens that may wait for images of their shape
 
 
@@ -70,10 +69,7 @@ class _ImageRow(NamedTuple):
 
 
 class _ImageDataset(Dataset):
-    """The images of several tables, one after the other; an error is an item too.
-
-    Prompts without an image, which are neighbours, are one item together.
-    """
+    """The images of several tables, one after the other; an error is an item too."""
 
     def __init__(
         self,
@@ -88,59 +84,44 @@ class _ImageDataset(Dataset):
         self.longest_side = longest_side
         self.dtype = dtype
         self.home = home
-        self.groups: list[list[_ImageRow]] = []
+        self.items: list[_ImageRow] = []
         self.table_starts = [0]
         for number, table in enumerate(tables):
-            self.groups += _group(_image_rows(number, table))
-            self.table_starts.append(len(self.groups))
+            self.items += _image_rows(number, table)
+            self.table_starts.append(len(self.items))
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.items)
 
-    def __getitem__(self, k: int) -> list[WorkItem] | Exception:
-        group = self.groups[k]
-        prepared = self._prepare(group)
-        if isinstance(prepared, Exception) and len(group) > 1:
-            each = [self._prepare([row]) for row in group]
-            return next((one for one in each if isinstance(one, Exception)), prepared)
-        if isinstance(prepared, Exception):
-            return prepared
-        if len(group) == 1:
-            return [WorkItem(group[0].table, group[0].image, group[0].rows, prepared)]
-        return [
-            WorkItem(row.table, row.image, row.rows, prepared.with_prompt(place))
-            for place, row in enumerate(group)
-        ]
-
-    def _prepare(self, group: Sequence[_ImageRow]) -> PreparedImage | Exception:
-        first = group[0]
-        prompts = [prompt for row in group for prompt in row.prompts]
+    def __getitem__(self, k: int) -> WorkItem | Exception:
+        item = self.items[k]
         try:
-            image = self._load(first)
+            image = self._load(item)
         except Exception as error:
             return error
         try:
-            return self.processor.prepare(image, prompts).with_inputs(self._cast)
+            prepared = self.processor.prepare(image, item.prompts)
         except Exception as error:
             return ValueError(
-                f"{first.file or 'no image'} with {prompts[0][:80]!r}: {type(error).__name__}: "
-                f"{error} ({self._find_fault(first.file, prompts)})"
+                f"{item.file or 'no image'} with {item.prompts[0][:80]!r}: {type(error).__name__}: "
+                f"{error} ({self._find_fault(item)})"
             )
+        return WorkItem(item.table, item.image, item.rows, prepared.with_inputs(self._cast))
 
     def _cast(self, values: torch.Tensor) -> torch.Tensor:
         """Change pixels to the model's type: on their way they take half the room."""
         return values.to(self.dtype) if values.is_floating_point() else values
 
-    def _find_fault(self, file: str, prompts: Sequence[str]) -> str:
+    def _find_fault(self, item: _ImageRow) -> str:
         """Say whether it is the image that cannot be processed, and the fix.
 
         It is where the same prompts go through with a plain grey image.
         """
-        if not file:
+        if not item.file:
             return "the model's processor cannot take this prompt without an image"
         plain = Image.new("RGB", PLAIN_SIZE, "grey")
         try:
-            self.processor.prepare(plain, prompts)
+            self.processor.prepare(plain, item.prompts)
         except Exception:
             return (
                 "it is not the image, a plain grey one fails too: the model's processor cannot "
@@ -177,18 +158,6 @@ def _image_rows(number: int, table: pd.DataFrame) -> list[_ImageRow]:
         prompts = table.prompt.iloc[rows].tolist()
         image_rows.append(_ImageRow(number, image, rows, first["file"], first["size"], prompts))
     return image_rows
-
-
-def _group(image_rows: Sequence[_ImageRow]) -> list[list[_ImageRow]]:
-    """Put neighbours without an image together, up to `PROMPTS_PER_CALL`."""
-    groups: list[list[_ImageRow]] = []
-    for row in image_rows:
-        last = groups[-1] if groups else []
-        if last and not row.file and not last[0].file and len(last) < PROMPTS_PER_CALL:
-            last.append(row)
-        else:
-            groups.append([row])
-    return groups
 
 
 class _TableOrder(Sampler):
@@ -258,11 +227,10 @@ def prepare_images(
         sampler=_TableOrder(dataset.table_starts, order),
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    for items in loader:
-        if isinstance(items, Exception):
-            raise items
-        for item in items:
-            yield _unpack(item) if workers else item
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield _unpack(item) if workers else item
 
 
 def workers_for(images: int, workers: int) -> int:
@@ -305,15 +273,15 @@ class _PackedTensor(NamedTuple):
         return torch.from_numpy(self.bytes).view(self.dtype)
 
 
-def _pack(items: Any) -> Any:
-    """Make a worker send items through its pipe: as arrays.
+def _pack(item: Any) -> Any:
+    """Make a worker send an item through its pipe: as arrays.
 
     Tensors would go through shared memory, of which containers have little: where it is full, the
-    items are lost and waited for.
+    item is lost and waited for.
     """
-    if isinstance(items, Exception):
-        return items
-    return [replace(item, prepared=item.prepared.with_inputs(_PackedTensor.of)) for item in items]
+    if not isinstance(item, WorkItem):
+        return item
+    return replace(item, prepared=item.prepared.with_inputs(_PackedTensor.of))
 
 
 def _unpack(item: WorkItem) -> WorkItem:

@@ -408,7 +408,9 @@ class PromptProcessor:
         options = self._tokenizer_options(texts[0])
         if image is None:
             image_inputs: dict[str, torch.Tensor] = {}
-            tokens = [{"input_ids": np.array(ids)} for ids in self._tokenize_alone(texts, options)]
+            tokens = [
+                {"input_ids": np.array(self._tokenize_alone(text, options))} for text in texts
+            ]
             image_masks = [np.zeros(len(row["input_ids"]), dtype=bool) for row in tokens]
         else:
             image_inputs, tokens = self._process(image, texts, options)
@@ -430,15 +432,16 @@ class PromptProcessor:
             return {"add_special_tokens": False}
         return {}
 
-    def _tokenize_alone(self, texts: Sequence[str], options: Mapping[str, bool]) -> list[list[int]]:
-        """Return the token ids of texts without an image.
+    def _tokenize_alone(self, text: str, options: Mapping[str, bool]) -> list[int]:
+        """Return the token ids of a text without an image.
 
-        Some processors write a first token that their tokenizer does not; some want an image.
+        Some processors write a first token that their tokenizer does not; some want an image. Of
+        several texts at once some would pad the shorter ones.
         """
         try:
-            return self.processor(text=list(texts), **options)["input_ids"]
+            return self.processor(text=[text], **options)["input_ids"][0]
         except (TypeError, ValueError, AttributeError):
-            return self.processor.tokenizer(list(texts), **options)["input_ids"]
+            return self.processor.tokenizer([text], **options)["input_ids"][0]
 
     def _process(
         self, image: Image.Image, texts: Sequence[str], options: Mapping[str, bool]

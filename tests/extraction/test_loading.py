@@ -7,7 +7,6 @@ from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
@@ -97,27 +96,6 @@ def test_pixels_are_copied_and_masks_stay(rows, vlm, monkeypatch):
     copy_pixels([item], "cuda")
     assert len(copied) == 1
     assert copied[0] is inputs["pixel_values"]
-
-
-@pytest.fixture
-def rows_without_image():
-    prompts = ["One.", *(f"{k} cups and a longer list of things." for k in range(40))]
-    return pd.DataFrame({"file": "", "size": 0, "prompt": prompts})
-
-
-def test_prompts_without_an_image_are_prepared_together_as_each_alone(rows_without_image, vlm):
-    items = list(prepare(vlm, rows_without_image, workers=0))
-    assert [item.rows.tolist() for item in items] == [[place] for place in range(41)]
-    for item, prompt in zip(items, rows_without_image.prompt, strict=True):
-        alone = vlm.prompt_processor.prepare(None, [prompt])
-        (tokens,) = item.prepared.tokens
-        np.testing.assert_array_equal(tokens["input_ids"], alone.tokens[0]["input_ids"])
-
-
-def test_of_prompts_that_are_prepared_together_the_wrong_one_is_named(rows_without_image, vlm):
-    rows_without_image.loc[7, "prompt"] = "too long " * 5000
-    with pytest.raises(ValueError, match=r"^no image with 'too long .*positions"):
-        list(prepare(vlm, rows_without_image, workers=0))
 
 
 def test_an_error_of_the_processor_is_not_blamed_on_the_image(rows, vlm, monkeypatch):
