@@ -170,7 +170,7 @@ class Runner:
 
     def _report_what_is_off(self) -> None:
         """Say in a line each what cannot be done because an adapter does not have it."""
-        if self.vlm.config is None:
+        if not self.vlm.is_native:
             for member, what in switched_off(self.vlm.adapter).items():
                 tqdm.write(f"{self.vlm.name} has no {member}, which switches off {what}")
 
@@ -752,7 +752,7 @@ def _pair_with_other_prompts(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
     """Return what ``meta.json`` says of a model and its settings."""
     of_adapter = {}
-    if vlm.config is None:
+    if not vlm.is_native:
         of_adapter = {"adapter": {"file": inspect.getfile(type(vlm.adapter)), "hash": vlm.revision}}
     return {
         "model": vlm.name,

@@ -369,12 +369,12 @@ class _Trial:
 
     def heat_map(self) -> str:
         """Change one quarter of the image: the tokens there change the most."""
-        if self.vlm.config is None and getattr(self.vlm.adapter, "token_grid", None) is None:
+        if not self.vlm.is_native and getattr(self.vlm.adapter, "token_grid", None) is None:
             raise _LeftOut("no token_grid, which switches off heat maps")
         try:
             check_token_grid(self.vlm, self.images, prompt=PROMPTS[0][0])
         except NoTokenGrid as error:
-            if self.vlm.config is None:
+            if not self.vlm.is_native:
                 raise ValueError(str(error)) from error
             raise _LeftOut(str(error)) from error
         return "image tokens lie where the grid says"

@@ -129,6 +129,8 @@ class Vlm:
     Attributes
     ----------
     model : torch.nn.Module
+    is_native : bool
+        Whether it is a model of transformers, not an adapter of a user.
     processor, config : object
         Of a model of transformers; else None.
     special_case : SpecialCase
@@ -172,10 +174,13 @@ class Vlm:
         self.revision = revision
         self.head = head
         self.model = adapter.model
-        self.processor = getattr(adapter, "processor", None)
-        self.config = getattr(adapter, "config", None)
-        self.special_case: SpecialCase = getattr(adapter, "special_case", SpecialCase())
-        self.forward_arguments: set[str] = getattr(adapter, "forward_arguments", set())
+        # Whatever an adapter calls by these names is its affair.
+        of_native = adapter if isinstance(adapter, NativeAdapter) else None
+        self.is_native = of_native is not None
+        self.processor: Any = of_native.processor if of_native else None
+        self.config: Any = of_native.config if of_native else None
+        self.special_case: SpecialCase = of_native.special_case if of_native else SpecialCase()
+        self.forward_arguments: set[str] = of_native.forward_arguments if of_native else set()
         self.tokenizer: Any = getattr(adapter, "tokenizer", None)
         self.prompt_processor = prompt_processor or adapter.prompt_processor
         self.stack: Any = adapter.final_norm
@@ -193,12 +198,12 @@ class Vlm:
     @property
     def type(self) -> str:
         """The `model_type` of a model of transformers, else the name of the adapter's class."""
-        return self.config.model_type if self.config else type(self.adapter).__name__
+        return self.config.model_type if self.is_native else type(self.adapter).__name__
 
     @property
     def vision(self) -> LayerStack | None:
         """The image encoder of a model of transformers, and its blocks."""
-        return getattr(self.adapter, "vision", None)
+        return self.adapter.vision if isinstance(self.adapter, NativeAdapter) else None
 
     @property
     def pad_id(self) -> int:
@@ -208,7 +213,7 @@ class Vlm:
     @property
     def features_method(self) -> tuple[Any, str] | None:
         """The object and the name of the method that makes image vectors; None without one."""
-        if hasattr(type(self.adapter), "features_method"):
+        if isinstance(self.adapter, NativeAdapter):
             return self.adapter.features_method
         return (self.adapter, "image_features") if _has(self.adapter, "image_features") else None
 
@@ -229,7 +234,7 @@ class Vlm:
     @property
     def reads_prompts_by_encoder(self) -> bool:
         """Whether a bidirectional encoder reads the prompts."""
-        return self.config is not None and has_text_encoder(self.config)
+        return self.is_native and has_text_encoder(self.config)
 
     @property
     def layers_of_stage(self) -> dict[str, tuple[str, ...]]:
