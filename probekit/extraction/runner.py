@@ -21,6 +21,7 @@ from probekit import paths
 from probekit.extraction.answer_heads import write_answer_head
 from probekit.extraction.jobs import Job
 from probekit.extraction.loading import (
+    FORKS,
     WorkItem,
     copy_pixels,
     fill_batches,
@@ -111,8 +112,14 @@ class Runner:
 
     @property
     def _workers(self) -> int:
-        """Processes that prepare images; none where that runs the model."""
+        """Processes that prepare images; none where they cannot.
+
+        One that is not forked would get an adapter with all weights, and of code that only this
+        process has imported.
+        """
         if getattr(self.vlm.prompt_processor, "runs_model", False):
+            return 0
+        if not (self.vlm.is_native or FORKS):
             return 0
         return self.job.settings.workers or 0
 
