@@ -403,22 +403,24 @@ def _load_adapter(
     source: AdapterSource,
     *,
     revision: str | None,
-    dtype: str,
+    dtype: str | None,
     device: str,
     untrained: bool,
     seed: int,
     with_head: bool,
 ) -> Vlm:
-    """Make a model of a class that is not transformers'; see :func:`load_vlm`."""
-    code_hash = source.hash_code()
-    if revision is not None and revision != code_hash:
-        raise ValueError(
-            f"{source.file} is not the code that was asked for: its hash is {code_hash}, not "
-            f"{revision}; run 02_extract again with the code as it is now, or bring the other back"
-        )
+    """Make a model of a class that is not transformers'; see :func:`load_vlm`.
+
+    With None for the dtype, its weights stay as the class makes them.
+    """
+    code_hash = source.check_revision(revision)
     adapter = source.make(untrained=untrained, seed=seed)
     model = adapter.model.eval().requires_grad_(False)
-    adapter.model = cast_weights(model, getattr(torch, dtype)).to(device)
+    if dtype is None:
+        dtype = _dtype_of(model)
+    else:
+        cast_weights(model, getattr(torch, dtype))
+    adapter.model = model.to(device)
     head = AdapterHead.of(adapter) if with_head else None
     return Vlm(
         source.name,
@@ -429,6 +431,11 @@ def _load_adapter(
         head=head,
         prompt_processor=AdapterPrompts(source.name, adapter),
     )
+
+
+def _dtype_of(model: nn.Module) -> str:
+    floating = (one.dtype for one in model.parameters() if one.is_floating_point())
+    return str(next(floating, torch.float32)).removeprefix("torch.")
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -762,6 +769,8 @@ def load_skeleton(
 ) -> Skeleton:
     """Make a model from its config alone: its weights are neither loaded nor downloaded.
 
+    An adapter's are, as nothing but its class knows its layers.
+
     Parameters
     ----------
     model : str
@@ -775,14 +784,14 @@ def load_skeleton(
     Returns
     -------
     Skeleton
-        An adapter is made as its class makes it, with the weights that it loads.
+        An adapter is made as its class makes it, with the weights that it loads, in their dtype.
     """
     source = find_adapter(model, home)
     if source is not None:
         vlm = _load_adapter(
             source,
             revision=revision,
-            dtype="float32",
+            dtype=None,
             device="cpu",
             untrained=False,
             seed=0,
