@@ -263,8 +263,8 @@ def _models_by_short_name(parameter: str, models: Sequence[str], home: HomeLike)
         if name in by_name:
             raise ValueError(
                 f"{parameter}={list(models)}: {by_name[name]} and {model} are both called {name} "
-                "in tables: name each model once, rename a folder, or name hub ids with their "
-                "revision (id@revision)"
+                "in tables: name each model once, rename a folder or a class, or name hub ids "
+                "with their revision (id@revision)"
             )
         by_name[name] = model
     return by_name

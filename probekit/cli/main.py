@@ -173,7 +173,8 @@ def _add_models(commands) -> None:
     parser.add_argument(
         "id",
         nargs="?",
-        help="name, hub id, folder or file.py:Class: its stages and layers, without its weights",
+        help="name, hub id, folder or file.py:Class: its stages and layers, without its weights "
+        "(but a class loads them)",
     )
     parser.add_argument(
         "--check",

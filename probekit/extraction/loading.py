@@ -24,6 +24,7 @@ from probekit.models.devices import copy_to, is_out_of_memory
 from probekit.models.processor import PreparedImage, PromptProcessor
 from probekit.paths import Home
 
+FORKS = sys.platform == "linux"  # whether workers are copies of this process
 PLAIN_SIZE = (224, 224)  # pixels of an image that every processor should take
 PREFETCHED_IMAGES = 4  # per worker
 IMAGES_PER_WORKER = 8  # fewer are not worth a process
@@ -225,7 +226,7 @@ def prepare_images(
         collate_fn=_pack if workers else _leave,
         worker_init_fn=_silence_tokenizers,
         sampler=_TableOrder(dataset.table_starts, order),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers and FORKS else None,
     )
     for item in loader:
         if isinstance(item, Exception):

@@ -85,7 +85,7 @@ class ModelSize:
     def of(cls, vlm: Vlm) -> ModelSize:
         """Read them off a config and the shapes of the weights; of an adapter, off its width."""
         text: Any
-        if vlm.config is None:
+        if not vlm.is_native:
             text = SimpleNamespace(num_attention_heads=1, hidden_size=vlm.width)
         else:
             text = vlm.config.get_text_config(decoder=True)
@@ -337,7 +337,7 @@ def _expected_way(settings: ExtractionSettings, vlm: Vlm) -> str:
     preset = PRESETS.get(settings.model)
     architecture = preset.type if preset else vlm.type
     sharing = read_checked_architectures().sharing.get(architecture)
-    if vlm.config is None:
+    if not vlm.is_native:
         sharing = "no" if vlm.why_not_shared else "exact"
     return "shared" if sharing == "exact" and settings.sharing != "off" else "plain"
 

@@ -21,6 +21,7 @@ from probekit import paths
 from probekit.extraction.answer_heads import write_answer_head
 from probekit.extraction.jobs import Job
 from probekit.extraction.loading import (
+    FORKS,
     WorkItem,
     copy_pixels,
     fill_batches,
@@ -111,8 +112,14 @@ class Runner:
 
     @property
     def _workers(self) -> int:
-        """Processes that prepare images; none where that runs the model."""
+        """Processes that prepare images; none where they cannot.
+
+        One that is not forked would get an adapter with all weights, and of code that only this
+        process has imported.
+        """
         if getattr(self.vlm.prompt_processor, "runs_model", False):
+            return 0
+        if not (self.vlm.is_native or FORKS):
             return 0
         return self.job.settings.workers or 0
 
@@ -170,7 +177,7 @@ class Runner:
 
     def _report_what_is_off(self) -> None:
         """Say in a line each what cannot be done because an adapter does not have it."""
-        if self.vlm.config is None:
+        if not self.vlm.is_native:
             for member, what in switched_off(self.vlm.adapter).items():
                 tqdm.write(f"{self.vlm.name} has no {member}, which switches off {what}")
 
@@ -752,7 +759,7 @@ def _pair_with_other_prompts(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
 def describe_extraction(vlm: Vlm, settings: ExtractionSettings) -> dict:
     """Return what ``meta.json`` says of a model and its settings."""
     of_adapter = {}
-    if vlm.config is None:
+    if not vlm.is_native:
         of_adapter = {"adapter": {"file": inspect.getfile(type(vlm.adapter)), "hash": vlm.revision}}
     return {
         "model": vlm.name,

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ GROUP = "probekit.models"
 FILE_AND_CLASS = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 
 
+# The hash of each installed module's code as it was imported: Python imports it once.
+_IMPORTED: dict[str, str] = {}
+
+
 @dataclass(frozen=True)
 class AdapterSource:
     """Where the class of an adapter is.
@@ -37,17 +41,68 @@ class AdapterSource:
         What the model is called in tables: the name of the class.
     file : Path
         Its code.
+    code : bytes
+        What the file says: of a file this is run, and hashed.
     entry_point : EntryPoint or None
         Of an installed module; None for a file.
     """
 
     name: str
     file: Path
+    code: bytes = field(repr=False)
     entry_point: EntryPoint | None = None
 
     def hash_code(self) -> str:
-        """Return the hash of the file; of what it imports, nothing is hashed."""
-        return f"code-{hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]}"
+        """Return the hash of the code that runs; of what it imports, nothing is hashed.
+
+        Of an entry point these are the file of the module that it names, and the file that the
+        class is written in.
+
+        Raises
+        ------
+        ValueError
+            An installed module has changed since it was imported.
+        """
+        if self.entry_point is None:
+            return _hash(self.code)
+        now = self._hash_installed(self.entry_point.load())
+        if _IMPORTED.setdefault(self.entry_point.value, now) != now:
+            raise ValueError(
+                f"the code of {self.entry_point.value} has changed since it was imported, and the "
+                "old one would run: restart the kernel"
+            )
+        return now
+
+    def _hash_installed(self, made_of: Any) -> str:
+        try:
+            written_in = inspect.getsourcefile(made_of)
+        except (OSError, TypeError):  # it is compiled
+            written_in = None
+        if written_in is None or Path(written_in).resolve() == self.file.resolve():
+            return _hash(self.code)
+        return _hash(self.code, Path(written_in).read_bytes())
+
+    def check_revision(self, revision: str | None) -> str:
+        """Return the hash of the code.
+
+        Parameters
+        ----------
+        revision : str or None
+            The hash that it must have; None allows any.
+
+        Raises
+        ------
+        ValueError
+            It is another one.
+        """
+        code_hash = self.hash_code()
+        if revision is not None and revision != code_hash:
+            raise ValueError(
+                f"{self.file} is not the code that was asked for: its hash is {code_hash}, not "
+                f"{revision}; run 02_extract again with the code as it is now, or bring the other "
+                "back"
+            )
+        return code_hash
 
     def load_class(self) -> Any:
         """Run the file, and return the class.
@@ -55,20 +110,23 @@ class AdapterSource:
         Raises
         ------
         ValueError
-            It has no class of that name.
+            It has no class of that name, or an installed module has changed since it was imported.
         """
         if self.entry_point is not None:
+            self.hash_code()
             return self.entry_point.load()
-        module_name = f"probekit_adapter_{self.file.stem}_{self.hash_code()[5:]}"
+        module_name = f"probekit_adapter_{self.file.stem}_{_hash(bytes(self.file), self.code)[5:]}"
         module = sys.modules.get(module_name)
         if module is None:
             specification = importlib.util.spec_from_file_location(module_name, self.file)
-            if specification is None or specification.loader is None:
+            if specification is None:
                 raise ValueError(f"{self.file} cannot be loaded as Python")
             module = importlib.util.module_from_spec(specification)
             sys.modules[module_name] = module  # dataclasses look their module up there
             try:
-                specification.loader.exec_module(module)
+                # Not by the loader: it may take compiled code of an earlier state of the file.
+                program = compile(self.code, str(self.file), "exec", dont_inherit=True)
+                exec(program, vars(module))
             except BaseException:
                 del sys.modules[module_name]
                 raise
@@ -143,8 +201,8 @@ def find_adapter(model: str, home: str | Path | paths.Home | None = None) -> Ada
     Parameters
     ----------
     model : str
-        ``file.py:Class`` (a relative file starts at the home, else at the working directory), or
-        the name of an entry point of the group ``probekit.models``.
+        ``file.py:Class`` (a relative file starts at the home), or the name of an entry point of the
+        group ``probekit.models``.
     home : str, Path or Home, optional
         See :meth:`probekit.paths.Home.find`.
 
@@ -152,33 +210,61 @@ def find_adapter(model: str, home: str | Path | paths.Home | None = None) -> Ada
     ------
     FileNotFoundError
         There is no such file.
+    ValueError
+        An entry point has the name of something else.
     """
+    home = paths.Home.find(home)
     named = FILE_AND_CLASS.fullmatch(model)
     if named is None:
-        return _find_installed(model)
-    file = paths.Home.find(home).resolve(named["file"])
+        return _find_installed(model, home)
+    file = home.resolve(named["file"])
     if not file.is_file():
-        file_here = Path(named["file"]).expanduser().resolve()
-        if not file_here.is_file():
-            raise FileNotFoundError(
-                f"there is no file {file}, nor {file_here}: {model} is to be a file with a class "
-                "that reads a model, such as my_vlm.py:MyVlm"
+        here = Path(named["file"]).expanduser().resolve()
+        fix = f"name it from there, or whole: {here}:{named['name']}"
+        raise FileNotFoundError(
+            f"there is no file {file}: a relative path starts at the home, {home.root}; "
+            + (
+                fix
+                if here.is_file()
+                else f"{model} is to be a file with a class that reads a model"
             )
-        file = file_here
-    return AdapterSource(named["name"], file)
+        )
+    return AdapterSource(named["name"], file, file.read_bytes())
 
 
-def _find_installed(model: str) -> AdapterSource | None:
+def _find_installed(model: str, home: paths.Home) -> AdapterSource | None:
     for entry_point in entry_points(group=GROUP):
         if entry_point.name != model:
             continue
+        other = _find_namesake(model, home)
+        if other:
+            raise ValueError(
+                f"two things are called {model}: {other}, and the entry point {entry_point.value} "
+                "of an installed package. Uninstall that, or give its entry point another name"
+            )
         specification = importlib.util.find_spec(entry_point.module)
         if specification is None or specification.origin is None:
             raise FileNotFoundError(
                 f"the entry point {model} names {entry_point.module}, which is not installed"
             )
-        return AdapterSource(model, Path(specification.origin), entry_point)
+        file = Path(specification.origin)
+        return AdapterSource(model, file, file.read_bytes(), entry_point)
     return None
+
+
+def _find_namesake(model: str, home: paths.Home) -> str:
+    """Say what else an entry point's name stands for; "" where that is nothing."""
+    from probekit.models.presets import PRESETS  # which find adapters here
+
+    if model in PRESETS:
+        return "a preset"
+    if (home.resolve(model) / "config.json").exists():
+        return f"the checkpoint folder {home.resolve(model)}"
+    return "an id on the Hugging Face hub" if "/" in model else ""
+
+
+def _hash(*parts: bytes) -> str:
+    return f"code-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
 
 
 def _find_width(adapter: Any, name: str) -> int:

@@ -115,10 +115,15 @@ def resolve_commit(
     -------
     str or None
         None for a folder; of an adapter the hash of its code.
+
+    Raises
+    ------
+    ValueError
+        The code of an adapter has another hash than `revision`.
     """
     adapter = find_adapter(model, home)
     if adapter is not None:
-        return adapter.hash_code()
+        return adapter.check_revision(revision)
     if Path(locate(model, home)).is_absolute():
         return None
     checkpoint = open_checkpoint(

@@ -6,6 +6,7 @@ Each check plants or changes one thing and looks at what comes of it, so that a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +164,18 @@ class _Trial:
         other = self.vlm.prompt_processor.prepare(self.images[0], PROMPTS[1])
         return [first, other]
 
+    def _with_other_image(self, prepared: PreparedImage) -> PreparedImage:
+        """Return the first image with other values: as they come, or the second one's numbers."""
+        if any(values.is_floating_point() for values in prepared.image_inputs.values()):
+            return prepared.with_inputs(_other_values)
+        second = self._prepare()[1]
+        if _sizes(second) != _sizes(prepared):
+            raise _LeftOut(
+                "its image inputs are whole numbers, of another shape for another image: what "
+                "changes with the image is not known"
+            )
+        return replace(prepared, image_inputs=second.image_inputs)
+
     # ----------------------------------------------------------------------------------- the inputs
 
     def inputs(self) -> str:
@@ -191,7 +204,7 @@ class _Trial:
         """Change the image: what enters the first block changes at the marked tokens alone."""
         prepared = self._prepare()[0].with_prompt(0)
         original_td = self._states(prepared)[self.vlm.layers[0]]
-        changed_td = self._states(prepared.with_inputs(_other_values))[self.vlm.layers[0]]
+        changed_td = self._states(self._with_other_image(prepared))[self.vlm.layers[0]]
         changes_t = (changed_td != original_td).any(-1).cpu().numpy()
         marked_t = prepared.image_masks[0]
         if (changes_t & ~marked_t).any():
@@ -273,7 +286,7 @@ class _Trial:
             raise ValueError(
                 "another prompt leaves the last token as it is: the prompt is not seen"
             )
-        changed = prepared.with_prompt(0).with_inputs(_other_values)
+        changed = self._with_other_image(prepared.with_prompt(0))
         if torch.equal(self._states(changed)[last][-1], first_td[-1]):
             raise ValueError("another image leaves the last token as it is: the image is not seen")
         return "the last token changes with both"
@@ -369,12 +382,12 @@ class _Trial:
 
     def heat_map(self) -> str:
         """Change one quarter of the image: the tokens there change the most."""
-        if self.vlm.config is None and getattr(self.vlm.adapter, "token_grid", None) is None:
+        if not self.vlm.is_native and getattr(self.vlm.adapter, "token_grid", None) is None:
             raise _LeftOut("no token_grid, which switches off heat maps")
         try:
             check_token_grid(self.vlm, self.images, prompt=PROMPTS[0][0])
         except NoTokenGrid as error:
-            if self.vlm.config is None:
+            if not self.vlm.is_native:
                 raise ValueError(str(error)) from error
             raise _LeftOut(str(error)) from error
         return "image tokens lie where the grid says"
@@ -417,6 +430,11 @@ def _other_values(values: torch.Tensor) -> torch.Tensor:
     if not values.is_floating_point():
         return values
     return values.flip(-1) * 0.7 + values.roll(1, -1) * 0.5 + 0.3
+
+
+def _sizes(prepared: PreparedImage) -> tuple:
+    shapes = {name: values.shape for name, values in prepared.image_inputs.items()}
+    return int(prepared.image_masks[0].sum()), shapes
 
 
 def _first_tensor(output: object) -> torch.Tensor:

@@ -65,13 +65,13 @@ def tap_experts(vlm: Vlm, take: Take, *, rows: int) -> Iterator[None]:
 
     def take_choices(layer: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         chosen = [*args, *kwargs.values()][1]
-        if chosen.is_floating_point() or len(chosen) % rows:
+        if chosen.is_floating_point() or chosen.ndim != 2 or len(chosen) % rows:
             raise ValueError(
                 f"{vlm.name}, {layer}: its experts are not given the number of an expert for each "
                 "token: leave the stage experts out"
             )
         # Some models have one more number, for a token that no expert of this device gets.
-        experts = int(module.num_experts)  # type: ignore[arg-type]
+        experts = int(module.num_experts)
         counts = nn.functional.one_hot(chosen, experts + 1).sum(-2)[..., :-1]
         take(layer, (counts.float() / chosen.shape[-1]).unflatten(0, (rows, -1)))
 

@@ -129,6 +129,8 @@ class Vlm:
     Attributes
     ----------
     model : torch.nn.Module
+    is_native : bool
+        Whether it is a model of transformers, not an adapter of a user.
     processor, config : object
         Of a model of transformers; else None.
     special_case : SpecialCase
@@ -172,10 +174,13 @@ class Vlm:
         self.revision = revision
         self.head = head
         self.model = adapter.model
-        self.processor = getattr(adapter, "processor", None)
-        self.config = getattr(adapter, "config", None)
-        self.special_case: SpecialCase = getattr(adapter, "special_case", SpecialCase())
-        self.forward_arguments: set[str] = getattr(adapter, "forward_arguments", set())
+        # Whatever an adapter calls by these names is its affair.
+        of_native = adapter if isinstance(adapter, NativeAdapter) else None
+        self.is_native = of_native is not None
+        self.processor: Any = of_native.processor if of_native else None
+        self.config: Any = of_native.config if of_native else None
+        self.special_case: SpecialCase = of_native.special_case if of_native else SpecialCase()
+        self.forward_arguments: set[str] = of_native.forward_arguments if of_native else set()
         self.tokenizer: Any = getattr(adapter, "tokenizer", None)
         self.prompt_processor = prompt_processor or adapter.prompt_processor
         self.stack: Any = adapter.final_norm
@@ -193,12 +198,12 @@ class Vlm:
     @property
     def type(self) -> str:
         """The `model_type` of a model of transformers, else the name of the adapter's class."""
-        return self.config.model_type if self.config else type(self.adapter).__name__
+        return self.config.model_type if self.is_native else type(self.adapter).__name__
 
     @property
     def vision(self) -> LayerStack | None:
         """The image encoder of a model of transformers, and its blocks."""
-        return getattr(self.adapter, "vision", None)
+        return self.adapter.vision if isinstance(self.adapter, NativeAdapter) else None
 
     @property
     def pad_id(self) -> int:
@@ -208,7 +213,7 @@ class Vlm:
     @property
     def features_method(self) -> tuple[Any, str] | None:
         """The object and the name of the method that makes image vectors; None without one."""
-        if hasattr(type(self.adapter), "features_method"):
+        if isinstance(self.adapter, NativeAdapter):
             return self.adapter.features_method
         return (self.adapter, "image_features") if _has(self.adapter, "image_features") else None
 
@@ -229,7 +234,7 @@ class Vlm:
     @property
     def reads_prompts_by_encoder(self) -> bool:
         """Whether a bidirectional encoder reads the prompts."""
-        return self.config is not None and has_text_encoder(self.config)
+        return self.is_native and has_text_encoder(self.config)
 
     @property
     def layers_of_stage(self) -> dict[str, tuple[str, ...]]:
@@ -398,22 +403,24 @@ def _load_adapter(
     source: AdapterSource,
     *,
     revision: str | None,
-    dtype: str,
+    dtype: str | None,
     device: str,
     untrained: bool,
     seed: int,
     with_head: bool,
 ) -> Vlm:
-    """Make a model of a class that is not transformers'; see :func:`load_vlm`."""
-    code_hash = source.hash_code()
-    if revision is not None and revision != code_hash:
-        raise ValueError(
-            f"{source.file} is not the code that was asked for: its hash is {code_hash}, not "
-            f"{revision}; run 02_extract again with the code as it is now, or bring the other back"
-        )
+    """Make a model of a class that is not transformers'; see :func:`load_vlm`.
+
+    With None for the dtype, its weights stay as the class makes them.
+    """
+    code_hash = source.check_revision(revision)
     adapter = source.make(untrained=untrained, seed=seed)
     model = adapter.model.eval().requires_grad_(False)
-    adapter.model = cast_weights(model, getattr(torch, dtype)).to(device)
+    if dtype is None:
+        dtype = _dtype_of(model)
+    else:
+        cast_weights(model, getattr(torch, dtype))
+    adapter.model = model.to(device)
     head = AdapterHead.of(adapter) if with_head else None
     return Vlm(
         source.name,
@@ -424,6 +431,11 @@ def _load_adapter(
         head=head,
         prompt_processor=AdapterPrompts(source.name, adapter),
     )
+
+
+def _dtype_of(model: nn.Module) -> str:
+    floating = (one.dtype for one in model.parameters() if one.is_floating_point())
+    return str(next(floating, torch.float32)).removeprefix("torch.")
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -757,6 +769,8 @@ def load_skeleton(
 ) -> Skeleton:
     """Make a model from its config alone: its weights are neither loaded nor downloaded.
 
+    An adapter's are, as nothing but its class knows its layers.
+
     Parameters
     ----------
     model : str
@@ -770,14 +784,14 @@ def load_skeleton(
     Returns
     -------
     Skeleton
-        An adapter is made as its class makes it, with the weights that it loads.
+        An adapter is made as its class makes it, with the weights that it loads, in their dtype.
     """
     source = find_adapter(model, home)
     if source is not None:
         vlm = _load_adapter(
             source,
             revision=revision,
-            dtype="float32",
+            dtype=None,
             device="cpu",
             untrained=False,
             seed=0,

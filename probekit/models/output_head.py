@@ -347,7 +347,7 @@ def _take_answer_head(vlm: Vlm, words: Sequence[str], prepared: PreparedImage) -
             f"the architecture {vlm.type}"
         )
     if vlm.head is None:
-        raise NoAnswers(NO_HEAD if vlm.config else NO_HEAD_OF_ADAPTER)
+        raise NoAnswers(NO_HEAD if vlm.is_native else NO_HEAD_OF_ADAPTER)
     output = vlm.head.module
     weight_vd = output.weight
     if weight_vd.shape[1] != vlm.width:

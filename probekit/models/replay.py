@@ -382,7 +382,7 @@ def _spread(mark_i: np.ndarray, image_mask_t: np.ndarray) -> np.ndarray:
 
 def why_no_replay(vlm: Vlm) -> str:
     """Return in a line why passes of a model cannot be run again with changes; "" if they can."""
-    if vlm.config is None:
+    if not vlm.is_native:
         return "its adapter has no decoder of transformers, whose parts could run again"
     if vlm.reads_prompts_by_encoder:
         return "prompts are read by an encoder"

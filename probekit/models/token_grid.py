@@ -57,7 +57,7 @@ class TokenGrid:
         NoTokenGrid
             Its image tokens are no regular grid on what the image encoder gets.
         """
-        if self.vlm.config is None:  # an adapter may choose its tokens by what the image shows
+        if not self.vlm.is_native:  # an adapter may choose its tokens by what the image shows
             return _find_cells(self.vlm, prepared, size)
         key = (size, input_shape(prepared))
         if key not in self._cells_by_size:
@@ -67,7 +67,7 @@ class TokenGrid:
 
 def _find_cells(vlm: Vlm, prepared: PreparedImage, size: tuple[int, int]) -> np.ndarray:
     token_count = int(prepared.image_masks[0].sum())
-    if vlm.config is None:
+    if not vlm.is_native:
         return _cells_of_adapter(vlm, prepared, size, token_count)
     patch_grids = prepared.image_inputs.get("image_grid_thw")
     pixels = _find_pixels(prepared)

@@ -32,7 +32,7 @@ def check_layers(vlm: Vlm, prepared: PreparedImage) -> None:
     MemoryError, RuntimeError
         The prompt does not fit the memory (:func:`probekit.models.devices.is_out_of_memory`).
     """
-    if vlm.config is None:
+    if not vlm.is_native:
         check_pass(vlm, prepared)
         return
     if vlm.type in read_checked_architectures().index:

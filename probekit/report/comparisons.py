@@ -227,7 +227,9 @@ def stage_curves(
     shown = dict(STAGES)
     if not (trained.stage == "experts").any():
         shown.pop("experts")
-    pooling = trained[trained.stage != "lm"].pooling.iloc[0]
+    # Experts and the decoder have poolings that the image encoder has not.
+    stages_of_pooling = trained[trained.stage.isin(shown)].groupby("pooling", sort=False).stage
+    pooling = stages_of_pooling.nunique().idxmax()
     rows = trained[trained.pooling == pooling]
     in_legend = set()
     for model in dict.fromkeys(trained.model):

@@ -95,6 +95,8 @@ def test_experts_count_where_a_token_meets_them():
     from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
     class Skeleton:
+        is_native = True
+
         def __init__(self, active_experts):
             self.config = Qwen3MoeConfig(
                 vocab_size=64,

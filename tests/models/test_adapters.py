@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import probekit as pk
+from probekit import workflow
 from probekit.cli.main import main
+from probekit.extraction import runner
 from probekit.extraction.settings import ExtractionSettings
 from probekit.models import adapters
 from probekit.models.conformance import check_model
 from probekit.models.forward import run_pooled
+from probekit.models.hooks import tap_experts
 from probekit.models.load import cast_weights, load_skeleton, load_vlm, stage_table
 from probekit.models.presets import short_name
 from probekit.models.replay import KeptPass, NoReplay
@@ -189,6 +195,101 @@ def test_an_installed_module_is_named_by_its_entry_point(toy, monkeypatch):
     assert vlm.revision == adapters.find_adapter(f"{toy}:ToyVlm").hash_code()
 
 
+def test_the_code_that_runs_is_the_code_that_is_hashed(toy, monkeypatch):
+    """An edit of equal length, within the second to which Python's cache of code is exact."""
+    text = toy.read_text(encoding="utf-8")
+    states = []
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for state in (1, 2):
+        toy.write_text(f"{text}\nSTATE = {state}\n", encoding="utf-8")
+        os.utime(toy, (10**9, 10**9))
+        made_of = adapters.find_adapter(f"{toy}:ToyVlm").load_class()
+        states.append(sys.modules[made_of.__module__].STATE)
+    assert states == [1, 2]
+    assert not (toy.parent / "__pycache__").exists()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The file of the class of the entry point my-toy; its module is another file."""
+    package = tmp_path / "installed_toy"
+    package.mkdir()
+    (package / "__init__.py").write_text("from installed_toy.inside import ToyVlm", "utf-8")
+    (package / "inside.py").write_text(MODELS.worked_examples()["toy"], "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = EntryPoint("my-toy", "installed_toy:ToyVlm", adapters.GROUP)
+    monkeypatch.setattr(adapters, "entry_points", lambda group: [point])
+    monkeypatch.setattr(adapters, "_IMPORTED", {}, raising=False)
+    yield package / "inside.py"
+    for name in ("installed_toy", "installed_toy.inside"):
+        sys.modules.pop(name, None)
+
+
+def test_installed_code_that_changes_needs_a_new_kernel(installed):
+    before = adapters.find_adapter("my-toy").hash_code()
+    assert before != adapters.find_adapter(f"{installed}:ToyVlm").hash_code()  # there are two files
+    installed.write_text(installed.read_text("utf-8") + "# changed", "utf-8")
+    with pytest.raises(ValueError, match=r"has changed since it was imported.*restart the kernel"):
+        load_vlm("my-toy", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("qwen2-vl-2b", "a preset"), ("owner/toy", "an id on"), ("taken", "the checkpoint folder")],
+)
+def test_an_entry_point_takes_no_name_of_something_else(name, other, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").touch()
+    point = EntryPoint(name, "toy_vlm:ToyVlm", adapters.GROUP)
+    monkeypatch.setattr(adapters, "entry_points", lambda group: [point])
+    with pytest.raises(ValueError, match=f"two things are called {name}: {other}"):
+        adapters.find_adapter(name, tmp_path)
+
+
+def test_a_relative_file_starts_at_the_home(toy, tmp_path, monkeypatch):
+    """Never where one is: kernels and workers are elsewhere."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"at the home, .*or whole: {toy}:ToyVlm"):
+        adapters.find_adapter("toy_vlm.py:ToyVlm", home)
+    with pytest.raises(FileNotFoundError) as failure:
+        adapters.find_adapter("none.py:ToyVlm", tmp_path)
+    assert str(failure.value).count(str(tmp_path / "none.py")) == 1
+    toy.rename(home / "toy_vlm.py")
+    assert adapters.find_adapter("toy_vlm.py:ToyVlm", home).file == home / "toy_vlm.py"
+
+
+def test_names_that_transformers_uses_are_free(toy, noise_images):
+    taken = ("config", "processor", "special_case", "forward_arguments", "vision")
+    text = toy.read_text(encoding="utf-8")
+    lines = "".join(f"    {name} = {{'a': 1}}\n" for name in (*taken, "features_method"))
+    toy.write_text(text.replace("class ToyVlm:\n", f"class ToyVlm:\n{lines}"), "utf-8")
+    vlm = load_vlm(f"{toy}:ToyVlm", device="cpu")
+    prepared = [vlm.prompt_processor.prepare(noise_images[0], ["Is there a dog?"])]
+    assert "lm.04/mean" in run_pooled(vlm, prepared, poolings=["mean"], way="shared")
+    assert vlm.type == "ToyVlm"
+    assert vlm.vision is None
+    with pytest.raises(NoReplay, match="no decoder of transformers"):
+        KeptPass(vlm, prepared, way="plain")
+    assert not vlm.is_native
+
+
+def test_a_revision_that_is_asked_for_counts(toy, data):
+    settings = ExtractionSettings(f"{toy}:ToyVlm", revision="code-0000000000000000")
+    with pytest.raises(ValueError, match="is not the code that was asked for"):
+        settings.fill_in("cpu", Home.find())
+
+
+def test_workers_that_are_not_forked_prepare_no_images_of_an_adapter(toy, monkeypatch):
+    run = runner.Runner.__new__(runner.Runner)
+    run.job = SimpleNamespace(settings=SimpleNamespace(workers=3))
+    run._vlm = load_vlm(f"{toy}:ToyVlm", device="cpu")
+    for forks, workers in ((True, 3), (False, 0)):
+        monkeypatch.setattr(runner, "FORKS", forks)
+        assert run._workers == workers
+
+
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
@@ -243,6 +344,21 @@ def test_it_is_described_without_an_extraction(toy, capsys):
     assert stage_table(vlm).width.tolist() == [32]
 
 
+def test_a_plan_takes_the_dtype_of_the_class(toy):
+    text = toy.read_text(encoding="utf-8")
+    toy.write_text(text.replace("ToyModel()\n", "ToyModel().bfloat16()\n"), encoding="utf-8")
+    vlm = load_skeleton(f"{toy}:ToyVlm").vlm
+    assert vlm.dtype == "bfloat16"
+    assert {one.dtype for one in vlm.model.parameters()} == {torch.bfloat16}
+
+
+def test_two_classes_of_one_name_are_to_be_renamed(toy, data):
+    copy = toy.with_name("copy.py")
+    copy.write_bytes(toy.read_bytes())
+    with pytest.raises(ValueError, match=r"both called ToyVlm.*rename a folder or a class"):
+        workflow.check_models([f"{toy}:ToyVlm", f"{copy}:ToyVlm"], [])
+
+
 def test_computed_buffers_keep_their_precision():
     rotary = torch.nn.Module()
     rotary.register_buffer("frequencies", torch.ones(2), persistent=False)
@@ -282,12 +398,49 @@ def test_a_planted_fault_is_named(toy, fault):
     assert words in failed.set_index("check").note[check]
 
 
+BYTES = (
+    'image_inputs={"pixels": pixels}',
+    'image_inputs={"pixels": (pixels * 255).byte()}',
+    "self.patches(pixels)",
+    "self.patches(pixels / 255)",
+)
+
+
+def test_images_of_whole_numbers_can_be_checked(toy):
+    text = toy.read_text(encoding="utf-8").replace(*BYTES[:2]).replace(*BYTES[2:])
+    toy.write_text(text, encoding="utf-8")
+    findings = check_model(f"{toy}:ToyVlm", dtypes=[]).set_index("check")
+    assert "✗" not in set(findings.result), findings.to_string()
+    assert findings.note["image tokens"] == "16 marked, and these change with the image"
+    sized = text.replace("(32, 32)", "(32, 32 + 8 * (image.getpixel((0, 0))[0] % 2))")
+    sized = sized.replace("[IMAGE_ID] * 16", "[IMAGE_ID] * (pixels[0, 0].numel() // 64)")
+    toy.write_text(sized, encoding="utf-8")
+    findings = check_model(f"{toy}:ToyVlm", dtypes=[]).set_index("check")
+    assert findings.result["image tokens"] == "–", findings.to_string()
+    assert "of another shape for another image" in findings.note["image tokens"]
+
+
 def test_a_checkpoint_can_be_checked_too():
     findings = check_model("tiny-qwen2-vl", dtypes=["float32"])
     assert set(findings.result) == {"✓"}
 
 
 # ----------------------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 2)])
+def test_choices_of_another_shape_are_refused(shape):
+    mixture = torch.nn.Identity()
+    mixture.num_experts = 4
+    mixture.forward = lambda x, index, weights: x
+    vlm = SimpleNamespace(name="toy", experts={"experts.01": mixture})
+    taken = []
+    with (
+        tap_experts(vlm, lambda *share: taken.append(share), rows=2),
+        pytest.raises(ValueError, match="leave the stage experts out"),
+    ):
+        mixture(torch.ones(1), torch.zeros(shape, dtype=torch.long), None)
+    assert not taken
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "aria", "qwen3_5_moe"])

@@ -60,3 +60,13 @@ def test_stages_stand_one_after_the_other(saved_run):
     ends = [(min(curve.x), max(curve.x)) for curve in curves]
     assert ends == [(0, 1), (1.18, 1.18), (1.36, 2.36)]
     assert [curve.showlegend for curve in curves] == [True, False, False]
+
+
+def test_stages_are_drawn_by_a_pooling_that_all_have(saved_run):
+    table = saved_run.results.metrics
+    decoder = table[(table.stage == "lm") & (table.pooling == "mean")]
+    experts = decoder.assign(stage="experts", layer=decoder.layer.str.replace("lm", "experts"))
+    of_text = [part.assign(pooling="text_mean") for part in (experts, decoder)]
+    figure = stage_curves(pd.concat([*of_text, table, experts]), "category", "f1_macro")
+    curves = [trace for trace in figure.data if trace.hovertemplate]
+    assert [min(curve.x) for curve in curves] == [0, 1.18, 1.36, 2.54]
