@@ -24,7 +24,7 @@ from probekit.report.saved_run import SavedRun, setting_words, write_csv
 from probekit.report.sentences import Summary
 from probekit.report.style import metric_words
 
-FEWEST_IMAGES = 10
+FEWEST_IMAGES = 20  # of fewer, some resamples hold none, and their scores are undefined
 PAIRED_SHARE = 0.5  # of the test images of the run with fewer of them
 MOVED = 0.05
 LEAST_RESAMPLES = 100
@@ -279,8 +279,9 @@ def compare_runs(
     Returns
     -------
     RunComparison
-        Where at least half of the test images (of the run with fewer) are in both runs with the
-        same prompts and labels, these examples alone count, and all differences are paired.
+        Where at least half of the test images (of the run with fewer), and at least 20, are in both
+        runs with the same prompts and labels, these examples alone count, and all differences are
+        paired.
         Otherwise each run's test examples count, and images that both have are resampled together.
         Test images that the other run has among its training or validation images never count.
 
@@ -455,7 +456,7 @@ def _sample(base: SavedRun, run: SavedRun, task: str, *, names: dict[str, pd.Ser
     shared_b = np.array([key in shared for key in keys_b]) & new_b
     shared_images = len(set(names_a[shared_a]))
     fewer = min(len(set(names_a[new_a])), len(set(names_b[new_b])))
-    is_paired = fewer > 0 and shared_images >= PAIRED_SHARE * fewer
+    is_paired = shared_images >= max(FEWEST_IMAGES, PAIRED_SHARE * fewer)
     sample = _Sample(
         keep_a=shared_a if is_paired else new_a,
         keep_b=shared_b if is_paired else new_b,
@@ -503,6 +504,11 @@ def _compare_curves(
         (pair.run, key_b, labels_b, sample.keep_b, sample.names_b),
     ):
         kept = _restrict(labels, keep=keep, image_n=image_n, class_c=both_learn_c)
+        if not kept.select("test").mask_nc.any():
+            raise _NotComparable(
+                "its test examples have no answer that the probes of both runs could learn: build "
+                "both with more images, or the same categories"
+            )
         p_lnc = run.results.predictions[key][:, keep].astype(np.float32)
         curves.append(kept.curve(p_lnc, split="test", metric=metric, resamples=resamples))
         always = np.stack([np.zeros_like(p_lnc[0]), np.ones_like(p_lnc[0])])
@@ -580,8 +586,11 @@ def _layer_names(layers: int) -> list[str]:
 def _peak_row(
     a: Curve, b: Curve, *, best_a: int, best_b: int, guesses: Sequence[float]
 ) -> dict[str, object]:
+    try:
+        shift: PeakShift = compare_peaks(a, b)
+    except ValueError as error:  # a curve without a score must not end the comparison of others
+        raise _NotComparable(str(error)) from error
     difference = curve_difference(b.select([best_b]), a.select([best_a]), layers=[""]).iloc[0]
-    shift: PeakShift = compare_peaks(a, b)
     row: dict[str, object] = {
         "best_a": f"lm.{best_a:02d}",
         "best_b": f"lm.{best_b:02d}",

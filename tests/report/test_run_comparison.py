@@ -7,6 +7,7 @@ import pytest
 from probekit.cli.main import main
 from probekit.paths import Home
 from probekit.probes.results import COLUMNS, ProbeKey, ProbeResults
+from probekit.report import run_comparison
 from probekit.report.results import Results
 from probekit.report.run_comparison import RunComparison, compare_runs
 from probekit.report.run_comparison_figures import comparison_figures
@@ -167,6 +168,65 @@ def test_runs_without_images_that_are_new_to_both_are_refused():
     other = make_run("other", peak=4, examples=swapped)
     with pytest.raises(ValueError, match="0 of its test images are new to both runs"):
         compare_runs([BASE, other])
+
+
+def test_few_shared_images_do_not_hide_that_each_run_has_enough(monkeypatch):
+    # Of 25 new images in each run 15 are shared: more than half, and too few alone.
+    monkeypatch.setitem(SPLITS, "test", 25)
+    base = make_run("base", peak=4)
+    examples = make_examples()
+    test_images = examples[examples.split == "test"].image_id.unique()
+    is_other = examples.image_id.isin(test_images[15:])
+    examples["prompt"] = examples.prompt.where(~is_other, "So?")
+    other = make_run("other", peak=4, examples=examples)
+    row = compare_runs([base, other], resamples=100).peaks.iloc[0]
+    assert not row.paired
+    assert (row.shared_images, row.images_a, row.images_b) == (15, 25, 25)
+
+
+def with_task(run, task, *, examples):
+    """Return the run with a second task, which has the same probabilities."""
+    (key,) = run.results.predictions
+    metrics = run.results.metrics
+    results = ProbeResults(
+        metrics=pd.concat([metrics, metrics.assign(task=task)]),
+        losses=pd.DataFrame(),
+        predictions=run.results.predictions
+        | {key._replace(task=task): run.results.predictions[key]},
+        tasks=task_infos(examples),
+    )
+    both = types.SimpleNamespace(**vars(run))
+    both.results = Results.of(results, examples)
+    both.examples = examples
+    return both
+
+
+def test_a_task_without_a_score_leaves_the_others(monkeypatch):
+    # The test examples of the second task have no answer that counts.
+    of_task = BASE.examples.assign(task="object")
+    of_task["mask"] = [[int(split != "test")] for split in of_task.split]
+    examples = pd.concat([BASE.examples, of_task], ignore_index=True)
+    runs = [with_task(run, "object", examples=examples) for run in (BASE, MOVED)]
+    comparison = compare_runs(runs, resamples=100)
+    assert comparison.peaks.task.tolist() == ["caption"]
+    (reason,) = comparison.left_out
+    assert reason.startswith("object of tuned (its test examples have no answer")
+
+    compare_peaks = run_comparison.compare_peaks
+    calls = []
+
+    def fails_once(a, b):
+        calls.append(a)
+        score_l = a.score_l * (np.nan if len(calls) == 1 else 1)
+        return compare_peaks(a._replace(score_l=score_l), b)
+
+    monkeypatch.setattr(run_comparison, "compare_peaks", fails_once)
+    examples = pd.concat([BASE.examples, BASE.examples.assign(task="object")], ignore_index=True)
+    runs = [with_task(run, "object", examples=examples) for run in (BASE, MOVED)]
+    comparison = compare_runs(runs, resamples=100)
+    assert comparison.peaks.task.tolist() == ["object"]
+    (reason,) = comparison.left_out
+    assert reason.startswith("caption of tuned (a layer has no score in some resample")
 
 
 def test_copies_of_a_dataset_are_recognised_by_their_bytes(tmp_path):
