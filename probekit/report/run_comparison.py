@@ -108,9 +108,11 @@ class RunComparison:
         the interval of its place (`peak_…_lo`, `peak_…_hi`), the layers between which the
         resamples peak (`peak_…_resampled_lo`, `_hi`), and whether it is a place at all
         (`peak_…_is_place`); `plateau_…`; what always yes or always no would score (`guess_…`), and
-        whether the peak is no higher (`is_guess_…`). How far the peak `moved`, in layers of the
-        first run, with `moved_lo`, `moved_hi`, `moved_p`, and `moved_p_holm`, corrected for the
-        number of rows. How many test images counted: `images_…`, `shared_images`,
+        whether the score at `best_…` is not shown to be higher: its 95 % interval begins no higher
+        (`is_guess_…`). How far the peak `moved`, in layers of the
+        first run, with `moved_lo`, `moved_hi`, `moved_p` (where it is small and the interval holds
+        0, the curves peak at different layers, in which direction is open), and `moved_p_holm`,
+        corrected for the number of rows. How many test images counted: `images_…`, `shared_images`,
         `left_out_images`, and whether they are `paired`, see :func:`compare_runs`.
     differences : DataFrame
         One row per task, pooling, pair of models and layer of the first run: `score_a`, `score_b`
@@ -415,15 +417,15 @@ def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[s
 def _image_names(runs: Sequence[SavedRun]) -> dict[str, pd.Series]:
     """Return for each run, by its name, what each example's image is called in all of them.
 
-    Images are the same where they are the same file. Where two runs have no file in common, as
-    those on two copies of a dataset, they are the same where their bytes are.
+    Images are the same where they are the same file. Unless the runs have all files in common,
+    files with the same bytes are the same image, too: those of two copies of a dataset, or of an
+    image that only one run has under a second path.
     """
     files = {}
     for run in runs:
         paths = {file: str(run.home.resolve(file)) for file in run.examples.file.unique() if file}
         files[run.name] = run.examples.file.map(paths).fillna("")
-    of_base = set(files[runs[0].name])
-    if all(of_base & set(files[run.name]) for run in runs[1:]):
+    if len({frozenset(of_run) for of_run in files.values()}) == 1:
         return files
     unique = dict.fromkeys(file for of_run in files.values() for file in of_run if file)
     digests = {}
@@ -607,9 +609,10 @@ def _peak_row(
         "moved_resampled_lo": shift.resampled_lo,
         "moved_resampled_hi": shift.resampled_hi,
     }
-    for side, curve, guess in (("a", a, guesses[0]), ("b", b, guesses[1])):
+    for side, curve, best, guess in (("a", a, best_a, guesses[0]), ("b", b, best_b, guesses[1])):
         peak: Peak = find_peak(curve)
-        lower, _ = bca_interval(curve.select([peak.layer]))
+        # The highest of many test scores lies above a guess by luck; one chosen elsewhere does not.
+        lower, _ = bca_interval(curve.select([best]))
         names = _layer_names(peak.layers)
         row |= {
             f"peak_{side}": names[peak.layer],
@@ -725,9 +728,15 @@ def _place(row, side: str) -> str:
 def _moved_words(row) -> str:
     between = _between(row)
     images = min(row.images_a, row.images_b)
-    if row.moved_p <= MOVED:
+    has_direction = row.moved_lo > 0 or row.moved_hi < 0
+    if row.moved_p <= MOVED and has_direction:
         text = (
             f"the peak moved by {_steps(row.moved)} layers, from {row.peak_a} to {row.peak_b} "
+            f"({between}, {_p_words(row.moved_p)})"
+        )
+    elif row.moved_p <= MOVED:
+        text = (
+            "they peak at different layers, in which direction is open "
             f"({between}, {_p_words(row.moved_p)})"
         )
     else:

@@ -130,6 +130,25 @@ def test_differences_are_those_of_the_scores(moved):
     np.testing.assert_allclose(rows.score_a, ((p_lnc[..., 0] > 0.5) == y_n).mean(1))
 
 
+def test_two_peaks_about_the_other_one_leave_the_direction_open():
+    base = make_run("base", peak=5)
+    other = make_run("other", peak=5)
+    test = base.examples[base.examples.split == "test"]
+    y_n = np.array(test["labels"].tolist())[:, 0]
+    hard_n = np.random.default_rng(0).random(len(test))
+    for run, best in ((base, [2, 8]), (other, [5])):
+        (p_lnc,) = run.results.predictions.values()
+        for k in range(len(p_lnc)):
+            is_right_n = hard_n < (0.9 if k in best else 0.6)
+            p_lnc[k, :, 0] = np.where(is_right_n, y_n, 1 - y_n)
+    comparison = compare_runs([base, other], resamples=300)
+    row = comparison.peaks.iloc[0]
+    assert (row.moved_lo, row.moved_hi) == (-3, 3)
+    assert row.moved_p < 0.05
+    assert "moved" not in str(comparison.summary())
+    assert "they peak at different layers, in which direction is open" in str(comparison.summary())
+
+
 def test_the_same_curve_twice_has_not_moved():
     again = make_run("again", peak=4)
     comparison = compare_runs([BASE, again], resamples=300)
@@ -243,6 +262,27 @@ def test_copies_of_a_dataset_are_recognised_by_their_bytes(tmp_path):
     assert row.shared_images == 300
 
 
+def test_one_common_path_does_not_hide_that_other_images_are_copies(tmp_path):
+    # The second run has its training images under the first run's paths, but its test images are
+    # copies of images that the first run trained on.
+    base_examples = make_examples(folder="one")
+    examples = make_examples(folder="one")
+    is_test = examples.split == "test"
+    number_n = examples.image_id - examples.image_id[is_test].min()
+    examples["file"] = examples.file.where(~is_test, "data/two/" + number_n.astype(str) + ".jpg")
+    for table in (base_examples, examples):
+        for file in table.file.unique():
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(path.stem)
+    runs = [
+        make_run("base", peak=4, examples=base_examples, root=tmp_path),
+        make_run("other", peak=4, examples=examples, root=tmp_path),
+    ]
+    row = compare_runs(runs, resamples=100).peaks.iloc[0]
+    assert row.left_out_images == 80
+
+
 def test_models_of_a_scale_series_are_compared_by_relative_depth():
     deep = make_run("deep", peak=16, layers=23, model="large", seed=3)
     comparison = compare_runs([BASE, MOVED, deep], resamples=300)
@@ -329,6 +369,19 @@ def test_a_run_that_guesses_has_no_peak_that_could_move():
     assert "guessing scores no better than a guess (0.500)" in str(comparison.summary())
     (verdict,) = comparison.verdicts(peak_may_move=0)
     assert not verdict.is_failure
+
+
+def test_luck_at_the_highest_of_many_layers_is_no_better_than_a_guess():
+    guessing = make_run("guessing", peak=4)
+    (key,) = guessing.results.predictions
+    p_lnc = guessing.results.predictions[key]
+    p_lnc[:] = np.random.default_rng(3).random(p_lnc.shape)
+    y_n = np.array(guessing.examples["labels"].tolist())[guessing.examples.split == "test", 0]
+    p_lnc[8, :100, 0] = y_n[:100]  # the highest test score, though not on validation images
+    row = compare_runs([BASE, guessing], resamples=100).peaks.iloc[0]
+    assert (row.best_b, row.peak_b) == ("lm.04", "lm.08")
+    assert row.is_guess_b
+    assert not row.is_guess_a
 
 
 # ---- the page and the command ----
