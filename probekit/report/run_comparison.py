@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +121,8 @@ class RunComparison:
     curves : DataFrame
         One row per task, pooling, pair of models, run and layer: `value`, `lo`, `hi`.
     left_out : tuple of str
-        What could not be compared, and why.
+        What could not be compared, and why: curves without enough images, and models, tasks and
+        poolings that only one run has.
     """
 
     runs: tuple[SavedRun, ...]
@@ -272,7 +273,8 @@ def compare_runs(
         A model of the first run and the model of the others that it is compared with. By default
         models of the same name; where no name is the same and both runs have one model, these two.
     tasks, poolings : sequence of str
-        Those to compare; all that the runs share unless some are named.
+        Those to compare; all that the runs share unless some are named. Each must be in the first
+        run and in another one.
     probe : str
         The kind of probe.
     resamples : int
@@ -290,7 +292,8 @@ def compare_runs(
     Raises
     ------
     ValueError
-        The runs have nothing in common that could be compared, or models cannot be matched.
+        The runs have nothing in common that could be compared, among them nothing of a task or
+        pooling that was named, or models cannot be matched.
     """
     _check_runs(runs)
     if resamples < LEAST_RESAMPLES:
@@ -298,20 +301,40 @@ def compare_runs(
             f"resamples={resamples}: take at least {LEAST_RESAMPLES}, for 95 % intervals"
         )
     base, *others = runs
-    names = _image_names(runs)
     curves_to_compare = []
+    left_out: list[str] = []
     for run in others:
-        for pair in _match_models(base, run, models=models):
-            keys = _shared_keys(base, pair, tasks=tasks, poolings=poolings, probe=probe)
-            curves_to_compare += [(pair, key_a, key_b) for key_a, key_b in keys]
+        pairs = _match_models(base, run, models=models)
+        if not models:
+            left_out += _unmatched_models(base, run)
+        for pair in pairs:
+            of_base, of_run = (
+                _wanted_keys(one, model, tasks=tasks, poolings=poolings, probe=probe)
+                for one, model in ((base, pair.base_model), (run, pair.model))
+            )
+            curves_to_compare += [
+                (pair, key, key._replace(model=pair.model))
+                for key in of_base
+                if key._replace(model=pair.model) in of_run
+            ]
+            left_out += _unmatched_curves(base, of_base, other=run, keys_of_other=of_run)
+            left_out += _unmatched_curves(run, of_run, other=base, keys_of_other=of_base)
+    for kind, names_wanted in (("task", tasks), ("pooling", poolings)):
+        compared = {getattr(key, kind) for _, key, _ in curves_to_compare}
+        missing = [name for name in dict.fromkeys(names_wanted) if name not in compared]
+        if missing:
+            raise ValueError(
+                f"{kind} {', '.join(missing)} cannot be compared"
+                f"{_nothing_words(runs, probe=probe, left_out=left_out)}"
+            )
     # Curves of one task are neighbours, and so are those that have the same base.
     tasks_in_order = list(base.results.tasks)
     places = {key: place for place, key in enumerate(base.results.predictions)}
     curves_to_compare.sort(
         key=lambda curve: (tasks_in_order.index(curve[1].task), places[curve[1]])
     )
+    names = _image_names(runs) if curves_to_compare else {}
     comparisons = []
-    left_out: list[str] = []
     for pair, key_a, key_b in curves_to_compare:
         try:
             comparisons.append(
@@ -381,26 +404,57 @@ def _match_models(
     )
 
 
-def _shared_keys(
-    base: SavedRun,
-    pair: ModelPair,
-    *,
-    tasks: Sequence[str],
-    poolings: Sequence[str],
-    probe: str,
-) -> Iterator[tuple[ProbeKey, ProbeKey]]:
-    for key in base.results.predictions:
-        other = key._replace(model=pair.model)
-        is_wanted = (not tasks or key.task in tasks) and (not poolings or key.pooling in poolings)
-        is_curve = (key.model, key.control, key.probe) == (pair.base_model, "none", probe)
-        if is_curve and is_wanted and other in pair.run.results.predictions:
-            yield key, other
+def _unmatched_models(base: SavedRun, run: SavedRun) -> list[str]:
+    """Name the models that only one of two runs has, where models are matched by name."""
+    of_base = _models_of(base)
+    of_run = _models_of(run)
+    if not set(of_base) & set(of_run):
+        return []
+    words = []
+    for one, models, other, models_of_other in (
+        (base, of_base, run, of_run),
+        (run, of_run, base, of_base),
+    ):
+        words += [
+            f"the model {model} of {one.name} ({other.name} has no model of this name)"
+            for model in models
+            if model not in models_of_other
+        ]
+    return words
+
+
+def _wanted_keys(
+    run: SavedRun, model: str, *, tasks: Sequence[str], poolings: Sequence[str], probe: str
+) -> list[ProbeKey]:
+    """Return the keys of a model's curves that are to be compared."""
+    return [
+        key
+        for key in run.results.predictions
+        if (key.model, key.control, key.probe) == (model, "none", probe)
+        and (not tasks or key.task in tasks)
+        and (not poolings or key.pooling in poolings)
+    ]
+
+
+def _unmatched_curves(
+    run: SavedRun, keys: Sequence[ProbeKey], *, other: SavedRun, keys_of_other: Sequence[ProbeKey]
+) -> list[str]:
+    """Name the tasks of a model that its counterpart in another run lacks, or their poolings."""
+    curves_of_other = {(key.task, key.pooling) for key in keys_of_other}
+    tasks_of_other = {key.task for key in keys_of_other}
+    unmatched: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        if (key.task, key.pooling) not in curves_of_other:
+            unmatched.setdefault((key.task, key.model), []).append(key.pooling)
+    words = []
+    for (task, model), poolings in unmatched.items():
+        curves = task if task not in tasks_of_other else f"{task}, {' and '.join(poolings)} pooling"
+        words.append(f"{curves}, of {model} in {run.name} ({other.name} has no such curve)")
+    return words
 
 
 def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[str]) -> str:
-    """Say what the runs have instead."""
-    if left_out:
-        return f": {'; '.join(left_out)}"
+    """Say what the runs have instead, and what else was left out for which reason."""
     parts = []
     for run in runs:
         keys = [key for key in run.results.predictions if key.control == "none"]
@@ -408,6 +462,7 @@ def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[s
         poolings = ", ".join(dict.fromkeys(key.pooling for key in keys))
         probes = ", ".join(dict.fromkeys(key.probe for key in keys))
         parts.append(f"{run.name} has the tasks {tasks}, poolings {poolings}, probes {probes}")
+    parts += dict.fromkeys(f"not compared: {reason}" for reason in left_out)
     return f" with the probe {probe}: {'; '.join(parts)}"
 
 

@@ -248,6 +248,35 @@ def test_a_task_without_a_score_leaves_the_others(monkeypatch):
     assert reason.startswith("caption of tuned (a layer has no score in some resample")
 
 
+def test_what_only_one_run_has_is_listed_and_never_dropped_where_it_was_named():
+    examples = pd.concat([BASE.examples, BASE.examples.assign(task="object")], ignore_index=True)
+    base = with_task(BASE, "object", examples=examples)
+    of_caption = next(iter(base.results.predictions))
+    of_max = of_caption._replace(pooling="max")
+    base.results.predictions[of_max] = base.results.predictions[of_caption]
+    plain = make_run("plain", peak=4)
+    plain.results.predictions[of_caption._replace(model="second")] = np.zeros(0)
+    comparison = compare_runs([base, plain], resamples=100)
+    assert comparison.left_out == (
+        "the model second of plain (base has no model of this name)",
+        "object, of vlm in base (plain has no such curve)",
+        "caption, max pooling, of vlm in base (plain has no such curve)",
+    )
+    assert "Not compared: the model second of plain" in str(comparison.summary())
+    for names, words in (
+        ({"tasks": ["caption", "objct"]}, "task objct cannot be compared.*tasks caption, object"),
+        ({"tasks": ["caption", "object"]}, "task object cannot be compared.*plain has no such"),
+        ({"poolings": ["mean", "max"]}, "pooling max cannot be compared.*plain has no such curve"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare_runs([base, plain], resamples=100, **names)
+    # A third run may lack what the second one has.
+    again = with_task(make_run("again", peak=4), "object", examples=examples)
+    comparison = compare_runs([base, again, plain], tasks=["object"], resamples=100)
+    assert comparison.peaks.run_b.tolist() == ["again"]
+    assert "object, of vlm in base (plain has no such curve)" in comparison.left_out
+
+
 def test_copies_of_a_dataset_are_recognised_by_their_bytes(tmp_path):
     runs = []
     for folder in ("one", "two"):
