@@ -311,6 +311,23 @@ def peaks(
     return mean_shares(seen)
 
 
+def guesses(rng: np.random.Generator, *, images: int, studies: int) -> Shares:
+    """How often one of 25 layers that answer at random seems better than a guess.
+
+    The layer is one that was chosen without these images, or the one that scores highest on them.
+    """
+    seen = []
+    for seed in range(studies):
+        curve, _ = simulate_study(
+            "accuracy", rng, images=images, strength_l=np.zeros(25), seed=seed
+        )
+        lower, _ = bca_interval(curve)
+        chosen = rng.integers(25)
+        highest = curve.score_l.argmax()
+        seen.append({"chosen elsewhere": lower[chosen] > 0.5, "highest": lower[highest] > 0.5})
+    return mean_shares(seen)
+
+
 def is_recovered(table: pd.DataFrame) -> dict[str, bool]:
     """Whether exactly the planted layers are kept, by method and level."""
     kept = {f"plateau, alpha {alpha}": table.p_plateau > alpha for alpha in (0.05, 0.025, 0.01)}
@@ -400,6 +417,12 @@ def run_checks(*, studies: int, probe_studies: int) -> Iterator[tuple[str, dict[
             studies=studies,
         )
     yield "peaks", by_design
+
+    by_design = {}
+    for images in (100, 300, 1000):
+        rng = np.random.default_rng(images)
+        by_design[f"{images} images"] = guesses(rng, images=images, studies=studies)
+    yield "guesses", by_design
 
     designs = [(kind, images) for kind in KINDS for images in (300, 1000)]
     for check in (alarms, best, coverage):

@@ -57,7 +57,8 @@ class PeakShift(NamedTuple):
     lo, hi : float
         Its interval.
     p : float
-        Of "both peak at the same depth", two-sided.
+        Of "both peak at the same depth", two-sided. It may be small while the interval holds 0:
+        two equal peaks of a, on either side of the peak of b, leave the direction open.
     resampled_lo, resampled_hi : float
         Between which values the shift lies in the resamples. It describes, and guarantees nothing.
     """
@@ -134,11 +135,11 @@ def compare_peaks(a: Curve, b: Curve, *, level: float = LEVEL) -> PeakShift:
     -----
     Each pair of layers, i of a and j of b, is tested: are they the best ones of their curves? The
     statistic is the sum of two squares: how far, in standard errors, i and j lie behind any other
-    layer of their curves. Its distribution is that of the resamples, about their mean. This is
-    Hsu's comparison with the best, of both curves together; layers that lie three standard errors
-    behind i are not counted as possible rivals of it (Andrews and Soares, 2010). The interval
-    reaches over all pairs that are not rejected, and p is the largest of the pairs at the same
-    depth. Depths are the same up to half a layer of the model with fewer layers.
+    layer of their curves. Its distribution is that of the resampled scores less the observed ones.
+    This is Hsu's comparison with the best, of both curves together; layers that lie three standard
+    errors behind i are not counted as possible rivals of it (as in Andrews and Soares, 2010). The
+    interval reaches over all pairs that are not rejected, and p is the largest of the pairs at the
+    same depth. Depths are the same up to half a layer of the model with fewer layers.
 
     The quantiles of the resamples' peaks are no such interval. Where a peak stands barely above a
     long plateau, the highest of many noisy scores lies on the plateau, and in the resamples as
@@ -154,9 +155,10 @@ def compare_peaks(a: Curve, b: Curve, *, level: float = LEVEL) -> PeakShift:
     References
     ----------
     Hsu (1984), "Constrained simultaneous confidence intervals for multiple comparisons with the
-    best". Hall and Miller (2009), "Using the bootstrap to quantify the authority of an empirical
-    ranking". Andrews and Soares (2010), "Inference for parameters defined by moment inequalities
-    using generalized moment selection".
+    best", Annals of Statistics 12. Hall and Miller (2009), "Using the bootstrap to quantify the
+    authority of an empirical ranking", Annals of Statistics 37. Andrews and Soares (2010),
+    "Inference for parameters defined by moment inequalities using generalized moment selection",
+    Econometrica 78.
     """
     if len(a.resampled_bl) != len(b.resampled_bl):
         raise ValueError(
@@ -190,8 +192,8 @@ def compare_peaks(a: Curve, b: Curve, *, level: float = LEVEL) -> PeakShift:
 def _squares_behind(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Square how far each layer lies behind any other one: (l,), and (b, l) in the resamples.
 
-    The resamples are about the scores, so that they say how far a layer that is as good as its
-    rivals lies behind them by luck.
+    The observed leads are taken off those of the resamples, which then say how far a layer that is
+    as good as its rivals lies behind them by luck.
     """
     if not np.isfinite(curve.score_l).all() or not np.isfinite(curve.resampled_bl).all():
         raise ValueError("a layer has no score in some resample: take more test images")

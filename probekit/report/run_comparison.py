@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from probekit.report.saved_run import SavedRun, setting_words, write_csv
 from probekit.report.sentences import Summary
 from probekit.report.style import metric_words
 
-FEWEST_IMAGES = 10
+FEWEST_IMAGES = 20  # of fewer, some resamples hold none, and their scores are undefined
 PAIRED_SHARE = 0.5  # of the test images of the run with fewer of them
 MOVED = 0.05
 LEAST_RESAMPLES = 100
@@ -108,9 +108,11 @@ class RunComparison:
         the interval of its place (`peak_…_lo`, `peak_…_hi`), the layers between which the
         resamples peak (`peak_…_resampled_lo`, `_hi`), and whether it is a place at all
         (`peak_…_is_place`); `plateau_…`; what always yes or always no would score (`guess_…`), and
-        whether the peak is no higher (`is_guess_…`). How far the peak `moved`, in layers of the
-        first run, with `moved_lo`, `moved_hi`, `moved_p`, and `moved_p_holm`, corrected for the
-        number of rows. How many test images counted: `images_…`, `shared_images`,
+        whether the score at `best_…` is not shown to be higher: its 95 % interval begins no higher
+        (`is_guess_…`). How far the peak `moved`, in layers of the
+        first run, with `moved_lo`, `moved_hi`, `moved_p` (where it is small and the interval holds
+        0, the curves peak at different layers, in which direction is open), and `moved_p_holm`,
+        corrected for the number of rows. How many test images counted: `images_…`, `shared_images`,
         `left_out_images`, and whether they are `paired`, see :func:`compare_runs`.
     differences : DataFrame
         One row per task, pooling, pair of models and layer of the first run: `score_a`, `score_b`
@@ -119,7 +121,8 @@ class RunComparison:
     curves : DataFrame
         One row per task, pooling, pair of models, run and layer: `value`, `lo`, `hi`.
     left_out : tuple of str
-        What could not be compared, and why.
+        What could not be compared, and why: curves without enough images, and models, tasks and
+        poolings that only one run has.
     """
 
     runs: tuple[SavedRun, ...]
@@ -270,7 +273,8 @@ def compare_runs(
         A model of the first run and the model of the others that it is compared with. By default
         models of the same name; where no name is the same and both runs have one model, these two.
     tasks, poolings : sequence of str
-        Those to compare; all that the runs share unless some are named.
+        Those to compare; all that the runs share unless some are named. Each must be in the first
+        run and in another one.
     probe : str
         The kind of probe.
     resamples : int
@@ -279,15 +283,17 @@ def compare_runs(
     Returns
     -------
     RunComparison
-        Where at least half of the test images (of the run with fewer) are in both runs with the
-        same prompts and labels, these examples alone count, and all differences are paired.
+        Where at least half of the test images (of the run with fewer), and at least 20, are in both
+        runs with the same prompts and labels, these examples alone count, and all differences are
+        paired.
         Otherwise each run's test examples count, and images that both have are resampled together.
         Test images that the other run has among its training or validation images never count.
 
     Raises
     ------
     ValueError
-        The runs have nothing in common that could be compared, or models cannot be matched.
+        The runs have nothing in common that could be compared, among them nothing of a task or
+        pooling that was named, or models cannot be matched.
     """
     _check_runs(runs)
     if resamples < LEAST_RESAMPLES:
@@ -295,20 +301,40 @@ def compare_runs(
             f"resamples={resamples}: take at least {LEAST_RESAMPLES}, for 95 % intervals"
         )
     base, *others = runs
-    names = _image_names(runs)
     curves_to_compare = []
+    left_out: list[str] = []
     for run in others:
-        for pair in _match_models(base, run, models=models):
-            keys = _shared_keys(base, pair, tasks=tasks, poolings=poolings, probe=probe)
-            curves_to_compare += [(pair, key_a, key_b) for key_a, key_b in keys]
+        pairs = _match_models(base, run, models=models)
+        if not models:
+            left_out += _unmatched_models(base, run)
+        for pair in pairs:
+            of_base, of_run = (
+                _wanted_keys(one, model, tasks=tasks, poolings=poolings, probe=probe)
+                for one, model in ((base, pair.base_model), (run, pair.model))
+            )
+            curves_to_compare += [
+                (pair, key, key._replace(model=pair.model))
+                for key in of_base
+                if key._replace(model=pair.model) in of_run
+            ]
+            left_out += _unmatched_curves(base, of_base, other=run, keys_of_other=of_run)
+            left_out += _unmatched_curves(run, of_run, other=base, keys_of_other=of_base)
+    for kind, names_wanted in (("task", tasks), ("pooling", poolings)):
+        compared = {getattr(key, kind) for _, key, _ in curves_to_compare}
+        missing = [name for name in dict.fromkeys(names_wanted) if name not in compared]
+        if missing:
+            raise ValueError(
+                f"{kind} {', '.join(missing)} cannot be compared"
+                f"{_nothing_words(runs, probe=probe, left_out=left_out)}"
+            )
     # Curves of one task are neighbours, and so are those that have the same base.
     tasks_in_order = list(base.results.tasks)
     places = {key: place for place, key in enumerate(base.results.predictions)}
     curves_to_compare.sort(
         key=lambda curve: (tasks_in_order.index(curve[1].task), places[curve[1]])
     )
+    names = _image_names(runs) if curves_to_compare else {}
     comparisons = []
-    left_out: list[str] = []
     for pair, key_a, key_b in curves_to_compare:
         try:
             comparisons.append(
@@ -378,26 +404,57 @@ def _match_models(
     )
 
 
-def _shared_keys(
-    base: SavedRun,
-    pair: ModelPair,
-    *,
-    tasks: Sequence[str],
-    poolings: Sequence[str],
-    probe: str,
-) -> Iterator[tuple[ProbeKey, ProbeKey]]:
-    for key in base.results.predictions:
-        other = key._replace(model=pair.model)
-        is_wanted = (not tasks or key.task in tasks) and (not poolings or key.pooling in poolings)
-        is_curve = (key.model, key.control, key.probe) == (pair.base_model, "none", probe)
-        if is_curve and is_wanted and other in pair.run.results.predictions:
-            yield key, other
+def _unmatched_models(base: SavedRun, run: SavedRun) -> list[str]:
+    """Name the models that only one of two runs has, where models are matched by name."""
+    of_base = _models_of(base)
+    of_run = _models_of(run)
+    if not set(of_base) & set(of_run):
+        return []
+    words = []
+    for one, models, other, models_of_other in (
+        (base, of_base, run, of_run),
+        (run, of_run, base, of_base),
+    ):
+        words += [
+            f"the model {model} of {one.name} ({other.name} has no model of this name)"
+            for model in models
+            if model not in models_of_other
+        ]
+    return words
+
+
+def _wanted_keys(
+    run: SavedRun, model: str, *, tasks: Sequence[str], poolings: Sequence[str], probe: str
+) -> list[ProbeKey]:
+    """Return the keys of a model's curves that are to be compared."""
+    return [
+        key
+        for key in run.results.predictions
+        if (key.model, key.control, key.probe) == (model, "none", probe)
+        and (not tasks or key.task in tasks)
+        and (not poolings or key.pooling in poolings)
+    ]
+
+
+def _unmatched_curves(
+    run: SavedRun, keys: Sequence[ProbeKey], *, other: SavedRun, keys_of_other: Sequence[ProbeKey]
+) -> list[str]:
+    """Name the tasks of a model that its counterpart in another run lacks, or their poolings."""
+    curves_of_other = {(key.task, key.pooling) for key in keys_of_other}
+    tasks_of_other = {key.task for key in keys_of_other}
+    unmatched: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        if (key.task, key.pooling) not in curves_of_other:
+            unmatched.setdefault((key.task, key.model), []).append(key.pooling)
+    words = []
+    for (task, model), poolings in unmatched.items():
+        curves = task if task not in tasks_of_other else f"{task}, {' and '.join(poolings)} pooling"
+        words.append(f"{curves}, of {model} in {run.name} ({other.name} has no such curve)")
+    return words
 
 
 def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[str]) -> str:
-    """Say what the runs have instead."""
-    if left_out:
-        return f": {'; '.join(left_out)}"
+    """Say what the runs have instead, and what else was left out for which reason."""
     parts = []
     for run in runs:
         keys = [key for key in run.results.predictions if key.control == "none"]
@@ -405,6 +462,7 @@ def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[s
         poolings = ", ".join(dict.fromkeys(key.pooling for key in keys))
         probes = ", ".join(dict.fromkeys(key.probe for key in keys))
         parts.append(f"{run.name} has the tasks {tasks}, poolings {poolings}, probes {probes}")
+    parts += dict.fromkeys(f"not compared: {reason}" for reason in left_out)
     return f" with the probe {probe}: {'; '.join(parts)}"
 
 
@@ -414,15 +472,15 @@ def _nothing_words(runs: Sequence[SavedRun], *, probe: str, left_out: Sequence[s
 def _image_names(runs: Sequence[SavedRun]) -> dict[str, pd.Series]:
     """Return for each run, by its name, what each example's image is called in all of them.
 
-    Images are the same where they are the same file. Where two runs have no file in common, as
-    those on two copies of a dataset, they are the same where their bytes are.
+    Images are the same where they are the same file. Unless the runs have all files in common,
+    files with the same bytes are the same image, too: those of two copies of a dataset, or of an
+    image that only one run has under a second path.
     """
     files = {}
     for run in runs:
         paths = {file: str(run.home.resolve(file)) for file in run.examples.file.unique() if file}
         files[run.name] = run.examples.file.map(paths).fillna("")
-    of_base = set(files[runs[0].name])
-    if all(of_base & set(files[run.name]) for run in runs[1:]):
+    if len({frozenset(of_run) for of_run in files.values()}) == 1:
         return files
     unique = dict.fromkeys(file for of_run in files.values() for file in of_run if file)
     digests = {}
@@ -455,7 +513,7 @@ def _sample(base: SavedRun, run: SavedRun, task: str, *, names: dict[str, pd.Ser
     shared_b = np.array([key in shared for key in keys_b]) & new_b
     shared_images = len(set(names_a[shared_a]))
     fewer = min(len(set(names_a[new_a])), len(set(names_b[new_b])))
-    is_paired = fewer > 0 and shared_images >= PAIRED_SHARE * fewer
+    is_paired = shared_images >= max(FEWEST_IMAGES, PAIRED_SHARE * fewer)
     sample = _Sample(
         keep_a=shared_a if is_paired else new_a,
         keep_b=shared_b if is_paired else new_b,
@@ -503,6 +561,11 @@ def _compare_curves(
         (pair.run, key_b, labels_b, sample.keep_b, sample.names_b),
     ):
         kept = _restrict(labels, keep=keep, image_n=image_n, class_c=both_learn_c)
+        if not kept.select("test").mask_nc.any():
+            raise _NotComparable(
+                "its test examples have no answer that the probes of both runs could learn: build "
+                "both with more images, or the same categories"
+            )
         p_lnc = run.results.predictions[key][:, keep].astype(np.float32)
         curves.append(kept.curve(p_lnc, split="test", metric=metric, resamples=resamples))
         always = np.stack([np.zeros_like(p_lnc[0]), np.ones_like(p_lnc[0])])
@@ -580,8 +643,11 @@ def _layer_names(layers: int) -> list[str]:
 def _peak_row(
     a: Curve, b: Curve, *, best_a: int, best_b: int, guesses: Sequence[float]
 ) -> dict[str, object]:
+    try:
+        shift: PeakShift = compare_peaks(a, b)
+    except ValueError as error:  # a curve without a score must not end the comparison of others
+        raise _NotComparable(str(error)) from error
     difference = curve_difference(b.select([best_b]), a.select([best_a]), layers=[""]).iloc[0]
-    shift: PeakShift = compare_peaks(a, b)
     row: dict[str, object] = {
         "best_a": f"lm.{best_a:02d}",
         "best_b": f"lm.{best_b:02d}",
@@ -598,9 +664,10 @@ def _peak_row(
         "moved_resampled_lo": shift.resampled_lo,
         "moved_resampled_hi": shift.resampled_hi,
     }
-    for side, curve, guess in (("a", a, guesses[0]), ("b", b, guesses[1])):
+    for side, curve, best, guess in (("a", a, best_a, guesses[0]), ("b", b, best_b, guesses[1])):
         peak: Peak = find_peak(curve)
-        lower, _ = bca_interval(curve.select([peak.layer]))
+        # The highest of many test scores lies above a guess by luck; one chosen elsewhere does not.
+        lower, _ = bca_interval(curve.select([best]))
         names = _layer_names(peak.layers)
         row |= {
             f"peak_{side}": names[peak.layer],
@@ -716,9 +783,15 @@ def _place(row, side: str) -> str:
 def _moved_words(row) -> str:
     between = _between(row)
     images = min(row.images_a, row.images_b)
-    if row.moved_p <= MOVED:
+    has_direction = row.moved_lo > 0 or row.moved_hi < 0
+    if row.moved_p <= MOVED and has_direction:
         text = (
             f"the peak moved by {_steps(row.moved)} layers, from {row.peak_a} to {row.peak_b} "
+            f"({between}, {_p_words(row.moved_p)})"
+        )
+    elif row.moved_p <= MOVED:
+        text = (
+            "they peak at different layers, in which direction is open "
             f"({between}, {_p_words(row.moved_p)})"
         )
     else:

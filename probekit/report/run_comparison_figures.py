@@ -42,8 +42,9 @@ PEAKS_CAPTION = (
     "resamples of the test images peak: it is narrower, and guarantees nothing. Filled: the layer "
     "with the highest test score. Open: the layer that the run chose on validation images. Right: "
     "how far the peak of the other run lies from that of the first one; to the right is deeper. "
-    "Where the interval holds 0, no movement is shown. A line over nearly all layers belongs to a "
-    "flat curve: its peak is not a place."
+    "Where the interval holds 0, no movement in one direction is shown; the curves may still peak "
+    "at different layers, where one has two peaks on either side of the other's, and the summary "
+    "says so. A line over nearly all layers belongs to a flat curve: its peak is not a place."
 )
 CURVES_CAPTION = (
     "Test scores by layer, on the examples that are compared. A colour per model, a dash per run. "

@@ -7,6 +7,7 @@ import pytest
 from probekit.cli.main import main
 from probekit.paths import Home
 from probekit.probes.results import COLUMNS, ProbeKey, ProbeResults
+from probekit.report import run_comparison
 from probekit.report.results import Results
 from probekit.report.run_comparison import RunComparison, compare_runs
 from probekit.report.run_comparison_figures import comparison_figures
@@ -129,6 +130,25 @@ def test_differences_are_those_of_the_scores(moved):
     np.testing.assert_allclose(rows.score_a, ((p_lnc[..., 0] > 0.5) == y_n).mean(1))
 
 
+def test_two_peaks_about_the_other_one_leave_the_direction_open():
+    base = make_run("base", peak=5)
+    other = make_run("other", peak=5)
+    test = base.examples[base.examples.split == "test"]
+    y_n = np.array(test["labels"].tolist())[:, 0]
+    hard_n = np.random.default_rng(0).random(len(test))
+    for run, best in ((base, [2, 8]), (other, [5])):
+        (p_lnc,) = run.results.predictions.values()
+        for k in range(len(p_lnc)):
+            is_right_n = hard_n < (0.9 if k in best else 0.6)
+            p_lnc[k, :, 0] = np.where(is_right_n, y_n, 1 - y_n)
+    comparison = compare_runs([base, other], resamples=300)
+    row = comparison.peaks.iloc[0]
+    assert (row.moved_lo, row.moved_hi) == (-3, 3)
+    assert row.moved_p < 0.05
+    assert "moved" not in str(comparison.summary())
+    assert "they peak at different layers, in which direction is open" in str(comparison.summary())
+
+
 def test_the_same_curve_twice_has_not_moved():
     again = make_run("again", peak=4)
     comparison = compare_runs([BASE, again], resamples=300)
@@ -169,6 +189,94 @@ def test_runs_without_images_that_are_new_to_both_are_refused():
         compare_runs([BASE, other])
 
 
+def test_few_shared_images_do_not_hide_that_each_run_has_enough(monkeypatch):
+    # Of 25 new images in each run 15 are shared: more than half, and too few alone.
+    monkeypatch.setitem(SPLITS, "test", 25)
+    base = make_run("base", peak=4)
+    examples = make_examples()
+    test_images = examples[examples.split == "test"].image_id.unique()
+    is_other = examples.image_id.isin(test_images[15:])
+    examples["prompt"] = examples.prompt.where(~is_other, "So?")
+    other = make_run("other", peak=4, examples=examples)
+    row = compare_runs([base, other], resamples=100).peaks.iloc[0]
+    assert not row.paired
+    assert (row.shared_images, row.images_a, row.images_b) == (15, 25, 25)
+
+
+def with_task(run, task, *, examples):
+    """Return the run with a second task, which has the same probabilities."""
+    (key,) = run.results.predictions
+    metrics = run.results.metrics
+    results = ProbeResults(
+        metrics=pd.concat([metrics, metrics.assign(task=task)]),
+        losses=pd.DataFrame(),
+        predictions=run.results.predictions
+        | {key._replace(task=task): run.results.predictions[key]},
+        tasks=task_infos(examples),
+    )
+    both = types.SimpleNamespace(**vars(run))
+    both.results = Results.of(results, examples)
+    both.examples = examples
+    return both
+
+
+def test_a_task_without_a_score_leaves_the_others(monkeypatch):
+    # The test examples of the second task have no answer that counts.
+    of_task = BASE.examples.assign(task="object")
+    of_task["mask"] = [[int(split != "test")] for split in of_task.split]
+    examples = pd.concat([BASE.examples, of_task], ignore_index=True)
+    runs = [with_task(run, "object", examples=examples) for run in (BASE, MOVED)]
+    comparison = compare_runs(runs, resamples=100)
+    assert comparison.peaks.task.tolist() == ["caption"]
+    (reason,) = comparison.left_out
+    assert reason.startswith("object of tuned (its test examples have no answer")
+
+    compare_peaks = run_comparison.compare_peaks
+    calls = []
+
+    def fails_once(a, b):
+        calls.append(a)
+        score_l = a.score_l * (np.nan if len(calls) == 1 else 1)
+        return compare_peaks(a._replace(score_l=score_l), b)
+
+    monkeypatch.setattr(run_comparison, "compare_peaks", fails_once)
+    examples = pd.concat([BASE.examples, BASE.examples.assign(task="object")], ignore_index=True)
+    runs = [with_task(run, "object", examples=examples) for run in (BASE, MOVED)]
+    comparison = compare_runs(runs, resamples=100)
+    assert comparison.peaks.task.tolist() == ["object"]
+    (reason,) = comparison.left_out
+    assert reason.startswith("caption of tuned (a layer has no score in some resample")
+
+
+def test_what_only_one_run_has_is_listed_and_never_dropped_where_it_was_named():
+    examples = pd.concat([BASE.examples, BASE.examples.assign(task="object")], ignore_index=True)
+    base = with_task(BASE, "object", examples=examples)
+    of_caption = next(iter(base.results.predictions))
+    of_max = of_caption._replace(pooling="max")
+    base.results.predictions[of_max] = base.results.predictions[of_caption]
+    plain = make_run("plain", peak=4)
+    plain.results.predictions[of_caption._replace(model="second")] = np.zeros(0)
+    comparison = compare_runs([base, plain], resamples=100)
+    assert comparison.left_out == (
+        "the model second of plain (base has no model of this name)",
+        "object, of vlm in base (plain has no such curve)",
+        "caption, max pooling, of vlm in base (plain has no such curve)",
+    )
+    assert "Not compared: the model second of plain" in str(comparison.summary())
+    for names, words in (
+        ({"tasks": ["caption", "objct"]}, "task objct cannot be compared.*tasks caption, object"),
+        ({"tasks": ["caption", "object"]}, "task object cannot be compared.*plain has no such"),
+        ({"poolings": ["mean", "max"]}, "pooling max cannot be compared.*plain has no such curve"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare_runs([base, plain], resamples=100, **names)
+    # A third run may lack what the second one has.
+    again = with_task(make_run("again", peak=4), "object", examples=examples)
+    comparison = compare_runs([base, again, plain], tasks=["object"], resamples=100)
+    assert comparison.peaks.run_b.tolist() == ["again"]
+    assert "object, of vlm in base (plain has no such curve)" in comparison.left_out
+
+
 def test_copies_of_a_dataset_are_recognised_by_their_bytes(tmp_path):
     runs = []
     for folder in ("one", "two"):
@@ -181,6 +289,27 @@ def test_copies_of_a_dataset_are_recognised_by_their_bytes(tmp_path):
     row = compare_runs(runs, resamples=300).peaks.iloc[0]
     assert row.paired
     assert row.shared_images == 300
+
+
+def test_one_common_path_does_not_hide_that_other_images_are_copies(tmp_path):
+    # The second run has its training images under the first run's paths, but its test images are
+    # copies of images that the first run trained on.
+    base_examples = make_examples(folder="one")
+    examples = make_examples(folder="one")
+    is_test = examples.split == "test"
+    number_n = examples.image_id - examples.image_id[is_test].min()
+    examples["file"] = examples.file.where(~is_test, "data/two/" + number_n.astype(str) + ".jpg")
+    for table in (base_examples, examples):
+        for file in table.file.unique():
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(path.stem)
+    runs = [
+        make_run("base", peak=4, examples=base_examples, root=tmp_path),
+        make_run("other", peak=4, examples=examples, root=tmp_path),
+    ]
+    row = compare_runs(runs, resamples=100).peaks.iloc[0]
+    assert row.left_out_images == 80
 
 
 def test_models_of_a_scale_series_are_compared_by_relative_depth():
@@ -269,6 +398,19 @@ def test_a_run_that_guesses_has_no_peak_that_could_move():
     assert "guessing scores no better than a guess (0.500)" in str(comparison.summary())
     (verdict,) = comparison.verdicts(peak_may_move=0)
     assert not verdict.is_failure
+
+
+def test_luck_at_the_highest_of_many_layers_is_no_better_than_a_guess():
+    guessing = make_run("guessing", peak=4)
+    (key,) = guessing.results.predictions
+    p_lnc = guessing.results.predictions[key]
+    p_lnc[:] = np.random.default_rng(3).random(p_lnc.shape)
+    y_n = np.array(guessing.examples["labels"].tolist())[guessing.examples.split == "test", 0]
+    p_lnc[8, :100, 0] = y_n[:100]  # the highest test score, though not on validation images
+    row = compare_runs([BASE, guessing], resamples=100).peaks.iloc[0]
+    assert (row.best_b, row.peak_b) == ("lm.04", "lm.08")
+    assert row.is_guess_b
+    assert not row.is_guess_a
 
 
 # ---- the page and the command ----
