@@ -377,6 +377,7 @@ def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> N
         x=[place, place],
         y=[both.said.value, both.said.value + gap.value],
         mode="lines",
+        meta={"is_mark": True},  # a difference is no row in a table of levels
         line={"color": SAID_COLOUR, "width": 2, "dash": "dot"},
         showlegend=False,
         hovertemplate=(

@@ -3,6 +3,7 @@
 
 const NARROW = 620; // pixels; below it, the panels of a figure stand one under the other
 const PANEL_HEIGHT = 300; // pixels, of such a panel
+const LEGEND_ROOM = 34; // pixels; a legend that needs more makes its figure higher
 const waiting = new Map();
 const loading = new Map();
 
@@ -53,7 +54,10 @@ function loadFigure(name) {
     loading.set(name, new Promise((resolve, reject) => {
       waiting.set(name, resolve);
       const script = element("script", {src: `${encodeURIComponent(name)}.js`});
-      script.onerror = () => reject(new Error(`${name}.js is missing beside this page`));
+      script.onerror = () => {
+        script.remove();
+        reject(new Error(`${name}.js is missing beside this page`));
+      };
       document.head.append(script);
     }).then(decode));
   }
@@ -98,8 +102,16 @@ async function drawFigure(figure) {
   const name = figure.dataset.name;
   if (!states.has(name)) states.set(name, {});
   const state = states.get(name);
-  state.ready ??= draw(figure, state).catch((error) => say(error.message));
+  state.ready ??= draw(figure, state).catch((error) => {
+    say(error.message);
+    delete state.ready; // so that the next look or click tries again
+    loading.delete(name);
+  });
   return state.ready;
+}
+
+function isDrawn(figure) {
+  return plotOf(figure).classList.contains("drawn");
 }
 
 async function draw(figure, state) {
@@ -175,7 +187,6 @@ async function arrange(figure, state, width = plotOf(figure).clientWidth) {
       changes[`annotations[${panel.title}].text`] = isNarrow ? wrap(note.text, 44) : note.text;
     }
   });
-  if (hasPanelTitles) changes["legend.y"] = 1 + 30 / inner;
   for (const name of Object.keys(layout)) {
     if (!/^coloraxis\d*$/.test(name)) continue;
     const bar = layout[name].colorbar ?? {};
@@ -185,7 +196,8 @@ async function arrange(figure, state, width = plotOf(figure).clientWidth) {
   Object.assign(changes, {width, height});
   await Plotly.relayout(plot, changes);
   const legend = plot._fullLayout.legend?._height ?? 0;
-  const room = hasPanelTitles ? top - 30 : top;
+  state.firstLegend ??= legend;
+  const room = isStacked ? 0 : Math.min(state.firstLegend, LEGEND_ROOM);
   if (legend > room) await Plotly.relayout(plot, {height: changes.height + legend - room});
 }
 
@@ -204,12 +216,15 @@ function wrap(words, longest) {
 function addControls(figure, state) {
   const box = figure.querySelector(".controls");
   const {layout} = state;
+  box.replaceChildren();
+  state.toggles = [];
   state.menus = (layout.updatemenus ?? []).map((menu) => addMenu(figure, state, menu, box));
   if (layout.sliders?.length) addSlider(figure, state, layout.sliders[0], box);
 }
 
 function addMenu(figure, state, menu, box) {
-  const steps = menu.buttons;
+  const steps = menu.buttons.filter((step) => !step.args2); // one of these is chosen
+  const toggles = menu.buttons.filter((step) => step.args2); // each of these is on or off
   const control = {steps, active: menu.active ?? 0};
   if (menu.type === "buttons") {
     const buttons = steps.map((step, place) => element("button", {
@@ -225,6 +240,7 @@ function addMenu(figure, state, menu, box) {
     ));
     control.active = beginning(steps, state);
     box.append(group);
+    for (const step of toggles) addToggle(figure, state, step, box);
   } else {
     const options = steps.map((step) => element("option", {textContent: step.label}));
     const select = element("select", {
@@ -241,6 +257,22 @@ function addMenu(figure, state, menu, box) {
   };
   control.mark();
   return control;
+}
+
+function addToggle(figure, state, step, box) {
+  const button = element("button", {type: "button", textContent: step.label});
+  const toggle = {key: step.label, isOn: false};
+  const mark = () => button.setAttribute("aria-pressed", String(toggle.isOn));
+  toggle.turn = async (isOn) => {
+    toggle.isOn = isOn;
+    mark();
+    await perform(figure, state, {method: step.method, args: isOn ? step.args : step.args2});
+    await arrange(figure, state); // the legend has other entries
+  };
+  button.onclick = () => toggle.turn(!toggle.isOn).then(() => noteState(figure));
+  mark();
+  box.append(button);
+  state.toggles.push(toggle);
 }
 
 // Return which button's view a figure begins with: the one whose axis title it has.
@@ -315,10 +347,14 @@ function addressOf(figure) {
       address.set("task", example.task);
       address.set("model", state.layout.meta.model);
       address.set("image", example.image);
+      address.set("order", example.order);
     } else {
       address.set("view", menu.steps[menu.active].label);
     }
   });
+  for (const toggle of state.toggles ?? []) {
+    if (toggle.isOn) address.set(toggle.key, "1");
+  }
   if (state.slider) address.set(state.slider.key, state.slider.steps[state.slider.active].label);
   return `#${address}`;
 }
@@ -376,6 +412,10 @@ async function openFigure(figure, address) {
     const place = examples ? findExample(examples, address) : menu.steps.findIndex(
       (step) => step.label === address.get("view"));
     if (place >= 0 && place !== menu.active) await menu.choose(place);
+  }
+  for (const toggle of state.toggles ?? []) {
+    const isOn = address.get(toggle.key) === "1";
+    if (isOn !== toggle.isOn) await toggle.turn(isOn);
   }
   if (state.slider && address.has(state.slider.key)) {
     const wanted = address.get(state.slider.key);
@@ -450,15 +490,17 @@ async function drawOpenTab() {
     await drawFigure(figure);
     const plot = plotOf(figure);
     const state = states.get(figure.dataset.name);
-    if (!isShown(figure) || !plot.classList.contains("drawn")) continue;
+    if (!isShown(figure) || !isDrawn(figure)) continue;
     if (plot.clientWidth !== plot.layout.width) await arrange(figure, state);
   }
 }
 
 // ------------------------------------------------------------------- the numbers behind a figure
 
+// Return words without Plotly's tags; other angle brackets stand in prompts.
+const TAGS = /<\/?(?:b|i|span|sub|sup|a|extra)(?:\s[^>]*)?>/g;
 function plain(words) {
-  const text = String(words).replace(/<br\s*\/?>/g, " ").replace(/<[^>]*>/g, "");
+  const text = String(words).replace(/<br\s*\/?>/g, " ").replace(TAGS, "");
   return text.replace(/\s+/g, " ").trim();
 }
 
@@ -481,9 +523,11 @@ function rowsOf(figure) {
     const x = `xaxis${(trace.xaxis ?? "x").slice(1)}`;
     const y = `yaxis${(trace.yaxis ?? "y").slice(1)}`;
     const template = String(trace.hovertemplate ?? "");
-    if (trace.visible === false || (trace.hoverinfo === "skip" && !template)) continue;
+    const isUnnamed = trace.visible === false || ["skip", "text"].includes(trace.hoverinfo);
+    if (trace.meta?.is_mark || (isUnnamed && !template)) continue;
     const row = {panel: panelNames.get(x + y) ?? "", series: seriesName(trace, template)};
     const axes = {x: axisWords(x), y: axisWords(y)};
+    axes.places = [x, y].filter((axis) => layout[axis]?.ticktext).map((axis) => axis[0]);
     if (trace.type === "heatmap") rows.push(...cellRows(trace, template, row, axes));
     else rows.push(...pointRows(trace, template, row, axes));
   }
@@ -575,13 +619,20 @@ function tableOf(rows) {
     if (hasPanels) record.panel = row.panel;
     if (row.series) record.series = row.series;
     if (yNames.length > 1 && row.z === undefined) record.measure = row.axes.y;
-    record[xNames.length === 1 ? xNames[0] : "x"] = plain_value(row.x);
-    record[yNames.length === 1 ? yNames[0] : row.z === undefined ? "value" : "y"] = plain_value(row.y);
+    const xName = xNames.length === 1 ? xNames[0] : "x";
+    const yName = yNames.length === 1 ? yNames[0] : row.z === undefined ? "value" : "y";
+    if (!isPlace(row, "x")) record[xName] = plain_value(row.x);
+    if (!isPlace(row, "y")) record[yName] = plain_value(row.y);
     if (row.z !== undefined) record[row.zName] = row.z;
     return Object.assign(record, Object.fromEntries(row.values));
   });
   const headings = [...new Set(records.flatMap((record) => Object.keys(record)))];
   return {headings, cells: records.map((record) => headings.map((name) => digits(record[name])))};
+}
+
+// Say whether a coordinate is only where a point is drawn: "at" names what stands there.
+function isPlace(row, axis) {
+  return row.z === undefined && row.axes.places.includes(axis) && row.values.some(([name]) => name === "at");
 }
 
 function digits(value) {
@@ -592,7 +643,7 @@ function digits(value) {
 function refreshNumbers(figure) {
   const details = figure.querySelector(".numbers");
   details.querySelector(".scroll")?.remove();
-  if (!details.open || !plotOf(figure).classList.contains("drawn")) return;
+  if (!details.open || !isDrawn(figure)) return;
   const {headings, cells} = rowsOf(figure);
   const head = element("tr", {}, headings.map((name) => element("th", {scope: "col", textContent: name})));
   const body = cells.map((row) => element("tr", {}, row.map((text) => element("td", {textContent: text}))));
@@ -654,6 +705,7 @@ async function act(event) {
   const figure = event.target.closest("figure");
   if (!action || !figure) return;
   await drawFigure(figure);
+  if (!isDrawn(figure)) return; // why is in the status
   if (action === "link") await copyLink(figure);
   else if (action === "csv") save(`${figure.dataset.name}.csv`, new Blob([csvOf(figure)], {type: "text/csv"}));
   else await savePicture(figure, action);
@@ -698,10 +750,19 @@ function begin() {
   }
   for (const cell of document.querySelectorAll(".overview td")) {
     const text = cell.textContent.trim();
-    if (text === "✓") cell.classList.add("good");
+    if (text.startsWith("✓")) cell.classList.add("good");
     else if (text.startsWith("above chance") || text.includes(", no better")) cell.classList.add("word");
   }
+  const notes = byId("notes");
+  if (notes) notes.onclick = () => {
+    const isOn = document.querySelector(".overview").classList.toggle("noted");
+    notes.setAttribute("aria-pressed", String(isOn));
+  };
   document.addEventListener("click", act);
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (link?.hash === location.hash) followAddress(); // the address does not change
+  });
   for (const details of document.querySelectorAll(".numbers")) {
     details.addEventListener("toggle", async () => {
       const figure = details.closest("figure");
@@ -724,7 +785,7 @@ const PAPER_WIDTH = 690;
 function onPrint(isPrinting) {
   for (const figure of document.querySelectorAll("figure")) {
     const plot = plotOf(figure);
-    if (!plot.classList.contains("drawn")) continue;
+    if (!isDrawn(figure)) continue;
     Plotly.relayout(plot, {template: THEMES[isPrinting ? "light" : themeName()]});
     if (!isPrinting && !isShown(figure)) continue; // it is fitted when its tab is opened
     arrange(figure, states.get(figure.dataset.name), isPrinting ? PAPER_WIDTH : plot.clientWidth);

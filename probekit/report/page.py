@@ -23,6 +23,7 @@ from probekit.report.overview import control_notes, overview_columns
 from probekit.report.style import DARK, LIGHT
 from probekit.report.templates import render
 
+ROW_HEADS = ("run", "task", "model", "pooling")  # columns that name a row of the overview
 PAGE_PARTS = ("page.css", "page.js")  # files that lie beside every page
 LONGEST_PICTURE = 60.0  # seconds without a further picture, after which Chrome is given up
 LONGEST_ENDING = 10.0  # seconds to wait for what is left of it
@@ -83,6 +84,7 @@ class _Cell(NamedTuple):
     key: float | str | None
     note: str
     link: str
+    is_head: bool  # names the row
 
 
 def write_page(
@@ -179,7 +181,7 @@ def _write_figure(name: str, figure: Figure, folder: Path) -> _PageFigure:
     layout = content["layout"]
     page_figure = _PageFigure(
         name,
-        re.sub("<br>", " ", layout.get("title", {}).get("text") or name),
+        _title_words(layout) or name,
         figure.caption,
         layout.get("height", 450),
         layout.get("meta", {}).get("model", ""),
@@ -187,6 +189,13 @@ def _write_figure(name: str, figure: Figure, folder: Path) -> _PageFigure:
     page = render("figure.html.jinja", figure=page_figure)
     write_atomic(folder / f"{name}.html", lambda part: part.write_text(page, encoding="utf-8"))
     return page_figure
+
+
+def _title_words(layout: Mapping) -> str:
+    """Return the title of a figure and its subtitle, which names the task, in one line."""
+    title = layout.get("title", {})
+    lines = [title.get("text"), title.get("subtitle", {}).get("text")]
+    return " – ".join(line.replace("<br>", " ") for line in lines if line)
 
 
 def _sort_into_tabs(
@@ -204,10 +213,11 @@ def _sort_into_tabs(
             sections.setdefault(figure.section, []).append(page_figures[name])
     last = {ALL_TASKS: 1, SINGLE_EXAMPLES: 2}
     groups = []
+    taken: set[str] = set()
     for group_name in sorted(names, key=lambda name: last.get(name, 0)):
-        anchor = _anchor(group_name)
+        anchor = _anchor(group_name, taken)
         tabs = [
-            _Tab(f"{anchor}-{_anchor(section)}", section, of_section)
+            _Tab(_anchor(f"{anchor}-{section}", taken), section, of_section)
             for section, of_section in names[group_name].items()
         ]
         question = (questions or {}).get(group_name, "")
@@ -215,8 +225,16 @@ def _sort_into_tabs(
     return groups
 
 
-def _anchor(words: str) -> str:
-    return re.sub(r"\W+", "-", words.lower()).strip("-")
+def _anchor(words: str, taken: set[str]) -> str:
+    """Return what an id on the page can be made of, with a number where it is taken already."""
+    stem = re.sub(r"\W+", "-", words.lower()).strip("-") or "tab"
+    anchor = stem
+    number = 1
+    while anchor in taken:
+        number += 1
+        anchor = f"{stem}-{number}"
+    taken.add(anchor)
+    return anchor
 
 
 def _headings(overview: pd.DataFrame) -> list[str]:
@@ -234,7 +252,8 @@ def _cells(overview: pd.DataFrame, figures: Mapping[str, Figure]) -> list[list[_
             value, bracket, interval = text.partition(" [")
             curve = f"{overview.task.iloc[place]}_{overview.metric.iloc[place]}"
             link = curve if column.heading == "task" and curve in figures else ""
-            cells.append(_Cell(value, bracket.strip() + interval, key, note, link))
+            is_head = column.heading in ROW_HEADS
+            cells.append(_Cell(value, bracket.strip() + interval, key, note, link, is_head))
         columns.append(cells)
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -173,8 +173,54 @@ def test_links_open_a_figure_and_the_state_of_an_example(run_page, demo):
     legend = explorer.locator(".legendtext").all_text_contents()
     assert not any("trace" in name for name in legend)
 
+    task = run_page.locator(".overview a[href='#figure=caption_accuracy']").first
+    for _ in range(2):  # the second click finds the address as it is
+        run_page.locator(".skip").focus()
+        task.click()
+        run_page.wait_for_function(
+            "() => document.activeElement.closest('#figure-caption_accuracy')"
+        )
+
     open_page(run_page, demo, "#figure=nothing")
     assert "no such figure" in run_page.locator("#status").inner_text()
+
+
+def test_curves_of_controls_are_shown_and_hidden_beside_the_choice_of_an_axis(run_page, demo):
+    height = "document.querySelector('#figure-caption_accuracy .plot')._fullLayout._size.h"
+    open_page(run_page, demo, "#figure=caption_accuracy&view=depth&controls=1")
+    run_page.wait_for_function("() => document.activeElement.closest('#figure-caption_accuracy')")
+    figure = run_page.locator("#figure-caption_accuracy")
+    pressed = figure.locator(".controls [aria-pressed=true]")
+    entries = figure.locator(".legendtext")
+    assert pressed.all_inner_texts() == ["depth", "controls"]
+    with_controls = entries.count()
+    height_before = run_page.evaluate(height)
+    figure.get_by_role("button", name="controls").click()
+    run_page.wait_for_function("() => location.hash.endsWith('caption_accuracy&view=depth')")
+    assert pressed.all_inner_texts() == ["depth"]
+    assert entries.count() < with_controls
+    assert run_page.evaluate(height) == pytest.approx(height_before, abs=2)
+    figure.get_by_role("button", name="controls").click()
+    run_page.wait_for_function("() => location.hash.endsWith('view=depth&controls=1')")
+    assert entries.count() == with_controls
+    assert run_page.evaluate(height) == pytest.approx(height_before, abs=2)
+
+
+def test_a_figure_whose_file_is_missing_says_so_and_can_be_tried_again(opened_page, demo):
+    page, problems, _ = opened_page
+    file = demo / "figures" / "small" / "caption_codelength.js"
+    moved = file.rename(file.with_suffix(".moved"))
+    page.goto(file.with_suffix(".html").as_uri())
+    status = page.locator("#status")
+    for _ in range(2):
+        page.evaluate("say('')")
+        page.locator("[data-action=csv]").click()
+        page.wait_for_function("() => document.querySelector('#status').textContent")
+        assert "caption_codelength.js is missing" in status.inner_text()
+    moved.rename(file)
+    assert len(save(page, page.locator("[data-action=csv]"))) > 8
+    assert all("ERR_FILE_NOT_FOUND" in problem for problem in problems)
+    problems.clear()
 
 
 def test_a_table_and_a_file_have_the_numbers_of_a_figure(run_page, demo):
@@ -196,6 +242,10 @@ def test_a_table_and_a_file_have_the_numbers_of_a_figure(run_page, demo):
     for shown, column in (("accuracy (test)", "value"), ("lo", "lo"), ("hi", "hi"), ("n", "n")):
         np.testing.assert_allclose(of_model[shown], curve[column].astype(float), atol=2e-5)
 
+    of_curves = rows[~rows.series.str.contains("chance|guess")]
+    assert of_curves[["lo", "hi", "n"]].notna().all(axis=None)
+    assert "tiny-qwen2-vl untrained" in set(rows.series)  # though its curve is hidden
+
     figure.locator("summary").click()
     table = figure.locator(".numbers table")
     assert table.locator("thead th").all_inner_texts() == list(rows)
@@ -216,6 +266,15 @@ def test_a_table_and_a_file_have_the_numbers_of_a_figure(run_page, demo):
     is_drawn &= transfer.pooling == "mean"
     highest = transfer.value[is_drawn & (transfer.control == "none")].max()
     assert cells.iloc[:, -1].max() == pytest.approx(highest, abs=1e-4)
+
+    for name in ("caption_stages", "caption_slices"):  # x is only where a point is drawn
+        open_page(run_page, demo, f"#figure={name}")
+        rows = save(run_page, run_page.locator(f"#figure-{name} [data-action=csv]"))
+        assert "at" in rows
+        assert not {"x", ""} & set(rows)
+    rows = save(run_page, run_page.locator("#figure-caption_known_and_said [data-action=csv]"))
+    assert "known, not said" not in set(rows.series)  # a difference
+    assert run_page.evaluate("plain('a < b<br><b>c</b> > <image>')") == "a < b c > <image>"
 
 
 def save(page, button) -> pd.DataFrame:

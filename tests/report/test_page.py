@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import time
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -81,6 +82,8 @@ def test_every_link_and_every_tab_leads_somewhere(folder, html):
     for name in ("curves", "losses"):
         assert f'<a href="{name}.html">' in html
         alone = (folder / f"{name}.html").read_text(encoding="utf-8")
+        title = re.search(r"<h1 class=.title.>(.*?)</h1>", alone)[1]
+        assert " – global: does the caption belong?" in title  # the subtitle, which names the task
         assert f'href="index.html#figure={name}"' in alone
         for file in re.findall(r'(?:src|href)="([\w.]+)"', alone):
             assert (folder / file).exists()
@@ -131,6 +134,20 @@ def test_figures_stand_behind_tabs_of_their_task_and_kind(figures, tmp_path):
     assert "Does it &lt;belong&gt;?" in html
 
 
+def test_names_with_odd_characters_have_a_tab_and_links_of_their_own(figures, tmp_path):
+    curves = figures["curves"]
+    names = {"C++ 100%": "C++", "C# a&b": "C#", "c": "c", "?": "?"}
+    odd = {name: curves._replace(group=group) for name, group in names.items()}
+    file = write_page(odd, tmp_path, title="t", lead="l", summary=[], first_figure="?")
+    html = file.read_text(encoding="utf-8")
+    ids = re.findall(' id="((?:tab|panel)-[^"]+)"', html)
+    assert len(ids) == len(set(ids)) == 9  # a panel within each of three, which has no tab
+    for link in ("C%2B%2B%20100%25", "C%23%20a%26b"):
+        assert f'href="{link}.html"' in html
+        alone = (tmp_path / f"{unquote(link)}.html").read_text(encoding="utf-8")
+        assert f'href="index.html#figure={link}"' in alone
+
+
 def test_a_first_figure_that_is_not_there_is_refused(figures, tmp_path):
     with pytest.raises(ValueError, match="take one of curves, losses"):
         write_page(figures, tmp_path, title="t", lead="l", summary=[], first_figure="none")
@@ -154,6 +171,9 @@ def test_the_page_opens_with_the_overview(figures, table, tasks, tmp_path):
         r'data-key="([\d.]+)">0.80 <span class="interval">\[0.75, 0.85\]<', opening
     )
     assert float(key) == pytest.approx(0.8)
+    heads = re.findall('<th scope="row".*?</th>', opening, flags=re.DOTALL)
+    assert len(heads) == 2 * len(overview)  # task and model
+    assert re.search(r'note">accuracy 0.\d+ \[', opening)  # of a control, to be read by all
     assert opening.count('<a href="#figure=caption_accuracy">') == 2  # a row for each model
     assert "<b>caption, a &lt;model&gt;:</b>" in rest  # the sentences, folded
 
