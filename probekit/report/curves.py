@@ -109,7 +109,7 @@ def layer_curves(
     rows_by_layer = rows[~rows.control.isin(BASELINES)]
     controls = rows_by_layer[rows_by_layer.control != "none"]
 
-    above = _controls_above_chance(table, task, probe=probe, pooling=pooling)
+    above = controls_above_chance(table, task, probe=probe, pooling=pooling)
     figure.add_traces(control_band(controls, metric=metric, apart=above))
     for (model, control), curve in rows_by_layer.groupby(["model", "control"], sort=False):
         name = model
@@ -150,12 +150,20 @@ def layer_curves(
     return figure
 
 
-def _controls_above_chance(
+def controls_above_chance(
     table: pd.DataFrame, task: str, *, probe: str, pooling: str
 ) -> set[tuple[str, str]]:
     """Return the models and controls that are clearly above chance.
 
-    That is where the interval of the accuracy lies above what guesses score, at half of the layers.
+    That is where the interval of the accuracy lies above what guesses score, at two neighbouring
+    layers: one alone may be luck, and a control that leaks need not do so at most layers.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task, probe, pooling : str
+        Whose controls.
     """
     rows = table[
         (table.task == task)
@@ -176,7 +184,9 @@ def _controls_above_chance(
             is_chance = (of_model.metric == "chance") & (of_model.control == control)
             level = np.nanmax([CHANCE_ACCURACY, guess, of_model.value[is_chance].max()])
             lower = scores.groupby("layer").lo.mean()  # over seeds
-            if (lower > level).mean() >= 0.5:
+            is_above = (lower > level).to_numpy()
+            has_neighbours = len(is_above) > 1
+            if (is_above[1:] & is_above[:-1]).any() if has_neighbours else is_above.any():
                 above.add((model, control))
     return above
 

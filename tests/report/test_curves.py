@@ -169,6 +169,16 @@ def test_a_control_above_chance_is_never_hidden_in_the_band(table):
     assert all("no image: 0.600 (small)" in text for text in points.hovertext[:4])
 
 
+def test_a_control_above_chance_at_its_last_layers_is_not_hidden(table):
+    table = with_controls(table, no_image=0.5, wrong_image=0.5)
+    strong = {"no_image": ["lm.05", "lm.06"], "wrong_image": ["lm.02"]}
+    for control, layers in strong.items():
+        rows = (table.control == control) & table.layer.isin(layers) & (table.model == "large")
+        table.loc[rows, ["value", "lo", "hi"]] = 0.8, 0.78, 0.82
+    figure = layer_curves(table, "caption", "accuracy")
+    assert shown(figure) == {"small", "large", "large no image"}  # one layer alone may be luck
+
+
 def test_a_guess_that_scores_as_much_leaves_the_control_in_the_band(table):
     table = with_controls(table, no_image=0.6, majority=0.6)
     figure = layer_curves(table, "caption", "accuracy")
