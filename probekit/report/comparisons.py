@@ -117,7 +117,10 @@ def global_and_local(
                 mode="markers",
                 marker={"symbol": "star", "size": 14, "color": colours[model]},
                 showlegend=False,
-                hovertemplate=f"<b>{task}</b> peaks at {best.layer}: %{{y:.3f}}<extra></extra>",
+                hovertemplate=(
+                    f"<b>{model}, peak of {task}</b><br>{best.layer}: accuracy %{{y:.3f}}"
+                    "<extra></extra>"
+                ),
                 row=panel,
                 col=1,
             )
@@ -127,6 +130,7 @@ def global_and_local(
             colour=colours[model],
             global_task=global_task,
             local_task=local_tasks[0],
+            model=model,
         )
         for trace in trade_traces:
             figure.add_trace(trace, row=panel, col=2)
@@ -166,6 +170,7 @@ def _trade_traces(
     colour: str,
     global_task: str,
     local_task: str,
+    model: str,
 ) -> list[go.Scatter]:
     """Return the path from layer to layer, and its points: filled where no layer beats both."""
     x = local_curve.value.to_numpy()
@@ -181,7 +186,10 @@ def _trade_traces(
         hoverinfo="skip",
         showlegend=False,
     )
-    hover = f"%{{customdata}}<br>{local_task} %{{x:.3f}}<br>{global_task} %{{y:.3f}}<extra></extra>"
+    hover = (
+        f"<b>{model}</b>, %{{customdata}}<br>{local_task} %{{x:.3f}}<br>{global_task} %{{y:.3f}}"
+        "<extra></extra>"
+    )
     points = go.Scatter(
         x=x,
         y=y,

@@ -111,6 +111,10 @@ def layer_curves(
 
     above = controls_above_chance(table, task, probe=probe, pooling=pooling)
     figure.add_traces(control_band(controls, metric=metric, apart=above))
+    if _differ_in_depth(controls):
+        in_depth = control_band(controls, metric=metric, apart=above, relative=True)
+    else:
+        in_depth = []
     for (model, control), curve in rows_by_layer.groupby(["model", "control"], sort=False):
         name = model
         if control != "none":
@@ -146,7 +150,7 @@ def layer_curves(
     axis = metric_words(metric) if metric == "codelength" else f"{metric_words(metric)} ({split})"
     figure.update_yaxes(title=axis)
     set_score_axis(figure, metric, *levels)
-    add_depth_menu(figure, relative=relative, hidden=hidden)
+    add_depth_menu(figure, relative=relative, hidden=hidden, in_depth=dict(enumerate(in_depth)))
     return figure
 
 
@@ -216,6 +220,7 @@ def control_band(
     chance: float | None = None,
     apart: Collection[tuple[str, str]] = (),
     in_legend: bool = True,
+    relative: bool = False,
 ) -> list[go.Scatter]:
     """Return the band of the controls, and points to hover over, which list them layer by layer.
 
@@ -231,6 +236,9 @@ def control_band(
         Models and controls that have curves of their own; the band is that of the others.
     in_legend : bool
         Give the band an entry, see :func:`control_band_name`.
+    relative : bool
+        The band by relative depth instead of layers: each control's scores are interpolated to the
+        depths of all, so that layers as deep in models of other depths stand together.
 
     Returns
     -------
@@ -240,14 +248,18 @@ def control_band(
     if controls.empty:
         return []
     scores = controls[controls.value.notna()]
+    if relative:
+        scores = _at_relative_depths(scores)
+    else:
+        scores = scores.assign(place=layer_number(scores.layer))
     is_apart = [pair in apart for pair in zip(scores.model, scores.control, strict=True)]
     others = scores[~np.array(is_apart, bool)]
     if others.empty:
         return []
-    by_layer = others.groupby("layer").value.agg(["min", "max"])
-    x = layer_number(by_layer.index.to_series()).to_numpy()
-    low = by_layer["min"].to_numpy()
-    high = by_layer["max"].to_numpy()
+    by_place = others.groupby("place").value.agg(["min", "max"])
+    x = by_place.index.to_numpy()
+    low = by_place["min"].to_numpy()
+    high = by_place["max"].to_numpy()
     if chance is not None:
         low = np.minimum(low, chance)
         high = np.maximum(high, chance)
@@ -267,7 +279,7 @@ def control_band(
         line={"width": 1, "color": with_alpha(GREY, 0.5)},
     )
     lists = _list_controls(scores)
-    words = [lists[layer] for layer in by_layer.index]
+    words = [lists[place] for place in x]
     points = go.Scatter(
         x=np.tile(x, 3),
         y=np.concatenate([low, (low + high) / 2, high]),
@@ -279,6 +291,31 @@ def control_band(
         hovertext=words * 3,
     )
     return [area, points]
+
+
+def _differ_in_depth(controls: pd.DataFrame) -> bool:
+    """Return whether the models of some controls have different last layers."""
+    return layer_number(controls.layer).groupby(controls.model).max().nunique() > 1
+
+
+def _at_relative_depths(scores: pd.DataFrame) -> pd.DataFrame:
+    """Interpolate the scores of controls to all relative depths at which one of them has some.
+
+    The column `layer` is the depth in words.
+    """
+    number = layer_number(scores.layer)
+    last = number.groupby(scores.model).transform("max").clip(lower=1)
+    scores = scores.assign(place=(number / last).round(6))
+    places = np.unique(scores.place)
+    curves = []
+    for (model, control), curve in scores.groupby(["model", "control"], sort=False):
+        curve = curve.sort_values("place")
+        values = np.interp(places, curve.place, curve.value)
+        curves.append(
+            pd.DataFrame({"place": places, "value": values, "model": model, "control": control})
+        )
+    joined = pd.concat(curves, ignore_index=True)
+    return joined.assign(layer=joined.place.map("relative depth {:.2f}".format))
 
 
 def control_band_name(
@@ -310,22 +347,23 @@ def control_band_name(
     return f"{name}<br>({extreme}: {words} {best.value:.2f})"
 
 
-def _list_controls(scores: pd.DataFrame) -> dict[str, str]:
-    """List the scores of controls by layer, those of several models side by side."""
-    by_layer: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    columns = (scores.layer, scores.control, scores.value, scores.model)
-    for layer, control, value, model in zip(*columns, strict=True):
-        by_layer.setdefault(layer, {}).setdefault(control, []).append((value, model))
+def _list_controls(scores: pd.DataFrame) -> dict[float, str]:
+    """List the scores of controls by place, those of several models side by side."""
+    by_place: dict[float, dict[str, list[tuple[float, str]]]] = {}
+    columns = (scores.place, scores.control, scores.value, scores.model)
+    for place, control, value, model in zip(*columns, strict=True):
+        by_place.setdefault(place, {}).setdefault(control, []).append((value, model))
+    words_of = dict(zip(scores.place, scores.layer, strict=True))
     lists = {}
-    for layer, of_layer in by_layer.items():
-        lines = [f"<b>controls</b>, {layer}"]
-        for control, of_control in of_layer.items():
+    for place, of_place in by_place.items():
+        lines = [f"<b>controls</b>, {words_of[place]}"]
+        for control, of_control in of_place.items():
             ranked = sorted(of_control, key=lambda score: -score[0])
             words = [f"{value:.3f} ({model})" for value, model in ranked]
             if len(words) > MOST_LISTED:
                 words = [f"{words[0]} to {words[-1]}"]
             lines.append(f"{CONTROL_WORDS[control]}: {', '.join(words)}")
-        lists[layer] = "<br>".join(lines)
+        lists[place] = "<br>".join(lines)
     return lists
 
 

@@ -71,7 +71,8 @@ INPUT_LOOKS = {
     "only_object": ("all but the object greyed", PALETTE[2], SYMBOLS[1]),
 }
 EFFECT_COLOURS = "RdBu"
-DOSE_COLOURS = "Viridis"
+# As light as each other, so that all layers stand out from a white and from a dark page.
+DOSE_COLOURS = [[0, "#4a72dc"], [1 / 3, "#a855c7"], [2 / 3, "#dd5170"], [1, "#c07a14"]]
 SIGNIFICANT = 0.05
 
 
@@ -285,8 +286,8 @@ def effect_heatmap(table: pd.DataFrame, task: str) -> LayerFigure:
             xgap=1,
             ygap=1,
             hovertemplate=(
-                f"<b>{model}</b>, layer %{{x}}<br>%{{y}}<br>accuracy %{{z:+.3f}} against the "
-                "model left alone<extra></extra>"
+                f"<b>{model}</b>, layer %{{x}}<br>%{{y}}<br>accuracy difference "
+                "%{z:+.3f} to the model left alone<extra></extra>"
             ),
             row=place,
             col=1,
@@ -575,7 +576,7 @@ def _answer_mark(answer: pd.Series, x: float, *, words: str, colour: str) -> go.
 
 
 def _depth_colour(number: int, count: int) -> str:
-    return sample_colorscale(DOSE_COLOURS, [0.9 * number / max(1, count - 1)])[0]
+    return sample_colorscale(DOSE_COLOURS, [number / max(1, count - 1)])[0]
 
 
 def _panels(models: Sequence[str]) -> LayerFigure:

@@ -71,6 +71,24 @@ def test_buttons_change_between_layers_and_relative_depth(table):
             np.testing.assert_allclose(np.array(layer_x) / max(layer_x), depth_x)
 
 
+def test_by_depth_the_band_has_controls_of_all_models_at_the_same_depth(table):
+    table = with_controls(table, no_image=0.5)
+    number = table.layer.str[3:].astype(int)
+    last = table.model.map({"small": 3, "large": 6})
+    is_control = table.control == "no_image"
+    table.loc[is_control, "value"] = 0.4 + 0.1 * (number / last)[is_control]  # the same by depth
+    figure = layer_curves(table[table.control != "untrained"], "caption", "f1_macro")
+    layer_button, depth_button, _ = figure.layout.updatemenus[0].buttons
+    place = next(i for i, trace in enumerate(figure.data) if trace.name and trace.fill == "toself")
+    x, y = (np.array(depth_button.args[0][name][place]) for name in "xy")
+    np.testing.assert_allclose(y, 0.4 + 0.1 * x, atol=1e-6)
+    assert len(x) == 2 * 7
+    assert "relative depth 0.50" in depth_button.args[0]["hovertext"][place + 1][3]
+    assert list(layer_button.args[0]["y"][place]) == list(figure.data[place].y)
+    begun = layer_curves(table[table.control != "untrained"], "caption", "f1_macro", relative=True)
+    np.testing.assert_allclose(begun.data[place].y, y)
+
+
 def test_published_numbers_can_be_overlaid(table):
     curves = curves_by_name(layer_curves(table, "caption", "accuracy", published=True))
     assert len(curves["Qwen2-VL-2B, published accuracy"].x) == 29
