@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from probekit.probes.controls import BASELINES, CONTROL_WORDS
 from probekit.probes.results import LENS, default_stage, select_curve
-from probekit.report.paper import LayerFigure, panels
+from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
@@ -295,6 +295,8 @@ def control_band(
 
 def _differ_in_depth(controls: pd.DataFrame) -> bool:
     """Return whether the models of some controls have different last layers."""
+    if controls.empty:
+        return False
     return layer_number(controls.layer).groupby(controls.model).max().nunique() > 1
 
 
@@ -688,11 +690,9 @@ def loss_curves(
     epoch_axis = np.arange(1, epochs + 1)
     means = losses.groupby(["model", "layer", "split", "epoch"]).loss.mean()
 
-    figure = panels(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
-    )
+    figure, places = panel_grid(models, horizontal_spacing=0.05)
     ys_by_layer: dict[str, list[list[float | None]]] = {layer: [] for layer in layers}
-    for column, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         for split, dash in LOSS_DASHES.items():
             for layer in layers:
                 ys = [means.get((model, layer, split, epoch)) for epoch in epoch_axis]
@@ -705,8 +705,7 @@ def loss_curves(
                 showlegend=False,
                 line={"dash": dash, "color": colours[model], "width": 2.5},
                 hovertemplate=hover,
-                row=1,
-                col=column,
+                **place,
             )
     for split, dash in LOSS_DASHES.items():
         line = {"dash": dash, "color": GREY, "width": 2.5}
@@ -735,7 +734,7 @@ def loss_curves(
         figure,
         title=f"Loss of the {probe} probe",
         subtitle=task_words(task) + pooling_note(all_poolings, pooling),
-        height=490,
+        height=160 + 330 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )

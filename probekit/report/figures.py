@@ -283,7 +283,8 @@ def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:
         "effective_rank": Figure(
             curves.rank_curves(results.ranks),
             "The participation ratio of the covariance’s eigenvalues: how many equally large "
-            "directions would vary as much. Bands: 95 % intervals over test images.",
+            "directions would vary as much. Bands: 95 % intervals over test images. From few "
+            "images a line comes out too low, which its band corrects: it may lie above the line.",
             section,
         ),
     }

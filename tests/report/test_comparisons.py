@@ -63,3 +63,15 @@ def test_stages_stand_one_after_the_other(saved_run):
     ends = [(min(curve.x), max(curve.x)) for curve in curves]
     assert ends == [(0, 1), (1.18, 1.18), (1.36, 2.36)]
     assert [curve.showlegend for curve in curves] == [True, False, False]
+
+
+def test_many_models_have_panels_that_are_wide_enough(table):
+    small = table[(table.model == "small") & (table.task == "caption")]
+    table = pd.concat([small.assign(model=f"model {k}") for k in range(7)])
+    figure = pooling_curves(table, "caption", "accuracy")
+    axes = {trace.xaxis for trace in figure.data if trace.hovertemplate}
+    domains = [axis.domain for axis in figure.select_xaxes()]
+    assert len(axes) == len(domains) == 7  # the place that is left over has no axes
+    assert min(end - start for start, end in domains) > 0.2
+    assert len({axis.domain for axis in figure.select_yaxes()}) == 2
+    assert figure.layout.height > 700

@@ -163,6 +163,11 @@ def test_controls_are_one_band_that_lists_them_on_hover(table):
         assert line in at_layer_2.split("<br>")
 
 
+def test_without_controls_there_is_no_band(table):
+    figure = layer_curves(table[table.control == "none"], "caption", "accuracy")
+    assert not [trace for trace in figure.data if trace.name and trace.fill == "toself"]
+
+
 def test_a_button_shows_each_control_with_its_entry(table):
     figure = layer_curves(with_controls(table, shuffled=0.51), "caption", "accuracy")
     button = figure.layout.updatemenus[0].buttons[2]
