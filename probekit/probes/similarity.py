@@ -152,6 +152,7 @@ def effective_rank(grams: LayerGrams, *, resamples: int = 200) -> pd.DataFrame:
     :math:`(\sum_i \lambda_i)^2 / \sum_i \lambda_i^2`: d for d equally large directions, 1 for one.
     Fewer images have a lower one, so samples, in which some images are missing, lie below it as it
     lies below the truth: the interval is the basic one (Davison and Hinkley 1997, equation 5.6).
+    That corrects for it and may lie above `effective_rank`, which is not corrected.
     """
     weight_bn = _weights(grams, resamples)
     ranks = []

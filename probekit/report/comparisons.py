@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from probekit.probes.results import select_curve
 from probekit.report.curves import curve_traces
-from probekit.report.paper import LayerFigure, panels
+from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -117,7 +117,10 @@ def global_and_local(
                 mode="markers",
                 marker={"symbol": "star", "size": 14, "color": colours[model]},
                 showlegend=False,
-                hovertemplate=f"<b>{task}</b> peaks at {best.layer}: %{{y:.3f}}<extra></extra>",
+                hovertemplate=(
+                    f"<b>{model}, peak of {task}</b><br>{best.layer}: accuracy %{{y:.3f}}"
+                    "<extra></extra>"
+                ),
                 row=panel,
                 col=1,
             )
@@ -127,6 +130,7 @@ def global_and_local(
             colour=colours[model],
             global_task=global_task,
             local_task=local_tasks[0],
+            model=model,
         )
         for trace in trade_traces:
             figure.add_trace(trace, row=panel, col=2)
@@ -166,6 +170,7 @@ def _trade_traces(
     colour: str,
     global_task: str,
     local_task: str,
+    model: str,
 ) -> list[go.Scatter]:
     """Return the path from layer to layer, and its points: filled where no layer beats both."""
     x = local_curve.value.to_numpy()
@@ -181,7 +186,10 @@ def _trade_traces(
         hoverinfo="skip",
         showlegend=False,
     )
-    hover = f"%{{customdata}}<br>{local_task} %{{x:.3f}}<br>{global_task} %{{y:.3f}}<extra></extra>"
+    hover = (
+        f"<b>{model}</b>, %{{customdata}}<br>{local_task} %{{x:.3f}}<br>{global_task} %{{y:.3f}}"
+        "<extra></extra>"
+    )
     points = go.Scatter(
         x=x,
         y=y,
@@ -302,12 +310,14 @@ def pooling_curves(
     """
     trained = table[(table.control == "none") & (table.task == task)]
     rows = select_curve(trained, probe=probe, metric=metric)
-    figure = _shaded_curves(rows, column="pooling", colours=model_colours(table), metric=metric)
+    figure, places = _shaded_curves(
+        rows, column="pooling", colours=model_colours(table), metric=metric
+    )
     apply_style(
         figure,
         title=f"Poolings: {title_by_layer(metric)}",
         subtitle=task_words(task),
-        height=450,
+        height=120 + 330 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )
@@ -339,8 +349,10 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
     rows, pooling_words = first_pooling(select_curve(of_tasks, probe=probe, metric="accuracy"))
     trained = rows[rows.control == "none"]
     text_only = rows[rows.control == "word_order"]
-    figure = _shaded_curves(trained, column="task", colours=model_colours(table), metric="accuracy")
-    for panel, model in enumerate(dict.fromkeys(rows.model), 1):
+    figure, places = _shaded_curves(
+        trained, column="task", colours=model_colours(table), metric="accuracy"
+    )
+    for place, model in zip(places, dict.fromkeys(trained.model), strict=True):
         for number, task in enumerate(tasks):
             curve = text_only[(text_only.model == model) & (text_only.task == task)]
             figure.add_scatter(
@@ -351,15 +363,14 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
                 line={"dash": "dot", "color": GREY, "width": 1.5},
                 marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 5},
                 hovertemplate=f"the texts alone, {task}<br>accuracy %{{y:.3f}}<extra></extra>",
-                row=1,
-                col=panel,
+                **place,
             )
     figure.add_trace(legend_entry("the texts alone", line={"dash": "dot", "color": GREY}))
     apply_style(
         figure,
         title="Accuracy by layer",
         subtitle=f"global: wrong captions of several kinds{pooling_words}",
-        height=450,
+        height=120 + 330 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )
@@ -369,18 +380,16 @@ def task_curves(table: pd.DataFrame, tasks: Sequence[str], *, probe: str = "logr
 
 def _shaded_curves(
     rows: pd.DataFrame, *, column: str, colours: dict[str, str], metric: str
-) -> LayerFigure:
-    """Draw a panel per model, and in it a curve for each value of a column."""
+) -> tuple[LayerFigure, list[dict[str, int]]]:
+    """Draw a panel per model, and in it a curve for each value; return the panels' places too."""
     models = list(dict.fromkeys(rows.model))
     values = list(dict.fromkeys(rows[column]))
     opacities = [1 - 0.7 * number / len(values) for number in range(len(values))]
     symbols = [SYMBOLS[number % len(SYMBOLS)] for number in range(len(values))]
-    figure = panels(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
-    )
+    figure, places = panel_grid(models, horizontal_spacing=0.05)
     # Many bands over each other would be darker than the curves.
     opacity_of_bands = BAND_OPACITY * min(1, MOST_BANDS / len(values))
-    for panel, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         for value, opacity, symbol in zip(values, opacities, symbols, strict=True):
             curve = rows[(rows.model == model) & (rows[column] == value)].reset_index(drop=True)
             if len(curve) == 0:
@@ -397,8 +406,8 @@ def _shaded_curves(
             band, line = traces[-2:]
             band.fillcolor = with_alpha(colours[model], opacity_of_bands)
             line.update(showlegend=False, line={"color": with_alpha(colours[model], opacity)})
-            figure.add_trace(band, row=1, col=panel)
-            figure.add_trace(line, row=1, col=panel)
+            figure.add_trace(band, **place)
+            figure.add_trace(line, **place)
     for value, opacity, symbol in zip(values, opacities, symbols, strict=True):
         entry = legend_entry(
             value,
@@ -408,4 +417,4 @@ def _shaded_curves(
         )
         figure.add_trace(entry)
     figure.update_xaxes(title=PANEL_LAYER_AXIS, dtick=tick_step(rows.layer.nunique()))
-    return figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1)
+    return figure.update_yaxes(title=f"{metric_words(metric)} (test)", col=1), places

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from probekit.probes.controls import BASELINES, CONTROL_WORDS
 from probekit.probes.results import LENS, default_stage, select_curve
-from probekit.report.paper import LayerFigure, panels
+from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     CONTROL_DASHES,
     FULL_PAGE,
@@ -109,8 +109,12 @@ def layer_curves(
     rows_by_layer = rows[~rows.control.isin(BASELINES)]
     controls = rows_by_layer[rows_by_layer.control != "none"]
 
-    above = _controls_above_chance(table, task, probe=probe, pooling=pooling)
+    above = controls_above_chance(table, task, probe=probe, pooling=pooling)
     figure.add_traces(control_band(controls, metric=metric, apart=above))
+    if _differ_in_depth(controls):
+        in_depth = control_band(controls, metric=metric, apart=above, relative=True)
+    else:
+        in_depth = []
     for (model, control), curve in rows_by_layer.groupby(["model", "control"], sort=False):
         name = model
         if control != "none":
@@ -146,16 +150,24 @@ def layer_curves(
     axis = metric_words(metric) if metric == "codelength" else f"{metric_words(metric)} ({split})"
     figure.update_yaxes(title=axis)
     set_score_axis(figure, metric, *levels)
-    add_depth_menu(figure, relative=relative, hidden=hidden)
+    add_depth_menu(figure, relative=relative, hidden=hidden, in_depth=dict(enumerate(in_depth)))
     return figure
 
 
-def _controls_above_chance(
+def controls_above_chance(
     table: pd.DataFrame, task: str, *, probe: str, pooling: str
 ) -> set[tuple[str, str]]:
     """Return the models and controls that are clearly above chance.
 
-    That is where the interval of the accuracy lies above what guesses score, at half of the layers.
+    That is where the interval of the accuracy lies above what guesses score, at two neighbouring
+    layers: one alone may be luck, and a control that leaks need not do so at most layers.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The whole metrics table.
+    task, probe, pooling : str
+        Whose controls.
     """
     rows = table[
         (table.task == task)
@@ -176,7 +188,9 @@ def _controls_above_chance(
             is_chance = (of_model.metric == "chance") & (of_model.control == control)
             level = np.nanmax([CHANCE_ACCURACY, guess, of_model.value[is_chance].max()])
             lower = scores.groupby("layer").lo.mean()  # over seeds
-            if (lower > level).mean() >= 0.5:
+            is_above = (lower > level).to_numpy()
+            has_neighbours = len(is_above) > 1
+            if (is_above[1:] & is_above[:-1]).any() if has_neighbours else is_above.any():
                 above.add((model, control))
     return above
 
@@ -206,6 +220,7 @@ def control_band(
     chance: float | None = None,
     apart: Collection[tuple[str, str]] = (),
     in_legend: bool = True,
+    relative: bool = False,
 ) -> list[go.Scatter]:
     """Return the band of the controls, and points to hover over, which list them layer by layer.
 
@@ -221,6 +236,9 @@ def control_band(
         Models and controls that have curves of their own; the band is that of the others.
     in_legend : bool
         Give the band an entry, see :func:`control_band_name`.
+    relative : bool
+        The band by relative depth instead of layers: each control's scores are interpolated to the
+        depths of all, so that layers as deep in models of other depths stand together.
 
     Returns
     -------
@@ -230,14 +248,18 @@ def control_band(
     if controls.empty:
         return []
     scores = controls[controls.value.notna()]
+    if relative:
+        scores = _at_relative_depths(scores)
+    else:
+        scores = scores.assign(place=layer_number(scores.layer))
     is_apart = [pair in apart for pair in zip(scores.model, scores.control, strict=True)]
     others = scores[~np.array(is_apart, bool)]
     if others.empty:
         return []
-    by_layer = others.groupby("layer").value.agg(["min", "max"])
-    x = layer_number(by_layer.index.to_series()).to_numpy()
-    low = by_layer["min"].to_numpy()
-    high = by_layer["max"].to_numpy()
+    by_place = others.groupby("place").value.agg(["min", "max"])
+    x = by_place.index.to_numpy()
+    low = by_place["min"].to_numpy()
+    high = by_place["max"].to_numpy()
     if chance is not None:
         low = np.minimum(low, chance)
         high = np.maximum(high, chance)
@@ -257,7 +279,7 @@ def control_band(
         line={"width": 1, "color": with_alpha(GREY, 0.5)},
     )
     lists = _list_controls(scores)
-    words = [lists[layer] for layer in by_layer.index]
+    words = [lists[place] for place in x]
     points = go.Scatter(
         x=np.tile(x, 3),
         y=np.concatenate([low, (low + high) / 2, high]),
@@ -269,6 +291,33 @@ def control_band(
         hovertext=words * 3,
     )
     return [area, points]
+
+
+def _differ_in_depth(controls: pd.DataFrame) -> bool:
+    """Return whether the models of some controls have different last layers."""
+    if controls.empty:
+        return False
+    return layer_number(controls.layer).groupby(controls.model).max().nunique() > 1
+
+
+def _at_relative_depths(scores: pd.DataFrame) -> pd.DataFrame:
+    """Interpolate the scores of controls to all relative depths at which one of them has some.
+
+    The column `layer` is the depth in words.
+    """
+    number = layer_number(scores.layer)
+    last = number.groupby(scores.model).transform("max").clip(lower=1)
+    scores = scores.assign(place=(number / last).round(6))
+    places = np.unique(scores.place)
+    curves = []
+    for (model, control), curve in scores.groupby(["model", "control"], sort=False):
+        curve = curve.sort_values("place")
+        values = np.interp(places, curve.place, curve.value)
+        curves.append(
+            pd.DataFrame({"place": places, "value": values, "model": model, "control": control})
+        )
+    joined = pd.concat(curves, ignore_index=True)
+    return joined.assign(layer=joined.place.map("relative depth {:.2f}".format))
 
 
 def control_band_name(
@@ -300,22 +349,23 @@ def control_band_name(
     return f"{name}<br>({extreme}: {words} {best.value:.2f})"
 
 
-def _list_controls(scores: pd.DataFrame) -> dict[str, str]:
-    """List the scores of controls by layer, those of several models side by side."""
-    by_layer: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    columns = (scores.layer, scores.control, scores.value, scores.model)
-    for layer, control, value, model in zip(*columns, strict=True):
-        by_layer.setdefault(layer, {}).setdefault(control, []).append((value, model))
+def _list_controls(scores: pd.DataFrame) -> dict[float, str]:
+    """List the scores of controls by place, those of several models side by side."""
+    by_place: dict[float, dict[str, list[tuple[float, str]]]] = {}
+    columns = (scores.place, scores.control, scores.value, scores.model)
+    for place, control, value, model in zip(*columns, strict=True):
+        by_place.setdefault(place, {}).setdefault(control, []).append((value, model))
+    words_of = dict(zip(scores.place, scores.layer, strict=True))
     lists = {}
-    for layer, of_layer in by_layer.items():
-        lines = [f"<b>controls</b>, {layer}"]
-        for control, of_control in of_layer.items():
+    for place, of_place in by_place.items():
+        lines = [f"<b>controls</b>, {words_of[place]}"]
+        for control, of_control in of_place.items():
             ranked = sorted(of_control, key=lambda score: -score[0])
             words = [f"{value:.3f} ({model})" for value, model in ranked]
             if len(words) > MOST_LISTED:
                 words = [f"{words[0]} to {words[-1]}"]
             lines.append(f"{CONTROL_WORDS[control]}: {', '.join(words)}")
-        lists[layer] = "<br>".join(lines)
+        lists[place] = "<br>".join(lines)
     return lists
 
 
@@ -640,11 +690,9 @@ def loss_curves(
     epoch_axis = np.arange(1, epochs + 1)
     means = losses.groupby(["model", "layer", "split", "epoch"]).loss.mean()
 
-    figure = panels(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
-    )
+    figure, places = panel_grid(models, horizontal_spacing=0.05)
     ys_by_layer: dict[str, list[list[float | None]]] = {layer: [] for layer in layers}
-    for column, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         for split, dash in LOSS_DASHES.items():
             for layer in layers:
                 ys = [means.get((model, layer, split, epoch)) for epoch in epoch_axis]
@@ -657,8 +705,7 @@ def loss_curves(
                 showlegend=False,
                 line={"dash": dash, "color": colours[model], "width": 2.5},
                 hovertemplate=hover,
-                row=1,
-                col=column,
+                **place,
             )
     for split, dash in LOSS_DASHES.items():
         line = {"dash": dash, "color": GREY, "width": 2.5}
@@ -687,7 +734,7 @@ def loss_curves(
         figure,
         title=f"Loss of the {probe} probe",
         subtitle=task_words(task) + pooling_note(all_poolings, pooling),
-        height=490,
+        height=160 + 330 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )

@@ -20,7 +20,8 @@ from probekit.tasks.variants import has_plain_wording, wording_families
 BAND_NOTE = (
     "Bands: 95 % intervals over test images. Highlighted: layers that cannot be told apart from "
     "the best. Grey: the controls; hover to list them, or press “controls”. One that is clearly "
-    "above chance has a line of its own. Only what lies above them is about the layer."
+    "above chance, at two neighbouring layers or more, has a line of its own. Only what lies above "
+    "them is about the layer."
 )
 
 # Groups of figures on the page, beside the tasks.
@@ -154,10 +155,12 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
         figures[f"{task}_known_and_said"] = Figure(
             known_and_said_figure(table, task, info, probe=probe),
             f"{info.question} Blue: what a probe reads off each layer’s last token. Orange: the "
-            "model’s own answer to the same test images; dashed, with a threshold chosen on "
-            "validation images. In the titles: how far the best probe lies above the answer. "
-            "Green: what each layer would answer (the lens; dashed, the tuned lens). The lens "
-            "underestimates early layers. Grey: the probe’s controls, and a guess.",
+            "model’s own answer to the same test images; dashed, where it differs, with a "
+            "threshold chosen on validation images. In the titles: how far the best probe lies "
+            "above the answer. Green: what each layer would answer (the lens; dashed, the tuned "
+            "lens, where there is one). The lens underestimates early layers. Grey: the probe’s "
+            "controls, and a guess; thin blue: a control that is clearly above chance, at two "
+            "neighbouring layers or more.",
             section,
         )
         is_decided = (table.metric == "decided") & (table.probe == LENS)
@@ -280,7 +283,8 @@ def _similarity_figures(results: ProbeResults) -> dict[str, Figure]:
         "effective_rank": Figure(
             curves.rank_curves(results.ranks),
             "The participation ratio of the covariance’s eigenvalues: how many equally large "
-            "directions would vary as much. Bands: 95 % intervals over test images.",
+            "directions would vary as much. Bands: 95 % intervals over test images. From few "
+            "images a line comes out too low, which its band corrects: it may lie above the line.",
             section,
         ),
     }

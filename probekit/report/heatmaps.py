@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from probekit.probes.results import default_stage, select_curve
-from probekit.report.paper import LayerFigure, panels
+from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     FULL_PAGE,
     LAYER_AXIS,
@@ -225,10 +225,8 @@ def class_heatmap(
     classes = list(best.index)
     models = list(dict.fromkeys(rows.model))
 
-    figure = panels(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.03
-    )
-    for panel, model in enumerate(models, 1):
+    figure, places = panel_grid(models, horizontal_spacing=0.03)
+    for place, model in zip(places, models, strict=True):
         of_model = scores[scores.model == model]
         grids = {}
         for metric in ("f1", "precision", "recall", "support"):
@@ -251,8 +249,7 @@ def class_heatmap(
             coloraxis="coloraxis",
             customdata=details,
             hovertemplate=hover,
-            row=1,
-            col=panel,
+            **place,
         )
     rows_are_large = len(classes) <= MOST_LARGE_ROWS
     row_height = 24 if rows_are_large else 15
@@ -260,7 +257,7 @@ def class_heatmap(
         figure,
         title=f"F1 of each {class_word} by layer",
         subtitle=subtitle,
-        height=150 + row_height * len(classes),
+        height=150 + (row_height * len(classes) + 100) * places[-1]["row"] - 100,
         width=FULL_PAGE,
         panel_titles=True,
     )

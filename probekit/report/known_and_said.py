@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +12,13 @@ import plotly.graph_objects as go
 from probekit.answers.reading import LENS, TUNED_LENS
 from probekit.answers.scores import ANSWER
 from probekit.extraction.answer_heads import ANSWER_POOLING
+from probekit.probes.controls import CONTROL_WORDS
 from probekit.probes.results import find_curve
 from probekit.report.curves import (
     BAND_OPACITY,
     control_band,
     control_band_name,
+    controls_above_chance,
     curve_traces,
 )
 from probekit.report.paper import LayerFigure, panels
@@ -44,6 +47,14 @@ from probekit.tasks.base import TaskInfo
 
 KNOWN_COLOUR, SAID_COLOUR, LENS_COLOUR = PALETTE[:3]
 LENS_DASHES = {LENS: "solid", TUNED_LENS: "dash"}
+# Entries of the legend.
+KNOWN = "probe: known"
+PLATEAU = "plateau of the probe"
+LENS_WORDS = {LENS: "lens: would be said", TUNED_LENS: "tuned lens"}
+SAID = "answer: said"
+SAID_TUNED = "answer, tuned threshold"
+GAP = "probe less answer"
+BAND = "all controls"
 PANELS_PER_ROW = 2
 # A line that lies closer to another one is not drawn a second time.
 NEAR = 0.01
@@ -260,11 +271,13 @@ def known_and_said_figure(
         vertical_spacing=0.27 / panel_rows,
     )
     rows = table[(table.task == task) & (table.pooling == ANSWER_POOLING)]
+    above = controls_above_chance(table, task, probe=probe, pooling=ANSWER_POOLING)
     for place, model in enumerate(models):
         panel = {"row": place // columns + 1, "col": place % columns + 1}
         of_model = rows[rows.model == model]
         both = known_and_said(table, task, info, model=model, probe=probe)
-        for trace in _panel_traces(of_model, both, metric=said_metric(info), probe=probe):
+        traces = _panel_traces(of_model, metric=said_metric(info), probe=probe, above=above)
+        for trace in traces:
             figure.add_trace(trace, **panel)
         if both is not None:
             _mark_gap(figure, both, panel)
@@ -272,7 +285,9 @@ def known_and_said_figure(
         layers = of_model[of_model.stage == "lm"].layer.nunique()
         axis = LAYER_AXIS if columns == 1 else PANEL_LAYER_AXIS
         figure.update_xaxes(title=axis, dtick=tick_step(layers), **panel)
-    figure.add_traces(_legend(rows, metric=said_metric(info), probe=probe))
+    controls = _controls(rows[rows.model.isin(models)], metric=said_metric(info), probe=probe)
+    drawn = {trace.legendgroup for trace in figure.data}
+    figure.add_traces(_legend(drawn, controls, metric=said_metric(info), above=above))
     apply_style(
         figure,
         title="Known and said",
@@ -287,9 +302,12 @@ def known_and_said_figure(
 
 
 def _panel_traces(
-    rows: pd.DataFrame, both: KnownAndSaid | None, *, metric: str, probe: str
+    rows: pd.DataFrame, *, metric: str, probe: str, above: Collection[tuple[str, str]]
 ) -> list[go.Scatter]:
-    """Return the traces of one model: controls, answer, lens and probe, from back to front."""
+    """Return the traces of one model: controls, answer, lens and probe, from back to front.
+
+    Each is in the group of its entry of the legend.
+    """
     numbers = layer_number(rows[rows.stage == "lm"].layer)
     ends = [int(numbers.min()), int(numbers.max())]
     trained = rows[rows.control == "none"]
@@ -297,7 +315,7 @@ def _panel_traces(
     of_answer = trained[is_said].set_index("metric")
     chance = float(of_answer.value["guess"])
     controls = _controls(rows, metric=metric, probe=probe)
-    traces = control_band(controls, metric=metric, chance=chance, in_legend=False)
+    traces = control_band(controls, metric=metric, chance=chance, apart=above, in_legend=False)
     line = go.Scatter(
         x=ends,
         y=[chance] * 2,
@@ -307,6 +325,18 @@ def _panel_traces(
         hoverinfo="skip",
     )
     traces.append(line)
+    for control in CONTROL_DASHES:
+        curve = controls[controls.control == control] if len(controls) else controls
+        if len(curve) and (curve.model.iloc[0], control) in above:
+            line = curve_traces(
+                curve.reset_index(drop=True),
+                name=f"probe, {CONTROL_WORDS[control]}",
+                control=control,
+                colour=KNOWN_COLOUR,
+                symbol=SYMBOLS[0],
+                metric=metric,
+            )[-1]
+            traces.append(line.update(showlegend=False))
     traces += _answer_traces(of_answer, metric=metric, ends=ends)
     for kind, name, colour, symbol in (
         (TUNED_LENS, "tuned lens", LENS_COLOUR, SYMBOLS[1]),
@@ -324,7 +354,9 @@ def _panel_traces(
             drawn[-1].line.update(width=2, dash=LENS_DASHES[kind])
             drawn[-1].marker.size = 5
         for trace in drawn:
-            trace.showlegend = False
+            is_plateau = (trace.name or "").endswith(", plateau")
+            group = PLATEAU if is_plateau else LENS_WORDS.get(kind, KNOWN)
+            trace.update(showlegend=False, legendgroup=group)
         traces += drawn
     return traces
 
@@ -342,7 +374,7 @@ def _answer_traces(of_answer: pd.DataFrame, *, metric: str, ends: list[int]) -> 
     """Return the answer as a line across with its band, and with its best threshold dashed."""
     said = of_answer.loc[metric]
     traces = [
-        band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR),
+        band(ends, np.full(2, said.lo), np.full(2, said.hi), colour=SAID_COLOUR, legendgroup=SAID),
         _level(said, ends, name="the model’s answer", dash="solid", metric=metric),
     ]
     if "accuracy_tuned" in of_answer.index and metric == "accuracy":
@@ -362,6 +394,7 @@ def _level(score: pd.Series, ends: list[int], *, name: str, dash: str, metric: s
         mode="lines",
         line={"color": SAID_COLOUR, "width": 2.5 if dash == "solid" else 1.5, "dash": dash},
         showlegend=False,
+        legendgroup=SAID if dash == "solid" else SAID_TUNED,
         hovertemplate=(
             f"<b>{name}</b><br>{metric_words(metric)} {score.value:.3f} "
             f"[{score.lo:.3f}, {score.hi:.3f}]<br>n = {score.n:,.0f}<extra></extra>"
@@ -380,6 +413,7 @@ def _mark_gap(figure: go.Figure, both: KnownAndSaid, panel: dict[str, int]) -> N
         meta={"is_mark": True},  # a difference is no row in a table of levels
         line={"color": SAID_COLOUR, "width": 2, "dash": "dot"},
         showlegend=False,
+        legendgroup=GAP,
         hovertemplate=(
             f"<b>known, not said</b>, {both.layer}<br>probe less answer {gap.value:+.3f} "
             f"[{gap.lo:+.3f}, {gap.hi:+.3f}]<br>right in the probe, wrong in the answer: "
@@ -396,23 +430,35 @@ def _gap_words(both: KnownAndSaid) -> str:
     return f'<br><span style="color:{SAID_COLOUR}">{numbers}</span>'
 
 
-def _legend(rows: pd.DataFrame, *, metric: str, probe: str) -> list[go.Scatter]:
-    """Return the entries of the legend; no curve has one of its own."""
-    plateau = {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
-    entries = [
-        legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}),
-        legend_entry("plateau of the probe", line=plateau),
-        legend_entry("lens: would be said", line={"color": LENS_COLOUR, "width": 2}),
-        legend_entry("tuned lens", line={"color": LENS_COLOUR, "width": 2, "dash": "dash"}),
-        legend_entry("answer: said", line={"color": SAID_COLOUR, "width": 2.5}),
-        legend_entry(
-            "answer, tuned threshold", line={"color": SAID_COLOUR, "width": 1.5, "dash": "dash"}
-        ),
-        legend_entry("probe less answer", line={"color": SAID_COLOUR, "width": 2, "dash": "dot"}),
-    ]
-    controls = _controls(rows, metric=metric, probe=probe)
-    if len(controls):
+def _legend(
+    drawn: Collection[str | None],
+    controls: pd.DataFrame,
+    *,
+    metric: str,
+    above: Collection[tuple[str, str]],
+) -> list[go.Scatter]:
+    """Return the entries of the groups that are drawn; no curve has one of its own."""
+    said = {"color": SAID_COLOUR}
+    lens = {"color": LENS_COLOUR, "width": 2}
+    lines = {
+        KNOWN: {"color": KNOWN_COLOUR, "width": 2.5},
+        PLATEAU: {"color": with_alpha(KNOWN_COLOUR, PLATEAU_OPACITY), "width": PLATEAU_WIDTH},
+        **{words: lens | {"dash": LENS_DASHES[kind]} for kind, words in LENS_WORDS.items()},
+        SAID: said | {"width": 2.5},
+        SAID_TUNED: said | {"width": 1.5, "dash": "dash"},
+        GAP: said | {"width": 2, "dash": "dot"},
+    }
+    entries = [legend_entry(name, line=line) for name, line in lines.items() if name in drawn]
+    for control, dash in CONTROL_DASHES.items():
+        if control in drawn:
+            line = {"color": KNOWN_COLOUR, "width": 1.5, "dash": dash}
+            name = f"probe, {CONTROL_WORDS[control]}"
+            entries.append(legend_entry(name, legendgroup=control, line=line))
+    if BAND in drawn:
+        is_apart = [pair in above for pair in zip(controls.model, controls.control, strict=True)]
+        others = controls[~np.array(is_apart, bool)]
+        has_others = len(others) < len(controls)
+        name = control_band_name(others, metric=metric, with_chance=True, has_others=has_others)
         line = {"color": with_alpha(GREY, 2 * BAND_OPACITY), "width": PLATEAU_WIDTH}
-        name = control_band_name(controls, metric=metric, with_chance=True)
-        entries.append(legend_entry(name, line=line))
+        entries.append(legend_entry(name, legendgroup=BAND, line=line))
     return entries

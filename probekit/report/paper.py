@@ -31,6 +31,7 @@ PAPER_DASHES = {
 }
 SMALLEST_MARKER = 4.0  # pixels
 LOWEST_PANEL = 140.0  # pixels
+MOST_IN_A_ROW = 4  # panels side by side
 
 
 class LayerFigure(go.Figure):
@@ -210,6 +211,44 @@ def panels(rows: int = 1, columns: int = 1, **options: Any) -> LayerFigure:
         See :func:`plotly.subplots.make_subplots`.
     """
     return make_subplots(rows, columns, figure=LayerFigure(), **options)
+
+
+def panel_grid(
+    names: Sequence[str], *, horizontal_spacing: float = 0.04
+) -> tuple[LayerFigure, list[dict[str, int]]]:
+    """Return a figure with a panel for each name, at most four in a row, with one scale of y.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Titles of the panels.
+    horizontal_spacing : float
+        Between two panels, as a share of the figure.
+
+    Returns
+    -------
+    figure : LayerFigure
+    places : list of dict
+        The `row` and `col` of each panel, from 1 on.
+    """
+    count = max(1, len(names))
+    rows = -(-count // MOST_IN_A_ROW)
+    columns = -(-count // rows)
+    figure = panels(
+        rows,
+        columns,
+        # A place without a name has no axes.
+        specs=[
+            [{} if row * columns + column < count else None for column in range(columns)]
+            for row in range(rows)
+        ],
+        subplot_titles=list(names),
+        shared_yaxes="all",
+        horizontal_spacing=horizontal_spacing,
+        vertical_spacing=0.27 / rows,
+    )
+    places = [{"row": k // columns + 1, "col": k % columns + 1} for k in range(len(names))]
+    return figure, places
 
 
 def _millimetres(width: str | float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -505,7 +505,11 @@ def legend_entry(name: str, **options: Any) -> go.Scatter:
 
 
 def add_depth_menu(
-    figure: go.Figure, *, relative: bool = False, hidden: Sequence[int] = ()
+    figure: go.Figure,
+    *,
+    relative: bool = False,
+    hidden: Sequence[int] = (),
+    in_depth: Mapping[int, go.Scatter] | None = None,
 ) -> go.Figure:
     """Add buttons that change the axis between layers and relative depth, to compare models.
 
@@ -518,6 +522,9 @@ def add_depth_menu(
         Begin with relative depth.
     hidden : sequence of int
         Numbers of the traces that a further button shows and hides: the controls one by one.
+    in_depth : mapping of int to Scatter, optional
+        What traces are by relative depth, by their numbers, where that is not the same curve on
+        another axis: a band over models of several depths.
 
     Returns
     -------
@@ -540,18 +547,29 @@ def add_depth_menu(
     layer_title = PANEL_LAYER_AXIS if has_panels else LAYER_AXIS
     depth_title = PANEL_DEPTH_AXIS if has_panels else DEPTH_AXIS
 
-    def button(label: str, xs: list, title: str, dtick: float) -> dict[str, Any]:
+    def button(label: str, data: dict[str, list], title: str, dtick: float) -> dict[str, Any]:
         changes: dict[str, Any] = {}
         for axis in axes:
             changes |= {f"{axis}.title.text": title, f"{axis}.dtick": dtick}
-        return {"label": label, "method": "update", "args": [{"x": xs}, changes]}
+        return {"label": label, "method": "update", "args": [data, changes]}
 
+    by_layer: dict[str, list] = {"x": layer_xs}
+    by_depth: dict[str, list] = {"x": depth_xs}
+    in_depth = in_depth or {}
+    for number, trace in in_depth.items():
+        depth_xs[number] = list(trace.x)
+    for name in ("y", "hovertext") if in_depth else ():
+        by_layer[name] = [trace[name] for trace in figure.data]
+        by_depth[name] = list(by_layer[name])
+        for number, trace in in_depth.items():
+            by_depth[name][number] = trace[name]
     buttons = [
-        button("layer", layer_xs, layer_title, step),
-        button("depth", depth_xs, depth_title, 0.2),
+        button("layer", by_layer, layer_title, step),
+        button("depth", by_depth, depth_title, 0.2),
     ]
-    for trace, x in zip(figure.data, depth_xs if relative else layer_xs, strict=True):
-        trace.x = x
+    for name, of_traces in (by_depth if relative else by_layer).items():
+        for trace, values in zip(figure.data, of_traces, strict=True):
+            trace[name] = values
     if relative:
         figure.update_xaxes(title=depth_title, dtick=0.2)
     else:

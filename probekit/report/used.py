@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 
 from probekit.interventions.inputs import PIXELS, WHOLE_IMAGE
 from probekit.interventions.settings import CUT, OBJECT_ROUTE, OTHER_TASK, RANDOM, STEER
-from probekit.report.paper import LayerFigure, panels
+from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     FULL_PAGE,
     GREY,
@@ -71,7 +71,8 @@ INPUT_LOOKS = {
     "only_object": ("all but the object greyed", PALETTE[2], SYMBOLS[1]),
 }
 EFFECT_COLOURS = "RdBu"
-DOSE_COLOURS = "Viridis"
+# As light as each other, so that all layers stand out from a white and from a dark page.
+DOSE_COLOURS = [[0, "#4a72dc"], [1 / 3, "#a855c7"], [2 / 3, "#dd5170"], [1, "#c07a14"]]
 SIGNIFICANT = 0.05
 
 
@@ -117,12 +118,12 @@ def used_figure(table: pd.DataFrame, task: str, *, erasure: str | None = None) -
     rows = table[(table.task == task) & (table.site != PIXELS) & table.value.notna()]
     erasure = _choose_erasure(rows, erasure, task=task)
     models = list(dict.fromkeys(rows.model))
-    figure = _panels(models)
+    figure, places = panel_grid(models)
     sites = [site for site in SITE_LOOKS if site in set(rows.site)]
-    for place, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         of_model = rows[rows.model == model]
         for trace in _used_traces(of_model, erasure, sites):
-            figure.add_trace(trace, row=1, col=place)
+            figure.add_trace(trace, **place)
     has_probes = ((rows.metric == "probe_accuracy") & (rows.intervention == "none")).any()
     if has_probes:
         figure.add_trace(legend_entry("probe: known", line={"color": KNOWN_COLOUR, "width": 2.5}))
@@ -285,8 +286,8 @@ def effect_heatmap(table: pd.DataFrame, task: str) -> LayerFigure:
             xgap=1,
             ygap=1,
             hovertemplate=(
-                f"<b>{model}</b>, layer %{{x}}<br>%{{y}}<br>accuracy %{{z:+.3f}} against the "
-                "model left alone<extra></extra>"
+                f"<b>{model}</b>, layer %{{x}}<br>%{{y}}<br>accuracy difference "
+                "%{z:+.3f} to the model left alone<extra></extra>"
             ),
             row=place,
             col=1,
@@ -407,9 +408,9 @@ def routes_figure(table: pd.DataFrame, task: str) -> LayerFigure:
     rows = table[(table.task == task) & table.value.notna() & (table.metric == "accuracy")]
     cut = rows[rows.intervention == CUT]
     models = list(dict.fromkeys(cut.model))
-    figure = _panels(models)
+    figure, places = panel_grid(models)
     routes = sorted(set(zip(cut.site, cut.control, strict=True)), key=list(ROUTE_LOOKS).index)
-    for place, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         of_model = cut[cut.model == model]
         said = rows[(rows.model == model) & (rows.intervention == "none")].iloc[0]
         traces = _said_traces(said, int(layer_number(of_model.layer).max()))
@@ -420,7 +421,7 @@ def routes_figure(table: pd.DataFrame, task: str) -> LayerFigure:
                 layer_number(curve.layer), curve, name=f"{words} cut", colour=colour, symbol=symbol
             )
         for trace in traces:
-            figure.add_trace(trace, row=1, col=place)
+            figure.add_trace(trace, **place)
     figure.add_trace(legend_entry("answer", line={"color": SAID_COLOUR, "width": 2.5}))
     for words, colour, symbol in (ROUTE_LOOKS[route] for route in routes):
         figure.add_trace(
@@ -452,9 +453,9 @@ def doses_figure(table: pd.DataFrame, task: str) -> LayerFigure:
     rows = table[(table.task == task) & (table.metric == "says_yes") & table.value.notna()]
     steered = rows[rows.intervention == STEER]
     models = list(dict.fromkeys(steered.model))
-    figure = _panels(models)
+    figure, places = panel_grid(models)
     layers = sorted(set(steered.layer))
-    for place, model in enumerate(models, 1):
+    for place, model in zip(places, models, strict=True):
         alone = rows[(rows.model == model) & (rows.intervention == "none")].assign(dose=0.0)
         for number, layer in enumerate(layers):
             curve = steered[(steered.model == model) & (steered.layer == layer)]
@@ -467,14 +468,13 @@ def doses_figure(table: pd.DataFrame, task: str) -> LayerFigure:
                 marker={"size": 6, "symbol": SYMBOLS[number % len(SYMBOLS)]},
                 name=layer,
                 legendgroup=layer,
-                showlegend=place == 1,
+                showlegend=place == places[0],
                 customdata=np.stack([curve.lo, curve.hi], 1),
                 hovertemplate=(
                     f"<b>{model}</b>, {layer}<br>%{{x:+g}} standard deviations: says yes to "
                     "%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<extra></extra>"
                 ),
-                row=1,
-                col=place,
+                **place,
             )
     site = steered.site.iloc[0]
     _style(figure, f"Dose and response, {SITE_WORDS[site]}", task, steered)
@@ -518,8 +518,8 @@ def surroundings_figure(
     last_layer = int(layer_number(read.read_layer).max()) if len(read) else 0
     changes = [change for change in INPUT_LOOKS if change in set(rows.intervention)]
     models = list(dict.fromkeys(rows.model))
-    figure = _panels(models)
-    for place, model in enumerate(models, 1):
+    figure, places = panel_grid(models)
+    for place, model in zip(places, models, strict=True):
         for number, change in enumerate(changes):
             words, colour, symbol = INPUT_LOOKS[change]
             curve = read[
@@ -534,7 +534,7 @@ def surroundings_figure(
                 x = last_layer + 0.3 + 0.14 * number
                 traces.append(_answer_mark(answer.iloc[0], x, words=words, colour=colour))
             for trace in traces:
-                figure.add_trace(trace, row=1, col=place)
+                figure.add_trace(trace, **place)
     for words, colour, symbol in (INPUT_LOOKS[change] for change in changes):
         marker = {"symbol": symbol, "size": 7}
         line = {"color": colour, "width": 2}
@@ -575,19 +575,16 @@ def _answer_mark(answer: pd.Series, x: float, *, words: str, colour: str) -> go.
 
 
 def _depth_colour(number: int, count: int) -> str:
-    return sample_colorscale(DOSE_COLOURS, [0.9 * number / max(1, count - 1)])[0]
-
-
-def _panels(models: Sequence[str]) -> LayerFigure:
-    return panels(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.04)
+    return sample_colorscale(DOSE_COLOURS, [number / max(1, count - 1)])[0]
 
 
 def _style(figure: LayerFigure, title: str, task: str, rows: pd.DataFrame) -> None:
+    panel_rows = len({axis.domain for axis in figure.select_yaxes()})
     apply_style(
         figure,
         title=title,
         subtitle=task_words(task),
-        height=480,
+        height=150 + 330 * panel_rows,
         width=FULL_PAGE,
         panel_titles=True,
     )

@@ -18,7 +18,7 @@ def test_global_and_local_marks_the_peaks(table, tasks):
         trace for trace in figure.data if trace.marker.symbol == "star" and trace.hovertemplate
     ]
     assert [list(star.x) for star in stars[:2]] == [[3], [1]]
-    assert "caption</b> peaks at lm.03" in stars[0].hovertemplate
+    assert "<b>small, peak of caption</b><br>lm.03" in stars[0].hovertemplate
 
 
 def test_layers_that_no_other_beats_at_both_are_filled(table, tasks):
@@ -27,7 +27,10 @@ def test_layers_that_no_other_beats_at_both_are_filled(table, tasks):
     table.loc[is_late, "value"] = 0.95
     figure = global_and_local(table, tasks)
     points = [trace for trace in figure.data if trace.mode == "markers+text"]
-    assert len(points) == 2
+    assert [trace.hovertemplate.split("<br>")[0] for trace in points] == [
+        "<b>small</b>, %{customdata}",
+        "<b>large</b>, %{customdata}",
+    ]
     assert list(points[0].x) == [0.5, 0.95, 0.7, 0.8]
     assert list(points[0].text) == ["0", "1", "", "3"]
     is_filled = [colour != "rgba(0,0,0,0)" for colour in points[0].marker.color]
@@ -70,3 +73,15 @@ def test_stages_are_drawn_by_a_pooling_that_all_have(saved_run):
     figure = stage_curves(pd.concat([*of_text, table, experts]), "category", "f1_macro")
     curves = [trace for trace in figure.data if trace.hovertemplate]
     assert [min(curve.x) for curve in curves] == [0, 1.18, 1.36, 2.54]
+
+
+def test_many_models_have_panels_that_are_wide_enough(table):
+    small = table[(table.model == "small") & (table.task == "caption")]
+    table = pd.concat([small.assign(model=f"model {k}") for k in range(7)])
+    figure = pooling_curves(table, "caption", "accuracy")
+    axes = {trace.xaxis for trace in figure.data if trace.hovertemplate}
+    domains = [axis.domain for axis in figure.select_xaxes()]
+    assert len(axes) == len(domains) == 7  # the place that is left over has no axes
+    assert min(end - start for start, end in domains) > 0.2
+    assert len({axis.domain for axis in figure.select_yaxes()}) == 2
+    assert figure.layout.height > 700

@@ -71,6 +71,24 @@ def test_buttons_change_between_layers_and_relative_depth(table):
             np.testing.assert_allclose(np.array(layer_x) / max(layer_x), depth_x)
 
 
+def test_by_depth_the_band_has_controls_of_all_models_at_the_same_depth(table):
+    table = with_controls(table, no_image=0.5)
+    number = table.layer.str[3:].astype(int)
+    last = table.model.map({"small": 3, "large": 6})
+    is_control = table.control == "no_image"
+    table.loc[is_control, "value"] = 0.4 + 0.1 * (number / last)[is_control]  # the same by depth
+    figure = layer_curves(table[table.control != "untrained"], "caption", "f1_macro")
+    layer_button, depth_button, _ = figure.layout.updatemenus[0].buttons
+    place = next(i for i, trace in enumerate(figure.data) if trace.name and trace.fill == "toself")
+    x, y = (np.array(depth_button.args[0][name][place]) for name in "xy")
+    np.testing.assert_allclose(y, 0.4 + 0.1 * x, atol=1e-6)
+    assert len(x) == 2 * 7
+    assert "relative depth 0.50" in depth_button.args[0]["hovertext"][place + 1][3]
+    assert list(layer_button.args[0]["y"][place]) == list(figure.data[place].y)
+    begun = layer_curves(table[table.control != "untrained"], "caption", "f1_macro", relative=True)
+    np.testing.assert_allclose(begun.data[place].y, y)
+
+
 def test_published_numbers_can_be_overlaid(table):
     curves = curves_by_name(layer_curves(table, "caption", "accuracy", published=True))
     assert len(curves["Qwen2-VL-2B, published accuracy"].x) == 29
@@ -145,6 +163,11 @@ def test_controls_are_one_band_that_lists_them_on_hover(table):
         assert line in at_layer_2.split("<br>")
 
 
+def test_without_controls_there_is_no_band(table):
+    figure = layer_curves(table[table.control == "none"], "caption", "accuracy")
+    assert not [trace for trace in figure.data if trace.name and trace.fill == "toself"]
+
+
 def test_a_button_shows_each_control_with_its_entry(table):
     figure = layer_curves(with_controls(table, shuffled=0.51), "caption", "accuracy")
     button = figure.layout.updatemenus[0].buttons[2]
@@ -167,6 +190,16 @@ def test_a_control_above_chance_is_never_hidden_in_the_band(table):
     assert "no image" in entries
     (points,) = [trace for trace in figure.data if trace.hovertext]
     assert all("no image: 0.600 (small)" in text for text in points.hovertext[:4])
+
+
+def test_a_control_above_chance_at_its_last_layers_is_not_hidden(table):
+    table = with_controls(table, no_image=0.5, wrong_image=0.5)
+    strong = {"no_image": ["lm.05", "lm.06"], "wrong_image": ["lm.02"]}
+    for control, layers in strong.items():
+        rows = (table.control == control) & table.layer.isin(layers) & (table.model == "large")
+        table.loc[rows, ["value", "lo", "hi"]] = 0.8, 0.78, 0.82
+    figure = layer_curves(table, "caption", "accuracy")
+    assert shown(figure) == {"small", "large", "large no image"}  # one layer alone may be luck
 
 
 def test_a_guess_that_scores_as_much_leaves_the_control_in_the_band(table):
