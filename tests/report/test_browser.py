@@ -222,6 +222,7 @@ def test_a_figure_whose_file_is_missing_says_so_and_can_be_tried_again(opened_pa
     assert len(save(page, page.locator("[data-action=csv]"))) > 8
     assert all("ERR_FILE_NOT_FOUND" in problem for problem in problems)
     problems.clear()
+    open_page(page, demo)  # as the tests after it expect
 
 
 def test_a_table_and_a_file_have_the_numbers_of_a_figure(run_page, demo):
