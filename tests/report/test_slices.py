@@ -121,4 +121,4 @@ def test_the_page_has_slices_where_one_of_them_has_a_score(saved_run):
     assert {"category_slices", "category_list_slices"} == {
         name for name in figures if name.endswith("_slices")
     }
-    assert figures["category_slices"].section == figures["category_accuracy"].section
+    assert figures["category_slices"].group == figures["category_accuracy"].group == "category"

@@ -13,7 +13,7 @@ def test_the_tokens_are_those_that_the_model_gets_and_the_images_are_one_run():
         runs = token_runs(vlm.prompt_processor, image, "<b>A dog.</b>")
         assert sum(run.length for run in runs) == len(prepared.tokens[0]["input_ids"])
         (of_image,) = [run for run in runs if run.is_image]
-        assert of_image.count == prepared.image_masks[0].sum() > 1
+        assert of_image.length == prepared.image_masks[0].sum() > 1
         written = "".join(run.text for run in runs if not run.is_image)
         assert "<b>A dog.</b>" in written
         processors[model] = vlm.prompt_processor
