@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from probekit.cli.main import main
 from probekit.cli.notebooks import declared_parameters, find_notebook
@@ -21,17 +23,20 @@ ONE_MODEL = ["-p", "models=[tiny-qwen2-vl]", "-p", "untrained=[]"]
 
 @pytest.mark.slow
 def test_the_plan_is_printed_by_a_command(capsys, tmp_path):
-    sizes = ["--flops", "1e10", "--sample", "24", "--workers", "6"]
-    assert main(["plan", "--params", DEMO, *sizes, *ONE_MODEL, "-p", "stages=[lm]"]) == 0
+    options = ["--flops", "1e10", "--sample", "24", "--workers", "6"]
+    assert main(["plan", "--params", DEMO, *options, *ONE_MODEL, "-p", "stages=[lm]"]) == 0
     output = capsys.readouterr().out
-    assert "1,800" in output
+    sizes = yaml.safe_load(Path(DEMO).read_text(encoding="utf-8"))
+    images = sizes["train"] + sizes["validation"] + sizes["test"]
+    assert re.search(rf"^images +{images:,}$", output, re.MULTILINE)
     assert "TFLOP" in output
     of_extraction, interventions = output.split("interventions (04_intervene)")
     rows = [line.split() for line in of_extraction.splitlines()[-5:-1]]
     assert [int(workers) for workers, _ in rows] == [1, 2, 4, 6]
     hours = [float(text) for _, text in rows]
     assert hours[0] > hours[1] > hours[2] >= hours[3]
-    assert re.search(r"tiny-qwen2-vl, caption: \d+ on each of 100 test images", interventions)
+    on_each = rf"tiny-qwen2-vl, caption: \d+ on each of {sizes['images']} test images"
+    assert re.search(on_each, interventions)
     assert main(["plan", "--params", str(tmp_path / "none.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
