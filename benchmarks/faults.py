@@ -1,4 +1,4 @@
-"""What goes wrong, how often it was tried, what was lost, and what the user is told.
+"""What goes wrong, how often it was tried, what was lost, and what the user reads.
 
     python benchmarks/faults.py [--kills 50] [--images 60] [--json PATH]
 

@@ -186,7 +186,7 @@ class Estimate:
     tokens, plain_tokens : int
         Each image once for all its prompts, and with every prompt.
     operations, plain_operations : float
-        Likewise; NaN where the encoder's cannot be told without running it.
+        Likewise; NaN where the encoder's is not known without running it.
     disk_gb, weights_gb, batch_gb : float
         Gigabytes of activations, of weights in memory, of a batch in memory.
     shards : int

@@ -136,7 +136,7 @@ def compare_layers(
 ) -> pd.DataFrame:
     """Compare each layer with the best of the others, and find the plateau.
 
-    The plateau are the layers that cannot be told apart from the best one.
+    The plateau are the layers that are not clearly worse than the best one.
 
     Parameters
     ----------

@@ -225,7 +225,7 @@ class ProbeResults:
         Raises
         ------
         ValueError
-            Two parts have results of the same name, so that their rows could not be told apart.
+            Two parts have results of the same name, so that their rows would be mixed up.
         """
         counts = Counter(key for part in parts for key in part.predictions)
         for key, count in counts.items():

@@ -72,7 +72,7 @@ def layer_curves(
     all of them, and a button shows their curves. A control that is clearly above chance has a
     curve from the beginning, and the band is that of the others: else it would cover the models.
 
-    A plateau consists of the layers that cannot be told apart from the best one
+    A plateau consists of the layers that are not clearly worse than the best one
     (:func:`probekit.probes.comparison.compare_layers`).
 
     Parameters
@@ -136,7 +136,7 @@ def layer_curves(
 
     if rows_by_layer.plateau.notna().any():
         line = {"color": with_alpha(GREY, PLATEAU_OPACITY), "width": PLATEAU_WIDTH}
-        plateau = legend_entry("cannot be told apart from the best", line=line)
+        plateau = legend_entry("not clearly worse than the best", line=line)
         figure.add_trace(plateau.update(legendrank=LAST_IN_LEGEND))
     if published:
         figure.add_traces(_published_traces(task, metric))
@@ -432,7 +432,7 @@ def curve_traces(
         curve.n,
         curve.value - curve.value[best],
         np.full(len(curve), curve.layer[best]),
-        np.where(on_plateau, "<br>cannot be told apart from the best", ""),
+        np.where(on_plateau, "<br>not clearly worse than the best", ""),
     ]
     hover = (
         f"<b>{name}</b>, %{{customdata[0]}}"

@@ -18,7 +18,7 @@ from probekit.report.wordings import wordings_figure
 from probekit.tasks.variants import has_plain_wording, wording_families
 
 BAND_NOTE = (
-    "Bands: 95 % intervals over test images. Highlighted: layers that cannot be told apart from "
+    "Bands: 95 % intervals over test images. Highlighted: layers that are not clearly worse than "
     "the best. Grey: the controls; hover to list them, or press “controls”. One that is clearly "
     "above chance, at two neighbouring layers or more, has a line of its own. Only what lies above "
     "them is about the layer."

@@ -54,7 +54,7 @@ def overview_table(
         * `best layer`, chosen on validation, and its test score there: `metric`, `value` with the
           95 % interval `lo` to `hi`, and the number of labels `n`.
         * `is a guess`: whether yes-or-no labels would be guessed as well.
-        * `plateau`: the layers that cannot be told apart from the best one, in words; there are
+        * `plateau`: the layers that are not clearly worse than the best one, in words; there are
           `plateau layers` of them, among `layers`.
         * `selectivity` at the best layer, with `selectivity lo` and `selectivity hi`.
         * `answer`: what the model itself scores on the same test images (`answer metric`), with

@@ -826,7 +826,7 @@ def _doubts(row) -> str:
 
 
 def _score_words(row) -> str:
-    change = "differ" if row.lo > 0 or row.hi < 0 else "cannot be told apart"
+    change = "differ" if row.lo > 0 or row.hi < 0 else "do not clearly differ"
     return (
         f"At the best layers (chosen on validation images) the {metric_words(row.metric)} is "
         f"{row.score_a:.3f} at {row.best_a} and {row.score_b:.3f} at {row.best_b}; they {change}: "

@@ -301,7 +301,7 @@ def _doubt_sentences(
 ) -> list[str]:
     doubts = []
     if len(curve) > 1 and curve.plateau.notna().all() and curve.plateau.astype(bool).all():
-        doubts.append("no layer can be told apart from the best, so the curve has no peak")
+        doubts.append("no layer is clearly worse than the best, so the curve has no peak")
     if (curve.spread > LARGE_SPREAD).any():
         doubts.append(
             f"seeds differ by up to {curve.spread.max():.3f} at a layer, which the intervals here "

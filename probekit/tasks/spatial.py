@@ -1,7 +1,7 @@
 """Tasks about the boxes of instances: where things are, how many, how large, and of which colour.
 
 Every question is asked about two images that show the same things and have different answers, so
-that its text says nothing about the answer. Things must be told apart by their names. So, except
+that its text says nothing about the answer. Things must have different names. So, except
 for counting, an image is asked only about categories of which it shows exactly one instance that is
 neither a crowd nor too small to be asked about.
 """

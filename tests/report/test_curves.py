@@ -41,12 +41,12 @@ def test_the_plateau_is_highlighted_and_explained(table):
         "small",
         "large",
         "untrained model, small",
-        "cannot be told apart from the best",
+        "not clearly worse than the best",
     }
     details = curves_by_name(figure)["small"].customdata
     assert details[0][5] == "lm.03"  # the best layer
     assert details[0][6] == ""
-    assert "cannot be told apart" in details[3][6]
+    assert "not clearly worse" in details[3][6]
 
 
 def test_models_of_any_depth_share_a_relative_axis(table):

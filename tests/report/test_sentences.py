@@ -37,7 +37,7 @@ def test_the_summary_names_the_planted_layer_its_controls_and_no_false_alarm(res
     assert re.search(r"fewest at lm\.02 \(0\.\d\d\)", text)
     assert re.search(r"Selectivity at lm\.02, accuracy minus that of the control task: 0\.\d", text)
     assert "shuffled labels 0." in text.partition("At chance")[2]
-    assert "no layer can be told apart" not in text
+    assert "no layer is clearly worse" not in text
 
 
 def test_selectivity_lies_within_its_interval(results):
@@ -69,7 +69,7 @@ def test_what_to_doubt_is_named(tmp_path):
     results = probe_activations(activations, settings=settings, folder=tmp_path)
     (text,) = summarise(results.metrics, results.tasks)
     doubts = text.partition("Doubt: ")[2]
-    assert "no layer can be told apart from the best" in doubts
+    assert "no layer is clearly worse than the best" in doubts
     assert "wide: take more test images" in doubts
     assert "at an end of the grid" in doubts
 
