@@ -146,6 +146,7 @@ PARAMETERS: dict[str, Kind] = {
     "resamples": COUNT,
     "memory_gb": Kind("float", "above 0", lambda value: value > 0),
     "localise": Kind("str"),
+    "n_jobs": COUNT,
     "heat_images": Kind("int", "from 0", _between(0)),
     "watch": TEXTS,
     "layers": Kind("int", "from 0", _between(0), is_list=True),

@@ -6,7 +6,7 @@ What loads torch is imported where it is used: building examples needs none of i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,6 +337,7 @@ def probe(
     epochs: int = 10,
     patience: int | None = None,
     device: str | None = None,
+    n_jobs: int = 1,
     home: HomeLike = None,
     **settings: Any,
 ) -> Results:
@@ -355,6 +356,9 @@ def probe(
     device : str or None
         Where probes are trained and scored, and models run once more for `localise`; None takes
         the best one.
+    n_jobs : int
+        On a CPU, how many models and controls are probed at once, each in a process of its own.
+        They share cores and `memory_gb`. Results are the same to rounding.
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
@@ -367,49 +371,108 @@ def probe(
         They are in ``data/probes/<run>``, too; what is there already for these settings is read
         back.
     """
-    from probekit.answers.scores import score_answers
     from probekit.probes.fitting import training_device
-    from probekit.probes.localisation import add_localisation
-    from probekit.probes.probing import probe_activations
+    from probekit.probes.probing import stored_results
     from probekit.probes.results import ProbeResults
+    from probekit.processes import map_in_processes
     from probekit.report.results import Results
 
     home = paths.Home.find(home)
     views, examples = _views_and_examples(activations)
     run = run_of(examples)
-    parameters.read_parameters({"localise": localise, "heat_images": heat_images})
-    settings_of_probes = probe_settings(settings, epochs=epochs, patience=patience)
+    parameters.read_parameters({"localise": localise, "heat_images": heat_images, "n_jobs": n_jobs})
     folder = results_folder(run, home)
     device_of_probes = training_device(device)
-    parts = []
-    for view in views:
+    n_jobs = _jobs_on(device_of_probes, n_jobs)
+    plan = _ProbePlan(
+        settings=probe_settings(settings, epochs=epochs, patience=patience),
+        folder=folder,
+        device=device_of_probes,
+        device_of_models=device,
+        localise=localise,
+        heat_images=heat_images,
+        instances=building.load_instances(examples_folder(run, home))
+        if localise
+        else _find_instances(run, home),
+        n_jobs=n_jobs,
+        home=home,
+    )
+    if n_jobs > 1:
+        missing = [
+            view
+            for view in views
+            if stored_results(view, settings=plan.settings, folder=folder) is None
+        ]
+        map_in_processes(plan.write_results, missing, n_jobs=n_jobs)
+    parts = [plan.results_of(view) for view in views]
+    compared = _compare_models(views, plan.settings, device=device_of_probes)
+    results = ProbeResults.join([*parts, compared])
+    results.write(folder, building.table_fingerprint(examples))
+    return Results.of(results, examples, instances=plan.instances)
+
+
+def _jobs_on(device: str, n_jobs: int) -> int:
+    """Return how many processes work on a device at once."""
+    if n_jobs > 1 and device != "cpu":
+        tqdm.write(f"n_jobs={n_jobs} is for CPUs: on {device} one model comes after the other")
+        return 1
+    return n_jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProbePlan:
+    """What is done with the activations of every model and control of a run."""
+
+    settings: ProbeSettings
+    folder: Path
+    device: str
+    device_of_models: str | None
+    localise: str
+    heat_images: int
+    instances: pd.DataFrame
+    n_jobs: int
+    home: paths.Home
+
+    def write_results(self, view: Activations) -> None:
+        """Do what is not on disk; in a process of its own."""
+        self.results_of(view)
+
+    def results_of(self, view: Activations) -> ProbeResults:
+        """Return probes, answers and heat maps; what is on disk is read back."""
+        from probekit.answers.scores import stored_answers
+        from probekit.probes.localisation import add_localisation
+        from probekit.probes.probing import probe_activations
+        from probekit.probes.results import ProbeResults
+
         probed = probe_activations(
-            view, settings=settings_of_probes, folder=folder, device=device_of_probes
+            view,
+            settings=self.settings,
+            folder=self.folder,
+            device=self.device,
+            n_jobs=self.n_jobs,
         )
-        answers = score_answers(
+        answers = stored_answers(
             view,
             probed,
-            resamples=settings_of_probes.resamples,
-            seed=settings_of_probes.seeds[0],
-            device=device_of_probes,
+            folder=self.folder,
+            resamples=self.settings.resamples,
+            seed=self.settings.seeds[0],
+            device=self.device,
         )
-        parts += [probed, answers.with_settings(probed.stores[0]["fingerprint"])]
-    compared = _compare_models(views, settings_of_probes, device=device_of_probes)
-    results = ProbeResults.join([*parts, compared])
-    if localise:
-        results = add_localisation(
-            views,
+        results = ProbeResults.join([probed, answers])
+        if not self.localise or view.control != "none":
+            return results
+        return add_localisation(
+            view,
             results=results,
-            instances=building.load_instances(examples_folder(run, home)),
-            task=localise,
-            folder=folder,
-            keep=heat_images,
-            resamples=settings_of_probes.resamples,
-            device=device,
-            home=home,
+            instances=self.instances,
+            task=self.localise,
+            folder=self.folder,
+            keep=self.heat_images,
+            resamples=self.settings.resamples,
+            device=self.device_of_models,
+            home=self.home,
         )
-    results.write(folder, building.table_fingerprint(examples))
-    return Results.of(results, examples, instances=_find_instances(run, home))
 
 
 def _find_instances(run: str, home: paths.Home) -> pd.DataFrame:
@@ -437,6 +500,7 @@ def intervene(
     activations: Activations | Iterable[Activations],
     *,
     device: str | None = None,
+    n_jobs: int = 1,
     home: HomeLike = None,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -448,6 +512,8 @@ def intervene(
         Of a run's models. Those with random weights and those of controls are passed over.
     device : str or None
         Where models run; None takes the best one.
+    n_jobs : int
+        On a CPU, how many models at once, each in a process of its own.
     home : str, Path, Home or None
         See :func:`build_examples`.
     **settings
@@ -471,12 +537,14 @@ def intervene(
         is in ``data/interventions/<run>``, too; what is there already is not done again.
     """
     from probekit.interventions.study import study_models
+    from probekit.probes.fitting import training_device
     from probekit.probes.results import ProbeResults
     from probekit.tasks.changed_images import ImageChanger
 
     home = paths.Home.find(home)
     views, examples = _views_and_examples(activations)
     run = run_of(examples)
+    parameters.read_parameters({"n_jobs": n_jobs})
     wanted = intervention_settings(settings)
     fingerprint = building.table_fingerprint(examples)
     plain = [view for view in views if view.control == "none"]
@@ -512,6 +580,7 @@ def intervene(
         folder=interventions_folder(run, home),
         examples_fingerprint=fingerprint,
         device=device,
+        n_jobs=_jobs_on(training_device(device), n_jobs),
         home=home,
     )
 

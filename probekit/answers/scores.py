@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from probekit import paths
 from probekit.answers.flips import score_flips
 from probekit.answers.reading import LENS, TUNED_LENS, AnswerLogits, read_answers
 from probekit.extraction.answer_heads import ANSWER_POOLING
@@ -23,11 +25,52 @@ from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.probing import PREDICTED, control_name
 from probekit.probes.results import ProbeKey, ProbeResults, StateKey, compact_predictions
 from probekit.tasks.base import TaskInfo, task_infos
+from probekit.tasks.building import table_fingerprint
 
 ANSWER = "answer"
 SCORED_SPLITS = ("validation", "test")
+# Of what the stored scores hold: those of another version are made again.
+VERSION = 1
 # Metrics that do not depend on a decision between the answers.
 UNDECIDED = ("log_loss", "average_precision")
+
+
+def stored_answers(
+    activations: Activations,
+    probed: ProbeResults,
+    *,
+    folder: Path,
+    resamples: int,
+    seed: int,
+    device: str = "cpu",
+) -> ProbeResults:
+    """Read the scores of a model's answers, or score them and write them down.
+
+    Parameters
+    ----------
+    activations, probed, resamples, seed, device
+        See :func:`score_answers`.
+    folder : Path
+        Of the run's results. The scores go into a folder inside that of the probes.
+    """
+    try:
+        head = activations.answer_head.refusal
+    except FileNotFoundError:  # a later 02_extract may have it
+        head = None
+    fingerprint = paths.fingerprint(VERSION, head, probed.stores[0]["fingerprint"])
+    examples_fingerprint = table_fingerprint(activations.examples)
+    folder = folder / activations.name / "answers"
+    try:
+        stored = ProbeResults.read(folder, examples_fingerprint)
+    except (FileNotFoundError, ValueError):
+        stored = None
+    if stored is None or stored.stores[0]["fingerprint"] != fingerprint:
+        scored = score_answers(
+            activations, probed, resamples=resamples, seed=seed, device=device
+        ).with_settings(probed.stores[0]["fingerprint"])
+        stored = replace(scored, stores=({"fingerprint": fingerprint},))
+        stored.write(folder, examples_fingerprint)
+    return replace(stored, stores=())
 
 
 def score_answers(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from probekit.extraction.jobs import Job
 from probekit.extraction.runner import Runner
+from probekit.processes import map_in_processes
 
 # Ray shows what it passes on to all who see its dashboard: keys and tokens are for each machine to
 # have.
@@ -39,7 +41,8 @@ class Launcher:
     ----------
     engine : {"local", "ray"}
     copies : int or None
-        Of the model at once, with Ray; None takes one per GPU, or one in all without GPUs.
+        Of the model at once. With Ray None takes one per GPU, or one in all without GPUs. Here
+        they are processes that divide the cores of a CPU, and None takes one.
     rank, world_size : int
         This process among several that were started side by side, with the engine "local".
     """
@@ -70,11 +73,24 @@ class Launcher:
         if self.engine == "ray":
             return run_on_ray(job, job.missing_shards(), copies=self.copies)
         share = range(self.rank, len(job.shards), self.world_size)
-        runner = Runner(job)
-        try:
-            return runner.make_shards(share)
-        finally:
-            runner.release()
+        missing = [place for place in share if not job.shards[place].is_done]
+        copies = min(self.copies or 1, len(missing))
+        if copies > 1 and job.device != "cpu":
+            tqdm.write(f"copies={copies} are for CPUs and for Ray: one is loaded on {job.device}")
+            copies = 1
+        shares = [missing[copy::copies] for copy in range(copies)]
+        make_share = partial(_make_shards_here, job)
+        return [
+            place for made in map_in_processes(make_share, shares, n_jobs=copies) for place in made
+        ]
+
+
+def _make_shards_here(job: Job, places: Sequence[int]) -> list[int]:
+    runner = Runner(job)
+    try:
+        return runner.make_shards(places)
+    finally:
+        runner.release()
 
 
 # ------------------------------------------------------------------------------------------- ranks

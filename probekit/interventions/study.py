@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from probekit.probes.labels import LabelledTask, LabelSet
 from probekit.probes.probing import control_name
 from probekit.probes.results import ProbeKey, ProbeResults
 from probekit.probes.weights import ProbeWeights
+from probekit.processes import map_in_processes
 from probekit.tasks.base import task_infos
 from probekit.tasks.changed_images import ImageChanger
 
@@ -458,6 +460,7 @@ def study_models(
     folder: Path,
     examples_fingerprint: str,
     device: str | None,
+    n_jobs: int,
     home: paths.Home,
 ) -> pd.DataFrame:
     """Do the interventions on all trained models of a run, and write the table.
@@ -478,6 +481,8 @@ def study_models(
     examples_fingerprint : str
         Of the run's examples, which the table belongs to.
     device : str or None
+    n_jobs : int
+        How many models at once, see :func:`probekit.workflow.intervene`.
     home : Home
 
     Returns
@@ -498,9 +503,11 @@ def study_models(
         changed = change_test_images(
             examples, make_changer, changes=settings.inputs, images=settings.images
         )
-    tables = [study.run() for study in studies]
-    if len(changed):
-        tables += [study.score_inputs(examples, changed) for study in studies if study.layers]
+    if n_jobs > 1 and _is_repeated(folder, settings):  # all is read back
+        n_jobs = 1
+    study_one = partial(_study_one, examples=examples, changed=changed)
+    by_study = map_in_processes(study_one, studies, n_jobs=n_jobs)
+    tables = [table for table, _ in by_study] + [on_inputs for _, on_inputs in by_study]
     filled = [table for table in tables if len(table)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     (folder / RECORD).unlink(missing_ok=True)
@@ -512,6 +519,20 @@ def study_models(
     }
     paths.write_json(folder / RECORD, record)
     return table
+
+
+def _study_one(
+    study: ModelStudy, *, examples: pd.DataFrame, changed: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the tables of one model: of interventions, and of changed images."""
+    table = study.run()
+    if changed.empty or not study.layers:
+        return table, pd.DataFrame()
+    return table, study.score_inputs(examples, changed)
+
+
+def _is_repeated(folder: Path, settings: InterventionSettings) -> bool:
+    return (folder / RECORD).exists() and read_settings(folder) == settings
 
 
 def read_table(

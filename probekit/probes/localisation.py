@@ -509,7 +509,7 @@ def _compute_all_heat(
 
 
 def add_localisation(
-    activations_list: Sequence[Activations],
+    activations: Activations,
     *,
     results: ProbeResults,
     instances: pd.DataFrame,
@@ -522,17 +522,17 @@ def add_localisation(
 ) -> ProbeResults:
     """Apply the probes of a local task, and the lens, to every image token of all test images.
 
-    The models run once more, over the test images. Heat that `folder` holds for these settings is
+    The model runs once more, over the test images. Heat that `folder` holds for these settings is
     read back. What can have no heat (activations without ``"logreg"`` probes of decoder layers, a
     model whose tokens have no known place in the image, test images without boxes, a lens without
     words) is passed over with a line that says so.
 
     Parameters
     ----------
-    activations_list : sequence of Activations
-        Of the run; those of controls of the inputs are passed over.
+    activations : Activations
+        Of a model, trained or not, with its true inputs.
     results : ProbeResults
-        Of the run. The ``"logreg"`` probes of the poolings :data:`POOLINGS` are applied.
+        Of these activations. The ``"logreg"`` probes of the poolings :data:`POOLINGS` are applied.
     instances : DataFrame
         See :func:`probekit.tasks.building.load_instances`.
     task : str
@@ -544,7 +544,7 @@ def add_localisation(
     resamples : int
         Number of bootstrap samples.
     device : str, optional
-        Where the models run; the best one there is unless it is named.
+        Where the model runs; the best one there is unless it is named.
     home : str, Path or Home, optional
         Where relative files start, see :meth:`probekit.paths.Home.find`.
 
@@ -556,30 +556,31 @@ def add_localisation(
     Raises
     ------
     OSError
-        A model cannot be loaded again.
+        The model cannot be loaded again.
     """
     home = paths.Home.find(home)
     info = results.tasks.get(task)
     if info is None or info.kind != "multilabel" or not set(info.classes) & set(instances.category):
-        tqdm.write(f"no heat maps: this run has no task {task!r} about categories of its images")
+        model = activations.meta["model"]
+        tqdm.write(
+            f"no heat maps of {model} ({control_name(activations)}): this run has no task {task!r} "
+            "about categories of its images"
+        )
         return results
     question = _Question(task, info.classes, instances, keep, resamples)
     tables = [results.metrics]
     heat_files = {}
-    for activations in activations_list:
-        if activations.control != "none":
+    wanted = _wanted_heat(activations, results, question=question, folder=folder)
+    _make_missing(activations, wanted, question=question, device=device, home=home)
+    for heat in wanted:
+        reason = paths.read_json(heat.record)["reason"]
+        if reason:
+            tqdm.write(reason)
             continue
-        wanted = _wanted_heat(activations, results, question=question, folder=folder)
-        _make_missing(activations, wanted, question=question, device=device, home=home)
-        for heat in wanted:
-            reason = paths.read_json(heat.record)["reason"]
-            if reason:
-                tqdm.write(reason)
-                continue
-            table = pd.read_parquet(heat.table)
-            table = table.assign(**heat.key._asdict(), stage="lm", split="test", seed=0)
-            tables.append(table.assign(settings=_probe_fingerprint(results, activations)))
-            heat_files[heat.key] = home.relative(heat.file)
+        table = pd.read_parquet(heat.table)
+        table = table.assign(**heat.key._asdict(), stage="lm", split="test", seed=0)
+        tables.append(table.assign(settings=_probe_fingerprint(results, activations)))
+        heat_files[heat.key] = home.relative(heat.file)
     metrics = order_columns(pd.concat(tables, ignore_index=True))
     return replace(results, metrics=metrics, heat=heat_files)
 

@@ -183,6 +183,7 @@ def probe_activations(
     settings: ProbeSettings,
     folder: Path,
     device: str | None = None,
+    n_jobs: int = 1,
 ) -> ProbeResults:
     """Probe every layer, pooling and task of the activations of one model.
 
@@ -200,6 +201,8 @@ def probe_activations(
     device : str or None
         Where probes are trained and scored, see
         :func:`probekit.probes.fitting.training_device`.
+    n_jobs : int
+        How many processes probe at once, which share what `memory_gb` allows.
 
     Returns
     -------
@@ -223,22 +226,15 @@ def probe_activations(
     Fitted probes are on disk after every group of layers: stopped and called again, it goes on with
     the layers that are missing.
     """
-    settings.check()
-    examples = activations.examples
-    if control_name(activations) != "none":
-        # Controls of the labels are about the real states, and changed inputs have no codelength.
-        codelength_wanted = settings.codelength and activations.control == "none"
-        settings = replace(settings, controls=(), codelength=codelength_wanted)
-    examples_fingerprint = table_fingerprint(examples)
-    fingerprint = paths.fingerprint(
-        VERSION, settings, activations.fingerprint, examples_fingerprint
-    )
+    settings = _suitable_settings(settings, activations)
+    stored = stored_results(activations, settings=settings, folder=folder)
     tables_folder = folder / activations.name
-    stored = _read_stored(tables_folder, examples_fingerprint, fingerprint)
     if stored is not None:
         forget_checkpoints(tables_folder)
         return stored
 
+    examples = activations.examples
+    examples_fingerprint = table_fingerprint(examples)
     infos = task_infos(examples)
     training_device = fitting.training_device(device)
     tasks = _make_tasks(examples, list(infos), settings, device=training_device)
@@ -252,6 +248,7 @@ def probe_activations(
         activations.fingerprint,
         examples_fingerprint,
     )
+    fingerprint = _fingerprint(activations, settings)
     parts = []
     group_limit = _GroupLimit()
     for pooling in activations.poolings:
@@ -264,13 +261,12 @@ def probe_activations(
             activations,
             pooling,
             tasks_of_pooling,
-            settings,
+            replace(settings, memory_gb=settings.memory_gb / n_jobs),
             device=training_device,
             folder=tables_folder / f"fitted-{fingerprint_of_fits}",
             group_limit=group_limit,
         )
-        for part in _probe_pooling(job):
-            parts.append(part.with_settings(fingerprint))
+        parts += [part.with_settings(fingerprint) for part in _probe_pooling(job)]
     store = {
         "record": activations.record,
         "meta": activations.meta,
@@ -291,12 +287,46 @@ def control_name(activations: Activations) -> str:
     return activations.control
 
 
-def _read_stored(folder: Path, examples_fingerprint: str, fingerprint: str) -> ProbeResults | None:
+def stored_results(
+    activations: Activations, *, settings: ProbeSettings, folder: Path
+) -> ProbeResults | None:
+    """Read the probes of activations, if they were made with these settings and nothing changed.
+
+    Parameters
+    ----------
+    activations, settings, folder
+        See :func:`probe_activations`.
+
+    Raises
+    ------
+    ValueError
+        A setting is unknown.
+    """
+    settings = _suitable_settings(settings, activations)
     try:
-        stored = ProbeResults.read(folder, examples_fingerprint)
+        stored = ProbeResults.read(
+            folder / activations.name, table_fingerprint(activations.examples)
+        )
     except (FileNotFoundError, ValueError):
         return None
-    return stored if stored.stores[0]["fingerprint"] == fingerprint else None
+    is_current = stored.stores[0]["fingerprint"] == _fingerprint(activations, settings)
+    return stored if is_current else None
+
+
+def _suitable_settings(settings: ProbeSettings, activations: Activations) -> ProbeSettings:
+    """Return what of the settings is for these activations."""
+    settings.check()
+    if control_name(activations) == "none":
+        return settings
+    # Controls of the labels are about the real states, and changed inputs have no codelength.
+    codelength_wanted = settings.codelength and activations.control == "none"
+    return replace(settings, controls=(), codelength=codelength_wanted)
+
+
+def _fingerprint(activations: Activations, settings: ProbeSettings) -> str:
+    return paths.fingerprint(
+        VERSION, settings, activations.fingerprint, table_fingerprint(activations.examples)
+    )
 
 
 def _make_tasks(

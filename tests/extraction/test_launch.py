@@ -118,6 +118,14 @@ def alone(base) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+def test_two_copies_on_a_cpu_make_the_same_shards(base, alone):
+    home = base / "copies"
+    assert wait(start(home, launcher=Launcher(copies=2))) == 0
+    assert is_complete(home, alone)
+    assert made(home) == []  # the copies did, in processes of their own
+
+
+@pytest.mark.slow
 def test_ranks_share_the_work_and_leave_the_same_bytes(base, alone):
     home = base / "ranks"
     ranks = [start(home, together=2, launcher=Launcher(rank=rank, world_size=2)) for rank in (0, 1)]

@@ -214,9 +214,8 @@ def test_the_table_averages_pairs_and_finds_the_layer():
 @pytest.fixture
 def localise(small_run, tmp_path):
     """Call add_localisation for the small run, with a folder of results of the test's own."""
-    activations = [
-        Activations.open(store["record"], small_run.examples) for store in small_run.results.stores
-    ]
+    record = small_run.results.stores[0]["record"]
+    activations = Activations.open(record, small_run.examples)
 
     def call(task="category", *, results=small_run.results, keep=3):
         return localisation.add_localisation(
