@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,8 @@ def map_in_processes(
     ------
     Exception
         What `function` raises; the other processes are stopped.
+    MemoryError
+        A process was killed.
     """
     n_jobs = min(n_jobs, len(items))
     if n_jobs <= 1:
@@ -74,6 +77,11 @@ def map_in_processes(
         try:
             with joblib.parallel_config("loky", inner_max_num_threads=threads):
                 return joblib.Parallel(n_jobs)(calls)
+        except BrokenProcessPool as error:
+            raise MemoryError(
+                f"one of {n_jobs} processes was killed, most likely for want of memory: run this "
+                "again with fewer at once (n_jobs, copies); what is on disk is not done again"
+            ) from error
         finally:
             is_over.set()
             follower.join()

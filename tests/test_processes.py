@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -35,6 +36,10 @@ def refuse(number: int) -> None:
     raise ValueError(f"number {number} is refused: take another one")
 
 
+def be_killed(number: int) -> None:
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
 def test_values_come_in_the_order_of_the_items_from_processes_that_divide_the_threads():
     values = map_in_processes(process_and_threads, [3, 1, 2], n_jobs=2)
     assert [number for number, _, _ in values] == [3, 1, 2]
@@ -58,8 +63,14 @@ def test_lines_arrive_once_and_bars_when_they_took_some_seconds(capfd):
 
 
 def test_an_error_arrives_with_its_words():
-    with pytest.raises(ValueError, match="number 1 is refused: take another one"):
+    with pytest.raises(ValueError, match=r"number \d is refused: take another one"):
         map_in_processes(refuse, [1, 2], n_jobs=2)
+
+
+def test_a_process_that_is_killed_says_how_to_go_on():
+    with pytest.raises(MemoryError, match=r"was killed.*fewer at once \(n_jobs, copies\)"):
+        map_in_processes(be_killed, [1, 2], n_jobs=2)
+    assert len(map_in_processes(process_and_threads, [1, 2], n_jobs=2)) == 2
 
 
 @pytest.mark.slow
