@@ -241,10 +241,12 @@ def judge_controls(rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe:
     -------
     Controls
     """
+    accuracies = find_curve(rows, probe=probe, metric="accuracy", control=None)
+    chances = find_curve(rows, probe=probe, metric="chance", control=None)
     baselines = []
     guesses = [0.5]
     for baseline in BASELINES:
-        curve = find_curve(rows, probe=probe, metric="accuracy", control=baseline)
+        curve = accuracies[accuracies.control == baseline]
         if len(curve):
             first = curve.iloc[0]
             baselines.append(ControlScore(baseline, first.value, first.lo, first.hi, 0.5))
@@ -255,9 +257,9 @@ def judge_controls(rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe:
     is_control = ~best_of_controls.control.isin(["none", *BASELINES])
     for _, best_row in best_of_controls[is_control].iterrows():
         control = best_row.control
-        accuracy = find_curve(rows, probe=probe, metric="accuracy", control=control)
-        at_best = accuracy[accuracy.layer == best_row["best layer"]].iloc[0]
-        chance = find_curve(rows, probe=probe, metric="chance", control=control).value.max()
+        is_best = (accuracies.control == control) & (accuracies.layer == best_row["best layer"])
+        at_best = accuracies[is_best].iloc[0]
+        chance = chances.value[chances.control == control].max()
         level = float(np.nanmax([guess, chance]))
         scores.append(ControlScore(control, at_best.value, at_best.lo, at_best.hi, level))
     return Controls(guess, scores, baselines)
