@@ -248,6 +248,7 @@ class Results(ProbeResults):
         return layer_curves(
             self.metrics,
             task,
+            self.tasks[task],
             metric,
             probe=probe,
             pooling=pooling,
