@@ -452,16 +452,19 @@ def find_curve(
     *,
     probe: str,
     metric: str,
-    control: str = "none",
+    control: str | None = "none",
     stage: str | None = None,
 ) -> pd.DataFrame:
-    """Return :func:`select_curve` of the test split and one control, empty where there is none."""
-    rows = table[table.control == control]
+    """Return :func:`select_curve` of the test split and one control, empty where there is none.
+
+    All controls for the control None.
+    """
+    rows = table if control is None else table[table.control == control]
     has_curve = (rows.probe == probe) & (rows.metric == metric) & (rows.split == "test")
     if stage is not None:
         has_curve &= rows.stage == stage
     if not has_curve.any():
-        return pd.DataFrame(columns=["layer", "value", "lo", "hi"])
+        return pd.DataFrame(columns=["control", "layer", "value", "lo", "hi"])
     return select_curve(rows, probe=probe, metric=metric, stage=stage)
 
 

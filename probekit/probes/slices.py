@@ -159,17 +159,20 @@ class _ShownCategories:
 
 
 def _combinations_by_image(instances: pd.DataFrame) -> dict[Hashable, set[Combination]]:
-    combinations_by_image = {}
-    for image, things in instances.groupby("image_id"):
-        categories = sorted(set(things.category))
-        together: set[Combination] = {
-            (("category", a), ("category", b)) for a, b in combinations(categories, 2)
-        }
-        coloured = things[things.colour.notna()]
-        for category, colour in zip(coloured.category, coloured.colour, strict=True):
-            together.add((("category", category), ("colour", colour)))
-        combinations_by_image[image] = together
-    return combinations_by_image
+    categories_by_image: dict[Hashable, set[str]] = {}
+    coloured_by_image: dict[Hashable, set[Combination]] = {}
+    is_coloured = instances.colour.notna()
+    columns = (instances.image_id, instances.category, instances.colour, is_coloured)
+    for image, category, colour, has_colour in zip(*columns, strict=True):
+        categories_by_image.setdefault(image, set()).add(category)
+        coloured = coloured_by_image.setdefault(image, set())
+        if has_colour:
+            coloured.add((("category", category), ("colour", colour)))
+    return {
+        image: coloured_by_image[image]
+        | {(("category", a), ("category", b)) for a, b in combinations(sorted(categories), 2)}
+        for image, categories in categories_by_image.items()
+    }
 
 
 def _areas(

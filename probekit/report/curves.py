@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from probekit.probes.controls import BASELINES, CONTROL_WORDS
-from probekit.probes.results import LENS, default_stage, select_curve
+from probekit.probes.controls import BASELINES, CONTROL_WORDS, judge_controls
+from probekit.probes.results import LENS, best_layers, select_curve
 from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
     CONTROL_DASHES,
@@ -37,6 +37,7 @@ from probekit.report.style import (
     title_by_layer,
     with_alpha,
 )
+from probekit.tasks.base import TaskInfo
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 LOWER_IS_BETTER = ("codelength", "log_loss", "calibration_error", "flips")
@@ -59,6 +60,7 @@ def scored_split(metric: str) -> str:
 def layer_curves(
     table: pd.DataFrame,
     task: str,
+    info: TaskInfo,
     metric: str,
     *,
     probe: str = "logreg",
@@ -69,8 +71,9 @@ def layer_curves(
     """Draw a metric by layer: a look per model, 95 % intervals, plateaus, and a band of controls.
 
     The band reaches from the lowest to the highest score of the controls; hovering over it lists
-    all of them, and a button shows their curves. A control that is clearly above chance has a
-    curve from the beginning, and the band is that of the others: else it would cover the models.
+    all of them, and a button shows their curves. A control that is above chance
+    (:func:`probekit.probes.controls.judge_controls`) has a curve from the beginning, and the band
+    is that of the others: else it would cover the models.
 
     A plateau consists of the layers that are not clearly worse than the best one
     (:func:`probekit.probes.comparison.compare_layers`).
@@ -81,6 +84,8 @@ def layer_curves(
         The whole metrics table.
     task, metric, probe : str
         What to draw.
+    info : TaskInfo
+        Of the task.
     pooling : str, optional
         Pooling to draw; the table's first unless it is named. :func:`pooling_curves
         <probekit.report.comparisons.pooling_curves>` compares them.
@@ -109,7 +114,7 @@ def layer_curves(
     rows_by_layer = rows[~rows.control.isin(BASELINES)]
     controls = rows_by_layer[rows_by_layer.control != "none"]
 
-    above = controls_above_chance(table, task, probe=probe, pooling=pooling)
+    above = controls_above_chance(table, task, info, probe=probe, pooling=pooling)
     figure.add_traces(control_band(controls, metric=metric, apart=above))
     if _differ_in_depth(controls):
         in_depth = control_band(controls, metric=metric, apart=above, relative=True)
@@ -155,43 +160,31 @@ def layer_curves(
 
 
 def controls_above_chance(
-    table: pd.DataFrame, task: str, *, probe: str, pooling: str
+    table: pd.DataFrame, task: str, info: TaskInfo, *, probe: str, pooling: str
 ) -> set[tuple[str, str]]:
-    """Return the models and controls that are clearly above chance.
+    """Return the models and controls that :func:`judge_controls` finds above chance.
 
-    That is where the interval of the accuracy lies above what guesses score, at two neighbouring
-    layers: one alone may be luck, and a control that leaks need not do so at most layers.
+    The overview's table says the same of them.
 
     Parameters
     ----------
     table : DataFrame
         The whole metrics table.
-    task, probe, pooling : str
+    task : str
+        Whose controls.
+    info : TaskInfo
+        Of the task.
+    probe, pooling : str
         Whose controls.
     """
-    rows = table[
-        (table.task == task)
-        & (table.probe == probe)
-        & (table.pooling == pooling)
-        & (table.split == "test")
-        & (table["class"] == "")
-        & table.metric.isin(["accuracy", "chance"])
-    ]
-    rows = rows[rows.stage == default_stage(table)]
+    rows = table[(table.task == task) & (table.pooling == pooling)]
+    if not (rows.probe == probe).any():
+        return set()
+    best = best_layers(rows, {task: info}, probe=probe)
     above = set()
-    for model, of_model in rows.groupby("model", sort=False):
-        accuracies = of_model[of_model.metric == "accuracy"]
-        guess = accuracies.value[accuracies.control.isin(BASELINES)].max()
-        for control, scores in accuracies.groupby("control", sort=False):
-            if control not in CONTROL_DASHES:
-                continue
-            is_chance = (of_model.metric == "chance") & (of_model.control == control)
-            level = np.nanmax([CHANCE_ACCURACY, guess, of_model.value[is_chance].max()])
-            lower = scores.groupby("layer").lo.mean()  # over seeds
-            is_above = (lower > level).to_numpy()
-            has_neighbours = len(is_above) > 1
-            if (is_above[1:] & is_above[:-1]).any() if has_neighbours else is_above.any():
-                above.add((model, control))
+    for model, best_of_model in best.groupby("model", sort=False):
+        controls = judge_controls(rows[rows.model == model], best_of_model, probe=probe)
+        above |= {(model, score.control) for score in controls.scores if score.is_above}
     return above
 
 

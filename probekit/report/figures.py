@@ -19,9 +19,9 @@ from probekit.tasks.variants import has_plain_wording, wording_families
 
 BAND_NOTE = (
     "Bands: 95 % intervals over test images. Highlighted: layers that are not clearly worse than "
-    "the best. Grey: the controls; hover to list them, or press “controls”. One that is clearly "
-    "above chance, at two neighbouring layers or more, has a line of its own. Only what lies above "
-    "them is about the layer."
+    "the best. Grey: the controls; hover to list them, or press “controls”. One that is above "
+    "chance, at its own best layer on validation images, has a line of its own. Only what lies "
+    "above them is about the layer."
 )
 
 # Groups of figures on the page, beside the tasks.
@@ -159,14 +159,14 @@ def _answer_figures(results: ProbeResults, *, probe: str, relative: bool) -> dic
             "threshold chosen on validation images. In the titles: how far the best probe lies "
             "above the answer. Green: what each layer would answer (the lens; dashed, the tuned "
             "lens, where there is one). The lens underestimates early layers. Grey: the probe’s "
-            "controls, and a guess; thin blue: a control that is clearly above chance, at two "
-            "neighbouring layers or more.",
+            "controls, and a guess; thin blue: a control that is above chance, at its own "
+            "best layer on validation images.",
             section,
         )
         is_decided = (table.metric == "decided") & (table.probe == LENS)
         if ((table.task == task) & is_decided).any():
             figures[f"{task}_decided"] = Figure(
-                curves.layer_curves(table, task, "decided", probe=LENS, relative=relative),
+                curves.layer_curves(table, task, info, "decided", probe=LENS, relative=relative),
                 "The share of test examples whose final answer is on top, through the lens, from "
                 "this layer on: when an answer is settled, right or wrong. Grey: the controls.",
                 section,
@@ -336,7 +336,7 @@ def _score_figures(
 
     def draw_metric(name: str) -> go.Figure:
         return curves.layer_curves(
-            table, task, name, probe=probe, published=published, relative=relative
+            table, task, info, name, probe=probe, published=published, relative=relative
         )
 
     figures[f"{task}_{metric}"] = Figure(

@@ -271,7 +271,7 @@ def known_and_said_figure(
         vertical_spacing=0.27 / panel_rows,
     )
     rows = table[(table.task == task) & (table.pooling == ANSWER_POOLING)]
-    above = controls_above_chance(table, task, probe=probe, pooling=ANSWER_POOLING)
+    above = controls_above_chance(table, task, info, probe=probe, pooling=ANSWER_POOLING)
     for place, model in enumerate(models):
         panel = {"row": place // columns + 1, "col": place % columns + 1}
         of_model = rows[rows.model == model]

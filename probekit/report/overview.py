@@ -9,14 +9,17 @@ import pandas as pd
 
 from probekit.answers.scores import ANSWER
 from probekit.probes.comparison import plateau_spans
-from probekit.probes.controls import CONTROL_MEANING, CONTROL_WORDS
+from probekit.probes.controls import (
+    CONTROL_MEANING,
+    CONTROL_WORDS,
+    Controls,
+    ControlScore,
+    judge_controls,
+)
 from probekit.probes.results import HEADLINE, best_layers, find_curve
 from probekit.report.known_and_said import said_metric, with_interval
 from probekit.report.sentences import (
-    Controls,
-    ControlScore,
     is_a_guess,
-    judge_controls,
     plain_tasks,
     same_source,
 )

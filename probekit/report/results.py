@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import pandas as pd
 
@@ -33,6 +35,9 @@ from probekit.tasks.variants import wording_families
 class Results(ProbeResults):
     """Probe results together with the examples that were probed.
 
+    Overview, summary and slices are computed once for the same arguments: change no table in place,
+    but make other results with :func:`dataclasses.replace`.
+
     Attributes
     ----------
     examples : DataFrame
@@ -49,6 +54,9 @@ class Results(ProbeResults):
     examples: pd.DataFrame = field(default_factory=pd.DataFrame)
     interventions: pd.DataFrame = field(default_factory=pd.DataFrame)
     instances: pd.DataFrame = field(default_factory=pd.DataFrame)
+    _computed: dict[Hashable, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -71,12 +79,13 @@ class Results(ProbeResults):
         instances : DataFrame or None
             The instances of the images, if there are any.
         """
+        parts = {part.name: getattr(results, part.name) for part in fields(ProbeResults)}
         further = {
             "examples": examples,
             "interventions": pd.DataFrame() if interventions is None else interventions,
             "instances": pd.DataFrame() if instances is None else instances,
         }
-        return cls(**{**vars(results), **further})
+        return cls(**parts, **further)
 
     def __repr__(self) -> str:
         lines = [f"Results with {len(self.metrics):,} scores"]
@@ -84,6 +93,13 @@ class Results(ProbeResults):
             names = dict.fromkeys(self.metrics[column])
             lines.append(f"  {column + 's':9} {', '.join(names)}")
         return "\n".join(lines)
+
+    def _once(self, compute: Callable[..., Any], *sources: Any, **options: Hashable) -> Any:
+        """Return a copy of what `compute` makes of these results' `sources` with `options`."""
+        key = (compute, *options.items())
+        if key not in self._computed:
+            self._computed[key] = compute(*sources, **options)
+        return copy(self._computed[key])
 
     def summary(self, *, probe: str = "logreg") -> Summary:
         """Describe each task, model and pooling in a paragraph, with what to doubt.
@@ -98,7 +114,7 @@ class Results(ProbeResults):
         Summary
             A list of paragraphs; Markdown in a notebook, text when printed.
         """
-        return summarise(self.metrics, self.tasks, probe=probe)
+        return self._once(summarise, self.metrics, self.tasks, probe=probe)
 
     def overview(self, *, probe: str = "logreg") -> pd.DataFrame:
         """Put best layers, plateaus, answers and controls into one table, with all numbers.
@@ -106,7 +122,7 @@ class Results(ProbeResults):
         See :func:`probekit.report.overview.overview_table`, and
         :func:`probekit.report.overview.overview_for_people` for a table to look at.
         """
-        return overview_table(self.metrics, self.tasks, probe=probe)
+        return self._once(overview_table, self.metrics, self.tasks, probe=probe)
 
     def curve(
         self, metric: str, *, probe: str = "logreg", split: str | None = None
@@ -232,6 +248,7 @@ class Results(ProbeResults):
         return layer_curves(
             self.metrics,
             task,
+            self.tasks[task],
             metric,
             probe=probe,
             pooling=pooling,
@@ -300,7 +317,8 @@ class Results(ProbeResults):
             raise ValueError(
                 f"no task {task!r} in these results: take one of {', '.join(self.tasks)}"
             )
-        return slice_table(
+        return self._once(
+            slice_table,
             self,
             self.examples,
             self.instances,

@@ -12,7 +12,7 @@ import pandas as pd
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.bootstrap import Curve
 from probekit.probes.comparison import curve_difference, holm, plateau_sentence
-from probekit.probes.controls import BASELINES, CONTROL_MEANING, CONTROL_WORDS
+from probekit.probes.controls import CONTROL_MEANING, CONTROL_WORDS, judge_controls
 from probekit.probes.labels import LabelledTask
 from probekit.probes.probing import PROBES
 from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, find_curve
@@ -178,89 +178,6 @@ def _codelength_sentences(rows: pd.DataFrame, *, probe: str, layer: str) -> list
         f"At {layer} the labels take {bits[layer]:.2f} bits each (online codelength; 1 is the "
         f"uniform code), fewest at {bits.idxmin()} ({bits.min():.2f})."
     ]
-
-
-class ControlScore(NamedTuple):
-    """The accuracy of a control, beside what it must not exceed.
-
-    Attributes
-    ----------
-    control : str
-        As in the metrics table.
-    value, lo, hi : float
-        Accuracy with the ends of its 95 % interval: at the control's best layer, chosen on
-        validation, or of a baseline.
-    level : float
-        What guesses score.
-    """
-
-    control: str
-    value: float
-    lo: float
-    hi: float
-    level: float
-
-    @property
-    def is_above(self) -> bool:
-        """Whether the interval lies above what guesses score."""
-        return self.lo > self.level
-
-
-class Controls(NamedTuple):
-    """The controls of one task, model and pooling.
-
-    Attributes
-    ----------
-    guess : float
-        The accuracy with which labels can be guessed without the states.
-    scores : list of ControlScore
-        Controls of inputs, labels and weights: they are compared with `guess`, or with what their
-        labels let one guess.
-    baselines : list of ControlScore
-        What guesses without the states: compared with one half.
-    """
-
-    guess: float
-    scores: list[ControlScore]
-    baselines: list[ControlScore]
-
-
-def judge_controls(rows: pd.DataFrame, best_of_controls: pd.DataFrame, *, probe: str) -> Controls:
-    """Compare the accuracy of each control, at its own best layer, with what guesses score.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Metrics of one task, model and pooling.
-    best_of_controls : DataFrame
-        The best layer of each control, chosen on validation.
-    probe : str
-        The kind of probe.
-
-    Returns
-    -------
-    Controls
-    """
-    baselines = []
-    guesses = [0.5]
-    for baseline in BASELINES:
-        curve = find_curve(rows, probe=probe, metric="accuracy", control=baseline)
-        if len(curve):
-            first = curve.iloc[0]
-            baselines.append(ControlScore(baseline, first.value, first.lo, first.hi, 0.5))
-            guesses.append(curve.value.max())
-    guess = float(np.nanmax(guesses))
-
-    scores = []
-    is_control = ~best_of_controls.control.isin(["none", *BASELINES])
-    for _, best_row in best_of_controls[is_control].iterrows():
-        control = best_row.control
-        accuracy = find_curve(rows, probe=probe, metric="accuracy", control=control)
-        at_best = accuracy[accuracy.layer == best_row["best layer"]].iloc[0]
-        chance = find_curve(rows, probe=probe, metric="chance", control=control).value.max()
-        level = float(np.nanmax([guess, chance]))
-        scores.append(ControlScore(control, at_best.value, at_best.lo, at_best.hi, level))
-    return Controls(guess, scores, baselines)
 
 
 def _control_sentences(

@@ -226,9 +226,10 @@ def apply_style(
         margin={"l": 64, "r": 24, "t": top, "b": AXIS_ROWS},
     )
     if lines:
-        figure.update_layout(title={"subtitle": {"text": "<br>".join(lines)}})
+        figure.layout.title.subtitle.text = "<br>".join(lines)
     if panel_titles:
-        figure.update_annotations(font={"size": FONT_SIZE})
+        for text in figure.layout.annotations:
+            text.font.size = FONT_SIZE
     make_room_for_legend(figure)
     return figure
 
@@ -242,7 +243,7 @@ def make_room_for_legend(figure: go.Figure) -> None:
         A figure that :func:`apply_style` styles; changed in place.
     """
     height = legend_height(figure, width=figure.layout.meta["width"], font_size=LEGEND_FONT_SIZE)
-    figure.update_layout(height=figure.layout.height + round(height))
+    figure.layout.height += round(height)
 
 
 def legend_height(figure: go.Figure, *, width: float, font_size: float) -> float:
@@ -411,7 +412,7 @@ def layer_number(layer: pd.Series) -> pd.Series:
     layer : Series of str
         Names such as ``lm.03``.
     """
-    digits = layer.str.partition(".")[2]
+    digits = layer.map(lambda name: name.partition(".")[2])
     return pd.to_numeric(digits, errors="coerce").fillna(0).astype(int)
 
 

@@ -3,13 +3,22 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from probekit.report.curves import layer_curves, localisation_curves, loss_curves
-from probekit.report.style import DEPTH_AXIS
+from probekit.probes.controls import CONTROL_WORDS
+from probekit.report.curves import (
+    controls_above_chance,
+    layer_curves,
+    localisation_curves,
+    loss_curves,
+)
+from probekit.report.style import CONTROL_DASHES, DEPTH_AXIS
+from tests.report.conftest import TASKS
 from tests.support.figures import curves_by_name
+
+CAPTION, CATEGORY = TASKS["caption"], TASKS["category"]
 
 
 def test_curves_show_every_layer_of_every_model(table):
-    figure = layer_curves(table, "caption", "accuracy")
+    figure = layer_curves(table, "caption", CAPTION, "accuracy")
     curves = curves_by_name(figure)
     assert set(curves) == {"small", "large", "small untrained"}
     assert list(curves["large"].x) == list(range(7))
@@ -29,7 +38,7 @@ def test_curves_show_every_layer_of_every_model(table):
 
 
 def test_the_plateau_is_highlighted_and_explained(table):
-    figure = layer_curves(table, "caption", "accuracy")
+    figure = layer_curves(table, "caption", CAPTION, "accuracy")
     plateau = next(trace for trace in figure.data if trace.name == "large, plateau")
     assert list(np.isfinite(np.array(plateau.y, float))) == [False] * 3 + [True] * 4
     in_legend = {
@@ -50,7 +59,7 @@ def test_the_plateau_is_highlighted_and_explained(table):
 
 
 def test_models_of_any_depth_share_a_relative_axis(table):
-    figure = layer_curves(table, "caption", "accuracy", published=True, relative=True)
+    figure = layer_curves(table, "caption", CAPTION, "accuracy", published=True, relative=True)
     curves = curves_by_name(figure)
     np.testing.assert_allclose(curves["small"].x, [0, 1 / 3, 2 / 3, 1])
     np.testing.assert_allclose(curves["large"].x, np.arange(7) / 6)
@@ -61,7 +70,7 @@ def test_models_of_any_depth_share_a_relative_axis(table):
 
 
 def test_buttons_change_between_layers_and_relative_depth(table):
-    figure = layer_curves(table, "caption", "accuracy", published=True, relative=True)
+    figure = layer_curves(table, "caption", CAPTION, "accuracy", published=True, relative=True)
     layer_button, depth_button, _ = figure.layout.updatemenus[0].buttons
     layer_xs = layer_button.args[0]["x"]
     depth_xs = depth_button.args[0]["x"]
@@ -77,7 +86,7 @@ def test_by_depth_the_band_has_controls_of_all_models_at_the_same_depth(table):
     last = table.model.map({"small": 3, "large": 6})
     is_control = table.control == "no_image"
     table.loc[is_control, "value"] = 0.4 + 0.1 * (number / last)[is_control]  # the same by depth
-    figure = layer_curves(table[table.control != "untrained"], "caption", "f1_macro")
+    figure = layer_curves(table[table.control != "untrained"], "caption", CAPTION, "f1_macro")
     layer_button, depth_button, _ = figure.layout.updatemenus[0].buttons
     place = next(i for i, trace in enumerate(figure.data) if trace.name and trace.fill == "toself")
     x, y = (np.array(depth_button.args[0][name][place]) for name in "xy")
@@ -85,44 +94,46 @@ def test_by_depth_the_band_has_controls_of_all_models_at_the_same_depth(table):
     assert len(x) == 2 * 7
     assert "relative depth 0.50" in depth_button.args[0]["hovertext"][place + 1][3]
     assert list(layer_button.args[0]["y"][place]) == list(figure.data[place].y)
-    begun = layer_curves(table[table.control != "untrained"], "caption", "f1_macro", relative=True)
+    begun = layer_curves(
+        table[table.control != "untrained"], "caption", CAPTION, "f1_macro", relative=True
+    )
     np.testing.assert_allclose(begun.data[place].y, y)
 
 
 def test_published_numbers_can_be_overlaid(table):
-    curves = curves_by_name(layer_curves(table, "caption", "accuracy", published=True))
+    curves = curves_by_name(layer_curves(table, "caption", CAPTION, "accuracy", published=True))
     assert len(curves["Qwen2-VL-2B, published accuracy"].x) == 29
     assert len(curves["FastVLM-0.5B, published accuracy"].x) == 25
     assert not any("Gemma" in name for name in curves)
 
 
 def test_what_the_study_calls_macro_f1_is_drawn_as_micro_f1(table):
-    micro = curves_by_name(layer_curves(table, "category", "f1_micro", published=True))
-    macro = curves_by_name(layer_curves(table, "category", "f1_macro", published=True))
+    micro = curves_by_name(layer_curves(table, "category", CATEGORY, "f1_micro", published=True))
+    macro = curves_by_name(layer_curves(table, "category", CATEGORY, "f1_macro", published=True))
     assert any("published micro-F1" in name for name in micro)
     assert not any("published" in name for name in macro)
 
 
 def test_the_pooling_is_chosen_and_named(table):
     table = pd.concat([table, table.assign(pooling="last", value=0.9)])
-    first = layer_curves(table, "caption", "accuracy")
+    first = layer_curves(table, "caption", CAPTION, "accuracy")
     assert "mean pooling" in first.layout.title.subtitle.text
     assert set(curves_by_name(first)["small"].y) == {0.5, 0.6, 0.7, 0.8}
-    last = layer_curves(table, "caption", "accuracy", pooling="last")
+    last = layer_curves(table, "caption", CAPTION, "accuracy", pooling="last")
     assert "last pooling" in last.layout.title.subtitle.text
     assert set(curves_by_name(last)["small"].y) == {0.9}
 
 
 def test_a_missing_probe_is_named(table):
     with pytest.raises(ValueError, match="it has logreg, linear"):
-        layer_curves(table, "caption", "accuracy", probe="mlp")
+        layer_curves(table, "caption", CAPTION, "accuracy", probe="mlp")
 
 
 def test_guesses_without_the_states_are_lines_unless_they_lie_on_chance(table):
     rows = table[table.control == "none"]
     biased = rows.assign(control="majority", value=0.7)
     balanced = rows.assign(control="bag_of_words", value=0.505)
-    figure = layer_curves(pd.concat([table, biased, balanced]), "caption", "accuracy")
+    figure = layer_curves(pd.concat([table, biased, balanced]), "caption", CAPTION, "accuracy")
     levels = {shape.y0 for shape in figure.layout.shapes}
     names = {annotation.text for annotation in figure.layout.annotations}
     assert levels == {0.5, 0.7}
@@ -146,7 +157,7 @@ def shown(figure):
 
 def test_controls_are_one_band_that_lists_them_on_hover(table):
     table = with_controls(table, no_image=0.48, shuffled=0.51)
-    figure = layer_curves(table, "caption", "accuracy")
+    figure = layer_curves(table, "caption", CAPTION, "accuracy")
     assert shown(figure) == {"small", "large"}
     (area,) = [trace for trace in figure.data if trace.name and trace.fill == "toself"]
     assert (min(area.y), max(area.y)) == (0.48, 0.51)
@@ -164,12 +175,12 @@ def test_controls_are_one_band_that_lists_them_on_hover(table):
 
 
 def test_without_controls_there_is_no_band(table):
-    figure = layer_curves(table[table.control == "none"], "caption", "accuracy")
+    figure = layer_curves(table[table.control == "none"], "caption", CAPTION, "accuracy")
     assert not [trace for trace in figure.data if trace.name and trace.fill == "toself"]
 
 
 def test_a_button_shows_each_control_with_its_entry(table):
-    figure = layer_curves(with_controls(table, shuffled=0.51), "caption", "accuracy")
+    figure = layer_curves(with_controls(table, shuffled=0.51), "caption", CAPTION, "accuracy")
     button = figure.layout.updatemenus[0].buttons[2]
     changes, numbers = button.args
     assert changes == {"visible": True}
@@ -181,7 +192,7 @@ def test_a_button_shows_each_control_with_its_entry(table):
 
 def test_a_control_above_chance_is_never_hidden_in_the_band(table):
     table = with_controls(table, no_image=0.6, wrong_image=0.515, shuffled=0.49)
-    figure = layer_curves(table, "caption", "f1_macro")
+    figure = layer_curves(table, "caption", CAPTION, "f1_macro")
     assert shown(figure) == {"small", "large", "small no image", "large no image"}
     (area,) = [trace for trace in figure.data if trace.name and trace.fill == "toself"]
     assert max(area.y) == 0.515
@@ -192,19 +203,41 @@ def test_a_control_above_chance_is_never_hidden_in_the_band(table):
     assert all("no image: 0.600 (small)" in text for text in points.hovertext[:4])
 
 
-def test_a_control_above_chance_at_its_last_layers_is_not_hidden(table):
+def test_a_control_is_judged_at_the_layer_that_validation_chooses(table):
     table = with_controls(table, no_image=0.5, wrong_image=0.5)
-    strong = {"no_image": ["lm.05", "lm.06"], "wrong_image": ["lm.02"]}
-    for control, layers in strong.items():
-        rows = (table.control == control) & table.layer.isin(layers) & (table.model == "large")
-        table.loc[rows, ["value", "lo", "hi"]] = 0.8, 0.78, 0.82
-    figure = layer_curves(table, "caption", "accuracy")
-    assert shown(figure) == {"small", "large", "large no image"}  # one layer alone may be luck
+    is_large = table.model == "large"
+    is_chosen = (table.control == "no_image") & (table.layer == "lm.05") & is_large
+    is_lucky = (table.control == "wrong_image") & table.layer.isin(["lm.02", "lm.03"]) & is_large
+    raised = is_chosen | (is_lucky & (table.split == "test"))
+    table.loc[raised, ["value", "lo", "hi"]] = 0.8, 0.78, 0.82
+    figure = layer_curves(table, "caption", CAPTION, "accuracy")
+    assert shown(figure) == {"small", "large", "large no image"}
+
+
+def test_a_control_has_a_line_where_the_overview_calls_it_above_chance(saved_run):
+    results = saved_run.results
+    overview = results.overview()
+    judged = {name.removesuffix(" is") for name in overview if name.endswith(" is")}
+    for task, pooling in {*zip(overview.task, overview.pooling, strict=True)}:
+        rows = overview[(overview.task == task) & (overview.pooling == pooling)]
+        above = {
+            (row["model"], control)
+            for _, row in rows.iterrows()
+            for control in judged & {*CONTROL_DASHES}
+            if row[f"{control} is"] == "above chance"
+        }
+        found = controls_above_chance(
+            results.metrics, task, results.tasks[task], probe="logreg", pooling=pooling
+        )
+        assert found == above
+        words = {control: CONTROL_WORDS[control].removesuffix(" model") for _, control in above}
+        names = {f"{model} {words[control]}" for model, control in above}
+        assert shown(results.plot("accuracy", task=task, pooling=pooling)) == {*rows.model, *names}
 
 
 def test_a_guess_that_scores_as_much_leaves_the_control_in_the_band(table):
     table = with_controls(table, no_image=0.6, majority=0.6)
-    figure = layer_curves(table, "caption", "accuracy")
+    figure = layer_curves(table, "caption", CAPTION, "accuracy")
     assert shown(figure) == {"small", "large"}
     assert 0.6 in {shape.y0 for shape in figure.layout.shapes}
 
@@ -213,7 +246,7 @@ def test_a_guess_that_scores_as_much_leaves_the_control_in_the_band(table):
 @pytest.mark.parametrize("value", [0.5, 0.999])
 def test_axes_end_at_1_and_chance_looks_like_chance(table, metric, value):
     rows = table.assign(value=value, lo=value - 0.01, hi=min(1, value + 0.01))
-    low, high = layer_curves(rows, "caption", metric).layout.yaxis.range
+    low, high = layer_curves(rows, "caption", CAPTION, metric).layout.yaxis.range
     assert 0 < low <= 0.45
     assert 1 < high <= 1.02
 

@@ -14,6 +14,7 @@ from probekit.report.figures import Figure
 from probekit.report.overview import overview_table
 from probekit.report.page import write_images, write_page
 from probekit.report.style import FULL_PAGE, HALF_PAGE
+from tests.report.conftest import TASKS
 
 SUMMARY = ["caption, a <model>: of 4 layers one is best. It is <late>.", "one <sentence>"]
 
@@ -22,7 +23,9 @@ SUMMARY = ["caption, a <model>: of 4 layers one is best. It is <late>.", "one <s
 def figures(table, losses):
     return {
         "curves": Figure(
-            layer_curves(table, "caption", "accuracy"), "A & B", "caption: Right, or <wrong>?"
+            layer_curves(table, "caption", TASKS["caption"], "accuracy"),
+            "A & B",
+            "caption: Right, or <wrong>?",
         ),
         "losses": Figure(
             loss_curves(losses, table, "caption", metric="accuracy"), "Losses.", "Training"

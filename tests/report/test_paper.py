@@ -7,6 +7,7 @@ import pytest
 from probekit.report import page
 from probekit.report.curves import layer_curves
 from probekit.report.paper import SMALLEST_FONT, LayerFigure
+from tests.report.conftest import TASKS
 
 MM = 96 / 25.4
 NEEDS_CHROME = pytest.mark.skipif(
@@ -16,7 +17,7 @@ NEEDS_CHROME = pytest.mark.skipif(
 
 @pytest.fixture
 def figure(table):
-    return layer_curves(table, "caption", "accuracy")
+    return layer_curves(table, "caption", TASKS["caption"], "accuracy")
 
 
 @pytest.mark.parametrize(("width", "millimetres"), [("column", 85), ("page", 178), (120, 120)])

@@ -6,7 +6,11 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 
 from probekit.probes.results import ProbeResults, best_layers, select_curve
+from probekit.report import results as results_module
+from probekit.report.overview import overview_table
 from probekit.report.results import Results
+from probekit.report.sentences import summarise
+from probekit.report.slices import slice_table
 from tests.support.figures import curves_by_name
 
 
@@ -97,6 +101,53 @@ def test_the_summary_folds_out_in_a_notebook_and_is_text_in_print(results):
     assert formats["text/html"].startswith("<details>")
     assert formats["text/html"].count("<p>") == len(summary)
     assert str(summary) == "\n\n".join(summary)
+
+
+def test_tables_are_computed_once_for_the_same_arguments(results, monkeypatch):
+    results = replace(results)
+    calls = []
+
+    def count(compute):
+        def counted(*sources, **options):
+            calls.append((compute.__name__, *options.values()))
+            return compute(*sources, **options)
+
+        return counted
+
+    for compute in (overview_table, slice_table, summarise):
+        monkeypatch.setattr(results_module, compute.__name__, count(compute))
+    for _ in range(2):
+        results.overview()
+        results.overview(probe="linear")
+        results.summary()
+        results.slices(task="caption", resamples=50)
+        results.slices(task="caption", resamples=60)
+    assert calls == [
+        ("overview_table", "logreg"),
+        ("overview_table", "linear"),
+        ("summarise", "logreg"),
+        ("slice_table", "caption", "logreg", None, 50),
+        ("slice_table", "caption", "logreg", None, 60),
+    ]
+    assert not results.overview().equals(results.overview(probe="linear"))
+    fewer = replace(
+        results,
+        metrics=results.metrics[results.metrics.task == "category"],
+        tasks={"category": results.tasks["category"]},
+    )
+    assert set(fewer.overview().task) == {"category"}
+
+
+def test_a_table_that_is_changed_leaves_the_next_one_as_it_is(results):
+    for compute in (results.overview, lambda: results.slices(resamples=50)):
+        first = compute()
+        expected = first.copy()
+        first["value"] = 0.0
+        first.loc[0, "task"] = "changed"
+        pd.testing.assert_frame_equal(compute(), expected)
+    paragraphs = results.summary()
+    paragraphs.clear()
+    assert len(results.summary()) == 6
 
 
 def test_a_curve_is_a_table_of_the_decoders_layers(results):

@@ -18,10 +18,11 @@ from probekit.report.style import (
     model_looks,
     score_axis,
 )
+from tests.report.conftest import TASKS
 
 
 def test_both_themes_change_colours_alone(table):
-    figure = layer_curves(table, "caption", "accuracy")
+    figure = layer_curves(table, "caption", TASKS["caption"], "accuracy")
     light = plotly.io.templates[LIGHT].layout
     dark = plotly.io.templates[DARK].layout
     assert figure.layout.template.layout.font.color == light.font.color
