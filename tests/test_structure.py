@@ -47,6 +47,14 @@ def test_importing_the_package_loads_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
+def test_building_examples_loads_no_torch():
+    code = (
+        "import sys, probekit.workflow, probekit.report.example_grid; "
+        "assert not {'torch', 'transformers', 'sklearn', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 def test_every_name_of_the_front_door_can_be_had():
     import probekit
 

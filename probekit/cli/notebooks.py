@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
+import nbformat
 import papermill
 import psutil
 import yaml
 from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from pyarrow import parquet
@@ -32,8 +34,19 @@ from probekit.cli.stopping import deaf_to_signals
 from probekit.parameters import PARAMETERS, TYPES, Kind, read_parameter, remark, suggest
 from probekit.paths import NUMBERED_NOTEBOOKS, Home
 
-# A kernel warns that it listens on the loopback interface.
-KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40"]
+# A kernel warns that it listens on the loopback interface, and would keep cells in a history file.
+KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:"]
+
+# Seconds that a kernel may take to start and to import; one that dies is noticed at once.
+LONGEST_START = 600
+
+# What a notebook needs in any case and imports only where it is used, by the notebook's number.
+IMPORTED_LATER = {
+    "02": ("transformers.models.auto.processing_auto",),
+    "04": ("nbformat",),  # by plotly, to show a figure
+    "05": ("nbformat",),
+    "06": ("probekit.report.explorer",),
+}
 
 # Seconds between two looks whether a notebook has ended, and until it is left alone after Ctrl-C.
 POLL_SECONDS = 0.1
@@ -71,10 +84,30 @@ class _KernelOfThisPython(AsyncKernelManager):
     def _without_kernelspecs(self) -> KernelSpecManager:
         return KernelSpecManager(kernel_dirs=[])
 
+    @classmethod
+    def start(cls, folder: Path, imports: Sequence[str] = ()) -> _KernelOfThisPython:
+        """Start a kernel in a folder; it imports modules before it runs any cell.
+
+        Its user namespace stays empty, and a failing import is left to the cell that needs it.
+        """
+        kernel = cls(kernel_name="python3")
+        arguments = list(KERNEL_ARGUMENTS)
+        if imports:
+            statement = f"import {', '.join(imports)}"
+            arguments.append(f"--IPKernelApp.exec_lines=exec({statement!r}, {{}})")
+        KernelManager.start_kernel(kernel, extra_arguments=arguments, cwd=str(folder))
+        return kernel
+
+    @property
+    def process(self) -> subprocess.Popen | None:
+        """Its process, as long as that runs."""
+        process = getattr(self.provisioner, "process", None)
+        return process if process is not None and process.poll() is None else None
+
     def kill_with_children(self) -> None:
         """Kill the kernel, if it runs, with all processes that it started."""
-        process = getattr(self.provisioner, "process", None)
-        if process is None or process.poll() is not None:
+        process = self.process
+        if process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             kernel = psutil.Process(process.pid)
@@ -396,28 +429,53 @@ class Batch:
         self.folder.mkdir(parents=True)
         os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
         count = len(self.executions)
-        for number, execution in enumerate(self.executions, start=1):
-            name = execution.notebook.stem
-            screen.write(f"[{number}/{count}] {name}")
-            progress = NotebookProgress(name, number=number, count=count)
-            started = time.monotonic()
-            execution.state = "stopped"
-            try:
-                executed = self._execute(execution.notebook, progress, screen)
-            except NotebookFailedError:
-                execution.state = "failed"
-                raise
-            finally:
-                execution.seconds = time.monotonic() - started
-            execution.state = "done"
-            execution.written = _written_lines(executed, self.home)
+        waiting: list[_KernelOfThisPython] = []  # that of the next notebook, as long as one runs
+        try:
+            for number, execution in enumerate(self.executions, start=1):
+                name = execution.notebook.stem
+                screen.write(f"[{number}/{count}] {name}")
+                progress = NotebookProgress(name, number=number, count=count)
+                started = time.monotonic()
+                execution.state = "stopped"
+                try:
+                    executed = self._execute(number, progress, screen, waiting)
+                except NotebookFailedError:
+                    execution.state = "failed"
+                    raise
+                finally:
+                    execution.seconds = time.monotonic() - started
+                execution.state = "done"
+                execution.written = _written_lines(executed, self.home)
+        finally:
+            with deaf_to_signals():
+                for kernel in waiting:
+                    kernel.kill_with_children()
 
-    def _execute(self, notebook: Path, progress: NotebookProgress, screen: Screen) -> NotebookNode:
+    def _execute(
+        self,
+        number: int,
+        progress: NotebookProgress,
+        screen: Screen,
+        waiting: list[_KernelOfThisPython],
+    ) -> NotebookNode:
+        """Execute a notebook, from 1, in the kernel that waits for it, and have the next one wait.
+
+        What a kernel imports costs seconds, which a second core has while this notebook runs.
+        """
+        notebook = self.executions[number - 1].notebook
+        following = [execution.notebook for execution in self.executions[number : number + 1]]
         declared = declared_parameters(notebook)
         values = {name: value for name, value in self.parameters.items() if name in declared}
         target = self.folder / notebook.name
 
         def execute() -> NotebookNode:
+            kernel = waiting.pop() if waiting else None
+            if (
+                kernel is None or kernel.process is None
+            ):  # what is short of memory may have ended it
+                kernel = _KernelOfThisPython.start(self.home.root)
+            for one in following:
+                waiting.append(_KernelOfThisPython.start(self.home.root, _first_imports(one)))
             return papermill.execute_notebook(
                 str(notebook),
                 str(target),
@@ -425,10 +483,10 @@ class Batch:
                 engine_name=ENGINE,
                 progress=progress,
                 kernel_name="python3",
-                kernel_manager_class=_KernelOfThisPython,
+                kernel_manager=kernel,
                 cwd=str(self.home.root),
                 progress_bar=False,
-                extra_arguments=KERNEL_ARGUMENTS,
+                start_timeout=LONGEST_START,
             )
 
         try:
@@ -468,6 +526,34 @@ class Batch:
             lines.append(f"{execution.notebook.stem:{width}}  {seconds:>7}  {first}")
             lines += [f"{'':{width}}  {'':7}  {other}" for other in others]
         return "\n".join(lines)
+
+
+def _first_imports(notebook: Path) -> list[str]:
+    """Return the modules that a notebook imports in any case, before it does anything else.
+
+    There are none where its first cell does more than import: it may set what these go by.
+    """
+    first = next(
+        (
+            cell.source
+            for cell in nbformat.read(notebook, as_version=4).cells
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", ())
+        ),
+        "",
+    )
+    try:
+        statements = ast.parse(first).body
+    except SyntaxError:  # a command of IPython
+        return []
+    modules: list[str] = []
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            modules += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom) and statement.module:
+            modules.append(statement.module)
+        else:
+            return []
+    return [*modules, *IMPORTED_LATER.get(notebook.stem[:2], ())] if modules else []
 
 
 def _written_lines(executed: NotebookNode, home: Home) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
@@ -277,7 +278,7 @@ class _ReportingClient(PapermillNotebookClient):
 
 
 class _ReportingEngine(NBClientEngine):
-    """papermill's usual engine with the client above."""
+    """papermill's usual engine with the client above; the kernel runs, and is ended with it."""
 
     @classmethod
     def execute_managed_notebook(
@@ -287,20 +288,18 @@ class _ReportingEngine(NBClientEngine):
         *,
         progress: NotebookProgress,
         start_timeout: int,
-        kernel_manager_class: type,
-        extra_arguments: list[str],
+        kernel_manager: AsyncKernelManager,
         **unused: Any,
     ) -> NotebookNode:
         return _ReportingClient(
             nb_man,
+            km=kernel_manager,
             progress=progress,
             kernel_name=kernel_name,
             startup_timeout=start_timeout,
-            kernel_manager_class=kernel_manager_class,
-            extra_arguments=extra_arguments,
             timeout=None,
             log=logger,
-        ).execute()
+        ).execute(cleanup_kc=True)
 
 
 papermill_engines.register(ENGINE, _ReportingEngine)

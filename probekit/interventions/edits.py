@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sklearn.covariance import ledoit_wolf_shrinkage
 
 from probekit.models.devices import copy_to
-from probekit.probes.estimators import LayerwiseLogisticRegression
 
 # Directions whose share of the largest is smaller are rounding.
 RANK_TOLERANCE = 1e-6
@@ -206,6 +204,8 @@ def leace(concept: Concept) -> AffineEdit:
     thousand times larger does not decide it. The authors' package cuts singular values below 0.01
     and mixes in another projection, and then leaves some of the concept.
     """
+    from sklearn.covariance import ledoit_wolf_shrinkage  # takes a second
+
     centred_nd = concept.x_nd - concept.mean_d
     scale_d = centred_nd.std(0, correction=0)
     scale_d = torch.where(scale_d > RANK_TOLERANCE * scale_d.max(), scale_d, torch.inf)
@@ -249,6 +249,8 @@ def erase_logreg(concept: Concept) -> AffineEdit:
     ----------
     concept : Concept
     """
+    from probekit.probes.estimators import LayerwiseLogisticRegression  # loads scikit-learn
+
     probe = LayerwiseLogisticRegression(C=STRENGTHS, device=concept.x_nd.device)
     is_single = concept.y_nc.shape[1] == 1
     probe.fit(

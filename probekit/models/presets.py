@@ -11,7 +11,6 @@ from typing import NoReturn
 import pandas as pd
 
 from probekit import paths
-from probekit.models.adapters import find_adapter
 
 ARCHITECTURES_CSV = Path(__file__).with_name("architectures.csv")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -195,6 +194,8 @@ def short_name(model: str, home: str | Path | paths.Home | None = None) -> str:
         a training's checkpoint has the name of the training's before it: ``run-checkpoint-500``.
         Of an adapter the name of its class, or of its entry point.
     """
+    from probekit.models.adapters import find_adapter  # loads torch
+
     adapter = find_adapter(model, home)
     if adapter is not None:
         return adapter.name

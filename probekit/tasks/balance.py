@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 ROUNDS = 20
 TRIED_PARTNERS = 300
@@ -103,6 +102,8 @@ def balanced_assignment(cost_nn: np.ndarray) -> np.ndarray:
     all of them together stay below 1; what remains is a linear assignment problem. Memory grows
     with the square of n, and time up to its cube: :func:`random_chunks` keeps n small.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second
+
     n = len(cost_nn)
     scaled_cost_nn = cost_nn / (n + 1)
     np.fill_diagonal(scaled_cost_nn, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,12 +16,22 @@ from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import papermill
 import psutil
 import pytest
 import yaml
 
+from probekit.cli import notebooks
 from probekit.cli.main import make_parser
-from probekit.cli.notebooks import _KernelOfThisPython
+from probekit.cli.notebooks import (
+    Batch,
+    Execution,
+    NotebookFailedError,
+    _KernelOfThisPython,
+    find_notebook,
+)
+from probekit.cli.progress import ENGINE, NotebookProgress, Screen
+from probekit.paths import Home
 from tests.conftest import (
     DEMO_MODELS,
     REAL_COCO,
@@ -138,6 +149,7 @@ def test_a_failing_cell_is_shown_with_the_notebook_and_how_to_go_on(tmp_path):
     states = [line.split(maxsplit=1)[1] for line in result.stdout.strip().splitlines()]
     assert re.fullmatch(r"\d+ +failed", states[1])
     assert states[2] == "not run"
+    assert _processes_of(tmp_path) == []  # nor is the kernel that waited
     assert last_command(result.stderr).endswith(
         "-p run=broken -p dataset=data/coco/nowhere --from 01 --to 02"
     )
@@ -244,6 +256,123 @@ def test_a_kernel_is_ended_with_what_has_a_session_of_its_own():
     manager.kill_with_children()
     assert psutil.wait_procs(children, timeout=5)[1] == []
     assert kernel.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_what_a_kernel_imports_ahead_is_not_seen_in_the_notebook(tmp_path):
+    cells = ["sorted(globals())", "import os, sys; os.getcwd()", "'colorsys' in sys.modules"]
+    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)])
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": ""}
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    plain, ahead = (
+        papermill.execute_notebook(
+            tmp_path / "in.ipynb",
+            tmp_path / "out.ipynb",
+            engine_name=ENGINE,
+            progress=NotebookProgress("02_extract", number=2, count=6),
+            kernel_name="python3",
+            kernel_manager=_KernelOfThisPython.start(tmp_path, imports),
+            progress_bar=False,
+        ).cells
+        for imports in ([], ["colorsys", "no.such.module"])
+    )
+    assert [cell.execution_count for cell in ahead] == [1, 2, 3]
+    assert [cell.outputs for cell in ahead[:2]] == [cell.outputs for cell in plain[:2]]
+    assert str(tmp_path) in ahead[1].outputs[0].data["text/plain"]
+    texts = [[output.data["text/plain"] for output in cells[2].outputs] for cells in (plain, ahead)]
+    assert texts == [["False"], ["True"]]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels that a batch starts; none runs a cell."""
+    started = []
+
+    class Kernel:
+        def __init__(self, folder, imports=()):
+            self.folder = folder
+            self.imports = list(imports)
+            self.process = object()
+            started.append(self)
+
+        @classmethod
+        def start(cls, folder, imports=()):
+            return cls(folder, imports)
+
+        def kill_with_children(self):
+            self.process = None
+
+    def execute(notebook, target, parameters, *, kernel_manager, **options):
+        assert sum(kernel.process is not None for kernel in started) <= 2
+        executed.append(kernel_manager)
+        kernel_manager.process = None
+        return nbformat.v4.new_notebook()
+
+    executed = []
+    monkeypatch.setattr(notebooks, "_KernelOfThisPython", Kernel)
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", execute)
+    return started, executed
+
+
+def batch_of(tmp_path, *names):
+    executions = [Execution(find_notebook(name)) for name in names]
+    return Batch(executions, {}, Home(tmp_path), tmp_path / "runs")
+
+
+def test_each_kernel_but_the_first_waits_with_its_imports(kernels, tmp_path):
+    started, executed = kernels
+    batch_of(tmp_path, "01_build_data", "02_extract", "03_probe").execute(Screen(io.StringIO()))
+    assert executed == started
+    assert [kernel.folder for kernel in started] == [tmp_path] * 3
+    assert started[0].imports == []
+    assert "probekit.models.load" in started[1].imports
+    assert "probekit.probes.localisation" in started[2].imports
+
+
+def test_a_batch_of_one_notebook_starts_one_kernel(kernels, tmp_path):
+    started, _ = kernels
+    batch_of(tmp_path, "02_extract").execute(Screen(io.StringIO()))
+    assert [kernel.imports for kernel in started] == [[]]
+
+
+def test_a_kernel_that_has_died_while_it_waited_is_started_again(kernels, monkeypatch, tmp_path):
+    started, executed = kernels
+    execute = notebooks.papermill.execute_notebook
+
+    def end_the_waiting_one(*arguments, **options):
+        started[-1].process = None
+        return execute(*arguments, **options)
+
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", end_the_waiting_one)
+    batch_of(tmp_path, "05_layer_plots", "06_inspect_examples").execute(Screen(io.StringIO()))
+    assert executed == [started[0], started[2]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), KeyboardInterrupt()])
+def test_the_waiting_kernel_is_ended_where_a_notebook_stops(kernels, monkeypatch, tmp_path, error):
+    started, _ = kernels
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", fail)
+    with pytest.raises((NotebookFailedError, KeyboardInterrupt)):
+        batch_of(tmp_path, "01_build_data", "02_extract").execute(Screen(io.StringIO()))
+    assert started[1].process is None
+
+
+@pytest.mark.parametrize(
+    ("first_cell", "modules"),
+    [
+        ("import pandas as pd\nfrom probekit.paths import Home", ["pandas", "probekit.paths"]),
+        ("import os\nos.environ['HF_HOME'] = 'x'\nimport transformers", []),
+        ("%matplotlib inline\nimport torch", []),
+    ],
+)
+def test_only_a_cell_of_imports_is_read_ahead(tmp_path, first_cell, modules):
+    parameters = nbformat.v4.new_code_cell("run = 'demo'", metadata={"tags": ["parameters"]})
+    cells = [parameters, nbformat.v4.new_code_cell(first_cell)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "07_mine.ipynb")
+    assert notebooks._first_imports(tmp_path / "07_mine.ipynb") == modules
 
 
 def _listen_to_ctrl_c():

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from probekit.cli import progress as module
-from probekit.cli.notebooks import KERNEL_ARGUMENTS, _KernelOfThisPython
+from probekit.cli.notebooks import _KernelOfThisPython
 from probekit.cli.progress import ENGINE, NotebookProgress, Screen
 
 QUICK = "print('for readers of the notebook')"
@@ -61,8 +61,7 @@ def followed(tmp_path_factory):
             engine_name=ENGINE,
             progress=progress,
             kernel_name="python3",
-            kernel_manager_class=_KernelOfThisPython,
-            extra_arguments=KERNEL_ARGUMENTS,
+            kernel_manager=_KernelOfThisPython.start(folder, ["warnings", "no.such.module"]),
             progress_bar=False,
         )
     stream = io.StringIO()
