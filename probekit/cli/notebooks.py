@@ -450,6 +450,7 @@ class Batch:
             with deaf_to_signals():
                 for kernel in waiting:
                     kernel.kill_with_children()
+                    kernel.cleanup_connection_file()
 
     def _execute(
         self,
@@ -470,9 +471,7 @@ class Batch:
 
         def execute() -> NotebookNode:
             kernel = waiting.pop() if waiting else None
-            if (
-                kernel is None or kernel.process is None
-            ):  # what is short of memory may have ended it
+            if kernel is None or kernel.process is None:  # a full memory may have ended it
                 kernel = _KernelOfThisPython.start(self.home.root)
             for one in following:
                 waiting.append(_KernelOfThisPython.start(self.home.root, _first_imports(one)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pandas as pd
 
@@ -68,18 +67,24 @@ def extract_tables(
 
 def open_views(job: Job, tables: Mapping[str, pd.DataFrame]) -> Activations:
     """Open the finished shards of a job as the activations of its tables."""
-    views = {}
-    for name, table in tables.items():
-        adapted = adapt_settings(job.settings, table)
-        pooling = added_pooling(job.settings, table)
-        views[name] = Activations(
-            job.folder,
-            table.reset_index(drop=True),
-            adapted.stages,
-            (*adapted.poolings, pooling) if pooling else adapted.poolings,
-            control=name,
-            home=job.home,
-            answer_pooling=pooling,
-        )
-    examples = views.pop("none")
-    return replace(examples, controls=views)
+    controls = {
+        name: _open_view(job, name, table, {}) for name, table in tables.items() if name != "none"
+    }
+    return _open_view(job, "none", tables["none"], controls)
+
+
+def _open_view(
+    job: Job, name: str, table: pd.DataFrame, controls: Mapping[str, Activations]
+) -> Activations:
+    adapted = adapt_settings(job.settings, table)
+    pooling = added_pooling(job.settings, table)
+    return Activations(
+        job.folder,
+        table.reset_index(drop=True),
+        adapted.stages,
+        (*adapted.poolings, pooling) if pooling else adapted.poolings,
+        control=name,
+        home=job.home,
+        controls=controls,
+        answer_pooling=pooling,
+    )

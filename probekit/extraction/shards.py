@@ -25,6 +25,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +109,9 @@ def model_inputs(examples: pd.DataFrame, home: paths.Home) -> pd.DataFrame:
     sizes = {}
     for file in examples.file.unique():
         try:
-            sizes[file] = home.resolve(file).stat().st_size if file else 0
+            # Not home.resolve, which looks at each folder of the path.
+            path = os.path.join(home.root, os.path.expanduser(file))
+            sizes[file] = os.stat(path).st_size if file else 0
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{home.resolve(file)} is gone: run 01_build_data again"
@@ -362,6 +365,17 @@ class ShardSet:
         DataFrame
             `shard`, and `row` in its tensors; indexed by :func:`content_keys`.
         """
+        return self._places_of_images if content.is_of_image else self._places_of_prompts
+
+    @cached_property
+    def _places_of_images(self) -> pd.DataFrame:
+        return self._find_places(Content("vision", ""))
+
+    @cached_property
+    def _places_of_prompts(self) -> pd.DataFrame:
+        return self._find_places(Content("lm", ""))
+
+    def _find_places(self, content: Content) -> pd.DataFrame:
         rows = rows_of(self.rows, content)
         shard = np.searchsorted(self.starts, rows.index, side="right") - 1
         row = pd.Series(shard).groupby(shard).cumcount()

@@ -279,6 +279,14 @@ class Activations:
         return [Shard(self._shard_sets[int(k)], int(i)) for k, i in pairs.itertuples(index=False)]
 
     @cached_property
+    def _done(self) -> list[list[int]]:
+        """Numbers of the shards that are done, of each set."""
+        return [
+            [i for i in range(shard_set.shard_count) if shard_set.is_done(i)]
+            for shard_set in self._shard_sets
+        ]
+
+    @cached_property
     def _places(self) -> dict[Content, pd.DataFrame]:
         return {content: self._find_places(content) for content in self.contents}
 
@@ -287,9 +295,8 @@ class Activations:
         tables = [pd.DataFrame(columns=["shard", "row", "shard_set"])]
         for k, shard_set in enumerate(self._shard_sets):
             if content in shard_set.contents:
-                done = [i for i in range(shard_set.shard_count) if shard_set.is_done(i)]
                 places = shard_set.locate(content)
-                tables.append(places[places.shard.isin(done)].assign(shard_set=k))
+                tables.append(places[places.shard.isin(self._done[k])].assign(shard_set=k))
         stored = pd.concat(tables[1:] or tables)
         stored = stored[~stored.index.duplicated()]
         return stored.reindex(content_keys(self._rows, content)).reset_index(drop=True)

@@ -78,10 +78,11 @@ class ImageChanger:
         self, instances: pd.DataFrame, dataset: Dataset | None, *, folder: Path, home: paths.Home
     ) -> None:
         self._instances = instances
-        self._outlined = pd.DataFrame(columns=["image_id", "category"])
+        self._outlined_by_image: dict[int, pd.DataFrame] = {}
         self._sizes = pd.DataFrame()
         if dataset is not None:
-            self._outlined = dataset.instances
+            if "outline" in dataset.instances:
+                self._outlined_by_image = dict(list(dataset.instances.groupby("image_id")))
             self._sizes = dataset.images[["width", "height"]]
         self._folder = folder
         self._home = home
@@ -180,11 +181,11 @@ class ImageChanger:
     def _outline_mask(self, instances: pd.DataFrame, *, size: tuple[int, int]) -> np.ndarray | None:
         """(h, w) True inside the outlines of an image's objects; None where one is not known."""
         image_id = instances.image_id.iloc[0]
-        outlined = self._outlined
-        outlined = outlined[
-            (outlined.image_id == image_id) & outlined.category.isin(instances.category.unique())
-        ]
-        if "outline" not in outlined or set(outlined.category) != set(instances.category):
+        outlined = self._outlined_by_image.get(image_id)
+        if outlined is None:
+            return None
+        outlined = outlined[outlined.category.isin(instances.category.unique())]
+        if set(outlined.category) != set(instances.category):
             return None
         annotated = tuple(self._sizes.loc[image_id].tolist())
         if not _is_scaled(annotated, size):

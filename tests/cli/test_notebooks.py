@@ -292,6 +292,7 @@ def kernels(monkeypatch):
             self.folder = folder
             self.imports = list(imports)
             self.process = object()
+            self.has_file = True
             started.append(self)
 
         @classmethod
@@ -300,6 +301,9 @@ def kernels(monkeypatch):
 
         def kill_with_children(self):
             self.process = None
+
+        def cleanup_connection_file(self):
+            self.has_file = False
 
     def execute(notebook, target, parameters, *, kernel_manager, **options):
         assert sum(kernel.process is not None for kernel in started) <= 2
@@ -358,6 +362,7 @@ def test_the_waiting_kernel_is_ended_where_a_notebook_stops(kernels, monkeypatch
     with pytest.raises((NotebookFailedError, KeyboardInterrupt)):
         batch_of(tmp_path, "01_build_data", "02_extract").execute(Screen(io.StringIO()))
     assert started[1].process is None
+    assert not started[1].has_file
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def test_files_are_named_by_what_they_show(make_changer, tmp_path):
     assert len(files - set(other.change(examples, IMAGE_CHANGES).examples.file)) == 1
     outside = examples.assign(image_id="val/../../../etc")
     changer._instances["image_id"] = "val/../../../etc"
-    changer._outlined["image_id"] = "val/../../../etc"
+    (outlined,) = changer._outlined_by_image.values()
+    changer._outlined_by_image = {"val/../../../etc": outlined}
     changer._sizes.index = ["val/../../../etc"]
     changed = changer.change(outside, IMAGE_CHANGES).examples
     assert {changer._home.resolve(file).parent for file in changed.file} == {tmp_path / "changed"}
