@@ -471,7 +471,7 @@ class Batch:
 
         def execute() -> NotebookNode:
             kernel = waiting.pop() if waiting else None
-            if kernel is None or kernel.process is None:  # a full memory may have ended it
+            if kernel is None or kernel.process is None:  # a lack of memory may have ended it
                 kernel = _KernelOfThisPython.start(self.home.root)
             for one in following:
                 waiting.append(_KernelOfThisPython.start(self.home.root, _first_imports(one)))
