@@ -62,7 +62,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(256, 6, 160, 4),
+    "tiny": Size(128, 3, 80, 2),
     "40M": Size(512, 10, 320, 8),
     "200M": Size(1024, 14, 640, 12),
     "500M": Size(1280, 20, 896, 20),

@@ -21,7 +21,7 @@ first eighth.
 Then the probes of the study's size, 24,000 images and --layers of 1,536, by part, see
 ``paper_scale.py``.
 
---quick takes tiny models, 16 images, and probes of 480, to try the command on a CPU.
+--quick takes tiny models, 8 images, and probes of 480, to try the command on a CPU.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     disable_progress_bar()
-    images = 16 if options.quick else options.images
+    images = 8 if options.quick else options.images
     is_gpu = options.device.startswith("cuda")
     card = torch.cuda.get_device_name(options.device) if is_gpu else options.device
     rows = {}

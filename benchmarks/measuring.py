@@ -21,14 +21,12 @@ from probekit.tasks.building import build_examples
 # Benchmarks share some pieces with the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.support.processes import PROCESSES
+from tests.support.processes import PROCESSES, STEADY_MEMORY
 
 Result = TypeVar("Result")
 
-# Left to itself, glibc keeps freed memory or not as threads happen to run, and the same work peaks
-# 10 % higher or lower. Processes that start from here give large blocks back at once.
-os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+for variable, setting in STEADY_MEMORY.items():  # for processes that start from here
+    os.environ.setdefault(variable, setting)
 
 
 def build_scene_examples(

@@ -52,7 +52,14 @@ def demo_metrics(tmp_path_factory):
         tasks=("caption", "category"),
     )
     activations = [
-        workflow.extract("tiny-qwen2-vl", examples, untrained=untrained, device="cpu", home=home)
+        workflow.extract(
+            "tiny-qwen2-vl",
+            examples,
+            untrained=untrained,
+            poolings=["mean"],
+            device="cpu",
+            home=home,
+        )
         for untrained in (False, True)
     ]
     results = workflow.probe(

@@ -143,7 +143,8 @@ def test_a_folder_of_images_with_captions_becomes_a_page(scene_folder, tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(parameters), encoding="utf-8")
 
     command = [sys.executable, "-m", "probekit", "run", "--params", "mine.yaml"]
-    command += ["-p", "resamples=50", "-p", "pictures=no"]
+    command += ["-p", "resamples=50", "-p", "pictures=no", "-p", "strengths=[0.001, 0.1]"]
+    command += ["-p", "epochs=3", "-p", "layers=[0, 8]", "-p", "images=10", "-p", "fit_images=20"]
     environment = os.environ | {"PROBEKIT_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -29,7 +29,9 @@ SHARDS = 30
 LOCAL = Launcher()
 RAY_VARIABLES = {
     "RAY_AUTH_MODE": "disabled",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a dead head is given up sooner
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "1",  # a dead head is given up sooner
+    "RAY_enable_worker_prestart": "0",  # no workers that would only idle
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
@@ -173,6 +175,8 @@ def cluster() -> Iterator[str]:
         "--node-ip-address=127.0.0.1",
         "--port=6391",
         "--num-cpus=2",
+        "--no-monitor",
+        "--include-log-monitor=false",
         "--include-dashboard=false",
         "--disable-usage-stats",
     )
@@ -221,16 +225,16 @@ def test_ray_says_what_went_wrong_in_the_same_words(data, examples, cluster, mon
 def test_ray_makes_the_same_shards_though_a_worker_is_killed_and_ends_with_its_head(
     base, alone, cluster
 ):
-    on_ray = {"launcher": Launcher("ray", copies=2), "environment": {"RAY_ADDRESS": cluster}}
+    environment = {"RAY_ADDRESS": cluster}
     home = base / "ray"
-    process = start(home, **on_ray)
+    process = start(home, launcher=Launcher("ray", copies=2), environment=environment)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     os.kill(find_ray_runners()[0], signal.SIGKILL)
     assert wait(process, 400) == 0
     assert is_complete(home, alone)
 
     home = base / "headless"
-    process = start(home, **on_ray)
+    process = start(home, launcher=Launcher("ray", copies=1), environment=environment)
     wait_for(lambda: len(shard_bytes(home)) >= 2, process)
     run_ray("stop", "--force")
     assert wait(process, 400) != 0
