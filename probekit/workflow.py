@@ -403,6 +403,7 @@ def probe(
             for view in views
             if stored_results(view, settings=plan.settings, folder=folder) is None
         ]
+        missing.sort(key=lambda view: view.control != "none")  # what takes longest goes first
         map_in_processes(plan.write_results, missing, n_jobs=n_jobs)
     parts = [plan.results_of(view) for view in views]
     compared = _compare_models(views, plan.settings, device=device_of_probes)

@@ -214,9 +214,39 @@ def box_shares(heat_map: HeatMap, boxes_b4: np.ndarray) -> BoxShares | None:
     return BoxShares(share_lc, coverage_t.sum() / in_image_t.sum())
 
 
+class _Shown(NamedTuple):
+    """What an image shows: the boxes (b, 4) of each category, and which of them have a crowd."""
+
+    boxes: dict[str, np.ndarray]
+    crowds: set[str]
+
+
+NOTHING_SHOWN = _Shown({}, set())
+
+
+def _shown_by_image(instances: pd.DataFrame) -> dict[Any, _Shown]:
+    boxes: dict[Any, dict[str, list[np.ndarray]]] = {}
+    crowds: dict[Any, set[str]] = {}
+    columns = (instances.image_id, instances.category, instances.iscrowd != 0)
+    for image_id, category, is_crowd, box_4 in zip(
+        *columns, relative_boxes(instances), strict=True
+    ):
+        boxes.setdefault(image_id, {}).setdefault(category, []).append(box_4)
+        of_image = crowds.setdefault(image_id, set())
+        if is_crowd:
+            of_image.add(category)
+    return {
+        image_id: _Shown(
+            {category: np.stack(boxes_b4) for category, boxes_b4 in by_category.items()},
+            crowds[image_id],
+        )
+        for image_id, by_category in boxes.items()
+    }
+
+
 def _score_categories(
     heat_map: HeatMap,
-    instances: pd.DataFrame,
+    shown: _Shown,
     *,
     classes: Sequence[str],
     readable: Sequence[int] | np.ndarray,
@@ -226,16 +256,14 @@ def _score_categories(
     Categories with a crowd are left out, since no box tells how far a crowd reaches. A category
     that is shown only as a crowd does not count as absent either.
     """
-    shown = set(instances.category)
-    crowds = set(instances.category[instances.iscrowd != 0])
-    absent = [k for k in readable if classes[k] not in shown]
+    absent = [k for k in readable if classes[k] not in shown.boxes]
     if not absent:
         return
     for k in readable:
-        if classes[k] not in shown - crowds:
+        category = classes[k]
+        if category not in shown.boxes or category in shown.crowds:
             continue
-        of_category = instances[instances.category == classes[k]]
-        shares = box_shares(heat_map, relative_boxes(of_category))
+        shares = box_shares(heat_map, shown.boxes[category])
         if shares is None:
             continue
         heat_l = shares.heat_lc[:, k]
@@ -364,7 +392,7 @@ class _Scores:
         self,
         heat_map: HeatMap,
         image_id: Any,
-        instances: pd.DataFrame,
+        shown: _Shown,
         *,
         classes: Sequence[str],
         keep: bool,
@@ -374,7 +402,7 @@ class _Scores:
             self.stored[_tensor_name(image_id, "logit_ltc")] = heat_map.logit_ltc.astype(np.float16)
             self.stored[_tensor_name(image_id, "cells_t4")] = heat_map.cells_t4
         for of_category in _score_categories(
-            heat_map, instances, classes=classes, readable=self.reader.readable
+            heat_map, shown, classes=classes, readable=self.reader.readable
         ):
             self._image_n.append(image_id)
             for metric, score_l in of_category.items():
@@ -415,8 +443,8 @@ def _localise(
     examples = activations.examples
     is_wanted = (examples.task == question.task) & (examples.split == "test")
     rows = examples[is_wanted].reset_index(drop=True)
-    shown = question.instances[question.instances.image_id.isin(rows.image_id)]
-    instances_by_image = dict(iter(shown.groupby("image_id")))
+    is_of_test = question.instances.image_id.isin(rows.image_id)
+    shown_by_image = _shown_by_image(question.instances[is_of_test])
     settings = activations.meta["jobs"][-1] | activations.meta["settings"]
     scores: dict[ProbeKey, _Scores] = {}
     with_lens = any(heat.weights is None for heat in wanted)
@@ -435,12 +463,12 @@ def _localise(
         description = f"heat maps of {model} ({control_name(activations)})"
         for place, heat_maps in tqdm(all_heat, total=len(rows), desc=description, unit="image"):
             image_id = rows.image_id.iloc[place]
-            instances = instances_by_image.get(image_id, question.instances[:0])
+            shown = shown_by_image.get(image_id, NOTHING_SHOWN)
             for heat_map, of_reader in zip(heat_maps, scores.values(), strict=True):
                 of_reader.add(
                     heat_map,
                     image_id,
-                    instances,
+                    shown,
                     classes=question.classes,
                     keep=place < question.keep,
                 )

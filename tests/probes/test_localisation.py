@@ -154,9 +154,10 @@ CUP = {
 
 
 def score_categories(*instances, readable=(0, 1, 2)):
-    table = pd.DataFrame(list(instances))
+    table = pd.DataFrame(list(instances)).assign(image_id=1)
+    shown = localisation._shown_by_image(table)[1]
     scores = localisation._score_categories(
-        planted_heat(), table, classes=CLASSES, readable=readable
+        planted_heat(), shown, classes=CLASSES, readable=readable
     )
     return list(scores)
 
