@@ -85,7 +85,7 @@ class _KernelOfThisPython(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])
 
     @classmethod
-    def start(cls, folder: Path, imports: Sequence[str] = ()) -> _KernelOfThisPython:
+    def start(cls, folder: Path, imports: Sequence[str]) -> _KernelOfThisPython:
         """Start a kernel in a folder; it imports modules before it runs any cell.
 
         Its user namespace stays empty, and a failing import is left to the cell that needs it.
@@ -103,6 +103,20 @@ class _KernelOfThisPython(AsyncKernelManager):
         """Its process, as long as that runs."""
         process = getattr(self.provisioner, "process", None)
         return process if process is not None and process.poll() is None else None
+
+    async def shutdown_kernel(  # type: ignore[override]  # as in AsyncKernelManager
+        self, now: bool = False, restart: bool = False
+    ) -> None:
+        """Ask the kernel to end, which takes it a second: the next notebook need not wait."""
+        await self.request_shutdown(restart=restart)
+
+    def end(self) -> None:
+        """Wait until a kernel that was asked to end has ended, for some seconds."""
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(LONGEST_ENDING)
+        self.kill_with_children()
+        self.cleanup_connection_file()
 
     def kill_with_children(self) -> None:
         """Kill the kernel, if it runs, with all processes that it started."""
@@ -377,12 +391,15 @@ class Batch:
     home : Home
     folder : Path
         Of the executed copies.
+    waiting : list of kernels
+        That of the next notebook, if it runs already.
     """
 
     executions: list[Execution]
     parameters: dict[str, Any]
     home: Home
     folder: Path
+    waiting: list[_KernelOfThisPython] = field(default_factory=list)
 
     @classmethod
     def plan(
@@ -403,17 +420,24 @@ class Batch:
             raise ValueError(f"--from {start} --to {end}: there are {names}")
         declared = all_declared_parameters()
         parameters = check_parameters(read_parameters(file, overrides), declared)
-        from probekit.cli.planning import check_steps  # loads torch: what is wrong so far is quick
-
-        check_steps({notebook.stem: _values_of(notebook, parameters) for notebook in notebooks})
         home = Home.find()
         if not home.notebooks.is_relative_to(home.root):
             remark(f"{home.root} has no notebooks: those of {home.notebooks.parent} are run")
         for copy in list_copies():
             remark(f"{copy.name} is a copy of a notebook and is not run")
         _report_unused_overrides(overrides, notebooks, declared)
+        os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
+        waiting = [_start_kernel(notebooks[0], home)]
+        try:
+            from probekit.cli.planning import check_steps  # loads torch
+
+            check_steps({notebook.stem: _values_of(notebook, parameters) for notebook in notebooks})
+        except BaseException:
+            _kill(waiting)
+            raise
+        executions = [Execution(notebook) for notebook in notebooks]
         folder = home.data / "runs" / f"{datetime.now():%Y%m%d-%H%M%S.%f}-{file.stem}"
-        return cls([Execution(notebook) for notebook in notebooks], parameters, home, folder)
+        return cls(executions, parameters, home, folder, waiting)
 
     def execute(self, screen: Screen) -> None:
         """Execute the notebooks, and show on a screen how far they are.
@@ -426,11 +450,10 @@ class Batch:
         KeyboardInterrupt
             No process of the notebook is left.
         """
-        self.folder.mkdir(parents=True)
-        os.environ["PYTHONUTF8"] = "1"  # of the kernels, whatever the locale
         count = len(self.executions)
-        waiting: list[_KernelOfThisPython] = []  # that of the next notebook, as long as one runs
+        used: list[_KernelOfThisPython] = []
         try:
+            self.folder.mkdir(parents=True)
             for number, execution in enumerate(self.executions, start=1):
                 name = execution.notebook.stem
                 screen.write(f"[{number}/{count}] {name}")
@@ -438,7 +461,7 @@ class Batch:
                 started = time.monotonic()
                 execution.state = "stopped"
                 try:
-                    executed = self._execute(number, progress, screen, waiting)
+                    executed = self._execute(number, progress, screen, used)
                 except NotebookFailedError:
                     execution.state = "failed"
                     raise
@@ -446,22 +469,22 @@ class Batch:
                     execution.seconds = time.monotonic() - started
                 execution.state = "done"
                 execution.written = _written_lines(executed, self.home)
+            for kernel in used:
+                kernel.end()
         finally:
-            with deaf_to_signals():
-                for kernel in waiting:
-                    kernel.kill_with_children()
-                    kernel.cleanup_connection_file()
+            _kill([*self.waiting, *used])
 
     def _execute(
         self,
         number: int,
         progress: NotebookProgress,
         screen: Screen,
-        waiting: list[_KernelOfThisPython],
+        used: list[_KernelOfThisPython],
     ) -> NotebookNode:
         """Execute a notebook, from 1, in the kernel that waits for it, and have the next one wait.
 
-        What a kernel imports costs seconds, which a second core has while this notebook runs.
+        What a kernel imports costs seconds, which a second core has while this notebook runs. The
+        kernel is added to the `used` ones.
         """
         notebook = self.executions[number - 1].notebook
         following = [execution.notebook for execution in self.executions[number : number + 1]]
@@ -470,11 +493,11 @@ class Batch:
         target = self.folder / notebook.name
 
         def execute() -> NotebookNode:
-            kernel = waiting.pop() if waiting else None
-            if kernel is None or kernel.process is None:  # a lack of memory may have ended it
-                kernel = _KernelOfThisPython.start(self.home.root)
-            for one in following:
-                waiting.append(_KernelOfThisPython.start(self.home.root, _first_imports(one)))
+            kernel = self.waiting.pop() if self.waiting else _start_kernel(notebook, self.home)
+            if kernel.process is None:  # a lack of memory may have ended it
+                kernel = _start_kernel(notebook, self.home)
+            used.append(kernel)
+            self.waiting.extend(_start_kernel(one, self.home) for one in following)
             return papermill.execute_notebook(
                 str(notebook),
                 str(target),
@@ -525,6 +548,17 @@ class Batch:
             lines.append(f"{execution.notebook.stem:{width}}  {seconds:>7}  {first}")
             lines += [f"{'':{width}}  {'':7}  {other}" for other in others]
         return "\n".join(lines)
+
+
+def _start_kernel(notebook: Path, home: Home) -> _KernelOfThisPython:
+    return _KernelOfThisPython.start(home.root, _first_imports(notebook))
+
+
+def _kill(kernels: Sequence[_KernelOfThisPython]) -> None:
+    with deaf_to_signals():
+        for kernel in kernels:
+            kernel.kill_with_children()
+            kernel.cleanup_connection_file()
 
 
 def _first_imports(notebook: Path) -> list[str]:

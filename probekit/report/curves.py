@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from probekit.probes.controls import BASELINES, CONTROL_WORDS, judge_controls
+from probekit.probes.controls import BASELINES, CONTROL_WORDS
+from probekit.probes.judged_controls import judge_controls
 from probekit.probes.results import LENS, best_layers, select_curve
 from probekit.report.paper import LayerFigure, panel_grid, panels
 from probekit.report.style import (
@@ -71,9 +72,9 @@ def layer_curves(
     """Draw a metric by layer: a look per model, 95 % intervals, plateaus, and a band of controls.
 
     The band reaches from the lowest to the highest score of the controls; hovering over it lists
-    all of them, and a button shows their curves. A control that is above chance
-    (:func:`probekit.probes.controls.judge_controls`) has a curve from the beginning, and the band
-    is that of the others: else it would cover the models.
+    all of them, and a button shows their curves. A control that is above chance (see
+    :func:`controls_above_chance`) has a curve from the beginning, and the band is that of the
+    others: else it would cover the models.
 
     A plateau consists of the layers that are not clearly worse than the best one
     (:func:`probekit.probes.comparison.compare_layers`).

@@ -9,13 +9,8 @@ import pandas as pd
 
 from probekit.answers.scores import ANSWER
 from probekit.probes.comparison import plateau_spans
-from probekit.probes.controls import (
-    CONTROL_MEANING,
-    CONTROL_WORDS,
-    Controls,
-    ControlScore,
-    judge_controls,
-)
+from probekit.probes.controls import CONTROL_MEANING, CONTROL_WORDS
+from probekit.probes.judged_controls import Controls, ControlScore, judge_controls
 from probekit.probes.results import HEADLINE, best_layers, find_curve
 from probekit.report.known_and_said import said_metric, with_interval
 from probekit.report.sentences import (

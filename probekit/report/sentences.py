@@ -12,7 +12,8 @@ import pandas as pd
 from probekit.extraction.answer_heads import ANSWER_POOLING
 from probekit.probes.bootstrap import Curve
 from probekit.probes.comparison import curve_difference, holm, plateau_sentence
-from probekit.probes.controls import CONTROL_MEANING, CONTROL_WORDS, judge_controls
+from probekit.probes.controls import CONTROL_MEANING, CONTROL_WORDS
+from probekit.probes.judged_controls import judge_controls
 from probekit.probes.labels import LabelledTask
 from probekit.probes.probing import PROBES
 from probekit.probes.results import HEADLINE, ProbeKey, ProbeResults, best_layers, find_curve

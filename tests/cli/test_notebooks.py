@@ -302,6 +302,10 @@ def kernels(monkeypatch):
         def kill_with_children(self):
             self.process = None
 
+        def end(self):
+            self.process = None
+            self.has_file = False
+
         def cleanup_connection_file(self):
             self.has_file = False
 
@@ -322,12 +326,12 @@ def batch_of(tmp_path, *names):
     return Batch(executions, {}, Home(tmp_path), tmp_path / "runs")
 
 
-def test_each_kernel_but_the_first_waits_with_its_imports(kernels, tmp_path):
+def test_each_kernel_waits_with_its_imports(kernels, tmp_path):
     started, executed = kernels
     batch_of(tmp_path, "01_build_data", "02_extract", "03_probe").execute(Screen(io.StringIO()))
     assert executed == started
     assert [kernel.folder for kernel in started] == [tmp_path] * 3
-    assert started[0].imports == []
+    assert "probekit.workflow" in started[0].imports
     assert "probekit.models.load" in started[1].imports
     assert "probekit.probes.localisation" in started[2].imports
 
@@ -335,7 +339,16 @@ def test_each_kernel_but_the_first_waits_with_its_imports(kernels, tmp_path):
 def test_a_batch_of_one_notebook_starts_one_kernel(kernels, tmp_path):
     started, _ = kernels
     batch_of(tmp_path, "02_extract").execute(Screen(io.StringIO()))
-    assert [kernel.imports for kernel in started] == [[]]
+    assert len(started) == 1
+
+
+def test_what_is_found_wrong_before_all_runs_ends_the_first_kernel(kernels, monkeypatch, tmp_path):
+    started, _ = kernels
+    monkeypatch.setenv("PROBEKIT_HOME", str(tmp_path))
+    (tmp_path / "some.yaml").write_text("models: [no-such-model]\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        Batch.plan(tmp_path / "some.yaml", [])
+    assert [kernel.process for kernel in started] == [None]
 
 
 def test_a_kernel_that_has_died_while_it_waited_is_started_again(kernels, monkeypatch, tmp_path):
@@ -361,8 +374,8 @@ def test_the_waiting_kernel_is_ended_where_a_notebook_stops(kernels, monkeypatch
     monkeypatch.setattr(notebooks.papermill, "execute_notebook", fail)
     with pytest.raises((NotebookFailedError, KeyboardInterrupt)):
         batch_of(tmp_path, "01_build_data", "02_extract").execute(Screen(io.StringIO()))
-    assert started[1].process is None
-    assert not started[1].has_file
+    assert [kernel.process for kernel in started] == [None, None]
+    assert not any(kernel.has_file for kernel in started)
 
 
 @pytest.mark.parametrize(
