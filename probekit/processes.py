@@ -75,7 +75,8 @@ def map_in_processes(
         follower = threading.Thread(target=_follow, args=(outputs, bar, is_over), daemon=True)
         follower.start()
         try:
-            with joblib.parallel_config("loky", inner_max_num_threads=threads):
+            # No shared memory for large arrays: a container has 64 MB of it.
+            with joblib.parallel_config("loky", max_nbytes=None, inner_max_num_threads=threads):
                 return joblib.Parallel(n_jobs)(calls)
         except BrokenProcessPool as error:
             raise MemoryError(

@@ -210,7 +210,7 @@ def class_heatmap(
     Returns
     -------
     Figure
-        A panel per model, side by side.
+        A panel per model, at most four side by side.
     """
     rows = _test_rows(table, task, probe=probe)
     rows = rows[rows["class"] != ""]
@@ -283,7 +283,7 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
     Returns
     -------
     Figure
-        A panel per model, side by side.
+        A panel per model, at most four side by side.
     """
     rows = _test_rows(table, task, probe=probe)
     # A binary task has the classes "yes" and "no", which have the same answers.
@@ -292,10 +292,8 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
     rows = _first_pooling_and_seed(rows)
     counts = rows.groupby(["model", "layer", "metric"], sort=False).value.sum().unstack()
     models = list(dict.fromkeys(rows.model))
-    figure = panels(
-        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
-    )
-    for panel, model in enumerate(models, 1):
+    figure, places = panel_grid(models, horizontal_spacing=0.05)
+    for place, model in zip(places, models, strict=True):
         of_model = counts.loc[model]
         for metric, (words, colour, pattern) in ANSWERS.items():
             hover = (
@@ -311,17 +309,16 @@ def confusion_counts(table: pd.DataFrame, task: str, *, probe: str = "logreg") -
                     "pattern": pattern,
                 },
                 legendgroup=metric,
-                showlegend=panel == 1,
+                showlegend=model == models[0],
                 customdata=of_model[metric] / of_model.sum(axis=1),
                 hovertemplate=hover,
-                row=1,
-                col=panel,
+                **place,
             )
     apply_style(
         figure,
         title="Right and wrong answers by layer",
         subtitle=subtitle,
-        height=450,
+        height=100 + 350 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )
@@ -343,15 +340,15 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> LayerFigure:
     Returns
     -------
     Figure
-        A panel per model, side by side.
+        A panel per model, at most four side by side.
     """
     trained = transfer[(transfer.task == task) & (transfer.control == "none")]
     trained = trained[trained.probe_task == task]
     rows, pooling_words = first_pooling(trained)
     models = list(dict.fromkeys(rows.model))
     metric = rows.metric.iloc[0]
-    figure = panels(1, len(models), subplot_titles=models, horizontal_spacing=0.1)
-    for panel, model in enumerate(models, 1):
+    figure, places = panel_grid(models, horizontal_spacing=0.1)
+    for place, model in zip(places, models, strict=True):
         of_model = rows[rows.model == model]
         grid = of_model.pivot_table(index="probe_layer", columns="layer", values="value")
         numbers = layer_number(grid.columns.to_series())
@@ -367,20 +364,20 @@ def transfer_heatmap(transfer: pd.DataFrame, task: str) -> LayerFigure:
             xgap=1,
             ygap=1,
             hovertemplate=hover,
-            row=1,
-            col=panel,
+            **place,
         )
     apply_style(
         figure,
         title="Does a layer’s probe work on another layer?",
         subtitle=f"{task_words(task)}{pooling_words}",
-        height=500,
+        height=100 + 400 * places[-1]["row"],
         width=FULL_PAGE,
         panel_titles=True,
     )
     step = tick_step(rows.layer.nunique())
     figure.update_xaxes(title="states of layer", dtick=step, showgrid=False, constrain="domain")
-    figure.update_yaxes(dtick=step, showgrid=False)
+    # Models may differ in depth.
+    figure.update_yaxes(dtick=step, showgrid=False, matches=None, showticklabels=True)
     figure.update_yaxes(title="probe of layer", col=1)
     low = min(0.5, rows.value.min())
     return _share_colours(figure, low=low, high=1, title=metric_words(metric))
