@@ -144,6 +144,8 @@ SMALL_PARAMETERS = {
     "images": 10,
     "fit_images": 40,
     "pictures": False,
+    "copies": 1,  # starting processes takes longer than such a run
+    "n_jobs": 1,
 }
 
 
@@ -175,8 +177,8 @@ def demo(tmp_path_factory) -> Path:
 
 
 def make_demo(home: Path) -> None:
-    """Run all notebooks in a home."""
-    result = run_notebooks(home, run="small")
+    """Run all notebooks in a home, with two processes where they can."""
+    result = run_notebooks(home, run="small", copies=2, n_jobs=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (home / "stdout.txt").write_text(result.stdout, encoding="utf-8")
     (home / "stderr.txt").write_text(result.stderr, encoding="utf-8")
