@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import joblib
 import torch
+from joblib import Parallel, delayed, parallel_config
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
@@ -42,7 +42,7 @@ def map_in_processes(
     function : callable
         Of a module, so that another process can import it.
     items : sequence
-        Written to the processes with pickle, as are the values.
+        Sent to the processes, as are the values that come back.
     n_jobs : int
         With 1, or with a single item, all is done in this process.
 
@@ -68,7 +68,7 @@ def map_in_processes(
     ):
         outputs = [_Output(Path(folder) / str(number)) for number in range(len(items))]
         calls = [
-            joblib.delayed(partial(_call, function, item, output.file))()
+            delayed(partial(_call, function, item, output.file))()
             for item, output in zip(items, outputs, strict=True)
         ]
         is_over = threading.Event()
@@ -76,8 +76,8 @@ def map_in_processes(
         follower.start()
         try:
             # No shared memory for large arrays: a container has 64 MB of it.
-            with joblib.parallel_config("loky", max_nbytes=None, inner_max_num_threads=threads):
-                return joblib.Parallel(n_jobs)(calls)
+            with parallel_config("loky", max_nbytes=None, inner_max_num_threads=threads):
+                return Parallel(n_jobs)(calls)
         except BrokenProcessPool as error:
             raise MemoryError(
                 f"one of {n_jobs} processes was killed, most likely for want of memory: run this "

@@ -56,6 +56,8 @@ NOISE_FACTOR = 3  # how much more than the noise of another batching a sound way
 
 # A channel that hardly varies is measured by this part of the layer's median one.
 SMALLEST_SPREAD = 0.01
+# A sum rounds by the size of what it adds up, which a channel near zero shares with the others.
+SMALLEST_MAGNITUDE = 0.1
 TINY = 1e-30  # in place of a zero that something is divided by
 
 
@@ -284,7 +286,9 @@ def find_largest_difference(
     for key, expected_nd in expected.items():
         spread_d = expected_nd.std(0, correction=0)
         spread_d = spread_d.clamp(min=float(spread_d.median()) * SMALLEST_SPREAD)
-        tolerated_d = spread_part * spread_d + rounding * expected_nd.abs().mean(0)
+        magnitude_d = expected_nd.abs().mean(0)
+        magnitude_d = magnitude_d.clamp(min=float(magnitude_d.median()) * SMALLEST_MAGNITUDE)
+        tolerated_d = spread_part * spread_d + rounding * magnitude_d
         if noise is not None:
             tolerated_d = tolerated_d + NOISE_FACTOR * noise[key]
         smallest = max(float(tolerated_d.median()) * SMALLEST_SPREAD, TINY)

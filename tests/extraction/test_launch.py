@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from probekit.extraction import launch
 from probekit.extraction.extracting import extract_tables
@@ -73,6 +74,8 @@ def work(
         launcher.make_shards(job)
     else:
         extract_tables(settings, {"none": examples}, device="cpu", launcher=launcher, home=home)
+    if launcher.engine == "local" and launcher.copies:
+        get_reusable_executor().shutdown()  # a process like this one would wait until they idle
 
 
 def start(home: Path, **options) -> BaseProcess:
@@ -169,6 +172,16 @@ def test_whoever_comes_next_makes_what_a_killed_rank_left(base, alone):
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster of these tests' own."""
     pytest.importorskip("ray")
+    try:
+        start_ray()
+    except subprocess.CalledProcessError:  # its parts have 15 seconds, too few on a busy machine
+        run_ray("stop", "--force")
+        start_ray()
+    yield "127.0.0.1:6391"
+    run_ray("stop", "--force")
+
+
+def start_ray() -> None:
     run_ray(
         "start",
         "--head",
@@ -180,8 +193,6 @@ def cluster() -> Iterator[str]:
         "--include-dashboard=false",
         "--disable-usage-stats",
     )
-    yield "127.0.0.1:6391"
-    run_ray("stop", "--force")
 
 
 def run_ray(*words: str) -> None:
