@@ -75,6 +75,7 @@ class _KernelOfThisPython(AsyncKernelManager):
     """
 
     managers: ClassVar[WeakSet[_KernelOfThisPython]] = WeakSet()
+    latest_end = 0.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -108,13 +109,14 @@ class _KernelOfThisPython(AsyncKernelManager):
         self, now: bool = False, restart: bool = False
     ) -> None:
         """Ask the kernel to end, which takes it a second: the next notebook need not wait."""
+        self.latest_end = time.monotonic() + LONGEST_ENDING
         await self.request_shutdown(restart=restart)
 
     def end(self) -> None:
-        """Wait until a kernel that was asked to end has ended, for some seconds."""
+        """Wait until the kernel has ended, for some seconds from when it was asked to."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(LONGEST_ENDING)
+                self.process.wait(max(0, self.latest_end - time.monotonic()))
         self.kill_with_children()
         self.cleanup_connection_file()
 
