@@ -384,6 +384,10 @@ def probe(
     folder = results_folder(run, home)
     device_of_probes = training_device(device)
     n_jobs = _jobs_on(device_of_probes, n_jobs)
+    if localise:  # heat maps need them
+        instances = building.load_instances(examples_folder(run, home))
+    else:
+        instances = _find_instances(run, home)
     plan = _ProbePlan(
         settings=probe_settings(settings, epochs=epochs, patience=patience),
         folder=folder,
@@ -391,9 +395,7 @@ def probe(
         device_of_models=device,
         localise=localise,
         heat_images=heat_images,
-        instances=building.load_instances(examples_folder(run, home))
-        if localise
-        else _find_instances(run, home),
+        instances=instances,
         n_jobs=n_jobs,
         home=home,
     )
@@ -409,7 +411,7 @@ def probe(
     compared = _compare_models(views, plan.settings, device=device_of_probes)
     results = ProbeResults.join([*parts, compared])
     results.write(folder, building.table_fingerprint(examples))
-    return Results.of(results, examples, instances=plan.instances)
+    return Results.of(results, examples, instances=instances)
 
 
 def _jobs_on(device: str, n_jobs: int) -> int:

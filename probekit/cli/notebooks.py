@@ -113,7 +113,11 @@ class _KernelOfThisPython(AsyncKernelManager):
         await self.request_shutdown(restart=restart)
 
     def end(self) -> None:
-        """Wait until the kernel has ended, for some seconds from when it was asked to."""
+        """Wait until the kernel has ended, for some seconds from when it was asked to.
+
+        Left to itself, one with processes of joblib takes half a minute: it sends them SIGTERM for
+        14 seconds, which one of them ignores.
+        """
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0, self.latest_end - time.monotonic()))

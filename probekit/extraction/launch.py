@@ -79,10 +79,8 @@ class Launcher:
             tqdm.write(f"copies={copies} are for CPUs and for Ray: one is loaded on {job.device}")
             copies = 1
         shares = [missing[copy::copies] for copy in range(copies)]
-        make_share = partial(_make_shards_here, job)
-        return [
-            place for made in map_in_processes(make_share, shares, n_jobs=copies) for place in made
-        ]
+        made_by_copy = map_in_processes(partial(_make_shards_here, job), shares, n_jobs=copies)
+        return [place for made in made_by_copy for place in made]
 
 
 def _make_shards_here(job: Job, places: Sequence[int]) -> list[int]:
